@@ -1,0 +1,79 @@
+"""What all experiments share: the argument of `get_config`, and records for the smallest size."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moddistill.config import SourceConfig, nearest
+from moddistill.data.tokenizer import train_bpe
+from moddistill.models.presets import preset
+
+SIZES = ("full", "demo", "tiny")
+STUDENT = "qwen1.5-1.8b"  # the pair of the paper's ablations
+TEACHER = "qwen1.5-7b"
+EASY_VQA = "data/easy_vqa"
+
+
+def parse(arg: str | None) -> dict[str, str]:
+    """`demo`, `tiny`, `student=PRESET` and `teacher=PRESET`, separated by commas.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    options = {"size": "full", "student": STUDENT, "teacher": TEACHER}
+    for item in filter(None, (arg or "").split(",")):
+        key, _, value = item.partition("=")
+        if item in SIZES:
+            options["size"] = item
+        elif key in ("student", "teacher") and value:
+            preset(value)
+            options[key] = value
+        else:
+            known = (*SIZES, "student=PRESET", "teacher=PRESET")
+            raise ValueError(
+                f"experiment argument {item!r} is unknown; accepted: {', '.join(known)}"
+                + nearest(item, known)
+            )
+    return options
+
+
+def source(file: str, images: str = "data/images") -> dict[str, SourceConfig]:
+    """One source of records by the name of its file."""
+    return {Path(file).stem: SourceConfig(path=file, images=images)}
+
+
+def easy_vqa(name: str) -> dict[str, SourceConfig]:
+    """Records of the demo, as `python -m tools.easy_vqa` writes them."""
+    return source(f"{EASY_VQA}/{name}.json", f"{EASY_VQA}/images")
+
+
+def tiny_data() -> Path:
+    """A folder with small pictures, records of both kinds and a tokenizer, always the same."""
+    folder = Path(tempfile.gettempdir()) / "moddistill-tiny"
+    colours = {
+        "red": (220, 30, 30),
+        "green": (30, 200, 60),
+        "blue": (40, 60, 220),
+        "grey": (128,) * 3,
+    }
+    questions = [("<image>\nwhat colour is it?", name) for name in colours]
+    questions += [(f"<image>\nis it {name}?", "yes") for name in colours]
+    conversations, preferences = [], []
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for i, (question, answer) in enumerate(questions):
+        pixels = np.clip(list(colours.values())[i % 4] + rng.normal(0, 9, (20, 28, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        record = {"id": str(i), "image": f"{i}.png"}
+        human = {"from": "human", "value": question}
+        conversations.append(record | {"conversations": [human, {"from": "gpt", "value": answer}]})
+        preferences.append(
+            record | {"conversations": [human], "chosen": answer, "rejected": f"not {answer}"}
+        )
+    (folder / "conversations.json").write_text(json.dumps(conversations))
+    (folder / "preferences.json").write_text(json.dumps(preferences))
+    train_bpe((json.dumps(conversations),), 300).save(str(folder / "tokenizer"))
+    return folder

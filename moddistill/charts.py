@@ -1,0 +1,142 @@
+"""Charts of the report as HTML fragments: curves in inline SVG, bars in plain elements.
+
+Curves stretch with the page; labels are HTML beside them, so that text never scales.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+# Bookkeeping of a metrics row, told in words rather than drawn.
+NOT_DRAWN = ("step", "tokens_per_second", "seconds")
+WIDTH, HEIGHT = 300, 100  # of a curve's own coordinates
+
+CURVE = """<figure class="{size}">
+<figcaption><b>{name}</b><span>{last}</span></figcaption>
+<div class="plot">
+<div class="ends up"><span>{high}</span><span>{low}</span></div>
+<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{alt}">
+<path class="rule" d="{rules}"/><path class="line" d="{line}"/><path class="dot" d="{dot}"/></svg>
+<i></i><div class="ends"><span>{first_step}</span><span>step {last_step}</span></div>
+</div></figure>"""
+
+STAGE = """<article class="card"><h3>{name}</h3><p class="note">{note}</p>
+<div class="stage">{loss}<div class="parts">{parts}</div></div></article>"""
+
+LOAD = """<article class="card"><h3>Layer {layer}</h3><div class="load">
+{rows}</div></article>"""
+
+LOAD_ROW = """<span class="expert">expert {expert}</span>
+<div class="track" style="--even:{even:.2%}">
+<div class="bar image" style="width:{image_width:.2%}"></div>
+<div class="bar text" style="width:{text_width:.2%}"></div></div>
+<span class="share"><span>{image:.0%}</span><span>{text:.0%}</span></span>"""
+
+
+def number(value: float | int) -> str:
+    """A number in three significant digits, as short as it goes."""
+    digits, _, exponent = f"{value:.3g}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
+
+
+def curve(name: str, points: Sequence[tuple[int, float | int]], size: str = "small") -> str:
+    """A line chart of (step, value); `size` is "large" or "small".
+
+    Raises:
+      ValueError: there is no point, or a value is not finite.
+    """
+    if not points:
+        raise ValueError(f"curve {name!r} has no points, expected at least one")
+    for step, value in points:
+        if not math.isfinite(value):
+            raise ValueError(f"curve {name!r} is {value} at step {step}, expected a finite number")
+    steps, values = zip(*points, strict=True)
+    low, high = min(values), max(values)
+
+    def place(step: int, value: float | int) -> str:
+        x = (step - steps[0]) / ((steps[-1] - steps[0]) or 1) * WIDTH
+        y = HEIGHT - (value - low) / (high - low) * HEIGHT if high > low else HEIGHT / 2
+        return f"{x:.1f} {y:.1f}"
+
+    return CURVE.format(
+        size=size,
+        name=escape(name),
+        last=number(values[-1]),
+        low=number(low) if high > low else "",
+        high=number(high),
+        width=WIDTH,
+        height=HEIGHT,
+        alt=escape(f"{name} from {number(values[0])} to {number(values[-1])}"),
+        rules="".join(f"M0 {y}H{WIDTH}" for y in (0, HEIGHT / 2, HEIGHT)),
+        line="M" + "L".join(place(*point) for point in points),
+        dot=f"M{place(*points[-1])}h0",
+        first_step=f"{steps[0]:,}",
+        last_step=f"{steps[-1]:,}",
+    )
+
+
+def stage_card(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The curves of one stage: `loss` large, every other named number small.
+
+    Raises:
+      ValueError: no row has a loss, or a value is not finite.
+    """
+    names = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_DRAWN))
+    if "loss" not in names:
+        raise ValueError(f"stage {name!r} has no 'loss' in its {len(rows)} rows of metrics")
+    curves = {key: [(row["step"], row[key]) for row in rows if key in row] for key in names}
+    loss = curve("loss", curves.pop("loss"), "large")
+    parts = "".join(curve(key, points) for key, points in curves.items())
+    return STAGE.format(name=escape(name), note=_pace(rows), loss=loss, parts=parts)
+
+
+def _pace(rows: Sequence[Mapping[str, Any]]) -> str:
+    words = [f"{rows[-1]['step']:,} steps"]
+    if "seconds" in rows[-1]:
+        words.append(f"{rows[-1]['seconds']:,.0f} s")
+    paces = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    if paces:
+        words.append(f"{paces[len(paces) // 2]:,.0f} tokens/s")
+    return " · ".join(words)
+
+
+def load_card(load: Mapping[str, Any]) -> str:
+    """Share of a layer's image and text tokens that each expert takes, beside the even share.
+
+    `load` has `layer`, `image` and `text`; the last two are one number an expert, in any unit.
+
+    Raises:
+      ValueError: the two differ in length, or one is negative or adds up to nothing.
+    """
+    shares = {kind: _shares(load, kind) for kind in ("image", "text")}
+    experts = len(shares["image"])
+    if len(shares["text"]) != experts:
+        raise ValueError(
+            f"layer {load['layer']} has loads of {experts} experts for image tokens and of"
+            f" {len(shares['text'])} for text tokens, expected the same number"
+        )
+    # Twice the even share fills a row, so that layers compare; a more loaded expert stretches it.
+    full = max(2 / experts, *shares["image"], *shares["text"])
+    rows = [
+        LOAD_ROW.format(
+            expert=expert,
+            even=1 / experts / full,
+            image=image,
+            text=text,
+            image_width=image / full,
+            text_width=text / full,
+        )
+        for expert, (image, text) in enumerate(zip(*shares.values(), strict=True))
+    ]
+    return LOAD.format(layer=load["layer"], rows="\n".join(rows))
+
+
+def _shares(load: Mapping[str, Any], kind: str) -> list[float]:
+    values = load[kind]
+    total = sum(values)
+    if not total > 0 or min(values) < 0:
+        raise ValueError(
+            f"layer {load['layer']}: {kind} loads {values}, expected non-negative ones with a sum"
+        )
+    return [value / total for value in values]

@@ -1,0 +1,56 @@
+"""Checkpoints of a run: trained parameters, optimizer, step and data position.
+
+Frozen parameters are not among them; they are made again from what the config names.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from moddistill.state import State
+from moddistill.tree import check_same, flatten
+
+KEEP = 2  # the newest one may have been cut off by a crash of the disk
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: Path) -> Iterator[ocp.training.Checkpointer]:
+    """The checkpoints in a folder; on leaving, waits for those still being written."""
+    policy = ocp.training.preservation_policies.LatestN(KEEP)
+    with ocp.training.Checkpointer(folder.resolve(), preservation_policy=policy) as checkpoints:
+        yield checkpoints
+
+
+def save(checkpoints: ocp.training.Checkpointer, state: State, position: Any) -> None:
+    """Writes the state in the background. `position` is the iterator that records come from."""
+    checkpoints.save_checkpointables_async(
+        int(state.step), {"state": _saved(state), "data": position}, overwrite=False
+    )
+
+
+def restore(checkpoints: ocp.training.Checkpointer, state: State, position: Any) -> State:
+    """The newest saved state, with the frozen parameters of `state`; sets `position` back to it.
+
+    Raises:
+      ValueError: if the checkpoint is of another architecture, optimizer or trainable set.
+    """
+    step = checkpoints.latest.step
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
+    )
+    found = checkpoints.checkpointables_metadata(step).metadata["state"]
+    check_same(
+        flatten(found["params"]) if isinstance(found, dict) else {},
+        state.params,
+        f"checkpoint {checkpoints.directory / str(step)}",
+    )
+    loaded = checkpoints.load_checkpointables(step, {"state": abstract, "data": position})
+    return state.replace(**loaded["state"])
+
+
+def _saved(state: State) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

@@ -1,0 +1,152 @@
+"""Records to arrays of one fixed shape: tokens, loss mask, positions, segments and images.
+
+T: max_length, I: max_images, H = W: image_size.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from moddistill.data.conversation import Piece, prompt, render
+from moddistill.data.images import load_image, preprocess
+from moddistill.data.records import IMAGE, PreferencePair, Record
+from moddistill.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSpec:
+    """The template and the fixed shapes; `image_tokens` is 0 for models without a tower."""
+
+    template: str
+    max_length: int
+    max_images: int
+    image_size: int
+    image_tokens: int
+
+
+def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dict[str, np.ndarray]:
+    """One sample of a conversation, padded on the right, cut at `max_length` if its text is longer.
+
+    tokens [T] int32, the image id repeated for every patch; loss_mask [T] bool, true where the
+    token at that position is supervised; positions [T] int32; segments [T] int32, 1 for what is
+    real; and, unless the model is text-only, images [I, H, W, 3] uint8, zeros in unused slots.
+
+    Raises:
+      ValueError: too many images, images beyond `max_length`, no supervised token within it, or
+        an image file that cannot be decoded.
+    """
+    _check_images(record.images, spec)
+    ids, mask = _encode(render(spec.template, record.turns), tokenizer, spec.image_tokens)
+    if len(ids) > spec.max_length:
+        _check_cut(ids, mask, tokenizer.image_id, spec.max_length)
+    sample = _arrays(ids[: spec.max_length], mask, tokenizer.pad_id, spec.max_length)
+    return sample | _image_arrays(record.images, spec)
+
+
+def make_preference(
+    pair: PreferencePair, tokenizer: Tokenizer, spec: ExampleSpec
+) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
+    """Both sides of a pair, arrays as in `make_example`, with only the last answer supervised.
+
+    `{"chosen": {tokens, loss_mask, positions, segments}, "rejected": {...}, "images": ...}`.
+
+    Raises:
+      ValueError: as `make_example`, and when a side is longer than `max_length`, because a cut
+        answer has another probability.
+    """
+    _check_images(pair.images, spec)
+    sides = {
+        side: _preference_side(pair, answer, side, tokenizer, spec)
+        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
+    return sides | _image_arrays(pair.images, spec)
+
+
+def encode_prompt(
+    template: str,
+    turns: Sequence[tuple[str, str]],
+    question: str,
+    images_count: int,
+    tokenizer: Tokenizer,
+    image_tokens: int,
+) -> list[int]:
+    """Ids of a generation prompt, the image id repeated for every patch.
+
+    Raises:
+      ValueError: `<image>` is not written once for every image, or there are images for a
+        text-only model.
+    """
+    pieces = prompt(template, turns, question)
+    written = pieces.count(Piece(IMAGE, special=True))
+    if written != images_count:
+        raise ValueError(f"{IMAGE} is written {written} times, but there are {images_count} images")
+    if images_count and not image_tokens:
+        raise ValueError(f"{images_count} images were given to a text-only model")
+    return _encode(pieces, tokenizer, image_tokens)[0]
+
+
+def _preference_side(
+    pair: PreferencePair, answer: str, side: str, tokenizer: Tokenizer, spec: ExampleSpec
+) -> dict[str, np.ndarray]:
+    pieces = render(spec.template, (*pair.history, (pair.question, answer)))
+    before = len(prompt(spec.template, pair.history, pair.question))
+    context = [piece._replace(supervised=False) for piece in pieces[:before]]
+    ids, mask = _encode(context + pieces[before:], tokenizer, spec.image_tokens)
+    if len(ids) > spec.max_length:
+        raise ValueError(f"the {side} side has {len(ids)} tokens; {spec.max_length} are allowed")
+    return _arrays(ids, mask, tokenizer.pad_id, spec.max_length)
+
+
+def _encode(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, image_tokens: int
+) -> tuple[list[int], list[bool]]:
+    ids, mask = [], []
+    for piece in pieces:
+        if not piece.special:
+            new = tokenizer.encode(piece.text)
+        elif piece.text == IMAGE:
+            new = [tokenizer.image_id] * image_tokens
+        else:
+            new = [tokenizer.special(piece.text)]
+        ids += new
+        mask += [piece.supervised] * len(new)
+    return ids, mask
+
+
+def _check_images(images: Sequence[str], spec: ExampleSpec) -> None:
+    if images and not spec.image_tokens:
+        raise ValueError(f"{len(images)} images in a record for a text-only model")
+    if len(images) > spec.max_images:
+        raise ValueError(f"{len(images)} images; max_images is {spec.max_images}")
+
+
+def _check_cut(ids: list[int], mask: list[bool], image_id: int, length: int) -> None:
+    if image_id in ids[length:]:
+        raise ValueError(f"an image lies beyond max_length {length} ({len(ids)} tokens)")
+    if not any(mask[:length]):
+        raise ValueError(f"no answer token within max_length {length} ({len(ids)} tokens)")
+
+
+def _arrays(ids: list[int], mask: list[bool], pad_id: int, length: int) -> dict[str, np.ndarray]:
+    real = len(ids)
+    tokens = np.full(length, pad_id, np.int32)
+    loss_mask = np.zeros(length, bool)
+    segments = np.zeros(length, np.int32)
+    tokens[:real], loss_mask[:real], segments[:real] = ids, mask[:real], 1
+    positions = np.arange(length, dtype=np.int32)
+    return {
+        "tokens": tokens,
+        "loss_mask": loss_mask,
+        "positions": positions,
+        "segments": segments,
+    }
+
+
+def _image_arrays(paths: Sequence[str], spec: ExampleSpec) -> dict[str, np.ndarray]:
+    if not spec.image_tokens:
+        return {}
+    images = np.zeros((spec.max_images, spec.image_size, spec.image_size, 3), np.uint8)
+    for slot, path in enumerate(paths):
+        images[slot] = preprocess(load_image(path), spec.image_size)
+    return {"images": images}

@@ -1,0 +1,67 @@
+"""Image files to uint8 squares of one size: padded with CLIP's mean colour, then resized.
+
+Normalisation with `CLIP_MEAN` and `CLIP_STD` is the model's part: bytes are a quarter of what
+floats would send to the accelerator.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOR = tuple(int(mean * 255) for mean in CLIP_MEAN)
+
+
+def load_image(path: str) -> Image.Image:
+    """The RGB image of a file.
+
+    Raises:
+      ValueError: the file is there and is no readable image.
+      OSError: the file cannot be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    # What decoders of different formats raise on broken bytes.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int] = PAD_COLOR) -> Image.Image:
+    """`image` in the middle of a square as large as its longer side, filled with `color`."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def preprocess(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: padded to a square, resized with bicubic interpolation."""
+    square = pad_to_square(image)
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def preprocessor_config(size: int) -> dict[str, Any]:
+    """`preprocessor_config.json` with which `transformers` makes the same arrays, normalised."""
+    return {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_pad": True,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }

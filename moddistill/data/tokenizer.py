@@ -1,0 +1,159 @@
+"""The tokenizer: byte-level BPE in Qwen's format, with `<image>` as the id after the vocabulary.
+
+Text and control tokens are encoded by different methods, so that text can never turn into control.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
+from moddistill.data.records import IMAGE
+
+# How Qwen cuts text into words before merging bytes.
+WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. `image_id` marks an image, `pad_id` fills up (and is masked)."""
+
+    backend: tokenizers.Tokenizer
+
+    def __post_init__(self):
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        for token in (END_OF_TEXT, IMAGE):
+            if self.special(token) in self.encode(token):
+                raise ValueError(f"text {token!r} is read as a control token by this tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Control tokens written in it are encoded as the characters they are."""
+        return list(_encode(self.backend, text))
+
+    def special(self, token: str) -> int:
+        """Id of a control token.
+
+        Raises:
+          ValueError: the vocabulary has no such token.
+        """
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the tokenizer has no token {token!r}")
+        return token_id
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of ids; control tokens are left out, or written as they are called."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @property
+    def image_id(self) -> int:
+        return self.special(IMAGE)
+
+    @property
+    def pad_id(self) -> int:
+        return self.special(END_OF_TEXT)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that a language model may produce: those below `image_id`."""
+        return self.image_id
+
+    def save(self, folder: str) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(target / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    def __reduce__(self):
+        # The switch that keeps control tokens out of text does not survive pickling by itself.
+        return _from_json, (self.backend.to_str(),)
+
+
+# The fixed parts of a template are most of a short sample.
+@functools.lru_cache(maxsize=4096)
+def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(backend.encode(text, add_special_tokens=False).ids)
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer of a local folder; `<image>` is appended when it has none.
+
+    Raises:
+      ValueError: the folder has no tokenizer, or that has no control token `<|endoftext|>`.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if file.is_file():
+        return _with_image(tokenizers.Tokenizer.from_file(str(file)))
+    if not (Path(folder) / "vocab.json").is_file():
+        raise ValueError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
+    # Seconds to import, and most folders do not need it.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    return _with_image(AutoTokenizer.from_pretrained(folder).backend_tokenizer)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A small tokenizer in Qwen's format; the same texts give the same ids.
+
+    `vocab_size` counts bytes, merges and the three control tokens of Qwen, not `<image>`; texts
+    with too few different words give fewer.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the 256 bytes and the control tokens.
+    """
+    controls = (END_OF_TEXT, IM_START, IM_END)
+    smallest = 256 + len(controls)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {smallest}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(controls),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend = _qwen_backend(models.BPE())
+    backend.train_from_iterator(texts, trainer)
+    return _with_image(_with_controls(backend, controls))
+
+
+def _qwen_backend(model: models.BPE) -> tokenizers.Tokenizer:
+    """Qwen's normaliser, word splitting and byte alphabet around a BPE model."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _with_controls(backend: tokenizers.Tokenizer, names: Sequence[str]) -> tokenizers.Tokenizer:
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    return backend
+
+
+def _with_image(backend: tokenizers.Tokenizer) -> Tokenizer:
+    if backend.token_to_id(IMAGE) is None:
+        _with_controls(backend, [IMAGE])
+    return Tokenizer(backend)
+
+
+def _from_json(text: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))

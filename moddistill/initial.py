@@ -1,0 +1,148 @@
+"""The models a stage begins with: architectures first, then parameters into their shards."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from moddistill.config import TrainConfig
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.model_folder import abstract_params, load_params, read_model_config
+from moddistill.models.presets import preset, with_vocabulary
+from moddistill.models.upcycle import upcycle, upcycle_config
+from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
+from moddistill.sharding import param_shardings
+from moddistill.stages import Stage
+from moddistill.state import cast_frozen
+
+RANDOM = "random:"
+
+
+def student_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of the student's folder, or `config.tokenizer` for a random student."""
+    if not config.student.startswith(RANDOM):
+        if config.tokenizer:
+            raise ValueError(
+                f"config.tokenizer is {config.tokenizer!r}, but the student {config.student!r} "
+                "brings its own; accepted: an empty string"
+            )
+        read_model_config(config.student)
+        return load_tokenizer(config.student)
+    if not config.tokenizer:
+        raise ValueError(
+            f"config.tokenizer is empty; a student with new weights ({config.student!r}) needs a "
+            "tokenizer folder"
+        )
+    return load_tokenizer(config.tokenizer)
+
+
+def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
+    """The architecture of a model folder or of `random:PRESET`."""
+    if spec.startswith(RANDOM):
+        config = preset(spec.removeprefix(RANDOM))
+        return with_vocabulary(config, tokenizer.vocab_size, tokenizer.image_id)
+    return read_model_config(spec)
+
+
+def student_architectures(
+    config: TrainConfig, stage: Stage, tokenizer: Tokenizer
+) -> tuple[ModelConfig, ModelConfig]:
+    """What `config.student` holds, and what the stage trains: with its tower, its experts."""
+    base = architecture(config.student, tokenizer)
+    target = dataclasses.replace(base, template=config.data.template)
+    if config.vision:
+        if base.vision is not None:
+            raise ValueError(
+                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
+                "tower already; accepted: an empty string"
+            )
+        target = dataclasses.replace(target, vision=read_model_config(config.vision).vision)
+    if stage.sparse:
+        target = upcycle_config(target, config.moe)
+    return base, target
+
+
+def student_params(
+    config: TrainConfig, base: ModelConfig, target: ModelConfig, mesh: Mesh
+) -> dict[str, Any]:
+    """The parameters of `target` before the first step, deterministic in `config.seed`."""
+    init_rng, projector_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
+    params = spec_params(config.student, base, mesh, init_rng)
+    if config.vision:
+        with_tower = dataclasses.replace(base, vision=target.vision)
+        params["vision"] = load_params(
+            config.vision,
+            read_model_config(config.vision),
+            shardings=param_shardings(mesh, abstract_params(read_model_config(config.vision))),
+            part="vision",
+        )["vision"]
+        params["projector"] = random_params(with_tower, mesh, projector_rng)["projector"]
+    if target.decoder.moe != base.decoder.moe:
+        make = jax.jit(
+            lambda params: upcycle(params, target, router_rng),
+            out_shardings=param_shardings(mesh, abstract_params(target)),
+        )
+        params = make(params)
+    return params
+
+
+def spec_params(spec: str, config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
+    """Parameters of a model folder as they are stored, or new ones."""
+    if spec.startswith(RANDOM):
+        return random_params(config, mesh, rng)
+    return load_params(spec, config, shardings=param_shardings(mesh, abstract_params(config)))
+
+
+def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
+    """New float32 parameters, made in their shards."""
+    shardings = param_shardings(mesh, abstract_params(config))
+
+    def init(rng: jax.Array) -> dict[str, Any]:
+        return nn.unbox(Vlm(config).init(rng, dummy_batch(config)))["params"]
+
+    return jax.jit(init, out_shardings=shardings)(rng)
+
+
+def load_teacher(
+    config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Vlm, dict[str, Any]]:
+    """The teacher and its parameters in the frozen dtype; ValueError if it does not fit."""
+    arch = architecture(config.teacher, tokenizer)
+    check_teacher(arch, student, config.teacher)
+    if not config.teacher.startswith(RANDOM):
+        _check_vocabulary(load_tokenizer(config.teacher), tokenizer, config.teacher)
+    params = spec_params(config.teacher, arch, mesh, jax.random.key(config.seed + 1))
+    dtype = jnp.dtype(config.dtype)
+    return Vlm(arch, dtype, config.remat), cast_frozen(params, dtype)
+
+
+def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
+    """Raises ValueError unless both models read the same tokens and images of the same size."""
+    pairs = {
+        "tokenizer ids": (teacher.decoder.real_vocab, student.decoder.real_vocab),
+        "image token": (teacher.image_token, student.image_token),
+    }
+    if student.vision is not None and teacher.vision is None:
+        raise ValueError(f"teacher {origin!r} has no vision tower, the student has one")
+    if student.vision is not None:
+        pairs["positions an image"] = (teacher.vision.patches, student.vision.patches)
+        pairs["image size"] = (teacher.vision.image_size, student.vision.image_size)
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ValueError(
+                f"teacher {origin!r} does not fit: {name} {theirs}, the student's {ours}; "
+                "accepted: a teacher with the student's tokenizer and image positions"
+            )
+
+
+def _check_vocabulary(teacher: Tokenizer, student: Tokenizer, origin: str) -> None:
+    theirs, ours = teacher.backend.get_vocab(), student.backend.get_vocab()
+    if theirs != ours:
+        token = min(token for token in theirs | ours if theirs.get(token) != ours.get(token))
+        raise ValueError(
+            f"teacher {origin!r} has another vocabulary: token {token!r} is {theirs.get(token)} "
+            f"there and {ours.get(token)} in the student; accepted: equal token ids"
+        )

@@ -1,0 +1,133 @@
+"""Preference distillation: the DPO family with the teacher as the reference.
+
+r is the difference of log-likelihoods (sums over answer tokens) of one answer between student and
+teacher; a pair has r_chosen and r_rejected (Rafailov et al. 2023; LLaVA-MoD, section on preference
+distillation).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moddistill.config import LossConfig, nearest
+from moddistill.losses.kd import add_router_losses, cross_entropy
+from moddistill.losses.tokens import Heads, Metrics, next_token, weighted_sum
+from moddistill.models.vlm import Vlm
+from moddistill.tree import merge
+
+KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
+
+
+def preference_losses(
+    chosen: Float[Array, "B"],
+    rejected: Float[Array, "B"],
+    kind: str,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Array, "B"]:
+    """The loss of each pair from its two log-ratios r.
+
+    `kto_pair` averages the two halves that the reference concatenates; its KL estimates are batch
+    means, clipped at zero and, unlike the reference's, not differentiated (as in TRL).
+
+    Raises:
+      ValueError: for an unknown kind.
+    """
+    margin = chosen - rejected
+    if kind == "sigmoid":
+        return -(
+            (1 - label_smoothing) * jax.nn.log_sigmoid(beta * margin)
+            + label_smoothing * jax.nn.log_sigmoid(-beta * margin)
+        )
+    if kind == "hinge":
+        return jax.nn.relu(1 - beta * margin)
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    if kind == "kto_pair":
+        kl_chosen = jax.lax.stop_gradient(jnp.maximum(jnp.mean(chosen), 0.0))
+        kl_rejected = jax.lax.stop_gradient(jnp.maximum(jnp.mean(rejected), 0.0))
+        keep = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
+        avoid = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
+        return (keep + avoid) / 2
+    raise ValueError(
+        f"loss.preference is {kind!r}; accepted: {', '.join(KINDS)}{nearest(kind, KINDS)}"
+    )
+
+
+def preference_loss(
+    student: Vlm, teacher: Vlm, config: LossConfig
+) -> Callable[..., tuple[Array, Metrics]]:
+    """The loss of the preference stage; one forward of each model serves both answers of a pair.
+
+    The student's gradient takes a second pass over the supervised positions: the first gives the
+    log-likelihoods, from them each token's share in the loss is known, and the second is their
+    weighted sum with that gradient.
+    """
+
+    def loss(
+        params: dict, frozen: dict, teacher_params: dict, batch: dict, rng: Array
+    ) -> tuple[Array, Metrics]:
+        both = _concatenate(batch)
+        output = student.apply({"params": merge(params, frozen)}, both)
+        target = teacher.apply({"params": teacher_params}, both)
+        labels, supervised = next_token(both["tokens"], both["loss_mask"])
+        summed = functools.partial(
+            weighted_sum,
+            _log_likelihood,
+            labels=labels.reshape(-1),
+            chunk=config.chunk,
+            real_vocab=min(m.config.decoder.real_vocab for m in (student, teacher)),
+        )
+
+        def log_likelihoods(heads: Heads) -> Array:
+            weights = {"logp": supervised.reshape(-1).astype(jnp.float32)}
+            _, values = summed(jax.lax.stop_gradient(heads), weights=weights)
+            return jnp.sum(values["logp"].reshape(labels.shape), axis=1)
+
+        def mean_loss(policy: Array) -> tuple[Array, tuple[Array, Array]]:
+            ratios = jnp.split(policy - reference, 2)
+            return jnp.mean(
+                preference_losses(*ratios, config.preference, config.beta, config.label_smoothing)
+            ), ratios
+
+        heads = Heads(_rows(output.hidden), output.head)
+        policy = log_likelihoods(heads)
+        reference = log_likelihoods(Heads(_rows(target.hidden), target.head))
+        (value, ratios), share = jax.value_and_grad(mean_loss, has_aux=True)(policy)
+        surrogate, _ = summed(heads, weights={"logp": (supervised * share[:, None]).reshape(-1)})
+        total = value + surrogate - jax.lax.stop_gradient(surrogate)
+        weight = jnp.asarray(len(labels) / 2, jnp.float32)
+        metrics = _preference_metrics(*ratios, config.beta, weight)
+        metrics["preference"] = (value * weight, weight)
+        return add_router_losses(total, metrics, output, config, weight)
+
+    return loss
+
+
+def _preference_metrics(chosen: Array, rejected: Array, beta: float, weight: Array) -> Metrics:
+    """Implicit rewards `beta * r`, their margin, and how often the chosen answer is ahead."""
+    return {
+        "reward_chosen": (beta * jnp.sum(chosen), weight),
+        "reward_rejected": (beta * jnp.sum(rejected), weight),
+        "reward_margin": (beta * jnp.sum(chosen - rejected), weight),
+        "reward_accuracy": (jnp.sum(chosen > rejected).astype(jnp.float32), weight),
+    }
+
+
+def _rows(hidden: Float[Array, "B T D"]) -> Float[Array, "N D"]:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _log_likelihood(logits: Array, _: None, labels: Array) -> dict[str, Array]:
+    return {"logp": -cross_entropy(logits, labels)}
+
+
+def _concatenate(batch: dict) -> dict:
+    """Chosen answers first, rejected ones behind them, as one batch."""
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), batch["chosen"], batch["rejected"])
+    if "images" in batch:
+        both["images"] = jnp.concatenate([batch["images"]] * 2)
+    return both

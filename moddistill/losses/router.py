@@ -1,0 +1,24 @@
+"""Router losses from statistics summed over the batch."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moddistill.models.moe import RouterStats
+
+
+def balance_loss(stats: RouterStats) -> Float[Array, ""]:
+    """`E * sum_e f_e P_e`, summed over layers: 1 a layer when balanced, E when collapsed.
+
+    f_e is the share of tokens whose first choice is e, P_e the mean probability of e (Fedus et al.
+    2021; DeepSpeed 0.9.5 `top2gating`). The reference also sums over layers, and in its d2s stage
+    adds the result twice; here it counts once.
+    """
+    tokens = jnp.maximum(stats.tokens, 1.0)[:, None]
+    share = stats.first / tokens
+    prob = stats.prob / tokens
+    return stats.first.shape[-1] * jnp.sum(share * prob)
+
+
+def z_loss(stats: RouterStats) -> Float[Array, ""]:
+    """Mean squared log-partition of the routers, summed over layers (Zoph et al. 2022)."""
+    return jnp.sum(stats.z / jnp.maximum(stats.tokens, 1.0))

@@ -1,0 +1,136 @@
+"""Norms, rotary positions and feed-forward layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+DType = Any
+
+
+def init_normal(*axes: str, std: float = 0.02) -> Callable:
+    """Normal initialiser whose parameter carries logical axis names."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+def init_fan_in(inputs: tuple[str, ...], outputs: tuple[str, ...], batch: tuple[str, ...] = ()):
+    """Normal initialiser of variance 1 / inputs, for a kernel [*batch, *inputs, *outputs]."""
+    first, last = len(batch), len(batch) + len(inputs)
+    initializer = nn.initializers.variance_scaling(
+        1.0,
+        "fan_in",
+        "normal",
+        in_axis=tuple(range(first, last)),
+        out_axis=tuple(range(last, last + len(outputs))),
+        batch_axis=tuple(range(first)),
+    )
+    return nn.with_logical_partitioning(initializer, batch + inputs + outputs)
+
+
+def init_zeros(*axes: str) -> Callable:
+    return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+
+
+def init_ones(*axes: str) -> Callable:
+    return nn.with_logical_partitioning(nn.initializers.ones_init(), axes)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", init_ones("embed"), hidden.shape[-1:], jnp.float32)
+        x = hidden.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * _like(scale, x)).astype(hidden.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 (Ba et al. 2016)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", init_ones("embed"), hidden.shape[-1:], jnp.float32)
+        bias = self.param("bias", init_zeros("embed"), hidden.shape[-1:], jnp.float32)
+        x = hidden.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * _like(scale, x) + _like(bias, x)).astype(hidden.dtype)
+
+
+def _like(vector: Array, x: Array) -> Array:
+    """A [D] parameter in the dtype and rank of `x`, so that nothing is promoted implicitly."""
+    return jnp.expand_dims(vector.astype(x.dtype), range(x.ndim - 1))
+
+
+class Linear(nn.Module):
+    """Dense layer over the last `len(axes[0])` dimensions, computed in `dtype`.
+
+    `inputs` and `outputs` name the logical axes of the kernel's input and output dimensions.
+    """
+
+    features: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    use_bias: bool
+    dtype: DType
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        n = len(self.inputs)
+        shape = x.shape[-n:] + self.features
+        kernel = self.param(
+            "kernel", init_fan_in(self.inputs, self.outputs), shape, jnp.float32
+        ).astype(self.dtype)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", init_zeros(*self.outputs), self.features, jnp.float32)
+            y = y + jnp.expand_dims(bias.astype(self.dtype), range(x.ndim - n))
+        return y
+
+
+def rotary(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T N H"]:
+    """Rotary position embedding with the two halves of a head as pairs (Su et al. 2021)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer, `down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    width: int
+    dtype: DType
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        def linear(name: str, features: int, inputs: str, outputs: str) -> Linear:
+            return Linear((features,), (inputs,), (outputs,), False, self.dtype, name=name)
+
+        gate = linear("gate", self.width, "embed", "mlp")(hidden)
+        up = linear("up", self.width, "embed", "mlp")(hidden)
+        return linear("down", hidden.shape[-1], "mlp", "embed")(nn.silu(gate) * up)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by the error function, not its tanh approximation."""
+    return nn.gelu(x, approximate=False)

@@ -1,0 +1,94 @@
+"""Named architectures: published Qwen sizes with CLIP ViT-L/14-336; those of tests and demo."""
+
+import dataclasses
+
+from moddistill.config import nearest
+from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vision import VisionConfig
+from moddistill.models.vlm import ModelConfig
+
+QWEN_REAL_VOCAB = 151_646  # ids of the tokenizer; embeddings have more rows
+QWEN_IMAGE_TOKEN = 151_646  # the first id after them
+
+CLIP_L_336 = VisionConfig(image_size=336, patch_size=14, width=1024, mlp=4096, layers=24, heads=16)
+
+
+def _qwen(
+    width: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    tied_head: bool,
+    vocab_size: int = 151_936,
+    rope_theta: float = 1e6,
+) -> ModelConfig:
+    decoder = DecoderConfig(
+        vocab_size=vocab_size,
+        real_vocab=QWEN_REAL_VOCAB,
+        width=width,
+        mlp=mlp,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        rope_theta=rope_theta,
+        tied_head=tied_head,
+    )
+    return ModelConfig(decoder, CLIP_L_336, "mlp2x_gelu", "vicuna", QWEN_IMAGE_TOKEN)
+
+
+def _small(
+    decoder: tuple[int, int, int, int, int], vision: VisionConfig | None, vocab: int
+) -> ModelConfig:
+    """A model for tests and the demo; `real_vocab` and the image token come from its tokenizer."""
+    width, mlp, layers, heads, kv_heads = decoder
+    config = DecoderConfig(
+        vocab_size=vocab,
+        real_vocab=vocab,
+        width=width,
+        mlp=mlp,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+    )
+    return ModelConfig(config, vision, "mlp2x_gelu", "vicuna", vocab)
+
+
+_TINY_TOWER = VisionConfig(image_size=28, patch_size=14, width=16, mlp=32, layers=2, heads=2)
+_DEMO_TOWER = VisionConfig(image_size=64, patch_size=16, width=128, mlp=384, layers=5, heads=4)
+
+PRESETS: dict[str, ModelConfig] = {
+    "qwen1.5-0.5b": _qwen(1024, 2816, 24, 16, 16, tied_head=True),
+    "qwen1.5-1.8b": _qwen(2048, 5504, 24, 16, 16, tied_head=False),
+    "qwen1.5-4b": _qwen(2560, 6912, 40, 20, 20, tied_head=False, rope_theta=5e6),
+    "qwen1.5-7b": _qwen(4096, 11008, 32, 32, 32, tied_head=False),
+    "qwen2-0.5b": _qwen(896, 4864, 24, 14, 2, tied_head=True),
+    "qwen2-1.5b": _qwen(1536, 8960, 28, 12, 2, tied_head=True),
+    "qwen2-7b": _qwen(3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064),
+    "tiny": _small((16, 32, 4, 4, 2), _TINY_TOWER, 320),
+    "tiny-teacher": _small((32, 64, 2, 4, 2), _TINY_TOWER, 320),
+    "demo-teacher": _small((128, 384, 4, 4, 4), _DEMO_TOWER, 512),
+    "demo-language": _small((96, 256, 4, 4, 2), None, 512),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The architecture of that name; ValueError with the known names otherwise."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"preset {name!r} is unknown; accepted: {', '.join(PRESETS)}{nearest(name, PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def with_vocabulary(config: ModelConfig, real_vocab: int, image_token: int) -> ModelConfig:
+    """The architecture fitted to a tokenizer; ValueError if it has more ids than embedding rows."""
+    if real_vocab > config.decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {real_vocab} ids, the model's embedding "
+            f"{config.decoder.vocab_size} rows; accepted: no more ids than rows"
+        )
+    decoder = dataclasses.replace(config.decoder, real_vocab=real_vocab)
+    return dataclasses.replace(config, decoder=decoder, image_token=image_token)

@@ -1,0 +1,37 @@
+"""From vision features to decoder width: LLaVA's `linear` and `mlpNx_gelu`."""
+
+import re
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from moddistill.models.layers import DType, Linear, exact_gelu
+
+
+def projector_depth(kind: str) -> int:
+    """Number of linear layers of a projector kind; ValueError for an unknown one."""
+    if kind == "linear":
+        return 1
+    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if not match:
+        raise ValueError(
+            f"projector is {kind!r}; accepted: linear, or mlpNx_gelu such as mlp2x_gelu"
+        )
+    return int(match[1])
+
+
+class Projector(nn.Module):
+    """Linear layers with exact GELU between them, biases everywhere."""
+
+    kind: str
+    width: int
+    dtype: DType
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B P X"]) -> Float[Array, "B P D"]:
+        x = features
+        for i in range(projector_depth(self.kind)):
+            x = exact_gelu(x) if i else x
+            axes = ("mlp",) if i else ("vision",)
+            x = Linear((self.width,), axes, ("embed",), True, self.dtype, name=f"linear_{i}")(x)
+        return x

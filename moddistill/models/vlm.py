@@ -1,0 +1,106 @@
+"""The multimodal model: tower, projector, decoder.
+
+    batch  = {tokens, positions, segments [B, T], images [B, I, H, W, 3] uint8}
+    output = model.apply({"params": params}, batch)
+
+Image placeholders are already repeated once per patch, so splicing is a gather and a `where`. The
+model returns hidden states and the head's matrix, not logits: losses contract them in chunks.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from moddistill.models.attention import Cache, causal_mask
+from moddistill.models.layers import DType
+from moddistill.models.moe import RouterStats
+from moddistill.models.projector import Projector
+from moddistill.models.qwen import Context, Decoder, DecoderConfig
+from moddistill.models.vision import Vision, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and conversation format; `vision` is None for a language model alone."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig | None
+    projector: str
+    template: str
+    image_token: int
+
+
+@flax.struct.dataclass
+class Output:
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "D V"]
+    router: RouterStats | None
+    cache: list[list[Cache]] | None
+
+
+class Vlm(nn.Module):
+    """A causal multimodal language model, dense or sparse."""
+
+    config: ModelConfig
+    dtype: DType = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, batch: dict[str, Any], cache: list[list[Cache]] | None = None) -> Output:
+        """Hidden states [B, T, D] for a batch; with `cache`, also the keys and values so far.
+
+        A batch for decoding has `mask` [B, T, S] over the cache's slots and `start`, the slot where
+        this call's first position is stored, and no images.
+        """
+        config = self.config
+        tokens, segments = batch["tokens"], batch["segments"]
+        is_image = (tokens == config.image_token) & (segments > 0)
+        context = Context(
+            positions=batch["positions"],
+            mask=batch["mask"] if "mask" in batch else causal_mask(segments),
+            valid=segments > 0,
+            is_image=is_image,
+            start=batch.get("start", jnp.zeros((), jnp.int32)),
+        )
+        image_hidden = None
+        if config.vision is not None and "images" in batch:
+            image_hidden = splice(self._embed_images(batch["images"]), is_image)
+        decoder = Decoder(config.decoder, self.dtype, self.remat, name="decoder")
+        return Output(*decoder(tokens, image_hidden, context, cache))
+
+    def _embed_images(self, images: Array) -> Float[Array, "B X D"]:
+        """Projected patches of all images of each sample, one after the other."""
+        batch, count = images.shape[:2]
+        flat = images.reshape(-1, *images.shape[2:])
+        features = Vision(self.config.vision, self.dtype, self.remat, name="vision")(flat)
+        width = self.config.decoder.width
+        projected = Projector(self.config.projector, width, self.dtype, name="projector")(features)
+        return projected.reshape(batch, count * projected.shape[1], width)
+
+    @staticmethod
+    def logits(output: Output) -> Float[Array, "B T V"]:
+        """All logits in float32; for tests and single positions, since they are B * T * V floats."""
+        return jnp.einsum(
+            "BTD,DV->BTV", output.hidden, output.head, preferred_element_type=jnp.float32
+        )
+
+
+def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The n-th patch at the n-th image position of each sample; elsewhere an arbitrary one."""
+    index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
+    return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(patches, index)
+
+
+def dummy_batch(config: ModelConfig) -> dict[str, Int[Array, "..."]]:
+    """The smallest batch that touches every parameter; for shapes and initialisation."""
+    row = jnp.ones((1, 1), jnp.int32)
+    batch = {"tokens": row, "positions": row, "segments": row}
+    if config.vision is not None:
+        size = config.vision.image_size
+        batch["images"] = jnp.zeros((1, 1, size, size, 3), jnp.uint8)
+    return batch

@@ -1,0 +1,85 @@
+"""Device mesh, and one table from logical axis names to mesh axes.
+
+Parameters carry logical names from their creation; an unknown name is an error. Without this table
+a misspelt one would silently be replicated.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moddistill.config import MeshConfig, nearest
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": "expert",
+    "layers": None,
+    "router": None,
+    "vision": None,
+    "patch": None,
+    "patches": None,
+    "act_batch": ("data", "fsdp"),
+    "act_seq": None,
+    "act_embed": None,
+}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices; ValueError if the axis sizes do not multiply to their number."""
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    devices = jax.device_count()
+    known = int(np.prod([size for size in sizes if size != -1]))
+    filled = [devices // known if size == -1 else size for size in sizes]
+    if sizes.count(-1) > 1 or min(filled) < 1 or np.prod(filled) != devices:
+        shape = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {shape} does not fit {devices} devices; accepted: positive sizes whose product "
+            "is their number, one of them -1 for what is left"
+        )
+    return jax.make_mesh(tuple(filled), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def resolve(names: PartitionSpec) -> PartitionSpec:
+    """Mesh axes for an array's logical names; ValueError for a name the table does not have."""
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(
+                f"logical axis {name!r} is unknown; accepted: {', '.join(RULES)}"
+                + nearest(name, RULES)
+            )
+    return PartitionSpec(*[None if name is None else RULES[name] for name in names])
+
+
+def param_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Shardings of the parameters of an abstract init whose leaves carry logical names."""
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, resolve(spec)),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples spread over the `data` and `fsdp` axes."""
+    return NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """This process's samples (numpy arrays) as parts of global arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,45 @@
+"""What a run carries from step to step, and how parameters are made ready for it."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from moddistill.tree import Flat, flatten, split, unflatten
+
+_ALWAYS_FLOAT32 = ("router", "scale", "blend", "blend_bias")
+
+
+@flax.struct.dataclass
+class State:
+    """`params` train and have moments in `opt_state`; `frozen` ones have neither."""
+
+    step: Int[Array, ""]
+    params: Flat
+    frozen: Flat
+    opt_state: Any
+
+
+def make_state(
+    params: dict[str, Any], trainable: set[str], optimizer: optax.GradientTransformation, dtype: Any
+) -> State:
+    """The state before the first step: trained parameters in float32, frozen ones in `dtype`."""
+    trained, frozen = split(params, trainable)
+    trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
+    frozen = flatten(cast_frozen(unflatten(frozen), dtype))
+    return State(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
+
+
+def cast_frozen(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Parameters as they are kept when they do not train, such as a teacher's.
+
+    Small ones that take part in float32 arithmetic keep it.
+    """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32 if path[-1].key in _ALWAYS_FLOAT32 else dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPImageProcessor
+
+from moddistill.data.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    load_image,
+    pad_to_square,
+    preprocess,
+    preprocessor_config,
+)
+
+
+def random_image(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("width", "height", "left", "top"), [(4, 9, 2, 0), (9, 4, 0, 2)])
+def test_padding_centres_the_image_on_the_floored_mean_colour(width, height, left, top):
+    image = random_image(width, height)
+    expected = np.empty((9, 9, 3), np.uint8)
+    expected[:] = (122, 116, 104)
+    expected[top : top + height, left : left + width] = np.asarray(image)
+    np.testing.assert_array_equal(np.asarray(pad_to_square(image)), expected)
+
+
+def test_a_square_image_of_the_right_size_is_left_alone():
+    image = random_image(6, 6)
+    np.testing.assert_array_equal(preprocess(image, 6), np.asarray(image))
+
+
+def normalised(pixels):
+    """What the model sees of uint8 [H, W, 3], as [3, H, W]."""
+    return ((pixels / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(50, 30), (31, 64), (24, 24)])
+def test_pixels_equal_those_of_the_clip_processor_on_padded_images(size):
+    shape = {"height": 24, "width": 24}
+    processor = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=shape)
+    image = random_image(*size)
+    theirs = processor(pad_to_square(image), return_tensors="np")["pixel_values"][0]
+    ours = preprocess(image, 24)
+    assert (ours.dtype, ours.shape) == (np.uint8, (24, 24, 3))
+    np.testing.assert_allclose(normalised(ours), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(50, 30), (31, 64), (24, 24)])
+def test_transformers_makes_the_same_pixels_from_our_config(size, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(24)))
+    processor = AutoImageProcessor.from_pretrained(str(tmp_path))
+    image = random_image(*size)
+    theirs = processor(image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(normalised(preprocess(image, 24)), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_any_colour_mode_is_read_as_rgb(mode, tmp_path):
+    path = tmp_path / "a.tiff"
+    random_image(5, 4).convert(mode).save(path)
+    assert (load_image(str(path)).mode, load_image(str(path)).size) == ("RGB", (5, 4))
+
+
+@pytest.mark.parametrize("kept", [0, 20, 60, 900])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_broken_file_is_an_error_that_names_it(name, kept, tmp_path):
+    path = tmp_path / name
+    random_image(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+        load_image(str(path))
+
+
+def test_a_missing_file_is_not_taken_for_a_broken_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_image(str(tmp_path / "gone.png"))

@@ -1,0 +1,222 @@
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+
+from moddistill.config import DataConfig, SourceConfig
+from moddistill.data.examples import ExampleSpec
+from moddistill.data.pipeline import make_dataset
+from moddistill.data.records import Quarantine
+
+SPEC = ExampleSpec("vicuna", max_length=160, max_images=1, image_size=4, image_tokens=2)
+
+
+def talk(question, answer, **fields):
+    human, gpt = {"from": "human", "value": question}, {"from": "gpt", "value": answer}
+    return {"conversations": [human, gpt], **fields}
+
+
+@pytest.fixture
+def stream(small, tmp_path):
+    """Makes a stream of batches from record files."""
+
+    def make(*paths, workers=0, kind="conversation", weights=None, **options):
+        sources = {
+            f"source{number}": SourceConfig(path, str(tmp_path), weight)
+            for number, (path, weight) in enumerate(
+                zip(paths, weights or [1.0] * len(paths), strict=True)
+            )
+        }
+        config = DataConfig(sources, workers=workers)
+        options = {"batch_size": 4, "seed": 0} | options
+        path = str(tmp_path / "quarantine.jsonl")
+        return make_dataset(config, SPEC, small, kind=kind, quarantine_path=path, **options)
+
+    return make
+
+
+@pytest.fixture
+def answers(small):
+    """The answers in a batch or in batches."""
+
+    def read(*batches):
+        return [
+            small.decode(tokens[mask].tolist()).strip()
+            for batch in batches
+            for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True)
+        ]
+
+    return read
+
+
+@pytest.fixture
+def numbered(data_file, picture):
+    """A file of `count` records, whose answers are their numbers, some with a picture."""
+
+    def write(count, name="data.json", start=0):
+        picture()
+        images = [{"image": "a.png"} if number % 2 else {} for number in range(count)]
+        return data_file(
+            [
+                talk("<image> q" if image else "q", str(start + number), **image)
+                for number, image in enumerate(images)
+            ],
+            name,
+        )
+
+    return write
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def test_batches_are_stacked_samples(stream, numbered):
+    batch = next(iter(stream(numbered(10), batch_size=3)))
+    shapes = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
+    assert shapes == {
+        "tokens": ((3, 160), "int32"),
+        "loss_mask": ((3, 160), "bool"),
+        "positions": ((3, 160), "int32"),
+        "segments": ((3, 160), "int32"),
+        "images": ((3, 1, 4, 4, 3), "uint8"),
+    }
+
+
+def test_preferences_are_batched_side_by_side(stream, data_file):
+    path = data_file([{"question": "q", "chosen": "a", "rejected": "b"}])
+    batch = next(iter(stream(path, kind="preference", batch_size=2)))
+    assert set(batch) == {"chosen", "rejected", "images"}
+    assert batch["chosen"]["tokens"].shape == batch["rejected"]["loss_mask"].shape == (2, 160)
+    assert batch["images"].shape == (2, 1, 4, 4, 3)
+
+
+def test_every_epoch_holds_each_record_once_in_another_order(stream, numbered, answers):
+    order = answers(*take(iter(stream(numbered(12))), 6))
+    first, second = order[:12], order[12:]
+    assert sorted(first, key=int) == sorted(second, key=int) == [str(n) for n in range(12)]
+    assert first != second
+    assert first != sorted(first, key=int)
+
+
+def test_the_order_depends_on_the_seed_alone(stream, numbered, answers):
+    path = numbered(12)
+    orders = [answers(*take(iter(stream(path, seed=seed)), 3)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_sources_are_mixed_by_weight_and_shuffled_apart(stream, numbered, answers):
+    paths = [numbered(10, "a.json"), numbered(10, "b.json", start=100)]
+    order = answers(*take(iter(stream(*paths, weights=[3.0, 1.0])), 10))
+    assert Counter(int(answer) >= 100 for answer in order) == {False: 30, True: 10}
+    order = answers(*take(iter(stream(*paths)), 5))
+    left = [int(answer) for answer in order if int(answer) < 100]
+    assert left != [int(answer) - 100 for answer in order if int(answer) >= 100]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_together_read_the_stream_of_a_single_one(count, stream, numbered, answers):
+    paths = [numbered(7, "a.json"), numbered(12, "b.json", start=100)]
+    single = answers(*take(iter(stream(*paths, batch_size=12)), 4))
+    shares = [
+        answers(
+            *take(
+                iter(
+                    stream(
+                        *paths,
+                        batch_size=12 // count,
+                        process_index=index,
+                        process_count=count,
+                    )
+                ),
+                4,
+            )
+        )
+        for index in range(count)
+    ]
+    assert [answer for step in zip(*shares, strict=True) for answer in step] == single
+
+
+@pytest.fixture
+def spoilt(data_file, picture, tmp_path):
+    """A file of 12 records of which one has a broken picture and one too long a question."""
+    picture()
+    (tmp_path / "broken.png").write_bytes(Path(tmp_path / "a.png").read_bytes()[:50])
+    records = [talk("<image>", str(number), image="a.png") for number in range(10)]
+    records += [talk("<image>", "10", image="broken.png"), talk("word " * 200, "11")]
+    return data_file([*records, talk("q", "")])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_position_restores_the_exact_next_batches(workers, stream, spoilt, answers):
+    iterator = iter(stream(spoilt, workers=workers))
+    take(iterator, 3)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 5)
+    iterator.set_state(state)
+    chex.assert_trees_all_equal(take(iterator, 5), expected)
+    iterator.close()
+    fresh = iter(stream(spoilt, workers=workers))
+    fresh.set_state(state)
+    chex.assert_trees_all_equal(take(fresh, 5), expected)
+    fresh.close()
+    # Workers change nothing about the order, with rejected records in it either.
+    alone = answers(*take(iter(stream(spoilt)), 8)[3:])
+    assert answers(*expected) == alone
+
+
+def test_the_position_is_one_integer(stream, numbered):
+    iterator = iter(stream(numbered(8)))
+    take(iterator, 3)
+    assert iterator.get_state() == {"next_index": 12}
+
+
+def test_what_is_left_out_is_in_the_quarantine_once_and_nowhere_else(
+    stream, spoilt, answers, tmp_path
+):
+    batches = take(iter(stream(spoilt, batch_size=5)), 8)
+    assert Counter(answers(*batches)) == {str(number): 4 for number in range(10)}
+    assert all(np.unique(batch["images"][:, 0].reshape(5, -1), axis=0).any() for batch in batches)
+    take(iter(stream(spoilt)), 8)
+    quarantine = Quarantine(str(tmp_path / "quarantine.jsonl"))
+    lines = Path(quarantine.path).read_text().splitlines()
+    reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
+    assert len(lines) == quarantine.count == 3
+    assert "broken.png: not a readable image" in reasons[11]
+    assert "no answer token within max_length 160" in reasons[12]
+    assert reasons[13] == "an answer is empty"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_gives_nothing_is_an_error_and_no_endless_search(
+    workers, stream, numbered, data_file
+):
+    bad = data_file([talk("word " * 200, "a"), talk("word " * 300, "b")], "bad.json")
+    iterator = iter(stream(numbered(4), bad, workers=workers))
+    with pytest.raises(
+        ValueError, match=r"bad.json: none of its 2 records can be used; see .*jsonl"
+    ):
+        take(iterator, 10)
+    iterator.close()
+
+
+def test_mistakes_in_the_configuration_are_errors(stream, numbered):
+    with pytest.raises(ValueError, match=r"'preferences' is unknown; .* mean 'preference'"):
+        stream(numbered(1), kind="preferences")
+    with pytest.raises(ValueError, match=r"data.sources is empty"):
+        stream()
+    with pytest.raises(ValueError, match=r"data.sources.source0.weight is 0.0; it must be pos"):
+        stream(numbered(1), weights=[0.0])
+
+
+def test_no_file_of_the_package_imports_an_accelerator_library():
+    ours = [name for name in sys.modules if name.startswith("moddistill.data.")]
+    assert len(ours) >= 6
+    for name in ours:
+        source = Path(sys.modules[name].__file__).read_text()
+        assert "import jax" not in source
+        assert "torch" not in source

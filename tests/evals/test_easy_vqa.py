@@ -1,0 +1,75 @@
+"""Reading and scoring of the easy-VQA benchmark."""
+
+import json
+
+import pytest
+
+from moddistill.evals import easy_vqa
+
+
+def rows(*pairs):
+    return [{"question": "?", "image": "0.png", "answer": a, "prediction": p} for a, p in pairs]
+
+
+def write(folder, turns):
+    record = {"id": "test-0", "image": "test/7.png", "conversations": turns}
+    (folder / "test.json").write_text(json.dumps([record]))
+
+
+@pytest.mark.parametrize(("answer", "kind"), [("no", "yes/no"), ("teal", "other")])
+def test_questions_are_read_as_published(tmp_path, answer, kind):
+    write(
+        tmp_path,
+        [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": answer}],
+    )
+    (question,) = easy_vqa.questions(tmp_path)
+    image = tmp_path / "images/test/7.png"
+    assert question == easy_vqa.Question("test-0", image, "<image>\nis it red?", answer, kind)
+
+
+def test_missing_data_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match=r"test\.json does not exist.*tools\.easy_vqa"):
+        easy_vqa.questions(tmp_path)
+
+
+def test_several_questions_in_a_record_are_an_error(tmp_path):
+    write(tmp_path, [{"from": "human", "value": "?"}, {"from": "gpt", "value": "no"}] * 2)
+    with pytest.raises(ValueError, match=r"record test-0.*expected \['human', 'gpt'\]"):
+        easy_vqa.questions(tmp_path)
+
+
+def test_score_by_hand():
+    scores = easy_vqa.score(
+        rows(
+            ("yes", " Yes\n"),
+            ("yes", "no"),
+            ("no", "yes"),
+            ("no", "no"),
+            ("no", "red"),
+            ("no", "no"),
+            ("red", "RED"),
+            ("circle", "a circle"),
+        )
+    )
+    assert scores == {
+        "questions": 8,
+        "accuracy": 4 / 8,
+        "accuracy_yes_no": 3 / 6,
+        "accuracy_other": 1 / 2,
+        "false_yes_rate": 1 / 4,
+        "unparsed": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("answers", "name"),
+    [
+        ((), "accuracy"),
+        (("red",), "accuracy_yes_no"),
+        (("yes", "no"), "accuracy_other"),
+        (("yes", "red"), "false_yes_rate"),
+    ],
+)
+def test_a_rate_of_nothing_is_an_error(answers, name):
+    with pytest.raises(ValueError, match=f"^{name}: none of the rows"):
+        easy_vqa.score(rows(*[(answer, answer) for answer in answers]))
