@@ -1,13 +1,17 @@
 """What all experiments share: the argument of `get_config`, and records for the smallest size."""
 
+import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import ml_collections
 import numpy as np
 from PIL import Image
 
-from moddistill.config import SourceConfig, nearest
+from moddistill.config import DataConfig, SourceConfig, TrainConfig, nearest, to_config_dict
 from moddistill.data.tokenizer import train_bpe
 from moddistill.models.presets import preset
 
@@ -15,6 +19,7 @@ SIZES = ("full", "demo", "tiny")
 STUDENT = "qwen1.5-1.8b"  # the pair of the paper's ablations
 TEACHER = "qwen1.5-7b"
 EASY_VQA = "data/easy_vqa"
+DEMO_LENGTH = 50  # tokens of the longest question with its picture and answer
 
 
 def parse(arg: str | None) -> dict[str, str]:
@@ -38,6 +43,19 @@ def parse(arg: str | None) -> dict[str, str]:
                 + nearest(item, known)
             )
     return options
+
+
+def choose(
+    arg: str | None, *, full: Callable[[str, str], Any], **smaller: Callable[[], Any]
+) -> ml_collections.ConfigDict:
+    """The config of the size that `arg` names; `full` gets the presets of student and teacher."""
+    options = parse(arg)
+    size = options["size"]
+    if size == "full":
+        return to_config_dict(full(options["student"], options["teacher"]))
+    if size not in smaller:
+        raise ValueError(f"there is no size {size!r} here; accepted: full, {', '.join(smaller)}")
+    return to_config_dict(smaller[size]())
 
 
 def source(file: str, images: str = "data/images") -> dict[str, SourceConfig]:
@@ -77,3 +95,39 @@ def tiny_data() -> Path:
     (folder / "preferences.json").write_text(json.dumps(preferences))
     train_bpe((json.dumps(conversations),), 300).save(str(folder / "tokenizer"))
     return folder
+
+
+def at_demo_size(config: TrainConfig) -> TrainConfig:
+    """The stage for two CPU cores, with the conversation format of Qwen and float32 throughout."""
+    data = config.data
+    if data.template != "plain":
+        data = dataclasses.replace(
+            data, template="chatml", max_length=min(data.max_length, DEMO_LENGTH)
+        )
+    return dataclasses.replace(
+        config,
+        batch_size=64,
+        log_every=10,
+        save_every=10_000,
+        dtype="float32",
+        remat=False,
+        data=data,
+        optim=dataclasses.replace(config.optim, warmup_ratio=0.05),
+    )
+
+
+def at_tiny_size(config: TrainConfig) -> TrainConfig:
+    """The stage for tests: seconds, with records and models of its own."""
+    folder = tiny_data()
+    kind = "preferences" if config.stage == "preference" else "conversations"
+    return dataclasses.replace(
+        config,
+        tokenizer=str(folder / "tokenizer"),
+        steps=4,
+        batch_size=8,
+        log_every=1,
+        save_every=2,
+        dtype="float32",
+        data=DataConfig(sources=source(f"{folder}/{kind}.json", str(folder)), max_length=128),
+        optim=dataclasses.replace(config.optim, lr=1e-3, warmup_ratio=0.0),
+    )

@@ -116,6 +116,17 @@ class TrainConfig:
     moe: MoeConfig = MoeConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+    """Stages after each other. `{workdir}` in a path of a stage stands for the recipe's folder."""
+
+    order: tuple[str, ...] = ()
+    stages: Mapping[str, TrainConfig] = dataclasses.field(default_factory=dict)
+    benchmark: str = ""  # of moddistill.evals; none if empty
+    benchmark_data: str = ""
+    evaluated: tuple[str, ...] = ()  # stages whose models answer the benchmark, teacher first
+
+
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """`; did you mean X?` for the accepted name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(accepted), n=1)

@@ -76,6 +76,16 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), dummy_batch(config))["params"]
 
 
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Parameters stored, and those that one token uses: of the experts, the `top_k` chosen."""
+    flat = flatten(nn.unbox(abstract_params(config)))
+    total = sum(leaf.size for leaf in flat.values())
+    experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
+    moe = config.decoder.moe
+    idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts if moe else 0
+    return total, total - idle
+
+
 def load_params(
     folder: str | Path,
     config: ModelConfig,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from flax import linen as nn
 from jax.sharding import Mesh
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from orbax.checkpoint import v1 as ocp
 
 from moddistill import checkpoint, sharding
@@ -215,15 +215,13 @@ def _record_config(config: TrainConfig, workdir: Path) -> None:
     file.write_text(json.dumps(ours, indent=2) + "\n")
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.", required=True)
-
-
-def main(_: list[str]) -> None:
+def main(values: ConfigDict, workdir: str) -> None:
     """Entry point of `python -m moddistill.train`."""
     logging.set_verbosity(logging.INFO)
-    train(from_config_dict(TrainConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value))
+    train(from_config_dict(TrainConfig, values.to_dict()), Path(workdir))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    app.run(lambda _: main(_CONFIG.value, _WORKDIR.value))

@@ -21,7 +21,7 @@ from moddistill.models.moe import MoE, RouterStats
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder. `vocab_size` counts embedding rows, `real_vocab` those ever produced."""
+    """Sizes of the decoder. `vocab_size` counts embedding rows, `real_vocab` those in use."""
 
     vocab_size: int
     real_vocab: int

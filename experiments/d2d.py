@@ -1,0 +1,47 @@
+"""Dense to dense: the student's language model and projector follow the teacher's distributions.
+
+    python -m moddistill.train --config experiments/d2d.py --workdir runs/qwen1.5-1.8b/d2d
+
+Paper: KL to the teacher alone, 2.4M captions and conversations, batch 256, 2e-5, one epoch. The
+reference's script has 128 a step.
+"""
+
+import ml_collections
+
+from experiments import common
+from moddistill.config import DataConfig, OptimConfig, TrainConfig
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    return common.choose(arg, full=full, demo=demo, tiny=tiny)
+
+
+def full(student: str, teacher: str) -> TrainConfig:
+    return TrainConfig(
+        stage="d2d",
+        student=f"runs/{student}/init/model",
+        teacher=f"runs/{teacher}/sft/model",
+        steps=2_400_000 // 256,
+        batch_size=256,  # paper; 128 in the reference's script
+        data=DataConfig(sources=common.source("data/d2d.json")),
+        optim=OptimConfig(lr=2e-5),
+    )
+
+
+def demo() -> TrainConfig:
+    return common.at_demo_size(
+        TrainConfig(
+            stage="d2d",
+            student="runs/demo/init/model",
+            teacher="runs/demo/teacher/model",
+            steps=350,
+            data=DataConfig(sources=common.easy_vqa("train")),
+            optim=OptimConfig(lr=1e-3),
+        )
+    )
+
+
+def tiny() -> TrainConfig:
+    return common.at_tiny_size(
+        TrainConfig(stage="d2d", student="random:tiny", teacher="random:tiny-teacher")
+    )

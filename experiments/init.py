@@ -1,0 +1,45 @@
+"""Initialisation: the projector alone learns to speak to the language model, by cross entropy.
+
+    python -m moddistill.train --config experiments/init.py --workdir runs/qwen1.5-1.8b/init
+
+Paper: 0.6M captions (LLaVA-Pretrain), batch 512, 1e-4, one epoch. The reference's script has 1e-3
+and 256 a step. Expected: the loss falls within the first hundred steps and then slowly.
+"""
+
+import ml_collections
+
+from experiments import common
+from moddistill.config import DataConfig, OptimConfig, TrainConfig
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    return common.choose(arg, full=full, demo=demo, tiny=tiny)
+
+
+def full(student: str, teacher: str) -> TrainConfig:
+    return TrainConfig(
+        stage="init",
+        student=f"models/{student}",
+        steps=600_000 // 512,
+        batch_size=512,  # paper; 256 in the reference's script
+        data=DataConfig(sources=common.source("data/blip_laion_cc_sbu_558k.json")),
+        optim=OptimConfig(lr=1e-4),  # paper; 1e-3 in the reference's script
+    )
+
+
+def demo() -> TrainConfig:
+    """Joins the demo's language model to the teacher's tower."""
+    return common.at_demo_size(
+        TrainConfig(
+            stage="init",
+            student="runs/demo/language/model",
+            vision="runs/demo/teacher/model",
+            steps=150,
+            data=DataConfig(sources=common.easy_vqa("captions")),
+            optim=OptimConfig(lr=2e-3),
+        )
+    )
+
+
+def tiny() -> TrainConfig:
+    return common.at_tiny_size(TrainConfig(stage="init", student="random:tiny"))

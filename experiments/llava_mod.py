@@ -1,0 +1,107 @@
+"""The whole recipe: init, d2d, d2s, preference.
+
+    python -m moddistill.recipe --config experiments/llava_mod.py --workdir runs/qwen1.5-1.8b
+
+Full size needs a teacher, `runs/qwen1.5-7b/sft/model`, and a student with a tower,
+`models/qwen1.5-1.8b`.
+
+    python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
+
+The demo begins earlier, since it may use nothing but the published pictures and questions of easy-
+VQA: `captions` trains a tower and a language model from scratch, `teacher` goes on with questions,
+and `language` trains the student's language model on text, in place of a pretrained Qwen.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from experiments import common, d2d, d2s, init, preference, sft
+from moddistill.config import DataConfig, OptimConfig, RecipeConfig, TrainConfig
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    return common.choose(arg, full=full, demo=demo)
+
+
+def full(student: str, teacher: str) -> RecipeConfig:
+    return _recipe(
+        {
+            "init": init.full(student, teacher),
+            "d2d": d2d.full(student, teacher),
+            "d2s": d2s.full(student, teacher),
+            "preference": preference.full(student, teacher),
+        },
+        runs=f"runs/{student}/",
+    )
+
+
+def demo() -> RecipeConfig:
+    recipe = _recipe(
+        {
+            "captions": captions(),
+            "teacher": sft.demo(),
+            "language": language(),
+            "init": init.demo(),
+            "d2d": d2d.demo(),
+            "d2s": d2s.demo(),
+            "preference": preference.demo(),
+        },
+        runs="runs/demo/",
+    )
+    return dataclasses.replace(
+        recipe,
+        benchmark="easy_vqa",
+        benchmark_data=common.EASY_VQA,
+        evaluated=("teacher", "init", "d2d", "d2s", "preference"),
+    )
+
+
+def captions() -> TrainConfig:
+    """Tower and teacher from scratch; captions show shapes far sooner than questions do."""
+    return common.at_demo_size(
+        TrainConfig(
+            stage="sft",
+            student="random:demo-teacher",
+            tokenizer=f"{common.EASY_VQA}/tokenizer",
+            trainable=("decoder/.*", "projector/.*", "vision/.*"),
+            steps=800,
+            data=DataConfig(sources=common.easy_vqa("captions"), template="plain", max_length=21),
+            optim=OptimConfig(lr=2e-3, weight_decay=0.05),
+        )
+    )
+
+
+def language() -> TrainConfig:
+    """The student's language model on text alone."""
+    return common.at_demo_size(
+        TrainConfig(
+            stage="sft",
+            student="random:demo-language",
+            tokenizer=f"{common.EASY_VQA}/tokenizer",
+            trainable=("decoder/.*",),
+            steps=200,
+            data=DataConfig(sources=common.easy_vqa("text"), max_length=36),
+            optim=OptimConfig(lr=2e-3, weight_decay=0.05),
+        )
+    )
+
+
+def _recipe(stages: dict[str, TrainConfig], runs: str) -> RecipeConfig:
+    """The stages in this order, with paths below `runs` moved to the recipe's own folder."""
+
+    def moved(path: str) -> str:
+        return path.replace(runs, "{workdir}/", 1) if path.startswith(runs) else path
+
+    return RecipeConfig(
+        order=tuple(stages),
+        stages={
+            name: dataclasses.replace(
+                stage,
+                student=moved(stage.student),
+                teacher=moved(stage.teacher),
+                vision=moved(stage.vision),
+            )
+            for name, stage in stages.items()
+        },
+    )

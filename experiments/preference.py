@@ -1,0 +1,56 @@
+"""Preference distillation: the student prefers good answers more clearly than its teacher.
+
+    python -m moddistill.train --config experiments/preference.py --workdir
+    runs/qwen1.5-1.8b/preference
+
+Paper: 80k pairs of RLAIF-V (0.8M in the first version), batch 256, 2e-6, one epoch, KTO on pairs
+(`--config.loss.preference=sigmoid` is DPO), beta 0.1; the teacher is the reference model; experts,
+routers and projector train.
+"""
+
+import ml_collections
+
+from experiments import common
+from moddistill.config import DataConfig, OptimConfig, SourceConfig, TrainConfig
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    return common.choose(arg, full=full, demo=demo, tiny=tiny)
+
+
+def full(student: str, teacher: str) -> TrainConfig:
+    return TrainConfig(
+        stage="preference",
+        student=f"runs/{student}/d2s/model",
+        teacher=f"runs/{teacher}/sft/model",
+        steps=80_000 // 256,
+        batch_size=256,  # paper; 128 in the reference's script
+        data=DataConfig(sources=common.source("data/rlaif_v.json")),
+        optim=OptimConfig(lr=2e-6),
+    )
+
+
+def demo() -> TrainConfig:
+    heldout = SourceConfig(f"{common.EASY_VQA}/preference_test.json", f"{common.EASY_VQA}/images")
+    return common.at_demo_size(
+        TrainConfig(
+            stage="preference",
+            student="runs/demo/d2s/model",
+            teacher="runs/demo/teacher/model",
+            steps=100,
+            heldout_steps=1200 // 64,
+            data=DataConfig(sources=common.easy_vqa("preference_train"), heldout=heldout),
+            optim=OptimConfig(lr=2e-4),
+        )
+    )
+
+
+def tiny() -> TrainConfig:
+    return common.at_tiny_size(
+        TrainConfig(
+            stage="preference",
+            student="random:tiny",
+            teacher="random:tiny-teacher",
+            trainable=("decoder/.*",),
+        )
+    )

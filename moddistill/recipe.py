@@ -1,0 +1,160 @@
+"""Runs the stages of a recipe after each other, and reports.
+
+    python -m moddistill.recipe --config experiments/llava_mod.py --workdir runs/llava_mod
+
+Each stage has its own folder in the workdir; finished ones are skipped, an unfinished one resumes.
+With a benchmark, the models of the evaluated stages answer it; the table, `predictions.jsonl` (one
+field a model) and `report.html` are written at the end.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from moddistill.config import RecipeConfig, from_config_dict
+from moddistill.evaluate import evaluate
+from moddistill.metrics import read_metrics
+from moddistill.model_folder import parameter_counts, read_model_config
+from moddistill.report import format_table, write_report
+from moddistill.train import train
+
+EXAMPLES = 24
+
+
+def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
+    """Trains, evaluates and reports; returns the rows of the table.
+
+    Raises:
+      ValueError: if the order and the stages do not name the same things, or a stage fails.
+    """
+    _check(config)
+    for name in config.order:
+        train(config.stages[name], workdir / name)
+        if config.benchmark and name in config.evaluated:
+            _evaluate(config, workdir / name)
+    rows = table(config, workdir)
+    write_predictions(config, workdir)
+    write_report(
+        workdir / "report.html",
+        title=f"{workdir.name}: {' → '.join(config.order)}",
+        stages={name: _curve(workdir / name) for name in config.order},
+        table=rows,
+        examples=_examples(config, workdir),
+        loads=_loads(config, workdir),
+    )
+    return rows
+
+
+def at_workdir(values: Any, workdir: str) -> Any:
+    """Nested config values with `{workdir}` in strings replaced."""
+    if isinstance(values, Mapping):
+        return {key: at_workdir(value, workdir) for key, value in values.items()}
+    return values.replace("{workdir}", workdir) if isinstance(values, str) else values
+
+
+def table(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
+    """One row for each evaluated model: scores, sizes and the seconds of its stage."""
+    rows = []
+    for name in config.evaluated:
+        scores = _scores(workdir / name)
+        total, activated = parameter_counts(read_model_config(workdir / name / "model"))
+        rows.append(
+            {
+                "model": name,
+                "accuracy": scores["accuracy"],
+                "yes_no": scores["accuracy_yes_no"],
+                "other": scores["accuracy_other"],
+                "false_yes": scores["false_yes_rate"],
+                "parameters": total,
+                "activated": activated,
+                "seconds": read_metrics(workdir / name / "metrics.jsonl")[-1]["seconds"],
+            }
+        )
+    return rows
+
+
+def write_predictions(config: RecipeConfig, workdir: Path) -> None:
+    """All models' predictions side by side, one line a question."""
+    columns = {name: _predictions(workdir / name) for name in config.evaluated}
+    with (workdir / "predictions.jsonl").open("w") as file:
+        for rows in zip(*columns.values(), strict=True):
+            line = {key: rows[0][key] for key in ("question", "image", "answer")}
+            line |= {name: row["prediction"] for name, row in zip(columns, rows, strict=True)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _check(config: RecipeConfig) -> None:
+    if sorted(config.order) != sorted(config.stages):
+        raise ValueError(
+            f"config.order is {config.order}; accepted: each of {tuple(config.stages)} once"
+        )
+    unknown = [name for name in config.evaluated if name not in config.stages]
+    if unknown:
+        raise ValueError(
+            f"config.evaluated names {unknown}; accepted: stages, {', '.join(config.order)}"
+        )
+
+
+def _evaluate(config: RecipeConfig, folder: Path) -> None:
+    if (folder / "scores.json").is_file():
+        return
+    data = Path(config.benchmark_data)
+    scores = evaluate(folder / "model", config.benchmark, data, folder)
+    logging.info("%s: accuracy %.4f on %s", folder.name, scores["accuracy"], config.benchmark)
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "scores.json").read_text())
+
+
+def _predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    """The rows of training, without those measured on held-out records."""
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+def _examples(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
+    """Questions spread evenly over the benchmark, as the first and the last model answered them."""
+    if not config.evaluated:
+        return []
+    teacher, student = (_predictions(workdir / config.evaluated[i]) for i in (0, -1))
+    stride = max(1, len(teacher) // EXAMPLES)
+    return [
+        {
+            "image": ours["image"],
+            "question": ours["question"].replace("<image>", "").strip(),
+            "answer": ours["answer"],
+            "teacher": theirs["prediction"],
+            "student": ours["prediction"],
+        }
+        for theirs, ours in list(zip(teacher, student, strict=True))[::stride][:EXAMPLES]
+    ]
+
+
+def _loads(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
+    return (
+        _scores(workdir / config.evaluated[-1]).get("expert_load", []) if config.evaluated else []
+    )
+
+
+def main(values: ConfigDict, workdir: str) -> None:
+    """Entry point of `python -m moddistill.recipe`."""
+    logging.set_verbosity(logging.INFO)
+    config = from_config_dict(RecipeConfig, at_workdir(values.to_dict(), workdir))
+    rows = run(config, Path(workdir))
+    if rows:
+        print(format_table(rows))
+    print(f"report: {workdir}/report.html")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe file.")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all its stages.", required=True)
+    app.run(lambda _: main(_CONFIG.value, _WORKDIR.value))
