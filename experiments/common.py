@@ -128,6 +128,6 @@ def at_tiny_size(config: TrainConfig) -> TrainConfig:
         log_every=1,
         save_every=2,
         dtype="float32",
-        data=DataConfig(sources=source(f"{folder}/{kind}.json", str(folder)), max_length=128),
+        data=DataConfig(sources=source(f"{folder}/{kind}.json", str(folder)), max_length=192),
         optim=dataclasses.replace(config.optim, lr=1e-3, warmup_ratio=0.0),
     )

@@ -8,11 +8,12 @@ field a model) and `report.html` are written at the end.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from moddistill.config import RecipeConfig, from_config_dict
@@ -20,7 +21,7 @@ from moddistill.evaluate import evaluate
 from moddistill.metrics import read_metrics
 from moddistill.model_folder import parameter_counts, read_model_config
 from moddistill.report import format_table, write_report
-from moddistill.train import train
+from moddistill.train import LOG, train
 
 EXAMPLES = 24
 
@@ -104,7 +105,7 @@ def _evaluate(config: RecipeConfig, folder: Path) -> None:
         return
     data = Path(config.benchmark_data)
     scores = evaluate(folder / "model", config.benchmark, data, folder)
-    logging.info("%s: accuracy %.4f on %s", folder.name, scores["accuracy"], config.benchmark)
+    LOG.info("%s: accuracy %.4f on %s", folder.name, scores["accuracy"], config.benchmark)
 
 
 def _scores(folder: Path) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _loads(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
 
 def main(values: ConfigDict, workdir: str) -> None:
     """Entry point of `python -m moddistill.recipe`."""
-    logging.set_verbosity(logging.INFO)
+    LOG.setLevel(logging.INFO)
     config = from_config_dict(RecipeConfig, at_workdir(values.to_dict(), workdir))
     rows = run(config, Path(workdir))
     if rows:

@@ -7,13 +7,14 @@ The same command again resumes a run that was cut off, bit for bit; a finished o
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
@@ -39,6 +40,8 @@ from moddistill.stages import stage_of, trainable_patterns
 from moddistill.state import State, make_state
 from moddistill.step import LossFn, make_step
 from moddistill.tree import count, flatten, match, merge
+
+LOG = logging.getLogger("moddistill")
 
 # Settings that may change between a run and its resumption.
 _FREE = ("log_every", "save_every")
@@ -66,7 +69,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     result = workdir / "model"
     _record_config(config, workdir)
     if result.exists():
-        logging.info("%s is finished: %s", config.stage, result)
+        LOG.info("%s is finished: %s", config.stage, result)
         return result
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
@@ -91,7 +94,7 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
     trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
     optimizer = make_optimizer(config.optim, config.steps)
     state = jax.jit(lambda params: make_state(params, trainable, optimizer, dtype))(params)
-    logging.info(
+    LOG.info(
         "%s: %s parameters, %s of them train",
         config.stage,
         f"{count(params):,}",
@@ -141,7 +144,7 @@ def _loop(config: TrainConfig, run: Run, tokenizer: Tokenizer, mesh: Mesh, workd
         state = run.state
         if checkpoints.latest is not None:
             state = checkpoint.restore(checkpoints, state, records)
-            logging.info("resumed at step %d", state.step)
+            LOG.info("resumed at step %d", state.step)
         start = int(state.step)
         with MetricsLog(workdir, start, config.steps, config.stage) as log:
             for step in range(start + 1, config.steps + 1):
@@ -160,7 +163,7 @@ def _loop(config: TrainConfig, run: Run, tokenizer: Tokenizer, mesh: Mesh, workd
                 )
     quarantined = Quarantine(str(workdir / "quarantine.jsonl"))
     if quarantined.count:
-        logging.warning("%d records left out: %s", quarantined.count, quarantined.path)
+        LOG.warning("%d records left out: %s", quarantined.count, quarantined.path)
     return state
 
 
@@ -177,7 +180,7 @@ def heldout(
         batch = sharding.put_batch(mesh, next(records))
         metrics.append(measure(state.params, state.frozen, run.teacher, batch, rng)[1])
     means = {f"heldout_{name}": mean for name, mean in weighted_means(metrics).items()}
-    logging.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+    LOG.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     return means
 
 
@@ -217,7 +220,7 @@ def _record_config(config: TrainConfig, workdir: Path) -> None:
 
 def main(values: ConfigDict, workdir: str) -> None:
     """Entry point of `python -m moddistill.train`."""
-    logging.set_verbosity(logging.INFO)
+    LOG.setLevel(logging.INFO)
     train(from_config_dict(TrainConfig, values.to_dict()), Path(workdir))
 
 
