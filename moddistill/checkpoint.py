@@ -28,7 +28,7 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.training.Checkpointer]:
 def save(checkpoints: ocp.training.Checkpointer, state: State, position: Any) -> None:
     """Writes the state in the background. `position` is the iterator that records come from."""
     checkpoints.save_checkpointables_async(
-        int(state.step), {"state": _saved(state), "data": position}, overwrite=False
+        int(state.step), {"state": _saved(state), "data": position}, force=True
     )
 
 

@@ -8,7 +8,6 @@ field a model) and `report.html` are written at the end.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from moddistill.evaluate import evaluate
 from moddistill.metrics import read_metrics
 from moddistill.model_folder import parameter_counts, read_model_config
 from moddistill.report import format_table, write_report
-from moddistill.train import LOG, train
+from moddistill.train import LOG, start_logging, train
 
 EXAMPLES = 24
 
@@ -147,7 +146,7 @@ def _loads(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
 
 def main(values: ConfigDict, workdir: str) -> None:
     """Entry point of `python -m moddistill.recipe`."""
-    LOG.setLevel(logging.INFO)
+    start_logging()
     config = from_config_dict(RecipeConfig, at_workdir(values.to_dict(), workdir))
     rows = run(config, Path(workdir))
     if rows:

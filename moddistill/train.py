@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from absl import logging as absl_logging
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
@@ -218,9 +219,15 @@ def _record_config(config: TrainConfig, workdir: Path) -> None:
     file.write_text(json.dumps(ours, indent=2) + "\n")
 
 
+def start_logging() -> None:
+    """Our own messages from INFO on, those of libraries from WARNING on."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    LOG.setLevel(logging.INFO)
+
+
 def main(values: ConfigDict, workdir: str) -> None:
     """Entry point of `python -m moddistill.train`."""
-    LOG.setLevel(logging.INFO)
+    start_logging()
     train(from_config_dict(TrainConfig, values.to_dict()), Path(workdir))
 
 

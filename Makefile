@@ -1,0 +1,34 @@
+# make demo   the whole recipe on real pictures, about ten minutes on two CPU cores
+# make test   all tests
+# make lint   style and format
+# Each makes the virtual environment .venv and installs what it needs, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python -m tools.easy_vqa --out data/easy_vqa
+	$(BIN)/python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/demo.installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moddistill needs Python 3.11 or newer, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	touch $@
+
+$(VENV)/test.installed: $(VENV)/demo.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	touch $@

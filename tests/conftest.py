@@ -1,0 +1,121 @@
+"""What tests share: eight simulated devices, the smallest configs and models, random batches."""
+
+import dataclasses
+import importlib
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moddistill.config import MoeConfig, TrainConfig, from_config_dict
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.model_folder import save_model
+from moddistill.models.presets import preset, with_vocabulary
+from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vlm import Vlm, dummy_batch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_folder(tmp_path_factory):
+    """Records of `:tiny` experiments stay in this run's folder, whatever else runs beside it."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
+    yield
+    tempfile.tempdir = before
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """`tiny_config(stage, **fields)`: the stage's smallest config; a dict changes a part's."""
+
+    def make(stage, **changes):
+        module = importlib.import_module(f"experiments.{stage}")
+        config = from_config_dict(TrainConfig, module.get_config("tiny").to_dict())
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                value = dataclasses.replace(getattr(config, name), **value)
+            config = dataclasses.replace(config, **{name: value})
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_config):
+    """The small tokenizer of the `:tiny` experiments."""
+    return load_tokenizer(tiny_config("sft").tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_architecture(tokenizer):
+    """`tiny_architecture(preset, moe=None)`: a preset fitted to the tokenizer, sparse with `moe`."""
+
+    def make(name="tiny", moe=None):
+        config = with_vocabulary(preset(name), tokenizer.vocab_size, tokenizer.image_id)
+        return config if moe is None else upcycle_config(config, moe)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def init():
+    """`init(config, seed=0)`: new parameters of an architecture, as one nested dict."""
+
+    def make(config, seed=0):
+        return jax.jit(lambda rng: nn.unbox(Vlm(config).init(rng, dummy_batch(config)))["params"])(
+            jax.random.key(seed)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_batch():
+    """`random_batch(config, rows, length)`: images, padding behind, a supervised end of each row.
+
+    Rows have different numbers of supervised tokens.
+    """
+
+    def make(config, rows, length, seed=0):
+        rng = np.random.default_rng(seed)
+        patches = config.vision.patches if config.vision else 0
+        tokens = rng.integers(0, config.decoder.real_vocab, (rows, length), np.int32)
+        tokens[:, 1 : 1 + patches] = config.image_token
+        real = rng.integers(patches + 4, length + 1, (rows, 1))
+        answers = rng.integers(1, 4, (rows, 1)) + (np.arange(rows) % 2)[:, None] * 2
+        place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        batch = {
+            "tokens": tokens,
+            "positions": place,
+            "segments": (place < real).astype(np.int32),
+            "loss_mask": (place < real) & (place >= np.maximum(real - answers, patches + 1)),
+        }
+        if config.vision:
+            size = config.vision.image_size
+            batch["images"] = rng.integers(0, 256, (rows, 1, size, size, 3), np.uint8)
+        return batch
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_architecture, init, tokenizer, tmp_path_factory):
+    """Folders of saved models: `dense`, `sparse` (routers that differ) and `teacher`."""
+    folder = tmp_path_factory.mktemp("models")
+    architectures = {
+        "dense": tiny_architecture("tiny"),
+        "sparse": tiny_architecture("tiny", MoeConfig()),
+        "teacher": tiny_architecture("tiny-teacher"),
+    }
+    for seed, (name, config) in enumerate(architectures.items()):
+        save_model(folder / name, config, init(config, seed), tokenizer, {"made": "by a test"})
+    return {name: folder / name for name in architectures}
