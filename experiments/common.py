@@ -19,7 +19,7 @@ SIZES = ("full", "demo", "tiny")
 STUDENT = "qwen1.5-1.8b"  # the pair of the paper's ablations
 TEACHER = "qwen1.5-7b"
 EASY_VQA = "data/easy_vqa"
-DEMO_LENGTH = 50  # tokens of the longest question with its picture and answer
+DEMO_LENGTH = 70  # tokens of the longest question with its picture and answer
 
 
 def parse(arg: str | None) -> dict[str, str]:
@@ -106,7 +106,7 @@ def at_demo_size(config: TrainConfig) -> TrainConfig:
         )
     return dataclasses.replace(
         config,
-        batch_size=64,
+        batch_size=32,
         log_every=10,
         save_every=10_000,
         dtype="float32",

@@ -37,7 +37,7 @@ def demo() -> TrainConfig:
             stage="d2s",
             student="runs/demo/d2d/model",
             teacher="runs/demo/teacher/model",
-            steps=250,
+            steps=500,
             data=DataConfig(sources=common.easy_vqa("train")),
             optim=OptimConfig(lr=1e-3),
         )

@@ -34,7 +34,7 @@ def demo() -> TrainConfig:
             stage="init",
             student="runs/demo/language/model",
             vision="runs/demo/teacher/model",
-            steps=150,
+            steps=200,
             data=DataConfig(sources=common.easy_vqa("captions")),
             optim=OptimConfig(lr=2e-3),
         )

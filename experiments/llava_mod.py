@@ -65,9 +65,9 @@ def captions() -> TrainConfig:
             student="random:demo-teacher",
             tokenizer=f"{common.EASY_VQA}/tokenizer",
             trainable=("decoder/.*", "projector/.*", "vision/.*"),
-            steps=800,
-            data=DataConfig(sources=common.easy_vqa("captions"), template="plain", max_length=21),
-            optim=OptimConfig(lr=2e-3, weight_decay=0.05),
+            steps=1200,
+            data=DataConfig(sources=common.easy_vqa("captions"), template="plain", max_length=41),
+            optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         )
     )
 
@@ -80,7 +80,7 @@ def language() -> TrainConfig:
             student="random:demo-language",
             tokenizer=f"{common.EASY_VQA}/tokenizer",
             trainable=("decoder/.*",),
-            steps=200,
+            steps=500,
             data=DataConfig(sources=common.easy_vqa("text"), max_length=36),
             optim=OptimConfig(lr=2e-3, weight_decay=0.05),
         )

@@ -34,7 +34,7 @@ def demo() -> TrainConfig:
             stage="sft",
             student="runs/demo/captions/model",
             trainable=("decoder/.*", "projector/.*", "vision/.*"),
-            steps=300,
+            steps=500,
             data=DataConfig(sources=common.easy_vqa("train")),
             optim=OptimConfig(lr=1e-3),
         )

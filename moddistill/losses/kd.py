@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moddistill.config import LossConfig
 from moddistill.losses.router import balance_loss, z_loss
-from moddistill.losses.tokens import Heads, Metrics, next_token, weighted_sum
+from moddistill.losses.tokens import Heads, Metrics, next_token, rows, weighted_sum
 from moddistill.models.vlm import Output, Vlm
 from moddistill.tree import merge
 
@@ -48,11 +48,11 @@ def token_loss(
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
         labels, supervised = next_token(batch["tokens"], batch["loss_mask"])
-        heads = Heads(_rows(output.hidden), output.head)
+        heads = Heads(rows(output.hidden), output.head)
         real_vocab = student.config.decoder.real_vocab
         if "kd" in terms:
             target = jax.lax.stop_gradient(teacher.apply({"params": teacher_params}, batch))
-            heads = Heads(*heads[:2], _rows(target.hidden), target.head)
+            heads = Heads(*heads[:2], rows(target.hidden), target.head)
             real_vocab = min(real_vocab, teacher.config.decoder.real_vocab)
         masks = {"ce": supervised, "kd": kd_positions(batch, supervised, config)}
         weights = {name: masks[name].reshape(-1).astype(jnp.float32) for name in terms}
@@ -95,7 +95,3 @@ def add_router_losses(
         metrics["dropped"] = (jnp.sum(stats.dropped), jnp.maximum(jnp.sum(stats.load), 1.0))
     metrics["loss"] = (total * weight, weight)
     return total, jax.lax.stop_gradient(metrics)
-
-
-def _rows(hidden: Float[Array, "B T D"]) -> Float[Array, "N D"]:
-    return hidden.reshape(-1, hidden.shape[-1])

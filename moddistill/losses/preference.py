@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from moddistill.config import LossConfig, nearest
 from moddistill.losses.kd import add_router_losses, cross_entropy
-from moddistill.losses.tokens import Heads, Metrics, next_token, weighted_sum
+from moddistill.losses.tokens import Heads, Metrics, next_token, rows, weighted_sum
 from moddistill.models.vlm import Vlm
 from moddistill.tree import merge
 
@@ -93,9 +93,9 @@ def preference_loss(
                 preference_losses(*ratios, config.preference, config.beta, config.label_smoothing)
             ), ratios
 
-        heads = Heads(_rows(output.hidden), output.head)
+        heads = Heads(rows(output.hidden), output.head)
         policy = log_likelihoods(heads)
-        reference = log_likelihoods(Heads(_rows(target.hidden), target.head))
+        reference = log_likelihoods(Heads(rows(target.hidden), target.head))
         (value, ratios), share = jax.value_and_grad(mean_loss, has_aux=True)(policy)
         surrogate, _ = summed(heads, weights={"logp": (supervised * share[:, None]).reshape(-1)})
         total = value + surrogate - jax.lax.stop_gradient(surrogate)
@@ -117,10 +117,6 @@ def _preference_metrics(chosen: Array, rejected: Array, beta: float, weight: Arr
     }
 
 
-def _rows(hidden: Float[Array, "B T D"]) -> Float[Array, "N D"]:
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
 def _log_likelihood(logits: Array, _: None, labels: Array) -> dict[str, Array]:
     return {"logp": -cross_entropy(logits, labels)}
 
@@ -129,5 +125,5 @@ def _concatenate(batch: dict) -> dict:
     """Chosen answers first, rejected ones behind them, as one batch."""
     both = jax.tree.map(lambda *x: jnp.concatenate(x), batch["chosen"], batch["rejected"])
     if "images" in batch:
-        both["images"] = jnp.concatenate([batch["images"]] * 2)
+        both["images"] = batch["images"]
     return both

@@ -48,6 +48,11 @@ def next_token(
     return labels, supervised
 
 
+def rows(hidden: Float[Array, "B T D"]) -> Float[Array, "N D"]:
+    """All positions of all samples, one after the other."""
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
 def logits_of(
     hidden: Float[Array, "*T D"], head: Float[Array, "D V"], real_vocab: int
 ) -> Float[Array, "*T V"]:

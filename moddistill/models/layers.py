@@ -1,5 +1,6 @@
 """Norms, rotary positions and feed-forward layers."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,8 +91,10 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", init_fan_in(self.inputs, self.outputs), shape, jnp.float32
         ).astype(self.dtype)
-        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
+        # As one matrix product: on CPU its gradient takes half the time of one with batch dimensions.
+        width = math.prod(shape[:n])
+        y = x.astype(self.dtype).reshape(-1, width) @ kernel.reshape(width, -1)
+        y = y.reshape(*x.shape[:-n], *self.features)
         if self.use_bias:
             bias = self.param("bias", init_zeros(*self.outputs), self.features, jnp.float32)
             y = y + jnp.expand_dims(bias.astype(self.dtype), range(x.ndim - n))

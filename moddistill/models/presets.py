@@ -57,7 +57,7 @@ def _small(
 
 
 _TINY_TOWER = VisionConfig(image_size=28, patch_size=14, width=16, mlp=32, layers=2, heads=2)
-_DEMO_TOWER = VisionConfig(image_size=64, patch_size=16, width=128, mlp=384, layers=5, heads=4)
+_DEMO_TOWER = VisionConfig(image_size=48, patch_size=8, width=96, mlp=288, layers=4, heads=4)
 
 PRESETS: dict[str, ModelConfig] = {
     "qwen1.5-0.5b": _qwen(1024, 2816, 24, 16, 16, tied_head=True),
@@ -69,8 +69,8 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2-7b": _qwen(3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064),
     "tiny": _small((16, 32, 4, 4, 2), _TINY_TOWER, 320),
     "tiny-teacher": _small((32, 64, 2, 4, 2), _TINY_TOWER, 320),
-    "demo-teacher": _small((128, 384, 4, 4, 4), _DEMO_TOWER, 512),
-    "demo-language": _small((96, 256, 4, 4, 2), None, 512),
+    "demo-teacher": _small((96, 288, 3, 4, 4), _DEMO_TOWER, 512),
+    "demo-language": _small((64, 192, 4, 4, 2), None, 512),
 }
 
 

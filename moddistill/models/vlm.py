@@ -3,8 +3,9 @@
     batch  = {tokens, positions, segments [B, T], images [B, I, H, W, 3] uint8}
     output = model.apply({"params": params}, batch)
 
-Image placeholders are already repeated once per patch, so splicing is a gather and a `where`. The
-model returns hidden states and the head's matrix, not logits: losses contract them in chunks.
+Images may be fewer than rows of tokens; then they serve these rows in turn. Image placeholders are
+already repeated once per patch, so splicing is a gather and a `where`. The model returns hidden
+states and the head's matrix, not logits: losses contract them in chunks.
 """
 
 import dataclasses
@@ -69,7 +70,10 @@ class Vlm(nn.Module):
         )
         image_hidden = None
         if config.vision is not None and "images" in batch:
-            image_hidden = splice(self._embed_images(batch["images"]), is_image)
+            patches = self._embed_images(batch["images"])
+            # The rows of a preference pair share their images, which are read once.
+            patches = jnp.tile(patches, (len(tokens) // len(patches), 1, 1))
+            image_hidden = splice(patches, is_image)
         decoder = Decoder(config.decoder, self.dtype, self.remat, name="decoder")
         return Output(*decoder(tokens, image_hidden, context, cache))
 

@@ -1,0 +1,36 @@
+"""Random parameters and inputs of a size that makes outputs of order one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+def params(module, *inputs, seed=0, **more):
+    """Parameters of a module; norms and biases are away from where training starts."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs, **more)["params"]
+
+    def leaf(path, shape):
+        noise = rng.normal(size=shape.shape).astype(np.float32)
+        return jnp.asarray(1 + noise / 5 if path[-1].key == "scale" else noise / 4)
+
+    return jax.tree_util.tree_map_with_path(leaf, nn.unbox(shapes))
+
+
+def normal(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def text(config, rows, length, seed=1):
+    """A batch of real tokens of a decoder config, without images."""
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": jnp.asarray(rng.integers(0, config.real_vocab, (rows, length)), jnp.int32),
+        "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
+        "segments": jnp.ones((rows, length), jnp.int32),
+    }
+
+
+def pixels(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))

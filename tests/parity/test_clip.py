@@ -1,0 +1,51 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from moddistill.models.vision import Vision, VisionConfig
+from tests.parity.convert import numpy_state, pixel_values, randomise, vision_params
+
+TWO_BY_TWO = VisionConfig(image_size=28, patch_size=14, width=32, mlp=64, layers=3, heads=4)
+TOWERS = {
+    "two by two patches": TWO_BY_TWO,
+    "five by five patches": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=6),
+    "one patch": dataclasses.replace(TWO_BY_TWO, image_size=14),
+    "odd heads": dataclasses.replace(TWO_BY_TWO, width=21, heads=3),
+    "one head": dataclasses.replace(TWO_BY_TWO, heads=1, layers=2),
+    "exact gelu": dataclasses.replace(TWO_BY_TWO, activation="gelu"),
+    "last layer": dataclasses.replace(TWO_BY_TWO, select_layer=-1),
+    "third layer from the end": dataclasses.replace(TWO_BY_TWO, select_layer=-3, layers=5),
+}
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
+def test_features_equal_the_hidden_states_of_clip_without_the_class_token(config):
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_act=config.activation,
+        )
+    )
+    randomise(tower)
+    shape = (3, config.image_size, config.image_size, 3)
+    images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    with torch.no_grad():
+        states = tower(pixel_values(images, config), output_hidden_states=True).hidden_states
+    theirs = states[config.select_layer][:, 1:].numpy()
+
+    vision = Vision(config, jnp.float32, remat=False)
+    params = vision_params(numpy_state(tower), config)
+    ours = jax.jit(vision.apply)({"params": params}, jnp.asarray(images))
+
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)

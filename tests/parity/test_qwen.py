@@ -1,0 +1,67 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vlm import ModelConfig, Vlm
+from tests.parity.convert import model_params, numpy_state, randomise
+
+BASE = DecoderConfig(
+    vocab_size=97, real_vocab=90, width=32, mlp=48, layers=3, heads=4, kv_heads=4, head_dim=8
+)
+DECODERS = {
+    "every head its own keys": BASE,
+    "two queries a key": dataclasses.replace(BASE, kv_heads=2),
+    "seven queries a key": dataclasses.replace(BASE, width=56, heads=14, kv_heads=2, head_dim=4),
+    "three heads": dataclasses.replace(BASE, width=24, heads=3, kv_heads=3),
+    "nine heads on three keys": dataclasses.replace(
+        BASE, width=36, heads=9, kv_heads=3, head_dim=4
+    ),
+    "one layer": dataclasses.replace(BASE, layers=1),
+    "untied head": dataclasses.replace(BASE, kv_heads=2, tied_head=False),
+    "short rotary period": dataclasses.replace(BASE, rope_theta=1e4),
+    "large norm epsilon": dataclasses.replace(BASE, norm_eps=1e-2),
+}
+
+
+def qwen2_config(config, **changes):
+    return Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied_head,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
+def test_logits_equal_those_of_qwen2_on_a_padded_batch(config):
+    model = randomise(Qwen2ForCausalLM(qwen2_config(config)))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 11), np.int32)
+    valid = np.arange(11)[None] < np.array([11, 7, 1])[:, None]
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(valid).long()
+        ).logits.numpy()
+
+    vlm = ModelConfig(config, None, "linear", "vicuna", image_token=config.vocab_size)
+    batch = {
+        "tokens": jnp.asarray(tokens),
+        "positions": jnp.tile(jnp.arange(11), (3, 1)),
+        "segments": jnp.asarray(valid.astype(np.int32)),
+    }
+    output = jax.jit(Vlm(vlm).apply)({"params": model_params(numpy_state(model), vlm)}, batch)
+    ours = np.asarray(Vlm.logits(output))
+
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(ours[valid], theirs[valid], atol=1e-4)
