@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
@@ -14,7 +13,7 @@ from moddistill.model_folder import abstract_params, load_params, read_model_con
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
-from moddistill.sharding import param_shardings
+from moddistill.sharding import param_shardings, unbox
 from moddistill.stages import Stage
 from moddistill.state import cast_frozen
 
@@ -101,7 +100,7 @@ def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, 
     shardings = param_shardings(mesh, abstract_params(config))
 
     def init(rng: jax.Array) -> dict[str, Any]:
-        return nn.unbox(Vlm(config).init(rng, dummy_batch(config)))["params"]
+        return unbox(Vlm(config).init(rng, dummy_batch(config)))["params"]
 
     return jax.jit(init, out_shardings=shardings)(rng)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -21,6 +20,7 @@ from moddistill.config import from_config_dict
 from moddistill.data.images import preprocessor_config
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
+from moddistill.sharding import unbox
 from moddistill.tree import check_same, flatten, unflatten
 
 VERSION = 1
@@ -78,7 +78,7 @@ def abstract_params(config: ModelConfig) -> Any:
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Parameters stored, and those that one token uses: of the experts, the `top_k` chosen."""
-    flat = flatten(nn.unbox(abstract_params(config)))
+    flat = flatten(unbox(abstract_params(config)))
     total = sum(leaf.size for leaf in flat.values())
     experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
     moe = config.decoder.moe
@@ -105,7 +105,7 @@ def load_params(
       ValueError: listing every parameter that is missing, unexpected or of another shape.
     """
     path = Path(folder).resolve() / "params"
-    expected = flatten(nn.unbox(abstract_params(config)))
+    expected = flatten(unbox(abstract_params(config)))
     found = flatten(ocp.metadata(path).metadata)
     check_same(found, expected, str(path))
     single = SingleDeviceSharding(jax.devices()[0])

@@ -70,6 +70,18 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     )
 
 
+def unbox(boxed: Any) -> Any:
+    """Parameters, or their shapes, without the logical names.
+
+    Flax's own `unbox` also constrains the layout, which shapes do not have.
+    """
+
+    def is_boxed(x: Any) -> bool:
+        return isinstance(x, nn.LogicallyPartitioned)
+
+    return jax.tree.map(lambda x: x.value if is_boxed(x) else x, boxed, is_leaf=is_boxed)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
