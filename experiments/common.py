@@ -99,11 +99,8 @@ def tiny_data() -> Path:
 
 def at_demo_size(config: TrainConfig) -> TrainConfig:
     """The stage for two CPU cores, with the conversation format of Qwen and float32 throughout."""
-    data = config.data
-    if data.template != "plain":
-        data = dataclasses.replace(
-            data, template="chatml", max_length=min(data.max_length, DEMO_LENGTH)
-        )
+    length = min(config.data.max_length, DEMO_LENGTH)
+    data = dataclasses.replace(config.data, template="chatml", max_length=length)
     return dataclasses.replace(
         config,
         batch_size=32,

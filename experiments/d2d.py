@@ -34,7 +34,7 @@ def demo() -> TrainConfig:
             stage="d2d",
             student="runs/demo/init/model",
             teacher="runs/demo/teacher/model",
-            steps=600,
+            steps=400,
             data=DataConfig(sources=common.easy_vqa("train")),
             optim=OptimConfig(lr=1e-3),
         )

@@ -37,9 +37,9 @@ def demo() -> TrainConfig:
             stage="d2s",
             student="runs/demo/d2d/model",
             teacher="runs/demo/teacher/model",
-            steps=500,
+            steps=300,
             data=DataConfig(sources=common.easy_vqa("train")),
-            optim=OptimConfig(lr=1e-3),
+            optim=OptimConfig(lr=5e-4),
         )
     )
 

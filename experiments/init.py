@@ -36,7 +36,7 @@ def demo() -> TrainConfig:
             vision="runs/demo/teacher/model",
             steps=200,
             data=DataConfig(sources=common.easy_vqa("captions")),
-            optim=OptimConfig(lr=2e-3),
+            optim=OptimConfig(lr=1e-3),
         )
     )
 

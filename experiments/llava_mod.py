@@ -8,8 +8,9 @@ Full size needs a teacher, `runs/qwen1.5-7b/sft/model`, and a student with a tow
     python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
 The demo begins earlier, since it may use nothing but the published pictures and questions of easy-
-VQA: `captions` trains a tower and a language model from scratch, `teacher` goes on with questions,
-and `language` trains the student's language model on text, in place of a pretrained Qwen.
+VQA. `teacher_language` and `language` train the language models of teacher and student on text, in
+place of a pretrained Qwen; `captions` trains the teacher's tower and projector from scratch,
+before a frozen language model; `teacher` goes on with questions.
 """
 
 import dataclasses
@@ -39,9 +40,10 @@ def full(student: str, teacher: str) -> RecipeConfig:
 def demo() -> RecipeConfig:
     recipe = _recipe(
         {
+            "teacher_language": language("random:demo-teacher-language"),
             "captions": captions(),
             "teacher": sft.demo(),
-            "language": language(),
+            "language": language("random:demo-language"),
             "init": init.demo(),
             "d2d": d2d.demo(),
             "d2s": d2s.demo(),
@@ -57,32 +59,32 @@ def demo() -> RecipeConfig:
     )
 
 
-def captions() -> TrainConfig:
-    """Tower and teacher from scratch; captions show shapes far sooner than questions do."""
+def language(student: str) -> TrainConfig:
+    """A language model from scratch on the demo's text alone."""
     return common.at_demo_size(
         TrainConfig(
             stage="sft",
-            student="random:demo-teacher",
+            student=student,
             tokenizer=f"{common.EASY_VQA}/tokenizer",
-            trainable=("decoder/.*", "projector/.*", "vision/.*"),
-            steps=1200,
-            data=DataConfig(sources=common.easy_vqa("captions"), template="plain", max_length=41),
-            optim=OptimConfig(lr=1e-3, weight_decay=0.05),
+            trainable=("decoder/.*",),
+            steps=1000,
+            data=DataConfig(sources=common.easy_vqa("text"), max_length=38),
+            optim=OptimConfig(lr=1.5e-3, weight_decay=0.05),
         )
     )
 
 
-def language() -> TrainConfig:
-    """The student's language model on text alone."""
+def captions() -> TrainConfig:
+    """A tower from scratch; captions show it shapes far sooner than questions do."""
     return common.at_demo_size(
         TrainConfig(
             stage="sft",
-            student="random:demo-language",
-            tokenizer=f"{common.EASY_VQA}/tokenizer",
-            trainable=("decoder/.*",),
-            steps=500,
-            data=DataConfig(sources=common.easy_vqa("text"), max_length=36),
-            optim=OptimConfig(lr=2e-3, weight_decay=0.05),
+            student="runs/demo/teacher_language/model",
+            vision="random:demo-teacher",
+            trainable=("projector/.*", "vision/.*"),
+            steps=800,
+            data=DataConfig(sources=common.easy_vqa("captions"), max_length=66),
+            optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         )
     )
 

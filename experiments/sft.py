@@ -34,9 +34,9 @@ def demo() -> TrainConfig:
             stage="sft",
             student="runs/demo/captions/model",
             trainable=("decoder/.*", "projector/.*", "vision/.*"),
-            steps=500,
+            steps=300,
             data=DataConfig(sources=common.easy_vqa("train")),
-            optim=OptimConfig(lr=1e-3),
+            optim=OptimConfig(lr=5e-4),
         )
     )
 

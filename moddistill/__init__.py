@@ -1,8 +1,8 @@
 """Distil large multimodal models into small sparse ones, in JAX.
 
-    import moddistill
-    model, params = moddistill.load("runs/demo/preference/model")
-    output = model.apply({"params": params}, batch)
+import moddistill
+model, params = moddistill.load("runs/demo/preference/model")
+output = model.apply({"params": params}, batch)
 """
 
 from typing import Any

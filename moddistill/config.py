@@ -97,7 +97,7 @@ class TrainConfig:
     stage: str = "sft"
     student: str = ""
     teacher: str = ""
-    vision: str = ""  # model folder whose tower a text-only student takes
+    vision: str = ""  # where a text-only student takes its tower from, like `student`
     tokenizer: str = ""  # tokenizer folder, for `random:` students only
     trainable: str | tuple[str, ...] = "paper"  # paper | reference | patterns of parameter paths
     steps: int = 1000

@@ -58,7 +58,8 @@ def student_architectures(
                 f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
                 "tower already; accepted: an empty string"
             )
-        target = dataclasses.replace(target, vision=read_model_config(config.vision).vision)
+        tower = architecture(config.vision, tokenizer).vision
+        target = dataclasses.replace(target, vision=tower)
     if stage.sparse:
         target = upcycle_config(target, config.moe)
     return base, target
@@ -68,17 +69,18 @@ def student_params(
     config: TrainConfig, base: ModelConfig, target: ModelConfig, mesh: Mesh
 ) -> dict[str, Any]:
     """The parameters of `target` before the first step, deterministic in `config.seed`."""
-    init_rng, projector_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
+    init_rng, tower_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
     params = spec_params(config.student, base, mesh, init_rng)
     if config.vision:
-        with_tower = dataclasses.replace(base, vision=target.vision)
-        params["vision"] = load_params(
-            config.vision,
-            read_model_config(config.vision),
-            shardings=param_shardings(mesh, abstract_params(read_model_config(config.vision))),
-            part="vision",
-        )["vision"]
-        params["projector"] = random_params(with_tower, mesh, projector_rng)["projector"]
+        new = random_params(dataclasses.replace(base, vision=target.vision), mesh, tower_rng)
+        params |= {"vision": new["vision"], "projector": new["projector"]}
+        if not config.vision.startswith(RANDOM):
+            params |= load_params(
+                config.vision,
+                source := read_model_config(config.vision),
+                shardings=param_shardings(mesh, abstract_params(source)),
+                part="vision",
+            )
     if target.decoder.moe != base.decoder.moe:
         make = jax.jit(
             lambda params: upcycle(params, target, router_rng),

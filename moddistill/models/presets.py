@@ -70,6 +70,7 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": _small((16, 32, 4, 4, 2), _TINY_TOWER, 320),
     "tiny-teacher": _small((32, 64, 2, 4, 2), _TINY_TOWER, 320),
     "demo-teacher": _small((96, 288, 3, 4, 4), _DEMO_TOWER, 512),
+    "demo-teacher-language": _small((96, 288, 3, 4, 4), None, 512),
     "demo-language": _small((64, 192, 4, 4, 2), None, 512),
 }
 

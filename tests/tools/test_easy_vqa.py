@@ -125,7 +125,7 @@ def test_the_folder(source, tmp_path):
         "test.json": 25,
         "preference_train.json": 54,
         "preference_test.json": 6,
-        "text.json": 39 * 6,
+        "text.json": 39 * (5 + 2),
         "train images without a caption": 1,
     }
     assert counts == expected

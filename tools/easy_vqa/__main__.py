@@ -20,7 +20,6 @@ from pathlib import Path
 from moddistill.data import conversation, tokenizer
 from tools.easy_vqa import images, published, records
 
-TEXT_RECORDS = 15_000
 VOCAB_SIZE = 512  # at most: the text has words for fewer
 HELD_OUT = 0.1  # share of the train images whose preference pairs are kept for testing
 BUILD = "build.json"
@@ -82,7 +81,7 @@ def make_records(source: Path, options: Options, rng: random.Random) -> dict[str
         "test": records.test_records(published.read_questions(source, "test")),
         "preference_train": pairs(set(groups) - tested, options.preference_pairs - pairs_tested),
         "preference_test": pairs(tested, pairs_tested),
-        "text": records.text_records(groups, known, TEXT_RECORDS, rng),
+        "text": records.text_records(groups, known),
     }
 
 

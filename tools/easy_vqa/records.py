@@ -114,12 +114,9 @@ def preference_records(
 
 
 def text_records(
-    groups: dict[int, list[Question]],
-    known: dict[int, tuple[str, str]],
-    count: int,
-    rng: random.Random,
+    groups: dict[int, list[Question]], known: dict[int, tuple[str, str]]
 ) -> list[dict]:
-    """At most `count` records without an image: a caption, then a question that it answers.
+    """Records without an image: a caption, then a question that it answers or, twice, "describe".
 
     A language model learns the demo's words and answers from them, before it sees any picture.
     """
@@ -127,10 +124,9 @@ def text_records(
     for image, color_shape in known.items():
         text = caption(*color_shape)
         pairs += [(f"{text}. {q.text}", q.answer) for q in groups[image]]
-        pairs.append((f"{text}. {CAPTION_PROMPT}", text))
-    chosen = rng.sample(pairs, min(count, len(pairs)))
+        pairs += [(f"{text}. {CAPTION_PROMPT}", text)] * 2
     return [
-        {"id": f"text-{n}", "conversations": conversation([pair])} for n, pair in enumerate(chosen)
+        {"id": f"text-{n}", "conversations": conversation([pair])} for n, pair in enumerate(pairs)
     ]
 
 
