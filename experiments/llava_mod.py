@@ -82,7 +82,7 @@ def captions() -> TrainConfig:
             student="runs/demo/teacher_language/model",
             vision="random:demo-teacher",
             trainable=("projector/.*", "vision/.*"),
-            steps=800,
+            steps=1200,
             data=DataConfig(sources=common.easy_vqa("captions"), max_length=66),
             optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         )

@@ -37,10 +37,10 @@ def demo() -> TrainConfig:
             stage="preference",
             student="runs/demo/d2s/model",
             teacher="runs/demo/teacher/model",
-            steps=100,
+            steps=150,
             heldout_steps=1200 // 32,
             data=DataConfig(sources=common.easy_vqa("preference_train"), heldout=heldout),
-            optim=OptimConfig(lr=2e-4),
+            optim=OptimConfig(lr=1e-3),
         )
     )
 

@@ -34,7 +34,7 @@ def demo() -> TrainConfig:
             stage="sft",
             student="runs/demo/captions/model",
             trainable=("decoder/.*", "projector/.*", "vision/.*"),
-            steps=300,
+            steps=400,
             data=DataConfig(sources=common.easy_vqa("train")),
             optim=OptimConfig(lr=5e-4),
         )

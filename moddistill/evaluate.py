@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from moddistill import evals
 from moddistill.config import nearest
+from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.generate import Prompt, answer, prompt_batch
 from moddistill.model_folder import load
@@ -55,7 +56,7 @@ def evaluate(folder: str | Path, name: str, data: Path, out: Path) -> dict[str, 
     predictions = answer_all(model, params, tokenizer, prompts)
     rows = [
         {
-            "question": question.prompt,
+            "question": question.prompt.replace(IMAGE, "").strip(),
             "image": str(question.image),
             "answer": question.answer,
             "prediction": prediction,

@@ -129,7 +129,7 @@ def _examples(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
     return [
         {
             "image": ours["image"],
-            "question": ours["question"].replace("<image>", "").strip(),
+            "question": ours["question"],
             "answer": ours["answer"],
             "teacher": theirs["prediction"],
             "student": ours["prediction"],
