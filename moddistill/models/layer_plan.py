@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moddistill.config import nearest
+
 Placement = str | Sequence[int]
-PLACEMENTS = ("sparse", "dense", "first_half", "second_half")
 _LONGEST_PERIOD = 4
 
 
@@ -34,29 +35,23 @@ def moe_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
       ValueError: for an unknown placement, or indices that repeat or lie outside the stack.
     """
     half = num_layers // 2
-    match placement:
-        case "sparse":
-            return tuple(range(0, num_layers, 2))
-        case "dense":
-            return tuple(range(num_layers))
-        case "first_half":
-            return tuple(range(half))
-        case "second_half":
-            return tuple(range(half, num_layers))
-        case str():
-            raise ValueError(
-                f"moe.placement is {placement!r}; accepted: {', '.join(PLACEMENTS)}, or indices"
-            )
-    indices = tuple(sorted(placement))
-    if (
-        not indices
-        or len(set(indices)) < len(indices)
-        or indices[0] < 0
-        or indices[-1] >= num_layers
-    ):
+    named = {
+        "sparse": range(0, num_layers, 2),
+        "dense": range(num_layers),
+        "first_half": range(half),
+        "second_half": range(half, num_layers),
+    }
+    if isinstance(placement, str) and placement not in named:
         raise ValueError(
-            f"moe.placement is {tuple(placement)}; accepted: different layer indices from 0 to "
-            f"{num_layers - 1}"
+            f"moe.placement is {placement!r}; accepted: {', '.join(named)}, or indices"
+            + nearest(placement, named)
+        )
+    indices = tuple(named[placement] if isinstance(placement, str) else sorted(placement))
+    inside = indices and indices[0] >= 0 and indices[-1] < num_layers
+    if not inside or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"moe.placement is {placement!r}, which is layers {indices}; accepted: at least one, "
+            f"different ones, from 0 to {num_layers - 1}"
         )
     return indices
 

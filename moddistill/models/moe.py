@@ -75,8 +75,9 @@ def _normalise(weights: Float[Array, "T k"]) -> Float[Array, "T k"]:
 def capacity_slots(
     tokens: Float[Array, ""], num_experts: int, top_k: int, factor: float
 ) -> Float[Array, ""]:
-    """Slots of an expert: `ceil(tokens / num_experts * (factor * top_k))` (DeepSpeed 0.9.5)."""
-    return jnp.ceil(tokens / num_experts * (factor * top_k))
+    """Slots of an expert: `ceil(tokens / num_experts * factor * top_k)` (DeepSpeed 0.9.5)."""
+    # The last factor keeps a product that should be whole from being rounded to just above it.
+    return jnp.ceil(tokens * (factor * top_k) / num_experts * (1 - 1e-6))
 
 
 def within_capacity(
@@ -84,8 +85,8 @@ def within_capacity(
 ) -> Bool[Array, "T k"]:
     """Which choices find a slot: all first choices come before all second ones, then token order.
 
-    The reference counts a choice before dropping, so a dropped one still takes its place in line.
-    Padding (`valid` False) takes none.
+    An expert that is full stays full: whatever comes later in this order is dropped. Padding
+    (`valid` False) takes no slot.
     """
     line = jax.nn.one_hot(experts.T.reshape(-1), num_experts, dtype=jnp.int32)
     line = line * jnp.tile(valid, experts.shape[1])[:, None]
@@ -132,7 +133,7 @@ class MoE(nn.Module):
         valid: Bool[Array, "B T"],
         is_image: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        config = self.config
+        config = check_moe(self.config)
         tokens = hidden.reshape(-1, hidden.shape[-1])
         valid, is_image = valid.reshape(-1), is_image.reshape(-1)
         logits = self._router(tokens)

@@ -15,7 +15,7 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from moddistill.models.attention import Cache, causal_mask
 from moddistill.models.layers import DType
@@ -100,7 +100,7 @@ def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Floa
     return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(patches, index)
 
 
-def dummy_batch(config: ModelConfig) -> dict[str, Int[Array, "..."]]:
+def dummy_batch(config: ModelConfig) -> dict[str, Array]:
     """The smallest batch that touches every parameter; for shapes and initialisation."""
     row = jnp.ones((1, 1), jnp.int32)
     batch = {"tokens": row, "positions": row, "segments": row}

@@ -1,9 +1,17 @@
 """Random parameters and inputs of a size that makes outputs of order one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(module, params, *inputs):
+    """`module.apply`, compiled once for equal modules and shapes."""
+    return module.apply({"params": params}, *inputs)
 
 
 def params(module, *inputs, seed=0, **more):

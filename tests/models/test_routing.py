@@ -1,4 +1,5 @@
 import jax
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,12 +19,15 @@ from moddistill.models.moe import RouterStats, capacity_slots, router_stats, wit
         (5, 8, 1, 1.0, 1),  # 0.625
         (9, 4, 3, 2.0, 14),  # 2.25 * 6 = 13.5
         (0, 4, 2, 1.5, 0),
+        (18, 3, 2, 1.25, 15),  # 6 * 2.5, which constant folding may round up
+        (25, 5, 2, 1.5, 15),  # 5 * 3
     ],
 )
 def test_an_expert_has_its_share_of_slots_times_factor_and_choices(
     tokens, num_experts, top_k, factor, slots
 ):
-    assert capacity_slots(jnp.float32(tokens), num_experts, top_k, factor) == slots
+    compiled = jax.jit(capacity_slots, static_argnums=(1, 2, 3))
+    assert compiled(jnp.float32(tokens), num_experts, top_k, factor) == slots
 
 
 def fits(experts, slots, num_experts=2, valid=None):

@@ -70,9 +70,7 @@ def test_experts_equal_those_of_qwen2_moe(num_experts, top_k, norm_topk_prob):
     params = converted(numpy_state(block))
     valid = jnp.ones((2, 13), bool)
     layer = MoE(config, MLP, jnp.float32)
-    ours, _ = jax.jit(layer.apply)(
-        {"params": params}, jnp.asarray(hidden), valid, ~valid
-    )
+    ours, _ = jax.jit(layer.apply)({"params": params}, jnp.asarray(hidden), valid, ~valid)
 
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -1,0 +1,108 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill.models.attention import Attention, causal_mask
+from tests.models import draw
+
+WIDTH = 12
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ([1, 1, 1], ["x..", "xx.", "xxx"]),
+        ([1, 1, 0, 0], ["x...", "xx..", "..x.", "...x"]),
+        ([0, 0, 1, 1], ["x...", ".x..", "..x.", "..xx"]),
+        ([1, 1, 2, 2, 0], ["x....", "xx...", "..x..", "..xx.", "....x"]),
+        ([0, 0], ["x.", ".x"]),
+    ],
+    ids=str,
+)
+def test_positions_see_what_is_behind_them_in_their_segment_and_padding_itself(segments, expected):
+    mask = causal_mask(jnp.array([segments], jnp.int32))[0]
+    assert ["".join(".x"[int(seen)] for seen in row) for row in mask] == expected
+
+
+def attention(heads, kv_heads, theta=None):
+    module = Attention(heads, kv_heads, 4, theta, True, jnp.float32)
+    hidden = draw.normal(1, 2, WIDTH)
+    return module, draw.params(module, hidden, None, jnp.zeros((1, 2), jnp.int32))
+
+
+def places(rows, length):
+    return jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (7, 1), (6, 2)])
+def test_a_group_of_query_heads_shares_the_keys_and_values_of_one_head(heads, kv_heads):
+    module, params = attention(heads, kv_heads)
+    hidden = draw.normal(2, 5, WIDTH)
+    mask = causal_mask(jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 0]], jnp.int32))
+    output, cache = draw.apply(module, params, hidden, mask)
+
+    def project(name):
+        kernel, bias = (np.asarray(params[name][x], np.float64) for x in ("kernel", "bias"))
+        return np.einsum("BTD,DNH->BTNH", hidden, kernel) + bias
+
+    query, key, value = project("query"), project("key"), project("value")
+    mixed = np.zeros_like(query)
+    for b, t, n in np.ndindex(query.shape[:3]):
+        seen = np.flatnonzero(mask[b, t])
+        group = n // (heads // kv_heads)
+        scores = np.exp(key[b, seen, group] @ query[b, t, n] / np.sqrt(4))
+        mixed[b, t, n] = scores / scores.sum() @ value[b, seen, group]
+    expected = np.einsum("BTNH,NHD->BTD", mixed, params["out"]["kernel"])
+    expected += np.asarray(params["out"]["bias"])
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    assert cache is None
+
+
+def test_without_a_mask_every_position_sees_every_other():
+    module, params = attention(2, 2)
+    hidden = draw.normal(1, 4, WIDTH)
+    everything, _ = draw.apply(module, params, hidden, jnp.ones((1, 4, 4), bool))
+    np.testing.assert_allclose(draw.apply(module, params, hidden)[0], everything, atol=1e-6)
+
+
+def test_attention_depends_on_distances_alone():
+    module, params = attention(4, 2, theta=100.0)
+    hidden, mask = draw.normal(1, 5, WIDTH), causal_mask(jnp.ones((1, 5), jnp.int32))
+    near, _ = draw.apply(module, params, hidden, mask, places(1, 5))
+    far, _ = draw.apply(module, params, hidden, mask, places(1, 5) + 50)
+    spread, _ = draw.apply(module, params, hidden, mask, places(1, 5) * 2)
+    np.testing.assert_allclose(far, near, atol=1e-5)
+    assert np.abs(spread - near).max() > 1e-3
+
+
+@pytest.mark.parametrize("chunks", [[1] * 6, [4, 1, 1], [2, 4], [6]], ids=str)
+def test_decoding_with_a_cache_equals_the_full_forward(chunks):
+    module, params = attention(4, 2, theta=100.0)
+    hidden, positions = draw.normal(2, 6, WIDTH), places(2, 6)
+    full, _ = draw.apply(
+        module, params, hidden, causal_mask(jnp.ones((2, 6), jnp.int32)), positions
+    )
+
+    slots = 8  # two are never filled, and hold what no one may see
+    cache = {name: jnp.full((2, slots, 2, 4), 1e3) for name in ("key", "value")}
+    outputs, start = [], 0
+    for chunk in chunks:
+        now = slice(start, start + chunk)
+        mask = jnp.arange(slots)[None, None] <= positions[:, now, None]
+        output, cache = draw.apply(
+            module, params, hidden[:, now], mask, positions[:, now], cache, jnp.int32(start)
+        )
+        outputs.append(output)
+        start += chunk
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), full, atol=1e-5)
+    assert np.all(cache["key"][:, 6:] == 1e3)
+
+
+def test_a_cache_keeps_its_dtype():
+    module, params = attention(2, 2)
+    cache = {name: jnp.zeros((1, 3, 2, 4), jnp.bfloat16) for name in ("key", "value")}
+    mask = jnp.ones((1, 1, 3), bool)
+    module = Attention(2, 2, 4, None, True, jnp.bfloat16)
+    hidden = draw.normal(1, 1, WIDTH).astype(jnp.bfloat16)
+    _, cache = draw.apply(module, params, hidden, mask, places(1, 1), cache, jnp.int32(0))
+    assert {x.dtype for x in cache.values()} == {jnp.dtype(jnp.bfloat16)}

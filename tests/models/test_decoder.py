@@ -1,0 +1,98 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill.config import MoeConfig
+from moddistill.models.attention import causal_mask
+from moddistill.models.layer_plan import unstack
+from moddistill.models.moe import check_moe
+from moddistill.models.qwen import Block, Context, Decoder, DecoderConfig
+from tests.models import draw
+
+DENSE = DecoderConfig(
+    vocab_size=23, real_vocab=20, width=8, mlp=12, layers=4, heads=2, kv_heads=1, head_dim=4
+)
+STACKS = {
+    "dense": (None, 4),
+    "every second layer": ("sparse", 5),
+    "all layers": ("dense", 3),
+    "three of each four layers": ((0, 2, 3, 4, 6, 7), 8),
+}
+
+
+def decoder_config(placement, layers):
+    moe = None if placement is None else check_moe(MoeConfig(3, 2, placement))
+    return dataclasses.replace(DENSE, layers=layers, moe=moe)
+
+
+def context(batch):
+    return Context(
+        positions=batch["positions"],
+        mask=causal_mask(batch["segments"]),
+        valid=batch["segments"] > 0,
+        is_image=batch["tokens"] == 0,
+        start=jnp.int32(0),
+    )
+
+
+@pytest.mark.parametrize(("placement", "layers"), STACKS.values(), ids=STACKS)
+def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
+    config = decoder_config(placement, layers)
+    batch = draw.text(config, 2, 5)
+    decoder, inputs = Decoder(config, jnp.float32, False), (batch["tokens"], None, context(batch))
+    params = draw.params(decoder, *inputs, None)
+    hidden, head, router, cache = draw.apply(decoder, params, *inputs, None)
+
+    x, all_stats = params["embedding"][batch["tokens"]], []
+    for i, layer in enumerate(unstack(params, config.plan)):
+        block = Block(config, i in config.moe_layers, jnp.float32)
+        x, stats, _ = draw.apply(block, layer, x, context(batch), None)
+        all_stats += [stats] if i in config.moe_layers else []
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    x = np.asarray(x) / np.sqrt(mean_square + config.norm_eps) * np.asarray(params["norm"]["scale"])
+
+    np.testing.assert_allclose(hidden, x, atol=1e-4)
+    np.testing.assert_array_equal(head, params["embedding"].T)
+    assert cache is None
+    if placement is None:
+        assert router is None
+    else:
+        expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_stats)
+        chex.assert_trees_all_close(router, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("placement", [None, "sparse"])
+def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement):
+    config = decoder_config(placement, 4)
+    batch = draw.text(config, 2, 5)
+    inputs = (batch["tokens"], None, context(batch), None)
+    params = draw.params(Decoder(config, jnp.float32, False), *inputs)
+
+    def outputs_and_gradients(remat):
+        def loss(params):
+            hidden, _, router, _ = Decoder(config, jnp.float32, remat).apply(
+                {"params": params}, *inputs
+            )
+            balance = 0 if router is None else jnp.sum(router.prob**2)
+            return jnp.sum(hidden**3) / 100 + balance / 100, hidden
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    chex.assert_trees_all_close(
+        outputs_and_gradients(True), outputs_and_gradients(False), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_an_untied_head_is_a_parameter_of_its_own():
+    config = dataclasses.replace(DENSE, tied_head=False)
+    batch = draw.text(config, 1, 2)
+    inputs = (batch["tokens"], None, context(batch), None)
+    decoder = Decoder(config, jnp.float32, False)
+    params = draw.params(decoder, *inputs)
+    _, head, _, _ = draw.apply(decoder, params, *inputs)
+    chex.assert_shape(head, (8, 23))
+    np.testing.assert_array_equal(head, params["head"])
