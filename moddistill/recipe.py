@@ -71,7 +71,7 @@ def table(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
                 "false_yes": scores["false_yes_rate"],
                 "parameters": total,
                 "activated": activated,
-                "seconds": read_metrics(workdir / name / "metrics.jsonl")[-1]["seconds"],
+                "seconds": _curve(workdir / name)[-1]["seconds"],
             }
         )
     return rows

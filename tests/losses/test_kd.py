@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -69,13 +70,23 @@ def test_distilled_positions(config, expected):
     np.testing.assert_array_equal(kd_positions(TOY, supervised, config), [expected])
 
 
-@pytest.fixture(scope="module", params=["dense", "sparse"])
-def models(request, tiny_architecture, init, random_batch):
-    """Student, teacher with padding rows, their parameters, and a batch."""
-    moe = MoeConfig() if request.param == "sparse" else None
-    student, teacher = tiny_architecture("tiny", moe), tiny_architecture("tiny-teacher")
-    batch = jax.tree.map(jnp.asarray, random_batch(student, rows=4, length=20))
-    return Vlm(student), Vlm(teacher), init(student, 0), init(teacher, 1), batch
+@pytest.fixture(scope="module")
+def setting(tiny_architecture, init, random_batch):
+    """Student (dense or sparse) and teacher, both text-only, their parameters, and a batch."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            moe = MoeConfig() if kind == "sparse" else None
+            names = ("tiny", moe), ("tiny-teacher", None)
+            student, teacher = (
+                dataclasses.replace(tiny_architecture(*name), vision=None) for name in names
+            )
+            batch = jax.tree.map(jnp.asarray, random_batch(student, rows=4, length=20))
+            made[kind] = Vlm(student), Vlm(teacher), init(student, 0), init(teacher, 1), batch
+        return made[kind]
+
+    return make
 
 
 def direct(student, teacher, params, teacher_params, batch, config, terms):
@@ -100,9 +111,12 @@ def direct(student, teacher, params, teacher_params, batch, config, terms):
     return total, means
 
 
-@pytest.mark.parametrize("terms", [("ce",), ("kd",), ("kd", "ce")], ids="+".join)
-def test_token_loss_is_that_of_full_logits(models, terms):
-    student, teacher, params, teacher_params, batch = models
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [("dense", ("ce",)), ("dense", ("kd",)), ("dense", ("kd", "ce")), ("sparse", ("kd", "ce"))],
+)
+def test_token_loss_is_that_of_full_logits(setting, kind, terms):
+    student, teacher, params, teacher_params, batch = setting(kind)
     config = LossConfig(kd_weight=0.7, ce_weight=1.3, router_z_weight=0.02, chunk=8)
     loss_fn = token_loss(student, teacher if "kd" in terms else None, config, terms)
     trained = flatten(params)
@@ -117,18 +131,19 @@ def test_token_loss_is_that_of_full_logits(models, terms):
     )
     (expected, means), expected_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(trained)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    chex.assert_trees_all_close(grads, expected_grads, atol=1e-5)
+    chex.assert_trees_all_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
     count = batch["loss_mask"].sum()
     for name in terms:
         np.testing.assert_allclose(metrics[name], (means[name] * count, count), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], (expected * count, count), rtol=1e-5)
 
 
-def test_router_metrics(models):
-    student, _, params, _, batch = models
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_router_metrics(setting, kind):
+    student, _, params, _, batch = setting(kind)
     loss_fn = jax.jit(token_loss(student, None, LossConfig(), ("ce",)))
     metrics = loss_fn(flatten(params), {}, None, batch, jax.random.key(0))[1]
-    if student.config.decoder.moe is None:
+    if kind == "dense":
         assert set(metrics) == {"ce", "loss"}
         return
     total, weight = metrics["balance"]
@@ -139,12 +154,11 @@ def test_router_metrics(models):
     np.testing.assert_array_equal([dropped, assignments], [0, 2 * 2 * tokens])
 
 
-def test_padding_changes_nothing(models):
-    student, teacher, params, teacher_params, batch = models
-    loss_fn = jax.jit(
-        token_loss(student, teacher, LossConfig(kd_positions="all_tokens"), ("kd", "ce"))
-    )
+def test_padding_changes_nothing(setting):
+    student, teacher, params, teacher_params, batch = setting("sparse")
+    config = LossConfig(kd_positions="all_tokens")
+    loss_fn = jax.jit(token_loss(student, teacher, config, ("kd", "ce")))
     run = functools.partial(loss_fn, flatten(params), {}, teacher_params, rng=jax.random.key(0))
     noise = jnp.where(batch["segments"] > 0, batch["tokens"], 7)
-    ours, theirs = run(batch)[0], run(batch | {"tokens": noise})[0]
+    ours, theirs = run(batch=batch)[0], run(batch=batch | {"tokens": noise})[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
