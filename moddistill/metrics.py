@@ -13,20 +13,23 @@ from tqdm import tqdm
 
 from moddistill.losses.tokens import Metrics
 
+Row = dict[str, float | int]  # `step` and named numbers
+
 
 class MetricsLog:
     """Means over the steps since the last report, and where they are written.
 
-    Use as a context manager. Rows of steps after `start`, left by a run that was cut off behind its
-    last checkpoint, are removed, so each step stands there once.
+    Use as a context manager. Rows that a cut-off run will write again, those of steps after `start`
+    and of held-out records, are removed, so each stands there once.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int, title: str):
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= start]
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] <= start and "loss" in row]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.before = kept[-1]["seconds"] if kept else 0.0
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(
             total=steps, initial=start, desc=title, unit="step", file=sys.stderr, mininterval=1.0
         )
@@ -44,7 +47,7 @@ class MetricsLog:
         """Keeps one step's sums and weights on the device."""
         self.pending.append(metrics)
 
-    def report(self, step: int, learning_rate: float) -> dict[str, float]:
+    def report(self, step: int, learning_rate: float) -> Row:
         """Writes the means since the last report; waits for the device."""
         count = len(self.pending)
         means = weighted_means(self.pending)
@@ -61,7 +64,7 @@ class MetricsLog:
         )
         return row
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Appends a row to the file and to TensorBoard."""
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -80,7 +83,7 @@ def weighted_means(metrics: list[Metrics]) -> dict[str, float]:
     return means
 
 
-def check_finite(means: dict[str, float], step: int, last_good: str) -> None:
+def check_finite(means: Row, step: int, last_good: str) -> None:
     """Raises FloatingPointError if a metric is NaN or infinite."""
     for name, value in means.items():
         if not math.isfinite(value):
@@ -89,7 +92,7 @@ def check_finite(means: dict[str, float], step: int, last_good: str) -> None:
             )
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file; none if it does not exist."""
     if not path.is_file():
         return []

@@ -4,10 +4,10 @@ Parameters carry logical names from their creation; an unknown name is an error.
 a misspelt one would silently be replicated.
 """
 
+import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -38,9 +38,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices; ValueError if the axis sizes do not multiply to their number."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     devices = jax.device_count()
-    known = int(np.prod([size for size in sizes if size != -1]))
-    filled = [devices // known if size == -1 else size for size in sizes]
-    if sizes.count(-1) > 1 or min(filled) < 1 or np.prod(filled) != devices:
+    known = math.prod(size for size in sizes if size != -1)
+    filled = [devices // max(known, 1) if size == -1 else size for size in sizes]
+    if sizes.count(-1) > 1 or min(filled) < 1 or math.prod(filled) != devices:
         shape = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(
             f"mesh {shape} does not fit {devices} devices; accepted: positive sizes whose product "

@@ -6,7 +6,6 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from moddistill.tree import Flat, flatten, split, unflatten
 
@@ -15,9 +14,12 @@ _ALWAYS_FLOAT32 = ("router", "scale", "blend", "blend_bias")
 
 @flax.struct.dataclass
 class State:
-    """`params` train and have moments in `opt_state`; `frozen` ones have neither."""
+    """`params` train and have moments in `opt_state`; `frozen` ones have neither.
 
-    step: Int[Array, ""]
+    Leaves are arrays, or in the same places their shapes or shardings.
+    """
+
+    step: Any
     params: Flat
     frozen: Flat
     opt_state: Any
@@ -31,6 +33,30 @@ def make_state(
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     frozen = flatten(cast_frozen(unflatten(frozen), dtype))
     return State(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
+
+
+def state_shardings(
+    state: State, places: Flat, optimizer: optax.GradientTransformation, replicated: Any
+) -> State:
+    """Where a state's leaves lie: moments beside their parameters, counters everywhere.
+
+    Args:
+      state: the shapes of the state.
+      places: shardings of all parameters by path.
+    """
+    trained = {path: places[path] for path in state.params}
+    return State(
+        step=replicated,
+        params=trained,
+        frozen={path: places[path] for path in state.frozen},
+        opt_state=optax.tree.map_params(
+            optimizer,
+            lambda _, place: place,
+            state.opt_state,
+            trained,
+            transform_non_params=lambda _: replicated,
+        ),
+    )
 
 
 def cast_frozen(params: dict[str, Any], dtype: Any) -> dict[str, Any]:

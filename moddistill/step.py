@@ -39,7 +39,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones((), jnp.float32)
-        metrics["grad_norm"] = (optax.global_norm(grads), one)
+        metrics["grad_norm"] = (optax.tree.norm(grads), one)
         metrics["tokens"] = (_real_tokens(batch), one)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -34,11 +34,11 @@ from moddistill.initial import (
     student_tokenizer,
 )
 from moddistill.metrics import MetricsLog, check_finite, weighted_means
-from moddistill.model_folder import save_model
+from moddistill.model_folder import abstract_params, save_model
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import make_optimizer, schedule
 from moddistill.stages import stage_of, trainable_patterns
-from moddistill.state import State, make_state
+from moddistill.state import State, make_state, state_shardings
 from moddistill.step import LossFn, make_step
 from moddistill.tree import count, flatten, match, merge
 
@@ -68,7 +68,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     stage_of(config)
     _check_batch(config)
     result = workdir / "model"
-    _record_config(config, workdir)
+    _check_config(config, workdir)
     if result.exists():
         LOG.info("%s is finished: %s", config.stage, result)
         return result
@@ -76,6 +76,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
         run = prepare(config, tokenizer, mesh)
+        _write_config(config, workdir)
         state = _loop(config, run, tokenizer, mesh, workdir)
         params = merge(state.params, state.frozen)
         save_model(result, run.model.config, params, tokenizer, dataclasses.asdict(config))
@@ -94,7 +95,14 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
     params = student_params(config, base, target, mesh)
     trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
     optimizer = make_optimizer(config.optim, config.steps)
-    state = jax.jit(lambda params: make_state(params, trainable, optimizer, dtype))(params)
+
+    def make(params: dict[str, Any]) -> State:
+        return make_state(params, trainable, optimizer, dtype)
+
+    everywhere = sharding.replicated(mesh)
+    param_places = flatten(sharding.param_shardings(mesh, abstract_params(target)))
+    places = state_shardings(jax.eval_shape(make, params), param_places, optimizer, everywhere)
+    state = jax.jit(make, out_shardings=places)(params)
     LOG.info(
         "%s: %s parameters, %s of them train",
         config.stage,
@@ -102,11 +110,10 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
         f"{count(state.params):,}",
     )
     loss_fn = stage.loss(model, teacher, config.loss)
-    places = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         make_step(loss_fn, optimizer, config.accumulate, config.seed),
         donate_argnums=0,
-        out_shardings=(places, sharding.replicated(mesh)),
+        out_shardings=(places, everywhere),
     )
     return Run(model, loss_fn, step, state, teacher_params)
 
@@ -199,8 +206,8 @@ def _last_good(checkpoints: ocp.training.Checkpointer) -> str:
     return "none yet" if latest is None else str(checkpoints.directory / str(latest.step))
 
 
-def _record_config(config: TrainConfig, workdir: Path) -> None:
-    """Writes `config.json`; ValueError if the workdir belongs to a run with other settings."""
+def _check_config(config: TrainConfig, workdir: Path) -> None:
+    """Raises ValueError if the workdir belongs to a run with other settings."""
     file = workdir / "config.json"
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     if file.is_file():
@@ -215,8 +222,12 @@ def _record_config(config: TrainConfig, workdir: Path) -> None:
                 f"{workdir} holds a run with other settings ({'; '.join(changed)}); accepted: the "
                 "same settings to resume it, or another --workdir"
             )
+
+
+def _write_config(config: TrainConfig, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=2) + "\n")
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    (workdir / "config.json").write_text(text)
 
 
 def start_logging() -> None:

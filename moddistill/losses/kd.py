@@ -92,6 +92,7 @@ def add_router_losses(
         stats = jax.lax.stop_gradient(output.router)
         layers = stats.tokens.shape[0]
         metrics["balance"] = (balance / layers * weight, weight)
-        metrics["dropped"] = (jnp.sum(stats.dropped), jnp.maximum(jnp.sum(stats.load), 1.0))
+        assigned = jnp.sum(stats.load) + jnp.sum(stats.dropped)
+        metrics["dropped"] = (jnp.sum(stats.dropped), jnp.maximum(assigned, 1.0))
     metrics["loss"] = (total * weight, weight)
     return total, jax.lax.stop_gradient(metrics)

@@ -1,0 +1,160 @@
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill.config import LossConfig
+from moddistill.losses.preference import KINDS, preference_loss, preference_losses
+from moddistill.models.vlm import Vlm
+from moddistill.tree import flatten, merge
+
+
+def losses(chosen, rejected, kind, beta=0.1, label_smoothing=0.0):
+    ratios = (jnp.asarray(x, jnp.float32) for x in (chosen, rejected))
+    return preference_losses(*ratios, kind, beta, label_smoothing)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("sigmoid", math.log(2)), ("hinge", 1), ("ipo", 25), ("kto_pair", 0.5)]
+)
+def test_student_equal_to_teacher(kind, expected):
+    np.testing.assert_allclose(losses([0, 0], [0, 0], kind), [expected] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # The margin is 4 - (-2) = 6, times beta 0.6.
+        ("sigmoid", -math.log(sigmoid(0.6))),
+        ("hinge", 1 - 0.6),
+        ("ipo", (6 - 5) ** 2),
+    ],
+)
+def test_one_pair_by_hand(kind, expected):
+    np.testing.assert_allclose(losses([4], [-2], kind), [expected], rtol=1e-5)
+
+
+def test_hinge_is_zero_beyond_its_margin():
+    np.testing.assert_array_equal(losses([30], [0], "hinge"), [0])
+
+
+def test_label_smoothing_by_hand():
+    # A fifth of the labels taken as swapped.
+    expected = -0.8 * math.log(sigmoid(0.6)) - 0.2 * math.log(sigmoid(-0.6))
+    np.testing.assert_allclose(
+        losses([4], [-2], "sigmoid", label_smoothing=0.2), [expected], rtol=1e-5
+    )
+
+
+def test_kto_pair_by_hand():
+    # KL estimates: mean(4, -2) = 1 of the chosen answers, mean(3, 1) = 2 of the rejected ones.
+    keep = [1 - sigmoid(0.1 * (4 - 2)), 1 - sigmoid(0.1 * (-2 - 2))]
+    avoid = [1 - sigmoid(0.1 * (1 - 3)), 1 - sigmoid(0.1 * (1 - 1))]
+    expected = (np.asarray(keep) + avoid) / 2
+    np.testing.assert_allclose(losses([4, -2], [3, 1], "kto_pair"), expected, rtol=1e-5)
+
+
+def test_kto_pair_clips_negative_kl_at_zero():
+    expected = [(1 - sigmoid(0.1 * -4) + 1 - sigmoid(0.1 * 2)) / 2]
+    np.testing.assert_allclose(losses([-4], [-2], "kto_pair"), expected, rtol=1e-5)
+
+
+def test_kl_estimate_is_not_differentiated():
+    grad = jax.grad(lambda r: jnp.sum(losses([0.0, 0.0], r, "kto_pair")))(jnp.asarray([3.0, 1.0]))
+    # Only the halves of the rejected answers: d/dr [1 - sigmoid(-0.1 r)] / 2.
+    slope = [0.1 * sigmoid(-0.1 * r) * (1 - sigmoid(-0.1 * r)) / 2 for r in (3, 1)]
+    np.testing.assert_allclose(grad, slope, rtol=1e-5)
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match=r"'kto_pairs'; accepted: .*did you mean 'kto_pair'"):
+        losses([0], [0], "kto_pairs")
+
+
+@pytest.fixture(scope="module")
+def models(tiny_architecture, init, random_batch):
+    """Student, teacher, their parameters, and three pairs with answers of different lengths."""
+    student, teacher = tiny_architecture("tiny"), tiny_architecture("tiny-teacher")
+    sides = [random_batch(student, rows=3, length=20, seed=seed) for seed in (0, 1)]
+    images = sides[0].pop("images")
+    sides[1].pop("images")
+    batch = {"chosen": sides[0], "rejected": sides[1], "images": images}
+    batch = jax.tree.map(jnp.asarray, batch)
+    return Vlm(student), Vlm(teacher), init(student, 0), init(teacher, 1), batch
+
+
+def log_likelihoods(model, params, side, images):
+    """Summed over the answer's tokens, from all logits."""
+    output = model.apply({"params": params}, side | {"images": images})
+    real = model.config.decoder.real_vocab
+    logp = jax.nn.log_softmax(Vlm.logits(output)[:, :-1, :real])
+    labels = jnp.minimum(side["tokens"][:, 1:, None], real - 1)
+    chosen = jnp.take_along_axis(logp, labels, -1)[..., 0]
+    return jnp.sum(chosen * side["loss_mask"][:, 1:], axis=1)
+
+
+@pytest.fixture(scope="module")
+def ratios(models):
+    """`ratios(params)`: r of the chosen and the rejected answers."""
+    student, teacher, _, teacher_params, batch = models
+
+    def of(params):
+        return [
+            log_likelihoods(student, params, batch[side], batch["images"])
+            - log_likelihoods(teacher, teacher_params, batch[side], batch["images"])
+            for side in ("chosen", "rejected")
+        ]
+
+    return of
+
+
+def value_and_gradient(models, config):
+    student, teacher, params, teacher_params, batch = models
+    loss_fn = jax.jit(jax.value_and_grad(preference_loss(student, teacher, config), has_aux=True))
+    return loss_fn(flatten(params), {}, teacher_params, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_full_logits(models, ratios, kind):
+    config = LossConfig(preference=kind, chunk=8)
+    (value, metrics), grads = value_and_gradient(models, config)
+
+    @jax.jit
+    @jax.value_and_grad
+    def plain(trained):
+        return jnp.mean(preference_losses(*ratios(merge(trained)), kind, config.beta))
+
+    expected, expected_grads = plain(flatten(models[2]))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    chex.assert_trees_all_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(metrics["preference"], (expected * 3, 3), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], metrics["preference"])
+
+
+def test_rewards(models, ratios):
+    (_, metrics), _ = value_and_gradient(models, LossConfig(beta=0.5, chunk=64))
+    chosen, rejected = map(np.asarray, jax.jit(ratios)(models[2]))
+    means = {
+        name: metrics[f"reward_{name}"][0] / metrics[f"reward_{name}"][1]
+        for name in ("chosen", "rejected", "margin", "accuracy")
+    }
+    np.testing.assert_allclose(means["chosen"], 0.5 * chosen.mean(), rtol=1e-4)
+    np.testing.assert_allclose(means["rejected"], 0.5 * rejected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(means["margin"], 0.5 * (chosen - rejected).mean(), rtol=1e-4)
+    np.testing.assert_allclose(means["accuracy"], np.mean(chosen > rejected))
+
+
+def test_student_that_is_its_teacher(models):
+    student, _, params, _, batch = models
+    config = LossConfig(preference="sigmoid")
+    loss_fn = jax.jit(preference_loss(student, student, config))
+    value, metrics = loss_fn(flatten(params), {}, params, batch, jax.random.key(0))
+    np.testing.assert_allclose(value, math.log(2), rtol=1e-6)
+    assert metrics["reward_accuracy"][0] == 0

@@ -1,0 +1,65 @@
+import chex
+import grain
+import jax.numpy as jnp
+import optax
+import pytest
+
+from moddistill import checkpoint
+from moddistill.state import State
+
+
+def records():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def state_at(step, shape=(2, 3), frozen=0.0):
+    """A state whose values tell its step."""
+    params = {"projector/kernel": jnp.full(shape, 0.1 + step), "decoder/norm/scale": jnp.ones(2)}
+    moments = optax.adamw(1.0).init(params)
+    return State(jnp.asarray(step), params, {"vision/kernel": jnp.full(2, frozen)}, moments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 1, 2 and 3, each after as many records."""
+    position = records()
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (1, 2, 3):
+            next(position)
+            checkpoint.save(checkpoints, state_at(step, frozen=5.0), position)
+    return tmp_path / "checkpoints"
+
+
+def test_newest_state_comes_back_bit_for_bit(folder):
+    position = records()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        restored = checkpoint.restore(checkpoints, state_at(0, frozen=7.0), position)
+    saved = state_at(3, frozen=7.0)  # frozen parameters are those of the state given
+    chex.assert_trees_all_equal(restored, saved, strict=True)
+    assert next(position) == 3
+
+
+def test_frozen_parameters_are_not_stored(folder):
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        stored = checkpoints.checkpointables_metadata(3).metadata["state"]
+    assert set(stored) == {"step", "params", "opt_state"}
+    assert not [name for name in stored["params"] if "vision" in name]
+
+
+def test_only_the_newest_two_are_kept(folder):
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert [item.step for item in checkpoints.checkpoints] == [2, 3]
+
+
+def test_new_folder_has_none(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path / "none") as checkpoints:
+        assert checkpoints.latest is None
+
+
+def test_checkpoint_of_another_architecture(folder):
+    with (
+        checkpoint.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"3 does not fit the architecture") as error,
+    ):
+        checkpoint.restore(checkpoints, state_at(0, shape=(2, 4)), records())
+    assert "projector/kernel has shape (2, 3), expected (2, 4)" in str(error.value)

@@ -1,0 +1,95 @@
+import dataclasses
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from moddistill.config import RecipeConfig, TrainConfig, from_config_dict, nearest, to_config_dict
+
+
+def test_round_trip(tiny_config):
+    config = tiny_config("d2s", trainable=("decoder/.*",), moe={"placement": (0, 3)})
+    assert from_config_dict(TrainConfig, to_config_dict(config).to_dict()) == config
+
+
+def test_round_trip_of_nested_stages(tiny_config):
+    recipe = RecipeConfig(order=("sft",), stages={"sft": tiny_config("sft")})
+    assert from_config_dict(RecipeConfig, to_config_dict(recipe).to_dict()) == recipe
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().steps = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, r"^config\.stepz is not a setting; .*did you mean 'steps'\?"),
+        ({"optim": {"lrr": 3.0}}, r"^config\.optim\.lrr is not a setting; .*did you mean 'lr'\?"),
+        (
+            {"data": {"sources": {"a": {"pth": "x"}}}},
+            r"^config\.data\.sources\.a\.pth .*did you mean 'path'\?",
+        ),
+        ({"steps": "many"}, r"^config\.steps is 'many'; accepted: a value of type int"),
+        ({"steps": 1.5}, r"^config\.steps is 1\.5; .*int"),
+        ({"steps": True}, r"^config\.steps is True; .*int"),
+        ({"remat": 1}, r"^config\.remat is 1; .*bool"),
+        ({"optim": {"lr": "1e-3"}}, r"^config\.optim\.lr is '1e-3'; .*float"),
+        ({"optim": 3}, r"^config\.optim is 3; .*OptimConfig"),
+        ({"trainable": 3}, r"^config\.trainable is 3; .*str, tuple"),
+    ],
+)
+def test_bad_setting_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_config_dict(TrainConfig, values)
+
+
+def test_integers_serve_as_floats_and_lists_as_tuples():
+    config = from_config_dict(TrainConfig, {"optim": {"lr": 1}, "trainable": ["decoder/.*"]})
+    assert isinstance(config.optim.lr, float)
+    assert config.trainable == ("decoder/.*",)
+
+
+def test_nearest():
+    assert nearest("dd2", ["d2d", "sft"]) == "; did you mean 'd2d'?"
+    assert nearest("completely else", ["d2d", "sft"]) == ""
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """`command_line(*args)`: the config of `experiments/d2s.py:tiny` under those overrides."""
+
+    def parse(*args):
+        flag_values = flags.FlagValues()
+        # ml_collections looks for overrides there.
+        monkeypatch.setattr(sys, "argv", ["train", "--config=experiments/d2s.py:tiny", *args])
+        holder = config_flags.DEFINE_config_file("config", flag_values=flag_values)
+        flag_values(sys.argv)
+        return from_config_dict(TrainConfig, holder.value.to_dict())
+
+    return parse
+
+
+# ml_collections loads config files in a way that Python 3.12 removes, and has another for 3.12.
+load_module = pytest.mark.filterwarnings(
+    "ignore:the load_module:DeprecationWarning", "ignore:.*_load_module_shim:ImportWarning"
+)
+
+
+@load_module
+def test_override_on_the_command_line(command_line):
+    config = command_line(
+        "--config.optim.lr=0.5", "--config.steps=7", "--config.moe.placement=dense"
+    )
+    assert (config.optim.lr, config.steps, config.moe.placement) == (0.5, 7, "dense")
+
+
+@load_module
+@pytest.mark.parametrize(
+    ("override", "wanted"), [("optim.lrr=3", "lr"), ("step=3", "steps"), ("mesh.fsp=2", "fsdp")]
+)
+def test_misspelt_override_suggests_the_right_name(command_line, override, wanted):
+    with pytest.raises(Exception, match=f'[Dd]id you mean "{wanted}"'):
+        command_line(f"--config.{override}")

@@ -1,0 +1,155 @@
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from experiments import common, llava_mod
+from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
+from moddistill.model_folder import abstract_params
+from moddistill.models.presets import PRESETS
+from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vlm import Vlm
+from moddistill.optim import make_optimizer
+from moddistill.stages import stage_of, trainable_patterns
+from moddistill.state import cast_frozen, make_state
+from moddistill.step import make_step
+from moddistill.tree import flatten, match
+
+STAGES = ("sft", "init", "d2d", "d2s", "preference")
+
+
+def config_of(stage, arg=None):
+    values = importlib.import_module(f"experiments.{stage}").get_config(arg)
+    return from_config_dict(TrainConfig, values.to_dict())
+
+
+def recipe_of(arg=None):
+    return from_config_dict(RecipeConfig, llava_mod.get_config(arg).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr", "batch_size", "records"),
+    [
+        ("init", 1e-4, 512, 600_000),
+        ("d2d", 2e-5, 256, 2_400_000),
+        ("d2s", 2e-5, 256, 1_400_000),
+        ("preference", 2e-6, 256, 80_000),
+        ("sft", 2e-5, 128, 665_000),
+    ],
+)
+def test_settings_of_the_paper(stage, lr, batch_size, records):
+    config = config_of(stage)
+    assert (config.stage, config.optim.lr, config.batch_size) == (stage, lr, batch_size)
+    assert config.steps == records // batch_size  # one epoch
+    assert (config.optim.b1, config.optim.b2) == (0.9, 0.98)
+    assert (config.optim.warmup_ratio, config.optim.weight_decay) == (0.03, 0)
+    assert (config.data.max_length, config.dtype) == (2048, "bfloat16")
+    assert (config.trainable, config.data.template) == ("paper", "vicuna")
+
+
+def test_losses_and_experts_of_the_paper():
+    moe, loss = config_of("d2s").moe, config_of("preference").loss
+    assert (moe.num_experts, moe.top_k, moe.placement) == (4, 2, "sparse")
+    assert (loss.preference, loss.beta, loss.label_smoothing) == ("kto_pair", 0.1, 0)
+    assert (loss.kd_positions, loss.kd_shift) == ("response", "correct")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", ["demo", "tiny"])
+def test_smaller_sizes(stage, size):
+    assert config_of(stage, size).stage == stage
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_the_models(name):
+    config = config_of("d2s", f"student={name},teacher={name}")
+    assert config.student == f"runs/{name}/d2d/model"
+    assert config.teacher == f"runs/{name}/sft/model"
+    assert config_of("init", f"student={name}").student == f"models/{name}"
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("dmeo", r"argument 'dmeo' is unknown; accepted: full, .*did you mean 'demo'"),
+        ("student=qwen2-0.5", r"preset 'qwen2-0\.5' is unknown; .*did you mean 'qwen2-0\.5b'"),
+        ("studnet=tiny", r"'studnet=tiny' is unknown"),
+    ],
+)
+def test_unknown_argument(arg, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("d2d", arg)
+
+
+def test_recipe_has_no_tiny_size():
+    with pytest.raises(ValueError, match=r"no size 'tiny' here; accepted: full, demo"):
+        recipe_of("tiny")
+
+
+@pytest.mark.parametrize("arg", [None, "demo"])
+def test_stages_of_the_recipe_follow_each_other(arg):
+    """A model below the recipe's folder was made by an earlier stage; stages are named once."""
+    recipe = recipe_of(arg)
+    assert sorted(recipe.order) == sorted(recipe.stages)
+    made = set()
+    for name in recipe.order:
+        stage = recipe.stages[name]
+        stage_of(stage)
+        for path in (stage.student, stage.teacher, stage.vision):
+            assert not path.startswith("{workdir}") or path in made, f"{name}: {path}"
+        made.add(f"{{workdir}}/{name}/model")
+    assert set(recipe.evaluated) <= set(recipe.order)
+
+
+def test_tiny_records_are_always_the_same():
+    folder = common.tiny_data()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    common.tiny_data()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def abstract_batch(config, architecture):
+    """Shapes of two samples as the stage reads them."""
+
+    def shape(*size, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    rows, length = 2, config.data.max_length
+    side = {name: shape(rows, length) for name in ("tokens", "positions", "segments")}
+    side["loss_mask"] = shape(rows, length, dtype=bool)
+    size = architecture.vision.image_size
+    images = {"images": shape(rows, 1, size, size, 3, dtype=jnp.uint8)}
+    if stage_of(config).records == "preference":
+        return {"chosen": side, "rejected": side} | images
+    return side | images
+
+
+PAIRS = [("qwen1.5-1.8b", "qwen1.5-7b"), ("qwen2-0.5b", "qwen2-7b")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_full_size_step_fits_together(stage, student, teacher):
+    """State and step of published sizes, by shapes alone."""
+    config = config_of(stage, f"student={student},teacher={teacher}")
+    row, dtype = stage_of(config), jnp.dtype(config.dtype)
+    architecture, reference = PRESETS[student], PRESETS[teacher]
+    if stage in ("d2s", "preference"):
+        architecture = upcycle_config(architecture, config.moe)
+    params = nn.unbox(abstract_params(architecture))
+    trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
+    optimizer = make_optimizer(config.optim, config.steps)
+    state = jax.eval_shape(lambda p: make_state(p, trainable, optimizer, dtype), params)
+    frozen = None
+    if row.teacher:
+        abstract = nn.unbox(abstract_params(reference))
+        frozen = jax.eval_shape(lambda p: cast_frozen(p, dtype), abstract)
+    loss_fn = row.loss(Vlm(architecture, dtype, True), Vlm(reference, dtype, True), config.loss)
+    step = make_step(loss_fn, optimizer, config.accumulate, config.seed)
+    new, metrics = jax.eval_shape(step, state, frozen, abstract_batch(config, architecture))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
+    assert all(jax.tree.leaves((same.params, same.frozen, same.opt_state)))
+    assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
+    assert all(pair[0].shape == pair[1].shape == () for pair in metrics.values())

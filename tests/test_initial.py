@@ -1,0 +1,161 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill import initial
+from moddistill.config import MeshConfig, MoeConfig
+from moddistill.data.tokenizer import train_bpe
+from moddistill.model_folder import load, save_model
+from moddistill.sharding import make_mesh
+from moddistill.stages import STAGES
+from moddistill.tree import flatten
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+def random_words():
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z"), (300, 5))
+    return [" ".join("".join(map(chr, word)) for word in letters)] * 2
+
+
+@pytest.fixture
+def start(tokenizer, mesh):
+    """`start(config)`: what a stage trains, before the first step."""
+
+    def make(config):
+        base, target = initial.student_architectures(config, STAGES[config.stage], tokenizer)
+        return target, initial.student_params(config, base, target, mesh)
+
+    return make
+
+
+def test_new_weights_are_those_of_the_seed(start, tiny_config):
+    seeds = (0, 0, 1)
+    weights = [
+        flatten(start(tiny_config("sft", seed=seed))[1])["decoder/embedding"] for seed in seeds
+    ]
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert np.any(weights[0] != weights[2])
+
+
+def test_student_of_a_folder_keeps_its_weights(start, tiny_config, tiny_models):
+    config = tiny_config("sft", student=str(tiny_models["dense"]), tokenizer="")
+    _, params = start(config)
+    jax.tree.map(np.testing.assert_array_equal, params, load(tiny_models["dense"])[1])
+
+
+def test_dense_to_sparse_copies_the_feed_forward_layers(start, tiny_config, tiny_models):
+    config = tiny_config("d2s", student=str(tiny_models["dense"]), tokenizer="")
+    target, params = start(config)
+    assert target.decoder.moe == MoeConfig(norm_topk_prob=True)
+    sparse, dense = flatten(params), flatten(load(tiny_models["dense"])[1])
+    for i, layer in enumerate(target.decoder.moe_layers):
+        gate = dense["decoder/segment_0/block_0/mlp/gate/kernel"][layer]
+        for expert in range(4):
+            copy = sparse["decoder/segment_0/block_0/moe/experts_gate"][i, expert]
+            np.testing.assert_array_equal(copy, gate)
+
+
+def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
+    start, tiny_config, tiny_architecture, tiny_models, tokenizer, init, tmp_path
+):
+    config = dataclasses.replace(tiny_architecture(), vision=None)
+    save_model(tmp_path / "text", config, init(config), tokenizer, {})
+    tower = str(tiny_models["teacher"])
+    stage = tiny_config("init", student=str(tmp_path / "text"), vision=tower, tokenizer="")
+    target, params = start(stage)
+    assert target.vision == tiny_architecture("tiny-teacher").vision
+    jax.tree.map(np.testing.assert_array_equal, params["vision"], load(tower)[1]["vision"])
+    assert params["projector"]["linear_1"]["kernel"].shape == (16, 16)
+    decoder = load(tmp_path / "text")[1]["decoder"]
+    jax.tree.map(np.testing.assert_array_equal, params["decoder"], decoder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokenizer": ""}, r"config\.tokenizer is empty; .*'random:tiny'.* needs a tokenizer"),
+        ({"student": "DENSE"}, r"config\.tokenizer is .* brings its own; accepted: an empty"),
+        ({"student": "nowhere", "tokenizer": ""}, r"'nowhere' is not a model folder"),
+        ({"student": "random:tinny"}, r"preset 'tinny' is unknown; .*did you mean 'tiny'"),
+        ({"vision": "DENSE"}, r"config\.vision is .*'random:tiny' has a tower already"),
+        ({"student": "SPARSE", "tokenizer": ""}, r"already has 4 experts in layers \(0, 2\)"),
+        ({"moe": {"top_k": 5}}, r"moe\.top_k is 5; accepted: 1 to moe\.num_experts \(4\)"),
+    ],
+)
+def test_student_that_does_not_fit(tiny_config, tiny_models, fields, message):
+    folders = {"DENSE": str(tiny_models["dense"]), "SPARSE": str(tiny_models["sparse"])}
+    fields = {k: folders.get(v, v) if isinstance(v, str) else v for k, v in fields.items()}
+    config = tiny_config("d2s", **fields)
+    with pytest.raises(ValueError, match=message):
+        tokenizer = initial.student_tokenizer(config)
+        initial.student_architectures(config, STAGES["d2s"], tokenizer)
+
+
+def changed(config, **fields):
+    """An architecture with other fields of itself, its decoder or its tower."""
+    for part in ("decoder", "vision"):
+        names = {f.name for f in dataclasses.fields(getattr(config, part))}
+        own = {name: fields.pop(name) for name in list(fields) if name in names}
+        config = dataclasses.replace(
+            config, **{part: dataclasses.replace(getattr(config, part), **own)}
+        )
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"real_vocab": 290}, "tokenizer ids 290"),
+        ({"image_token": 5}, "image token 5"),
+        ({"patch_size": 7}, "positions an image 16, the student's 4"),
+        ({"image_size": 56, "patch_size": 28}, "image size 56, the student's 28"),
+        ({"vision": None}, "has no vision tower"),
+    ],
+)
+def test_teacher_that_does_not_fit(tiny_architecture, fields, message):
+    student = tiny_architecture()
+    initial.check_teacher(student, student, "runs/t")
+    with pytest.raises(ValueError, match=f"teacher 'runs/t' .*{message}"):
+        initial.check_teacher(changed(student, **fields), student, "runs/t")
+
+
+def test_teacher_may_have_more_padding_rows(tiny_architecture):
+    student = tiny_architecture()
+    initial.check_teacher(changed(student, vocab_size=400), student, "runs/t")
+
+
+def test_teacher_with_other_words(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, mesh, tmp_path
+):
+    """As many ids, but not the same ones."""
+    other = train_bpe(random_words(), tokenizer.vocab_size)
+    assert other.vocab_size == tokenizer.vocab_size
+    params = load(tiny_models["teacher"])[1]
+    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, other, {})
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    with pytest.raises(ValueError, match=r"has another vocabulary: token .*; accepted: equal"):
+        initial.load_teacher(config, tiny_architecture(), tokenizer, mesh)
+
+
+def test_teacher_is_kept_in_the_frozen_dtype(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
+):
+    config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
+    model, params = initial.load_teacher(config, tiny_architecture(), tokenizer, mesh)
+    assert model.dtype == jnp.bfloat16
+    flat = flatten(params)
+    assert flat["decoder/embedding"].dtype == jnp.bfloat16
+    assert flat["decoder/norm/scale"].dtype == jnp.float32
+
+
+def test_tokenizer_with_too_many_ids(tiny_config):
+    tokenizer = train_bpe(random_words(), 400)
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the model's embedding 320"):
+        initial.architecture("random:tiny", tokenizer)

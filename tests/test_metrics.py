@@ -1,0 +1,67 @@
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from moddistill.metrics import MetricsLog, check_finite, read_metrics, weighted_means
+
+
+def step(loss, weight, tokens=100):
+    scalars = {"loss": (loss * weight, weight), "tokens": (tokens, 1)}
+    return {name: tuple(map(jnp.float32, pair)) for name, pair in scalars.items()}
+
+
+def test_means_are_weighted():
+    # (2 * 1 + 5 * 3) / 4
+    assert weighted_means([step(2, 1), step(5, 3)])["loss"] == 17 / 4
+
+
+def test_mean_of_nothing_is_nan():
+    assert math.isnan(weighted_means([step(0, 0)])["loss"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_stops_the_run(bad):
+    check_finite({"loss": 1.0, "kd": 2.0}, 7, "none yet")
+    with pytest.raises(FloatingPointError, match=f"step 7: kd is {bad}; .* is runs/a/4"):
+        check_finite({"loss": 1.0, "kd": bad}, 7, "runs/a/4")
+
+
+def test_rows(tmp_path):
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft") as log:
+        for loss in (1.0, 3.0):
+            log.add(step(loss, 1))
+        row = log.report(2, learning_rate=0.5)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [row]
+    assert (row["step"], row["loss"], row["lr"]) == (2, 2.0, 0.5)
+    # 200 tokens in the time the row covers.
+    assert row["tokens_per_second"] == pytest.approx(200 / row["seconds"])
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_behind_the_last_checkpoint_are_cut_and_seconds_go_on(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with MetricsLog(tmp_path, start=2, steps=4, title="sft") as log:
+        log.add(step(4, 1))
+        log.report(3, learning_rate=0.0)
+    written = read_metrics(file)
+    assert [row["step"] for row in written] == [1, 2, 3]
+    assert written[-1]["loss"] == 4.0
+    assert 20 < written[-1]["seconds"] < 30
+
+
+def test_rows_of_held_out_records_have_no_seconds(tmp_path):
+    """A run that was cut off between its last row and its model folder starts again."""
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": 2, "loss": 1.0, "seconds": 10.0}, {"step": 2, "heldout_loss": 1.0}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with MetricsLog(tmp_path, start=2, steps=2, title="sft"):
+        pass
+    assert [row["step"] for row in read_metrics(file)] == [2, 2]
+
+
+def test_no_file_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

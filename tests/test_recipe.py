@@ -1,0 +1,131 @@
+import dataclasses
+import json
+
+import pytest
+
+from moddistill import recipe, train
+from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.metrics import read_metrics
+
+ANSWERS = {
+    "first": ["red", "yes", "yes"],
+    "second": ["red", "yes", "no"],
+}
+
+
+def test_workdir_is_put_into_every_text():
+    values = {
+        "order": ("a",),
+        "stages": {"a": {"student": "{workdir}/b/model", "teacher": "runs/t", "steps": 3}},
+    }
+    assert recipe.at_workdir(values, "runs/x") == {
+        "order": ("a",),
+        "stages": {"a": {"student": "runs/x/b/model", "teacher": "runs/t", "steps": 3}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"order": ("a",)}, r"config\.order is \('a',\); accepted: each of \('a', 'b'\) once"),
+        ({"order": ("a", "a", "b")}, r"config\.order is"),
+        ({"order": ("a", "c")}, r"config\.order is"),
+        ({"evaluated": ("a", "c")}, r"config\.evaluated names \['c'\]; accepted: stages, a, b"),
+    ],
+)
+def test_order_and_stages_must_fit(tmp_path, fields, message):
+    stages = {"a": TrainConfig(), "b": TrainConfig()}
+    config = RecipeConfig(**{"order": ("a", "b"), "stages": stages} | fields)
+    with pytest.raises(ValueError, match=message):
+        recipe.run(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def fake_evaluate(folder, name, data, out):
+    """Writes what the benchmark would, with an answer wrong or right as `ANSWERS` has it."""
+    questions = [("what?", "red"), ("is it?", "yes"), ("is it not?", "no")]
+    rows = [
+        {"question": q, "image": f"{i}.png", "answer": a, "prediction": p}
+        for i, ((q, a), p) in enumerate(zip(questions, ANSWERS[out.name], strict=True))
+    ]
+    (out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right = [row["answer"] == row["prediction"] for row in rows]
+    scores = {
+        "accuracy": sum(right) / 3,
+        "accuracy_yes_no": sum(right[1:]) / 2,
+        "accuracy_other": float(right[0]),
+        "false_yes_rate": float(not right[2]),
+    }
+    (out / "scores.json").write_text(json.dumps(scores))
+    return scores
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """A recipe of two stages, the second of which also measures held-out records."""
+    workdir = tmp_path_factory.mktemp("recipe")
+    first = tiny_config("init", remat=False, steps=2)
+    [source] = first.data.sources.values()
+    second = dataclasses.replace(
+        first,
+        student=f"{workdir}/first/model",
+        tokenizer="",
+        heldout_steps=1,
+        data=dataclasses.replace(first.data, heldout=source),
+    )
+    config = RecipeConfig(
+        order=("first", "second"),
+        stages={"first": first, "second": second},
+        benchmark="easy_vqa",
+        benchmark_data="data",
+        evaluated=("first", "second"),
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recipe, "evaluate", fake_evaluate)
+        # Pictures are not there; the report has its own tests.
+        patched.setattr(recipe, "_examples", lambda *_: [])
+        rows = recipe.run(config, workdir)
+    return config, workdir, rows
+
+
+def test_table(finished):
+    config, workdir, rows = finished
+    assert rows == recipe.table(config, workdir)
+    assert [row["model"] for row in rows] == ["first", "second"]
+    assert [row["accuracy"] for row in rows] == [2 / 3, 1.0]
+    assert [row["yes_no"] for row in rows] == [0.5, 1.0]
+    assert [row["other"] for row in rows] == [1.0, 1.0]
+    assert [row["false_yes"] for row in rows] == [1.0, 0.0]
+    for row in rows:
+        assert row["parameters"] == row["activated"] > 0
+        last = [r for r in read_metrics(workdir / row["model"] / "metrics.jsonl") if "seconds" in r]
+        assert row["seconds"] == last[-1]["seconds"]
+
+
+def test_predictions_stand_side_by_side(finished):
+    lines = (finished[1] / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {
+            "question": question,
+            "image": f"{i}.png",
+            "answer": answer,
+            "first": ANSWERS["first"][i],
+            "second": ANSWERS["second"][i],
+        }
+        for i, (question, answer) in enumerate(
+            [("what?", "red"), ("is it?", "yes"), ("is it not?", "no")]
+        )
+    ]
+
+
+def test_report_is_written(finished):
+    page = (finished[1] / "report.html").read_text()
+    assert "first → second" in page
+
+
+def test_finished_recipe_trains_and_asks_nothing_again(finished, monkeypatch):
+    config, workdir, rows = finished
+    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setattr(recipe, "evaluate", None)
+    monkeypatch.setattr(recipe, "_examples", lambda *_: [])
+    assert recipe.run(config, workdir) == rows

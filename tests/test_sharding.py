@@ -1,0 +1,133 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+
+from moddistill import sharding
+from moddistill.config import MeshConfig, MoeConfig
+from moddistill.initial import student_tokenizer
+from moddistill.model_folder import abstract_params
+from moddistill.models.presets import PRESETS
+from moddistill.models.upcycle import upcycle_config
+from moddistill.sharding import MESH_AXES, make_mesh, param_shardings, put_batch, resolve
+from moddistill.train import batches, prepare
+from moddistill.tree import flatten
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(fsdp=2), (4, 2, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, expert=-1), (2, 2, 2, 1)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
+    ],
+)
+def test_mesh(config, shape):
+    mesh = make_mesh(config)
+    assert mesh.axis_names == MESH_AXES
+    assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(data=3),
+        MeshConfig(data=16),
+        MeshConfig(data=4),
+        MeshConfig(fsdp=3),
+        MeshConfig(fsdp=-1),
+        MeshConfig(fsdp=0),
+        MeshConfig(fsdp=-2),
+    ],
+)
+def test_mesh_that_does_not_fit(config):
+    with pytest.raises(ValueError, match=rf"mesh data={config.data}, fsdp={config.fsdp}.* 8 devi"):
+        make_mesh(config)
+
+
+def test_unknown_logical_name():
+    assert resolve(PartitionSpec("embed", None, "mlp")) == PartitionSpec("fsdp", None, "tensor")
+    with pytest.raises(ValueError, match=r"'embedd' is unknown; .*did you mean 'embed'"):
+        resolve(PartitionSpec("embedd"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("moe", [None, MoeConfig(residual=True)], ids=["dense", "sparse"])
+def test_every_parameter_has_a_place_on_the_mesh(name, moe):
+    config = PRESETS[name] if moe is None else upcycle_config(PRESETS[name], moe)
+    boxed = abstract_params(config)
+    places = flatten(
+        param_shardings(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)), boxed)
+    )
+    shapes = flatten(nn.unbox(boxed))
+    assert places.keys() == shapes.keys()
+    for path, shape in shapes.items():
+        if path.startswith("decoder/") and shape.ndim > 2 and "/bias" not in path:
+            assert any(places[path].spec), f"{path} {shape.shape} is the same on every device"
+        places[path].shard_shape(shape.shape)  # raises where a dimension does not divide
+    if moe:
+        experts = {p: s for p, s in places.items() if "/experts_" in p}
+        assert experts
+        assert all(place.spec[1] == "expert" for place in experts.values())
+
+
+def test_samples_are_spread_over_all_devices():
+    batch = {"tokens": np.arange(16).reshape(8, 2), "images": np.zeros((8, 1, 4, 4, 3), np.uint8)}
+    placed = put_batch(make_mesh(MeshConfig(data=4, fsdp=2)), batch)
+    for name, array in placed.items():
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
+        np.testing.assert_array_equal(array, batch[name])
+
+
+def one_device_mesh():
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((1,) * 4, MESH_AXES, devices=jax.devices()[:1], axis_types=axis_types)
+
+
+def first_steps(config, mesh, workdir):
+    """Parameters and metrics after two steps of a stage on a mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        tokenizer = student_tokenizer(config)
+        run = prepare(config, tokenizer, mesh)
+        records = batches(config, config.data, run.model.config, tokenizer, workdir)
+        state = run.state
+        for _ in range(2):
+            state, metrics = run.step(state, run.teacher, put_batch(mesh, next(records)))
+        assert run.step._cache_size() == 1, "the second step was compiled again"
+    return jax.tree.map(np.asarray, (state.params, metrics)), state
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_config, tmp_path_factory):
+    """`stage(mesh)`: two d2s steps. A large eps, since Adam turns rounding into whole steps."""
+    config = tiny_config("d2s", remat=False, optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64})
+    data = dataclasses.replace(config.data, template="chatml", max_length=96)
+    config = dataclasses.replace(config, data=data)
+    return lambda mesh: first_steps(config, mesh, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def one_device(stage):
+    return stage(one_device_mesh())[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(), MeshConfig(data=2, fsdp=2, expert=2)],
+    ids=["data=8", "data=2,fsdp=2,expert=2"],
+)
+def test_steps_do_not_depend_on_the_mesh(stage, one_device, config):
+    (params, metrics), state = stage(make_mesh(config))
+    expected_params, expected_metrics = one_device
+    for path, value in params.items():
+        np.testing.assert_allclose(value, expected_params[path], atol=1e-5, err_msg=path)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(
+            value, expected_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
+    assert experts == "expert"

@@ -1,0 +1,214 @@
+import dataclasses
+import json
+import logging
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from moddistill import sharding, train
+from moddistill.metrics import read_metrics
+from moddistill.model_folder import load
+from moddistill.tree import flatten
+
+TIMING = ("seconds", "tokens_per_second")
+
+
+def rows(workdir):
+    """The rows of a run without what the clock says."""
+    found = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
+
+
+PARTS = {
+    "sft": {"ce"},
+    "init": {"ce"},
+    "d2d": {"kd"},
+    "d2s": {"kd", "ce", "balance", "dropped"},
+    "preference": {
+        "preference",
+        "reward_chosen",
+        "reward_rejected",
+        "reward_margin",
+        "reward_accuracy",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """`finished(stage)`: the config and the workdir of the stage's whole run."""
+    runs = {}
+
+    def run(stage):
+        if stage not in runs:
+            config = tiny_config(stage, remat=stage == "init")
+            workdir = tmp_path_factory.mktemp(stage)
+            train.train(config, workdir)
+            runs[stage] = config, workdir
+        return runs[stage]
+
+    return run
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_stage_runs_and_reports_its_parts(stage, finished):
+    config, workdir = finished(stage)
+    written = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in written] == [1, 2, 3, 4]
+    for row in written:
+        assert set(row) == {"step", "loss", "lr", "grad_norm", *TIMING} | PARTS[stage]
+        assert all(map(math.isfinite, row.values()))
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"
+    }  # fmt: skip
+    assert json.loads((workdir / "config.json").read_text())["stage"] == stage
+    model, _ = load(workdir / "model")
+    assert (model.config.decoder.moe is not None) == (stage == "d2s")
+    assert model.config.template == config.data.template
+
+
+def test_a_run_that_was_cut_off_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
+    """Stopped in its fourth step: three rows are written, the last checkpoint is of step 2."""
+    config, whole = finished("d2s")
+    put_batch, calls = sharding.put_batch, []
+
+    def put_three(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return put_batch(*args)
+
+    monkeypatch.setattr(sharding, "put_batch", put_three)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path)
+    assert len(rows(tmp_path)) == 3
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(sharding, "put_batch", put_batch)
+    train.train(config, tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    ours, theirs = (flatten(load(workdir / "model")[1]) for workdir in (tmp_path, whole))
+    for path, value in theirs.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def test_only_the_trainable_parameters_moved(finished, tiny_config, tmp_path):
+    """d2s trains experts, routers and projector; the rest is what the seed made it."""
+    _, workdir = finished("d2s")
+    _, after = load(workdir / "model")
+    config = tiny_config("d2s", remat=False, optim={"lr": 0.0})
+    train.train(config, tmp_path)
+    before = flatten(load(tmp_path / "model")[1])
+    moved = {path for path, x in flatten(after).items() if np.any(x != before[path])}
+    assert moved == {path for path in before if "/moe/" in path or path.startswith("projector/")}
+
+
+def test_finished_run_is_left_alone(finished, monkeypatch):
+    config, workdir = finished("sft")
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
+    monkeypatch.setattr(train, "prepare", None)
+    assert train.train(config, workdir) == workdir / "model"
+    assert before == {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
+
+
+def test_workdir_of_a_run_with_other_settings(finished):
+    config, workdir = finished("sft")
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 there, 1 now"):
+        train.train(dataclasses.replace(config, seed=1), workdir)
+    train.train(dataclasses.replace(config, log_every=3), workdir)
+
+
+def test_nan_stops_the_run(tiny_config, tmp_path):
+    """The first update is larger than float32; the second step sees it."""
+    config = tiny_config("sft", save_every=1, optim={"lr": 1e38})
+    with pytest.raises(FloatingPointError) as error:
+        train.train(config, tmp_path)
+    assert str(error.value).startswith("step 2: loss is nan; the last good checkpoint is ")
+    assert str(error.value).endswith("checkpoints/1")
+    assert not (tmp_path / "model").exists()
+
+
+def test_records_left_out_are_counted(finished, tmp_path, caplog):
+    config, _ = finished("sft")
+    [source] = config.data.sources.values()
+    with open(source.path) as file:
+        records = json.load(file)
+    records[2]["conversations"][1]["value"] = ""
+    records[5]["image"] = "gone.png"
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    source = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    data = dataclasses.replace(config.data, sources={"some": source})
+    with caplog.at_level(logging.WARNING, "moddistill"):
+        train.train(dataclasses.replace(config, data=data), tmp_path / "run")
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
+    assert reasons.keys() == {3, 6}
+    assert reasons[3] == "an answer is empty"
+    assert "gone.png is missing" in reasons[6]
+    assert "2 records left out" in caplog.text
+
+
+def test_held_out_records_are_measured_at_the_end(finished, tmp_path):
+    config, _ = finished("preference")
+    [source] = config.data.sources.values()
+    data = dataclasses.replace(config.data, heldout=source)
+    train.train(dataclasses.replace(config, data=data, heldout_steps=1), tmp_path)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last.keys() >= {"step", "heldout_loss", "heldout_reward_accuracy"}
+    assert 0 <= last["heldout_reward_accuracy"] <= 1
+
+
+def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_path, monkeypatch):
+    config, whole = finished("preference")
+    [source] = config.data.sources.values()
+    data = dataclasses.replace(config.data, heldout=source)
+    config = dataclasses.replace(config, data=data, heldout_steps=1)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "save_model", fail)
+        train.train(config, tmp_path)
+    train.train(config, tmp_path)
+    assert rows(tmp_path)[:4] == rows(whole)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("sft", {"accumulate": 3}, r"config\.batch_size is 8; accepted: a multiple of .*3"),
+        ("d2d", {"teacher": ""}, r"config\.teacher is empty; stage 'd2d' needs"),
+        ("sft", {"teacher": "runs/t"}, r"stage 'sft' takes no teacher"),
+        ("d2d", {"teacher": "runs/none"}, r"'runs/none' is not a model folder"),
+        ("d2d", {"teacher": "random:demo-teacher"}, r"does not fit: positions an image 36"),
+        ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
+        ("sft", {"mesh": {"data": 3}}, r"mesh data=3, .* does not fit 8 devices"),
+        ("preference", {"loss": {"preference": "dpo"}}, r"loss\.preference is 'dpo'; accepted"),
+    ],
+)
+def test_settings_that_do_not_fit(tiny_config, tmp_path, stage, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(tiny_config(stage, **fields), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_checkpoint_of_another_architecture(finished, tmp_path):
+    config, workdir = finished("d2s")
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=2))
+    with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
+        train.train(config, tmp_path)
+    assert "experts_up has shape (2, 4, 16, 32), expected (2, 2, 16, 32)" in str(error.value)
+
+
+def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
+    config, _ = finished("sft")
+    runs, prepare = [], train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *args: runs.append(prepare(*args)) or runs[-1])
+    train.train(config, tmp_path)
+    assert runs[0].step._cache_size() == 1
+    assert jax.tree.all(jax.tree.map(lambda x: x.is_deleted(), runs[0].state.params))
