@@ -88,10 +88,11 @@ def preference_loss(
             return jnp.sum(values["logp"].reshape(labels.shape), axis=1)
 
         def mean_loss(policy: Array) -> tuple[Array, tuple[Array, Array]]:
-            ratios = jnp.split(policy - reference, 2)
-            return jnp.mean(
-                preference_losses(*ratios, config.preference, config.beta, config.label_smoothing)
-            ), ratios
+            chosen, rejected = jnp.split(policy - reference, 2)
+            losses = preference_losses(
+                chosen, rejected, config.preference, config.beta, config.label_smoothing
+            )
+            return jnp.mean(losses), (chosen, rejected)
 
         heads = Heads(rows(output.hidden), output.head)
         policy = log_likelihoods(heads)
