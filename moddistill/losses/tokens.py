@@ -85,6 +85,8 @@ def weighted_sum(
     chunk = min(chunk, labels.shape[0])
     rest = (heads.teacher_hidden, heads.teacher_head, labels, weights)
     total, values = _sum(token_fn, chunk, real_vocab, heads.hidden, heads.head, rest)
+    # The last chunk is filled up with positions that do not count.
+    values = {name: jnp.where(weights[name] != 0, value, 0.0) for name, value in values.items()}
     return total, jax.lax.stop_gradient(values)
 
 

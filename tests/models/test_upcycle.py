@@ -120,7 +120,7 @@ def test_a_sparse_model_is_not_upcycled_again():
 
 @pytest.mark.parametrize(
     ("moe", "named"),
-    [(MoeConfig(2, 3), "top_k is 3"), (MoeConfig(placement=(5,)), "indices from 0 to 4")],
+    [(MoeConfig(2, 3), "top_k is 3"), (MoeConfig(placement=(5,)), "from 0 to 4")],
 )
 def test_experts_that_do_not_fit_are_named(moe, named):
     with pytest.raises(ValueError, match=named):
