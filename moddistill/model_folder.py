@@ -5,9 +5,12 @@ params/                  Orbax
 tokenizer.json, tokenizer_config.json, preprocessor_config.json
 """
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from orbax.checkpoint import v1 as ocp
 from moddistill.config import from_config_dict
 from moddistill.data.images import preprocessor_config
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
+from moddistill.processes import is_first, wait_for_all
 from moddistill.sharding import unbox
 from moddistill.tree import check_same, flatten, unflatten
 
@@ -33,56 +38,157 @@ def save_model(
     tokenizer: Tokenizer,
     source: dict[str, Any],
 ) -> None:
-    """Writes a model folder aside and renames it, so that an interrupted write leaves none."""
-    folder = Path(folder)
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    ocp.save(aside.resolve() / "params", params)
+    """Writes a model folder; an interrupted write leaves none."""
+    with new_folder(Path(folder), overwrite=True) as aside:
+        context = ocp.Context()
+        context.array.saving.scoped_storage_options_creator = _storage
+        with context:
+            ocp.save(aside.resolve() / "params", params)
+        if is_first():
+            write_description(aside, config, tokenizer, source)
+
+
+def as_model_folder(name: str | Path) -> Path:
+    """A model folder for anything that names a model.
+
+    A model folder is taken as it is. A Hugging Face folder or hub name is imported once into
+    `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
+
+    Raises:
+      ValueError: if it is none of these, or its weights cannot be imported.
+    """
+    folder = Path(name)
+    if (folder / "model.json").is_file():
+        return folder
+    is_hub_name = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    if not (folder / "config.json").is_file() and not is_hub_name:
+        return folder  # reading it says what is missing
+    # The converter stands above the library; this is the one place that reaches up to it.
+    from tools.convert_weights.cache import imported  # noqa: PLC0415
+
+    return imported(str(name))
+
+
+def _storage(path: tuple[Any, ...], array: jax.Array) -> Any:
+    """Large stacks of layers are stored layer by layer, so that one can be read at a time."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    layer = array.nbytes // max(1, array.shape[0] if array.shape else 1)
+    if not re.search(r"/(segment_\d+|layers|unused)/", name) or layer < 2**20:
+        return None
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    return options(chunk_byte_size=layer, shard_axes=(0,))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, overwrite: bool, keep: Sequence[Path] = ()) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` when everything is written.
+
+    What is not finished is removed, or stays behind as `.NAME.partial` if the process is killed.
+
+    Args:
+      keep: folders that are read; `folder` may not be one of them or hold one.
+
+    Raises:
+      ValueError: if `folder` exists and is not to be overwritten, or would be overwritten as it is
+        read.
+    """
+    if folder.exists() and not (overwrite and folder.is_dir()):
+        raise ValueError(f"{str(folder)!r} exists; accepted: a new folder, or --overwrite")
+    for source in keep:
+        if folder.exists() and source.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
+    aside = folder.with_name(f".{folder.name}.partial")
+    if is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    wait_for_all(f"making {aside}")
+    try:
+        yield aside
+    except BaseException:
+        if is_first():
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    wait_for_all(f"filling {aside}")
+    if is_first():
+        _exchange(aside, folder)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """Puts `new` in the place of a folder, which is never there in part."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_description(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, source: dict[str, Any]
+) -> None:
+    """Everything of a model folder but its parameters."""
     description = {
         "version": VERSION,
         "architecture": dataclasses.asdict(config),
         "layer_plan": [dataclasses.asdict(segment) for segment in config.decoder.plan],
         "source": source,
     }
-    (aside / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-    tokenizer.save(str(aside))
+    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    tokenizer.save(str(folder))
     if config.vision is not None:
-        settings = preprocessor_config(config.vision.image_size)
-        (aside / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+        tower = config.vision
+        settings = preprocessor_config(tower.image_size, tower.mean, tower.std)
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
     """The architecture of a model folder; ValueError if it is none, or of another version."""
+    description = _read_description(folder)
+    origin = str(Path(folder) / "model.json")
+    return from_config_dict(ModelConfig, description["architecture"], origin)
+
+
+def read_source(folder: str | Path) -> dict[str, Any]:
+    """Where a model came from: the settings of its stage, or what it was imported from."""
+    return _read_description(folder)["source"]
+
+
+def _read_description(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "model.json"
     if not file.is_file():
         raise ValueError(
             f"{str(folder)!r} is not a model folder: it has no model.json; accepted: the `model/` "
-            "folder that a stage writes, or `random:PRESET` for new weights"
+            "folder that a stage writes, a Hugging Face folder, or `random:PRESET` for new weights"
         )
-    description = json.loads(file.read_text())
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
     if description.get("version") != VERSION:
         raise ValueError(
             f"{file} has version {description.get('version')!r}; this release reads {VERSION}"
         )
-    return from_config_dict(ModelConfig, description["architecture"], str(file))
+    return description
 
 
 def abstract_params(config: ModelConfig) -> Any:
     """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
     model = Vlm(config)
-    return jax.eval_shape(model.init, jax.random.key(0), dummy_batch(config))["params"]
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch(config)))["params"]
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """Parameters stored, and those that one token uses: of the experts, the `top_k` chosen."""
+    """Parameters stored, and those that one token uses.
+
+    Of the experts these are the `top_k` chosen ones, of the tower those up to the selected layer.
+    """
     flat = flatten(unbox(abstract_params(config)))
     total = sum(leaf.size for leaf in flat.values())
     experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
     moe = config.decoder.moe
     idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts if moe else 0
+    never = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
+    idle += sum(leaf.size for path, leaf in flat.items() if path.startswith(never))
     return total, total - idle
 
 
@@ -97,7 +203,7 @@ def load_params(
     """Parameters of a model folder, read straight into their sharding and dtype.
 
     Args:
-      dtype: of the loaded arrays; as stored if None.
+      dtype: of the loaded arrays, one or a tree like the parameters; as stored if None.
       shardings: a tree like the parameters; the first device alone if absent.
       part: first path component to load alone, such as `vision`.
 
@@ -105,13 +211,19 @@ def load_params(
       ValueError: listing every parameter that is missing, unexpected or of another shape.
     """
     path = Path(folder).resolve() / "params"
+    if not path.is_dir():
+        raise ValueError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
     expected = flatten(unbox(abstract_params(config)))
     found = flatten(ocp.metadata(path).metadata)
     check_same(found, expected, str(path))
     single = SingleDeviceSharding(jax.devices()[0])
     places = flatten(shardings) if shardings else dict.fromkeys(expected, single)
+    if isinstance(dtype, dict):
+        dtypes = flatten(dtype)
+    else:
+        dtypes = {name: dtype or found[name].dtype for name in expected}
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype or found[name].dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=places[name])
         for name, leaf in expected.items()
         if not part or name.split("/")[0] == part
     }
@@ -122,10 +234,14 @@ def load_params(
 
 
 def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
-    """A model folder as `(model, params)`, all in float32 on the first device.
+    """A model as `(model, params)`, all in float32 on the first device.
+
+    Args:
+      folder: a model folder, a Hugging Face folder or a hub name.
 
     Raises:
-      ValueError: if the folder is no model folder or its parameters do not fit its architecture.
+      ValueError: if it is none of these, or its parameters do not fit its architecture.
     """
+    folder = as_model_folder(folder)
     config = read_model_config(folder)
     return Vlm(config), load_params(folder, config, dtype=jnp.float32)

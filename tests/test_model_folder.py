@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -53,9 +54,19 @@ def test_folder_holds_what_the_model_needs_elsewhere(folder, tokenizer):
     ]
     assert description["source"] == {"stage": "d2s"}
     assert load_tokenizer(str(folder)).backend.get_vocab() == tokenizer.backend.get_vocab()
-    assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {
-        "shortest_edge": 28
-    }
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["size"] == {"shortest_edge": 28}
+
+
+def test_image_settings_are_those_of_the_tower(sparse, tokenizer, tmp_path):
+    config, params = sparse
+    tower = dataclasses.replace(config.vision, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    config = dataclasses.replace(config, vision=tower)
+    save_model(tmp_path / "model", config, params, tokenizer, {})
+    settings = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
+    assert settings["image_mean"] == [0.1, 0.2, 0.3]
+    assert settings["image_std"] == [0.4, 0.5, 0.6]
+    assert read_model_config(tmp_path / "model") == config
 
 
 def test_one_part_alone(folder, sparse):
@@ -111,15 +122,20 @@ def test_parameter_counts(tiny_architecture):
     norm, expert = 16, 3 * 16 * 32
     attention = 2 * 16 * 16 + 2 * 16 * 8 + 16 + 2 * 8
     decoder = 320 * 16 + 4 * (attention + expert + 2 * norm) + norm
-    # 2 x 2 patches of 14 x 14 x 3; of 2 layers the last is never computed.
+    # 2 x 2 patches of 14 x 14 x 3 and a layer; the norm behind it is never computed.
     block = 4 * (16 * 16 + 16) + 16 * 32 + 32 + 32 * 16 + 16 + 4 * 16
     vision = 14 * 14 * 3 * 16 + 16 + 5 * 16 + 2 * 16 + block
     projector = 2 * (16 * 16 + 16)
     dense = decoder + vision + projector
-    assert parameter_counts(tiny_architecture()) == (dense, dense)
+    assert parameter_counts(tiny_architecture()) == (dense + 2 * 16, dense)
+    # Two more layers above the selected one.
+    config = tiny_architecture()
+    tower = dataclasses.replace(config.vision, layers=3, select_layer=-3)
+    whole = dense + 2 * block + 2 * 16
+    assert parameter_counts(dataclasses.replace(config, vision=tower)) == (whole, dense)
     # Layers 0 and 2 have four experts and a router of 16 x 4; a token uses two experts.
     sparse = dense + 2 * (3 * expert + 16 * 4)
     assert parameter_counts(tiny_architecture("tiny", MoeConfig())) == (
-        sparse,
+        sparse + 2 * 16,
         sparse - 2 * 2 * expert,
     )

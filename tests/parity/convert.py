@@ -47,7 +47,7 @@ def part(state, prefix):
 
 
 def model_params(state, config: ModelConfig):
-    """All parameters of `config` from a LLaVA or Qwen2 state; every one is accounted for."""
+    """All parameters of `config` from a LLaVA or Qwen state; every one is accounted for."""
     if config.vision is None:
         params = {"decoder": decoder_params(part(state, "model."), state, config.decoder)}
     else:
@@ -81,8 +81,13 @@ def _decoder_layer(state, config: DecoderConfig):
         name: {"kernel": jnp.asarray(state[f"mlp.{name}_proj.weight"].T)}
         for name in ("gate", "up", "down")
     }
+    attention = _attention(state, "o_proj", config.head_dim)
+    if config.qk_norm:
+        for name in ("query", "key"):
+            scale = state[f"self_attn.{name[0]}_norm.weight"]
+            attention[f"{name}_norm"] = {"scale": jnp.asarray(scale)}
     return {
-        "attention": _attention(state, "o_proj", config.head_dim),
+        "attention": attention,
         "attention_norm": {"scale": jnp.asarray(state["input_layernorm.weight"])},
         "mlp_norm": {"scale": jnp.asarray(state["post_attention_layernorm.weight"])},
         "mlp": mlp,
@@ -90,18 +95,31 @@ def _decoder_layer(state, config: DecoderConfig):
 
 
 def vision_params(state, config: VisionConfig):
+    """Of CLIP or SigLIP, whichever has the parameters that `config` asks for."""
     patch = state["embeddings.patch_embedding.weight"]  # [D, 3, row, column]
     layers = [
         _vision_layer(part(state, f"encoder.layers.{i}."), config.width // config.heads)
-        for i in range(config.used_layers)
+        for i in range(config.layers)
     ]
-    return {
+    params = {
         "patch": {"kernel": jnp.asarray(patch.transpose(2, 3, 1, 0).reshape(-1, config.width))},
-        "class_token": jnp.asarray(state["embeddings.class_embedding"]),
         "positions": jnp.asarray(state["embeddings.position_embedding.weight"]),
-        "pre_norm": _norm(state, "pre_layrnorm"),
-        "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers),
+        "layers": _stacked(layers[: config.used_layers]),
+        "post_norm": _norm(state, "post_layernorm"),
     }
+    if config.used_layers < config.layers:
+        params["unused"] = _stacked(layers[config.used_layers :])
+    if config.patch_bias:
+        params["patch"]["bias"] = jnp.asarray(state["embeddings.patch_embedding.bias"])
+    if config.class_token:
+        params["class_token"] = jnp.asarray(state["embeddings.class_embedding"])
+    if config.pre_norm:
+        params["pre_norm"] = _norm(state, "pre_layrnorm")
+    return params
+
+
+def _stacked(layers):
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 def _vision_layer(state, head_dim):
@@ -119,10 +137,10 @@ def _attention(state, out, head_dim):
     params = {}
     for name in ("query", "key", "value"):
         linear = _linear(state, f"self_attn.{name[0]}_proj")
-        params[name] = {
-            "kernel": linear["kernel"].reshape(linear["kernel"].shape[0], -1, head_dim),
-            "bias": linear["bias"].reshape(-1, head_dim),
-        }
+        kernel = linear["kernel"]
+        params[name] = {"kernel": kernel.reshape(kernel.shape[0], -1, head_dim)}
+        if "bias" in linear:
+            params[name]["bias"] = linear["bias"].reshape(-1, head_dim)
     linear = _linear(state, f"self_attn.{out}")
     kernel = linear["kernel"]
     params["out"] = linear | {"kernel": kernel.reshape(-1, head_dim, kernel.shape[1])}

@@ -1,19 +1,23 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from moddistill.models.vision import Vision, VisionConfig
+from moddistill.tree import count
 from tests.parity.convert import numpy_state, pixel_values, randomise, vision_params
 
 TWO_BY_TWO = VisionConfig(image_size=28, patch_size=14, width=32, mlp=64, layers=3, heads=4)
 TOWERS = {
     "two by two patches": TWO_BY_TWO,
     "five by five patches": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=6),
+    "four by four patches and a rest": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=7),
     "one patch": dataclasses.replace(TWO_BY_TWO, image_size=14),
     "odd heads": dataclasses.replace(TWO_BY_TWO, width=21, heads=3),
     "one head": dataclasses.replace(TWO_BY_TWO, heads=1, layers=2),
@@ -23,22 +27,27 @@ TOWERS = {
 }
 
 
+def clip_config(config):
+    return CLIPVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_act=config.activation,
+    )
+
+
+def random_images(config, number):
+    shape = (number, config.image_size, config.image_size, 3)
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
 def test_features_equal_the_hidden_states_of_clip_without_the_class_token(config):
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=config.mlp,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_act=config.activation,
-        )
-    )
-    randomise(tower)
-    shape = (3, config.image_size, config.image_size, 3)
-    images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    tower = randomise(CLIPVisionModel(clip_config(config)))
+    images = random_images(config, 3)
     with torch.no_grad():
         states = tower(pixel_values(images, config), output_hidden_states=True).hidden_states
     theirs = states[config.select_layer][:, 1:].numpy()
@@ -49,3 +58,13 @@ def test_features_equal_the_hidden_states_of_clip_without_the_class_token(config
 
     assert theirs.std() > 0.5
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
+def test_the_whole_of_clip_has_a_place(config):
+    tower = randomise(CLIPVisionModel(clip_config(config)))
+    vision = Vision(config, jnp.float32, remat=False)
+    shapes = jax.eval_shape(vision.init, jax.random.key(0), random_images(config, 1))["params"]
+    params = vision_params(numpy_state(tower), config)
+    chex.assert_trees_all_equal_shapes(params, nn.unbox(shapes))
+    assert count(params) == sum(parameter.numel() for parameter in tower.parameters())

@@ -5,46 +5,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm
 from tests.parity.convert import model_params, numpy_state, pixel_values, randomise
+from tests.parity.test_clip import clip_config
 from tests.parity.test_qwen import qwen2_config
+from tests.parity.test_siglip import TWO_BY_TWO, siglip_config
 
 IMAGE = 96
-TOWER = VisionConfig(image_size=12, patch_size=6, width=24, mlp=48, layers=3, heads=3)
+PATCHES = 4
+CLIP = VisionConfig(image_size=12, patch_size=6, width=24, mlp=48, layers=3, heads=3)
+SIGLIP = dataclasses.replace(
+    TWO_BY_TWO, image_size=13, patch_size=6, width=24, mlp=48, layers=3, heads=3
+)
 DECODER = DecoderConfig(
     vocab_size=97, real_vocab=96, width=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8
 )
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied head", "untied head"])
+MODELS = {
+    "CLIP, tied head": (CLIP, True),
+    "CLIP, untied head": (CLIP, False),
+    "SigLIP, tied head": (SIGLIP, True),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def models(request):
-    """A torch LLaVA and ours with the same weights."""
-    decoder = dataclasses.replace(DECODER, tied_head=request.param)
-    config = ModelConfig(decoder, TOWER, "mlp2x_gelu", "vicuna", IMAGE)
-    vision = CLIPVisionConfig(
-        hidden_size=TOWER.width,
-        intermediate_size=TOWER.mlp,
-        num_hidden_layers=TOWER.layers,
-        num_attention_heads=TOWER.heads,
-        image_size=TOWER.image_size,
-        patch_size=TOWER.patch_size,
-    )
+    """A torch LLaVA and ours with the same weights, and their tower's config."""
+    tower, tied_head = request.param
+    decoder = dataclasses.replace(DECODER, tied_head=tied_head)
+    config = ModelConfig(decoder, tower, "mlp2x_gelu", "vicuna", IMAGE)
     llava = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=vision,
+            vision_config=clip_config(tower) if tower is CLIP else siglip_config(tower),
             text_config=qwen2_config(decoder),
             image_token_index=IMAGE,
-            vision_feature_layer=-2,
+            vision_feature_layer=tower.select_layer,
+            vision_feature_select_strategy="default" if tower.class_token else "full",
             tie_word_embeddings=decoder.tied_head,
         )
     )
     randomise(llava)
     params = model_params(numpy_state(llava), config)
-    return llava, jax.jit(lambda batch: Vlm.logits(Vlm(config).apply({"params": params}, batch)))
+    ours = jax.jit(lambda batch: Vlm.logits(Vlm(config).apply({"params": params}, batch)))
+    return llava, ours, tower
 
 
 def random_text(rng, length):
@@ -53,7 +61,7 @@ def random_text(rng, length):
 
 def layouts(rng):
     """Rows of tokens, each with its number of images; an image takes four positions."""
-    image = [IMAGE] * TOWER.patches
+    image = [IMAGE] * PATCHES
     return {
         "one image in the middle": [(random_text(rng, 3) + image + random_text(rng, 4), 1)],
         "image first": [(image + random_text(rng, 4), 1)],
@@ -70,7 +78,7 @@ def layouts(rng):
 
 @pytest.mark.parametrize("layout", layouts(np.random.default_rng(0)))
 def test_logits_equal_those_of_llava(models, layout):
-    llava, ours = models
+    llava, ours, tower = models
     rng = np.random.default_rng(1)
     rows = layouts(rng)[layout]
     length, most = max(len(tokens) for tokens, _ in rows), max(count for _, count in rows)
@@ -79,14 +87,15 @@ def test_logits_equal_those_of_llava(models, layout):
     for i, (row, _) in enumerate(rows):
         tokens[i, : len(row)] = row
         valid[i, : len(row)] = True
-    images = rng.integers(0, 256, (len(rows), most, 12, 12, 3), np.uint8)
+    size = tower.image_size
+    images = rng.integers(0, 256, (len(rows), most, size, size, 3), np.uint8)
     in_order = np.concatenate([images[i, :count] for i, (_, count) in enumerate(rows)])
 
     with torch.no_grad():
         theirs = llava(
             input_ids=torch.tensor(tokens).long(),
             attention_mask=torch.tensor(valid).long(),
-            pixel_values=pixel_values(in_order, TOWER),
+            pixel_values=pixel_values(in_order, tower),
         ).logits.numpy()
     batch = {
         "tokens": jnp.asarray(tokens),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vlm import ModelConfig, Vlm
@@ -28,25 +28,53 @@ DECODERS = {
     "large norm epsilon": dataclasses.replace(BASE, norm_eps=1e-2),
 }
 
+NORMED = dataclasses.replace(BASE, qkv_bias=False, qk_norm=True)
+DECODERS_3 = {
+    "heads as wide as the layer in all": NORMED,
+    "wider heads": dataclasses.replace(NORMED, kv_heads=2, head_dim=20),
+    "narrower heads": dataclasses.replace(NORMED, head_dim=4),
+    "three wider heads": dataclasses.replace(NORMED, width=20, heads=3, kv_heads=3, head_dim=10),
+    "nine heads on three keys": dataclasses.replace(
+        NORMED, width=32, heads=9, kv_heads=3, head_dim=6
+    ),
+    "untied head": dataclasses.replace(NORMED, kv_heads=1, tied_head=False),
+    "large norm epsilon": dataclasses.replace(NORMED, norm_eps=1e-2),
+}
 
-def qwen2_config(config, **changes):
-    return Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tied_head,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        **changes,
-    )
+
+def qwen2_config(config):
+    return Qwen2Config(**_sizes(config))
+
+
+def qwen3_config(config):
+    return Qwen3Config(head_dim=config.head_dim, **_sizes(config))
+
+
+def _sizes(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
 
 
 @pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
 def test_logits_equal_those_of_qwen2_on_a_padded_batch(config):
-    model = randomise(Qwen2ForCausalLM(qwen2_config(config)))
+    check_logits(randomise(Qwen2ForCausalLM(qwen2_config(config))), config)
+
+
+@pytest.mark.parametrize("config", DECODERS_3.values(), ids=DECODERS_3)
+def test_logits_equal_those_of_qwen3_on_a_padded_batch(config):
+    check_logits(randomise(Qwen3ForCausalLM(qwen3_config(config))), config)
+
+
+def check_logits(model, config):
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 11), np.int32)
     valid = np.arange(11)[None] < np.array([11, 7, 1])[:, None]
     with torch.no_grad():

@@ -1,0 +1,86 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from moddistill.models.vision import Vision, VisionConfig
+from moddistill.tree import count
+from tests.parity.convert import numpy_state, pixel_values, randomise, vision_params
+
+TWO_BY_TWO = VisionConfig(
+    image_size=28,
+    patch_size=14,
+    width=32,
+    mlp=64,
+    layers=3,
+    heads=4,
+    select_layer=-1,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    class_token=False,
+    pre_norm=False,
+    patch_bias=True,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+TOWERS = {
+    "two by two patches": TWO_BY_TWO,
+    "four by four patches and a rest": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=7),
+    "a rest of one row": dataclasses.replace(TWO_BY_TWO, image_size=29),
+    "one patch": dataclasses.replace(TWO_BY_TWO, image_size=14),
+    "odd heads": dataclasses.replace(TWO_BY_TWO, width=21, heads=3),
+    "one layer": dataclasses.replace(TWO_BY_TWO, layers=1),
+    "last but one layer": dataclasses.replace(TWO_BY_TWO, select_layer=-2),
+    "first of five layers": dataclasses.replace(TWO_BY_TWO, select_layer=-5, layers=5),
+    "large norm epsilon": dataclasses.replace(TWO_BY_TWO, norm_eps=1e-2),
+}
+
+
+def siglip_config(config):
+    return SiglipVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layer_norm_eps=config.norm_eps,
+        vision_use_head=False,
+    )
+
+
+def random_images(config, number):
+    shape = (number, config.image_size, config.image_size, 3)
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
+def test_features_equal_the_hidden_states_of_siglip(config):
+    tower = randomise(SiglipVisionModel(siglip_config(config)))
+    images = random_images(config, 3)
+    with torch.no_grad():
+        states = tower(pixel_values(images, config), output_hidden_states=True).hidden_states
+    theirs = states[config.select_layer].numpy()
+
+    vision = Vision(config, jnp.float32, remat=False)
+    params = vision_params(numpy_state(tower), config)
+    ours = jax.jit(vision.apply)({"params": params}, jnp.asarray(images))
+
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
+def test_the_whole_of_siglip_but_its_pooling_head_has_a_place(config):
+    tower = randomise(SiglipVisionModel(siglip_config(config)))
+    vision = Vision(config, jnp.float32, remat=False)
+    shapes = jax.eval_shape(vision.init, jax.random.key(0), random_images(config, 1))["params"]
+    params = vision_params(numpy_state(tower), config)
+    chex.assert_trees_all_equal_shapes(params, nn.unbox(shapes))
+    assert count(params) == sum(parameter.numel() for parameter in tower.parameters())

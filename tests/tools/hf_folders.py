@@ -1,0 +1,159 @@
+"""Hugging Face folders of small models with random weights, as `transformers` writes them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from moddistill.data.tokenizer import Tokenizer
+from tests.parity.convert import randomise
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Sizes of a language model; the head's width is given for Qwen3 alone."""
+
+    width: int = 32
+    mlp: int = 48
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 0
+    tied: bool = True
+    rows: int = 320
+
+    def config(self, **more):
+        kind = Qwen3Config if self.head_dim else Qwen2Config
+        if self.head_dim:
+            more["head_dim"] = self.head_dim
+        return kind(
+            vocab_size=self.rows,
+            hidden_size=self.width,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            tie_word_embeddings=self.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            **more,
+        )
+
+    def model(self):
+        kind = Qwen3ForCausalLM if self.head_dim else Qwen2ForCausalLM
+        return randomise(kind(self.config()))
+
+
+QWEN2 = {
+    "two queries a key": Text(),
+    "seven queries a key": Text(width=56, heads=14, kv_heads=2),
+    "three heads, untied": Text(width=24, heads=3, kv_heads=3, tied=False),
+}
+QWEN3 = {
+    "wide heads": Text(head_dim=16),
+    "five heads, untied": Text(width=40, heads=5, kv_heads=1, head_dim=12, tied=False),
+}
+
+
+def clip_config(**changes):
+    return CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=12,
+        patch_size=6,
+        **changes,
+    )
+
+
+def siglip_config(**changes):
+    """30 pixels are four patches of 7 a side, and two pixels that belong to none."""
+    return SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=30,
+        patch_size=7,
+        **({"vision_use_head": False} | changes),
+    )
+
+
+def llava(text, vision, image_token):
+    """A LLaVA of a text config and a vision config, with random weights."""
+    is_clip = isinstance(vision, CLIPVisionConfig)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token,
+        vision_feature_layer=-2 if is_clip else -1,
+        vision_feature_select_strategy="default" if is_clip else "full",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    return randomise(LlavaForConditionalGeneration(config))
+
+
+def sparse_text(text: Text, **changes):
+    """A Qwen2-MoE config whose middle layer is dense."""
+    return Qwen2MoeConfig(
+        **{
+            key: value
+            for key, value in text.config().to_dict().items()
+            if key not in ("model_type", "layer_types", "architectures")
+        },
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=text.mlp,
+        shared_expert_intermediate_size=8,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+        **changes,
+    )
+
+
+def clear_shared_expert(model):
+    for name, parameter in model.named_parameters():
+        if "shared_expert" in name:
+            parameter.data.zero_()
+    return model
+
+
+def clip_tower():
+    return randomise(CLIPVisionModel(clip_config()))
+
+
+def siglip_tower(**changes):
+    return randomise(SiglipVisionModel(siglip_config(**changes)))
+
+
+def save(model, folder: Path, tokenizer: Tokenizer | None = None, **options) -> Path:
+    """Writes a model and, for those with text, a tokenizer."""
+    model.save_pretrained(folder, **options)
+    if tokenizer is not None:
+        tokenizer.save(str(folder))
+    return folder
+
+
+def save_original(
+    state: dict[str, torch.Tensor], config: dict, folder: Path, tokenizer: Tokenizer
+) -> Path:
+    """A folder of the original LLaVA code: names and config of its own, weights as `.bin`."""
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save(str(folder))
+    return folder

@@ -1,0 +1,204 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from moddistill.config import MoeConfig
+from moddistill.generate import Prompt, answer
+from moddistill.model_folder import load, read_model_config, save_model
+from moddistill.models.upcycle import upcycle, upcycle_config
+from moddistill.tree import flatten
+from tests.tools import hf_folders as hf
+from tools.convert_weights.assemble import import_model
+from tools.convert_weights.export import export_model
+from tools.convert_weights.upcycle import upcycle_model
+
+GB = 10**9
+
+
+def perturb(folder, out, tokenizer):
+    """The model with every parameter a little different, so that experts differ too."""
+    config = read_model_config(folder)
+    params = load(folder)[1]
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    scale = [0.3 * np.std(x) + 0.02 for x in leaves]
+    leaves = [
+        x + s * rng.standard_normal(x.shape, np.float32) for x, s in zip(leaves, scale, strict=True)
+    ]
+    save_model(out, config, jax.tree.unflatten(tree, leaves), tokenizer, {})
+    return config
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory, small_tokenizer):
+    """`sparse(name)`: a trained-like sparse student's folder, its export, and its config."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp("sparse")
+            text = hf.Text(layers=4, head_dim=16 if "Qwen3" in name else 0)
+            vision = hf.siglip_config() if "SigLIP" in name else hf.clip_config()
+            model = hf.llava(text.config(), vision, small_tokenizer.image_id)
+            source = hf.save(model, root / "hf", small_tokenizer)
+            import_model(str(source), root / "dense")
+            upcycle_model(root / "dense", root / "copies", MoeConfig())
+            config = perturb(root / "copies", root / "student", small_tokenizer)
+            export_model(root / "student", root / "out", max_shard_size=100_000)
+            made[name] = root / "student", root / "out", config
+        return made[name]
+
+    return make
+
+
+STUDENTS = ("CLIP and Qwen2", "SigLIP and Qwen2", "CLIP and Qwen3")
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_sparse_student_loads_in_transformers(
+    name, sparse, our_logits, torch_logits, random_inputs
+):
+    student, out, config = sparse(name)
+    model, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    kind = "qwen3_moe" if "Qwen3" in name else "qwen2_moe"
+    assert model.config.text_config.model_type == kind
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(model.eval(), tokens, images, config)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(student, tokens, images), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_greedy_answers_are_the_same(name, sparse, small_tokenizer, tmp_path):
+    """32 tokens after a question about each of three pictures, one of them not square."""
+    student, out, _ = sparse(name)
+    model = AutoModelForImageTextToText.from_pretrained(out).eval()
+    processor = AutoProcessor.from_pretrained(out)
+    ours, params = load(student)
+    rng = np.random.default_rng(2)
+    for number, shape in enumerate([(30, 30), (12, 12), (20, 33)]):
+        picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8))
+        picture.save(tmp_path / f"{number}.png")
+        content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
+        prompt = Prompt("<image>\nwhat colour is it?", (str(tmp_path / f"{number}.png"),))
+        [mine] = answer(ours, params, small_tokenizer, [prompt], max_new_tokens=32)
+        assert inputs["input_ids"][0].tolist() == mine.prompt_ids
+        end = model.generation_config.eos_token_id
+        theirs = ids.tolist()
+        assert (theirs[: theirs.index(end)] if end in theirs else theirs) == mine.token_ids
+        assert len(mine.token_ids) > 3
+
+
+def test_language_model_loads_in_transformers(
+    tmp_path, small_tokenizer, tiny_architecture, init, our_logits, torch_logits, random_inputs
+):
+    config = dataclasses.replace(tiny_architecture("tiny", MoeConfig(top_k=1)), vision=None)
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens, _ = random_inputs(config)
+    theirs = torch_logits(model, tokens)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+
+
+def test_sparse_export_comes_back(sparse, tmp_path, our_logits, random_inputs):
+    """What was exported can be imported again and is the same model."""
+    student, out, config = sparse("CLIP and Qwen2")
+    import_model(str(out), tmp_path / "again")
+    tokens, images = random_inputs(config)
+    ours, again = (our_logits(folder, tokens, images) for folder in (student, tmp_path / "again"))
+    np.testing.assert_array_equal(ours, again)
+
+
+def test_smaller_dtype(sparse, tmp_path):
+    student, _, _ = sparse("CLIP and Qwen2")
+    fields = export_model(student, tmp_path / "out", max_shard_size=GB, dtype="bfloat16")
+    assert fields["dtype"] == "bfloat16"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+
+
+def test_upcycled_folder_computes_what_the_dense_one_did(sparse, our_logits, random_inputs):
+    student, _, config = sparse("CLIP and Qwen2")
+    tokens, images = random_inputs(config)
+    dense, copies = student.parent / "dense", student.parent / "copies"
+    np.testing.assert_allclose(
+        our_logits(copies, tokens, images), our_logits(dense, tokens, images), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoeConfig(num_experts=3, placement=(1, 2)),
+        MoeConfig(upcycle="noise", noise_std=0.1),
+        MoeConfig(upcycle="drop", drop_fraction=0.5),
+        MoeConfig(num_experts=4, moe_intermediate_size=16),
+    ],
+    ids=["copy", "noise", "drop", "slices"],
+)
+def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, tmp_path, tiny_models):
+    config = upcycle_model(tiny_models["dense"], tmp_path / "sparse", moe, seed=3)
+    assert config == upcycle_config(read_model_config(tiny_models["dense"]), moe)
+    dense = load(tiny_models["dense"])[1]
+    expected = flatten(upcycle(dense, config, jax.random.key(3)))
+    found = flatten(load(tmp_path / "sparse")[1])
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (MoeConfig(residual=True), "moe.residual is true"),
+        (MoeConfig(dispatch="capacity"), "moe.dispatch is 'capacity'"),
+    ],
+)
+def test_models_that_transformers_cannot_compute(
+    moe, message, tmp_path, tiny_architecture, init, small_tokenizer
+):
+    config = tiny_architecture("tiny", moe)
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    with pytest.raises(ValueError, match=message):
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_projector_that_llava_cannot_hold(tmp_path, tiny_architecture, init, small_tokenizer):
+    config = dataclasses.replace(tiny_architecture("tiny"), projector="mlp3x_gelu")
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    with pytest.raises(ValueError, match=r"no place for 2 parameters .*'projector/linear_2/"):
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+
+
+def test_padded_rows_are_never_answered(sparse):
+    _, out, config = sparse("CLIP and Qwen2")
+    settings = json.loads((out / "generation_config.json").read_text())
+    first, last = settings["suppress_tokens"][0], settings["suppress_tokens"][-1]
+    assert (first, last) == (config.decoder.real_vocab, config.decoder.vocab_size - 1)
+
+
+def test_tokenizer_of_the_export(sparse, small_tokenizer):
+    _, out, _ = sparse("CLIP and Qwen2")
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert theirs("a red circle").input_ids == small_tokenizer.encode("a red circle")
+    assert theirs.eos_token == "<|im_end|>"

@@ -1,0 +1,243 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from moddistill.model_folder import load, read_model_config
+from moddistill.tree import flatten
+from tests.tools import hf_folders as hf
+from tools.convert_weights import store
+from tools.convert_weights.assemble import import_model
+from tools.convert_weights.export import export_model
+from tools.convert_weights.tensors import open_checkpoint
+
+GB = 10**9
+
+LANGUAGE_MODELS = {f"Qwen2, {name}": text for name, text in hf.QWEN2.items()}
+LANGUAGE_MODELS |= {f"Qwen3, {name}": text for name, text in hf.QWEN3.items()}
+
+
+def multimodal(name, image_token):
+    text = hf.Text(tied="untied" not in name, head_dim=16 if "Qwen3" in name else 0)
+    vision = hf.clip_config()
+    if "SigLIP" in name:
+        vision = hf.siglip_config(vision_use_head="pooling" in name)
+    return hf.llava(text.config(), vision, image_token)
+
+
+MULTIMODAL = (
+    "CLIP and Qwen2",
+    "CLIP and Qwen2, untied",
+    "CLIP and Qwen3",
+    "SigLIP and Qwen2",
+    "SigLIP with its pooling head and Qwen2",
+)
+
+
+def tensors(folder):
+    return {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        assert ours[name].shape == expected.shape, name
+        assert ours[name].tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize("text", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)
+def test_language_model_in_and_out(
+    text, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    model = text.model()
+    source = hf.save(model, tmp_path / "hf", small_tokenizer, max_shard_size="30KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    config = import_model(str(source), tmp_path / "ours")
+    tokens, _ = random_inputs(config)
+    theirs = torch_logits(model, tokens)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_multimodal_model_in_and_out(
+    name, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    model = multimodal(name, small_tokenizer.image_id)
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    config = import_model(str(source), tmp_path / "ours")
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(model, tokens, images, config)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_large_matrices_are_moved_in_parts(
+    tied, tmp_path, small_tokenizer, monkeypatch, our_logits, torch_logits, random_inputs
+):
+    """With blocks of a kilobyte, embedding and head are many."""
+    monkeypatch.setattr(store, "_BLOCK", 1024)
+    model = hf.Text(tied=tied).model()
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    config = import_model(str(source), tmp_path / "ours")
+    _, cuts = store.blocks((config.decoder.vocab_size, config.decoder.width), 4)
+    assert len(cuts) == 40
+    tokens, _ = random_inputs(config)
+    theirs = torch_logits(model, tokens)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_bfloat16_stays_bfloat16(tmp_path, small_tokenizer):
+    source = hf.save(hf.Text().model().bfloat16(), tmp_path / "hf", small_tokenizer)
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=20_000)
+    ours = tensors(tmp_path / "back")
+    assert {x.dtype for x in ours.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert_same_tensors(ours, tensors(source))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("tower", ["CLIP", "SigLIP"])
+def test_parts_make_the_model_they_came_from(
+    tower, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    """Language model, tower and projector, saved one by one, give the logits of the whole."""
+    whole = multimodal(f"{tower} and Qwen2", small_tokenizer.image_id)
+    language = hf.Text().model()
+    language.load_state_dict(
+        {f"model.{name}": x for name, x in whole.model.language_model.state_dict().items()},
+        strict=False,
+    )
+    part = hf.clip_tower() if tower == "CLIP" else hf.siglip_tower()
+    part.load_state_dict(whole.model.vision_tower.state_dict())
+    source = hf.save(language, tmp_path / "language", small_tokenizer)
+    vision = hf.save(part, tmp_path / "vision")
+    projector = {}
+    for name, x in whole.model.multi_modal_projector.state_dict().items():
+        name = name.replace("linear_1", "0").replace("linear_2", "2")
+        projector[f"model.mm_projector.image_spatial_proj.{name}"] = x
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    config = import_model(
+        str(source),
+        tmp_path / "ours",
+        vision=str(vision),
+        projector=str(tmp_path / "mm_projector.bin"),
+        select_layer=-2 if tower == "CLIP" else -1,
+    )
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(whole, tokens, images, config)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+
+
+def test_projector_that_nobody_gave_is_new(tmp_path, small_tokenizer):
+    source = hf.save(hf.Text().model(), tmp_path / "language", small_tokenizer)
+    vision = hf.save(hf.clip_tower(), tmp_path / "vision")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        import_model(str(source), tmp_path / name, vision=str(vision), seed=seed)
+    a, b, c = (flatten(load(tmp_path / name)[1]) for name in "abc")
+    first = "projector/linear_0/kernel"
+    np.testing.assert_array_equal(a[first], b[first])
+    assert np.any(a[first] != c[first])
+    assert 0.5 < np.std(a[first]) * a[first].shape[0] ** 0.5 < 2
+    assert not np.any(a["projector/linear_0/bias"])
+    assert read_model_config(tmp_path / "a").vision.select_layer == -2
+    described = json.loads((tmp_path / "a" / "model.json").read_text())
+    assert len(described["source"]["imported"]["new"]) == 4
+
+
+def original_names(state):
+    """Hugging Face's LLaVA names as the original code has them."""
+    renamed = {}
+    for name, x in state.items():
+        name = name.replace("model.language_model.", "model.")
+        name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+        name = name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
+        name = name.replace("model.vision_tower.", "model.image_tower.image_tower.vision_model.")
+        renamed[name] = x
+    return renamed
+
+
+ORIGINAL_CONFIG = {
+    "model_type": "moe_llava_qwen2",
+    "image_projector_type": "mlp2x_gelu",
+    "mm_image_tower": "openai/clip-vit-large-patch14-336",
+}
+
+
+def original_config(text):
+    fields = text.to_dict()
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+            "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
+    return {key: fields[key] for key in keep} | {"rope_theta": 1e6} | ORIGINAL_CONFIG
+
+
+def test_original_dense_checkpoint(
+    tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    whole = multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
+    source = hf.save_original(
+        original_names(whole.state_dict()),
+        original_config(whole.config.text_config),
+        tmp_path / "original",
+        small_tokenizer,
+    )
+    tower = hf.clip_tower()
+    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    vision = hf.save(tower, tmp_path / "vision")
+    config = import_model(str(source), tmp_path / "ours", vision=str(vision))
+    assert config.template == "vicuna"
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(whole, tokens, images, config)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+
+
+def test_original_sparse_checkpoint(
+    tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    """DeepSpeed's names; the same weights in Qwen2-MoE, whose shared expert is nought."""
+    text = hf.sparse_text(hf.Text(tied=False))
+    whole = hf.clear_shared_expert(
+        hf.llava(text, hf.clip_config(), image_token=small_tokenizer.image_id)
+    )
+    state = {}
+    for name, x in original_names(whole.state_dict()).items():
+        layer, _, rest = name.partition(".mlp.")
+        if rest == "gate.weight":
+            state[f"{layer}.mlp.deepspeed_moe.gate.wg.weight"] = x
+        elif rest == "experts.down_proj":
+            state |= {expert(layer, i, "down"): part.clone() for i, part in enumerate(x)}
+        elif rest == "experts.gate_up_proj":
+            for i, part in enumerate(x):
+                gate, up = part.chunk(2)
+                state |= {
+                    expert(layer, i, "gate"): gate.clone(),
+                    expert(layer, i, "up"): up.clone(),
+                }
+        elif "shared_expert" not in rest:
+            state[name] = x
+    fields = original_config(text) | {"moe": {"top_k_experts": 2, "num_experts": [4]}}
+    source = hf.save_original(state, fields, tmp_path / "original", small_tokenizer)
+    tower = hf.clip_tower()
+    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    vision = hf.save(tower, tmp_path / "vision")
+    config = import_model(str(source), tmp_path / "ours", vision=str(vision))
+    assert config.decoder.moe_layers == (0, 2)
+    assert (config.decoder.moe.num_experts, config.decoder.moe.top_k) == (4, 2)
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(whole, tokens, images, config)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+
+
+def expert(layer, number, name):
+    return f"{layer}.mlp.deepspeed_moe.experts.deepspeed_experts.{number}.{name}_proj.weight"

@@ -1,0 +1,204 @@
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
+
+from tools.convert_weights.pickled import read_pickled
+from tools.convert_weights.shards import Planned, create_shards, parse_size, write
+from tools.convert_weights.tensors import open_checkpoint, read_safetensors
+
+ARRAYS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.arange(5, dtype=np.int64),
+    "empty": np.zeros((0, 3), np.float16),
+}
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file(ARRAYS, tmp_path / "model.safetensors")
+    read = open_checkpoint(tmp_path)
+    assert read.keys() == ARRAYS.keys()
+    for name, expected in ARRAYS.items():
+        np.testing.assert_array_equal(read[name].read(), expected)
+
+
+def test_bfloat16_is_read(tmp_path):
+    x = torch.randn(3, 5).bfloat16()
+    save_torch({"x": x}, tmp_path / "model.safetensors")
+    read = open_checkpoint(tmp_path)["x"].read()
+    np.testing.assert_array_equal(read.astype(np.float32), x.float().numpy())
+
+
+@pytest.fixture
+def whole(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(ARRAYS, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:4], r"at offset 0 a header .*the file has 4"),
+        (
+            lambda data: b"\xff" * 8 + data[8:],
+            r"at offset 0 a header of 18446744073709551615 bytes",
+        ),
+        (lambda data: data[:8] + b"[" + data[9:], r"broken header at offset 8"),
+        (lambda data: data.replace(b'"F32"', b'"F31"'), r"header at offset 8: dtype 'F31'"),
+        (lambda data: data.replace(b"[3,4]", b"[3,5]"), r"header at offset 8: 48 bytes for shape"),
+        (lambda data: data[:-3], r"is cut off: \w+ ends at offset \d+, the file at \d+"),
+        (lambda data: data + b"more", r"its tensors end at offset \d+, the file at \d+"),
+    ],
+    ids=["stub", "length", "json", "dtype", "shape", "cut off", "longer"],
+)
+def test_damaged_file_is_named_with_its_offset(whole, damage, message):
+    data = whole.read_bytes()
+    assert damage(data) != data
+    whole.write_bytes(damage(data))
+    with pytest.raises(ValueError, match=message) as error:
+        read_safetensors(whole)
+    assert str(whole) in str(error.value)
+
+
+def write_index(folder, places):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("path", ["../model.safetensors", "/etc/passwd", "x/../../y", "..\\y"])
+def test_index_that_leads_outside_is_refused(tmp_path, path):
+    write_index(tmp_path, {"a": path})
+    with pytest.raises(ValueError, match="outside of its folder"):
+        open_checkpoint(tmp_path)
+
+
+def test_index_and_shards_that_disagree(tmp_path):
+    save_file(ARRAYS, tmp_path / "one.safetensors")
+    write_index(tmp_path, {"a": "one.safetensors", "c": "one.safetensors"})
+    with pytest.raises(ValueError, match=r"do not hold them: c in one\.safetensors"):
+        open_checkpoint(tmp_path)
+    write_index(tmp_path, {"a": "one.safetensors", "c": "two.safetensors"})
+    with pytest.raises(ValueError, match=r"names 'two\.safetensors', which is missing"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_index_that_is_none(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="is no index of shards"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(ValueError, match=r"has no weights; accepted: model\.safetensors or"):
+        open_checkpoint(tmp_path)
+
+
+STATE = {
+    "whole": torch.randn(4, 6),
+    "half": torch.randn(3).half(),
+    "brain": torch.randn(2, 2).bfloat16(),
+    "numbers": torch.arange(7),
+    "scalar": torch.tensor(2.5),
+}
+
+
+def test_pickled_tensors_are_read(tmp_path):
+    base = torch.randn(10)
+    state = STATE | {"views": base[2:8].reshape(2, 3), "parameter": torch.nn.Parameter(base)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    read = open_checkpoint(tmp_path)
+    assert read.keys() == state.keys()
+    for name, x in state.items():
+        expected = x.detach().float().numpy()
+        np.testing.assert_array_equal(read[name].read().astype(np.float32), expected)
+
+
+def test_state_dictionary_of_a_module_is_read(tmp_path):
+    torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "x.bin")
+    assert read_pickled(tmp_path / "x.bin").keys() == {"weight", "bias"}
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
+    torch.save(STATE | {"x": Harmful()}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"would run (builtins|__builtin__)\.print"):
+        read_pickled(tmp_path / "x.bin")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["torch.hub\nload", "os\nsystem", "torch\nload"])
+def test_no_other_name_is_looked_up(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("x/data.pkl", f"c{name}\n.".encode())
+    with pytest.raises(ValueError, match="is refused"):
+        read_pickled(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a zip", pickle.dumps({"a": 1})],
+    ids=["empty", "text", "bare pickle"],
+)
+def test_file_that_is_no_archive(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="is no PyTorch archive"):
+        read_pickled(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("value", [[torch.zeros(2)], {"a": {"b": torch.zeros(2)}}, {"a": 3}])
+def test_archive_of_something_else(tmp_path, value):
+    torch.save(value, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="holds no flat dictionary of tensors"):
+        read_pickled(tmp_path / "x.bin")
+
+
+def test_strided_tensor_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(2, 3).T}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"stride \(1, 3\) for shape \(3, 2\)"):
+        read_pickled(tmp_path / "x.bin")
+
+
+def test_shards_are_written_in_any_order_and_read_by_others(tmp_path):
+    arrays = {"a": np.ones((3, 4), np.float32), "b": np.arange(6, dtype=np.int64)}
+    arrays["c"] = np.full((2, 2), 3, np.float16)
+    planned = [Planned(name, x.dtype, x.shape) for name, x in arrays.items()]
+    places = create_shards(tmp_path, planned, largest=100)
+    for name in reversed(arrays):
+        write(places[name], arrays[name])
+    # 48 and 48 bytes fit together, 8 more do not.
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    read = {name: x.numpy() for file in files for name, x in load_file(tmp_path / file).items()}
+    for name, expected in arrays.items():
+        np.testing.assert_array_equal(read[name], expected)
+    assert open_checkpoint(tmp_path).keys() == arrays.keys()
+
+
+def test_array_of_another_shape_is_not_written(tmp_path):
+    places = create_shards(tmp_path, [Planned("a", np.dtype(np.float32), (2, 3))], 10**6)
+    with pytest.raises(ValueError, match=r"\(3, 2\) was given for \(2, 3\)"):
+        write(places["a"], np.zeros((3, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5e9), ("1.5 MB", 1.5e6), ("2gib", 2**31), ("100B", 100)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "5TB"])
+def test_size_that_is_none(text):
+    with pytest.raises(ValueError, match=f"max_shard_size is {text!r}; accepted"):
+        parse_size(text)

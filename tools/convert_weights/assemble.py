@@ -1,0 +1,221 @@
+"""Hugging Face weights in: a model folder from one checkpoint, or from its parts."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from moddistill.data.conversation import TEMPLATES
+from moddistill.model_folder import new_folder, write_description
+from moddistill.models.vlm import ModelConfig
+from tools.convert_weights import llava
+from tools.convert_weights.hub import local_folder
+from tools.convert_weights.pickled import read_pickled
+from tools.convert_weights.rules import (
+    Index,
+    Piece,
+    check_complete,
+    dtypes_of,
+    pieces,
+    prefixed,
+    slots,
+)
+from tools.convert_weights.shards import Planned, create_file, write
+from tools.convert_weights.sources import Source, read_source
+from tools.convert_weights.store import ArraySpec, Writer
+from tools.convert_weights.tensors import Tensor, read_safetensors
+
+POOLING = "pooling.safetensors"  # in a model folder
+Placed = list[tuple[Piece, Tensor]]
+
+
+def import_model(
+    name: str,
+    out: Path,
+    *,
+    vision: str = "",
+    projector: str = "",
+    template: str = "",
+    select_layer: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ModelConfig:
+    """Writes a model folder from a Hugging Face folder or hub name; returns the architecture.
+
+    Args:
+      vision: where a language model gets its tower from.
+      projector: file of a trained projector; without one it gets new weights from `seed`.
+      template: conversation format; that of the source's family if empty.
+
+    Raises:
+      ValueError: for parts that are missing, doubled or do not fit, with everything that is wrong.
+    """
+    sources = [read_source(local_folder(name), select_layer)]
+    if select_layer is not None and not vision and sources[0].vision is None:
+        raise ValueError(f"--select_layer is {select_layer}, but there is no tower")
+    if sources[0].decoder is None:
+        raise ValueError(f"{name!r} is a vision tower; give it as --vision beside a language model")
+    if vision:
+        sources.append(_tower(vision, sources[0], select_layer))
+    config = _architecture(sources, template, projector)
+    placed = [pair for source in sources for pair in _place(source, config)]
+    if projector:
+        placed += _place_projector(Path(projector), config)
+    with new_folder(out, overwrite, keep=[source.folder for source in sources]) as aside:
+        fresh = _new_projector(config, placed, seed)
+        _write_params(aside / "params", config, placed, fresh)
+        _carry_pooling(sources[-1], aside / POOLING)
+        description = {
+            "imported": {
+                "from": [str(source.folder) for source in sources],
+                "vision_prefix": sources[0].vision_prefix,
+                "new": sorted(fresh),
+            }
+        }
+        write_description(aside, config, sources[0].tokenizer, description)
+    return config
+
+
+def _tower(name: str, language: Source, select_layer: int | None) -> Source:
+    source = read_source(local_folder(name), select_layer)
+    if source.vision is None or source.decoder is not None:
+        raise ValueError(f"{name!r} is no vision tower alone; accepted: a CLIP or SigLIP model")
+    if language.vision is not None:
+        raise ValueError(f"{str(language.folder)!r} brings its own tower; --vision is not needed")
+    return source
+
+
+def _architecture(sources: Sequence[Source], template: str, projector: str) -> ModelConfig:
+    language = sources[0]
+    vision = sources[-1].vision
+    kind = language.projector or "mlp2x_gelu"
+    if language.projector and projector:
+        raise ValueError(
+            f"{str(language.folder)!r} brings its own projector; --projector is not needed"
+        )
+    if vision is None and (language.projector or projector):
+        raise ValueError(
+            f"there is a projector, but no tower in {str(language.folder)!r}; accepted: the one it "
+            "was trained with, as --vision"
+        )
+    if template and template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; accepted: {', '.join(TEMPLATES)}")
+    return ModelConfig(
+        language.decoder,
+        vision,
+        kind,
+        template or language.template,
+        language.tokenizer.image_id,
+    )
+
+
+def _place(source: Source, config: ModelConfig) -> Placed:
+    """The arrays of a source's parts and where their bytes are, checked to be all of them."""
+    found = pieces(config, source.rules, source.parts)
+    ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
+    ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
+    names = {piece.name for piece in found}
+    check_complete(found, source.checkpoint, ignored, str(source.folder))
+    for name, tensor in source.checkpoint.items():
+        if source.zero and re.fullmatch(source.zero, name) and np.any(tensor.read()):
+            raise ValueError(f"{source.folder}: {name} is not zero; its expert is not built here")
+    if source.tied in source.checkpoint and source.tied not in names:
+        _check_tied(source, found)
+    return [(piece, source.checkpoint[piece.name]) for piece in found]
+
+
+def _check_tied(source: Source, found: Sequence[Piece]) -> None:
+    [table] = [piece.name for piece in found if piece.slot.path == "decoder/embedding"]
+    head, embedding = (source.checkpoint[name].read() for name in (source.tied, table))
+    if not np.array_equal(head, embedding):
+        raise ValueError(
+            f"{source.folder}: {source.tied} differs from {table}, but the config ties them"
+        )
+
+
+def _place_projector(file: Path, config: ModelConfig) -> Placed:
+    """A projector saved by itself, under any of the names the original code gives it."""
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is no file; accepted: mm_projector.bin or safetensors")
+    checkpoint = (read_safetensors if file.suffix == ".safetensors" else read_pickled)(file)
+    pattern = r"(model\.)?(mm_projector\.)?(image_spatial_proj\.)?"
+    prefixes = sorted({re.match(pattern, name)[0] for name in checkpoint})
+    if len(prefixes) != 1:
+        raise ValueError(f"{file} holds tensors of several parts: {', '.join(sorted(checkpoint))}")
+    rules = prefixed(llava.original_projector(config.projector), prefixes[0])
+    found = pieces(config, rules, ("projector",))
+    check_complete(found, checkpoint, (), str(file))
+    return [(piece, checkpoint[piece.name]) for piece in found]
+
+
+def _new_projector(config: ModelConfig, placed: Placed, seed: int) -> dict[str, np.ndarray]:
+    """Weights of a projector that no source has: normal by fan-in, biases zero."""
+    if config.vision is None or any(
+        piece.slot.path.startswith("projector/") for piece, _ in placed
+    ):
+        return {}
+    rng = np.random.default_rng(seed)
+    fresh = {}
+    for path, slot in slots(config).items():
+        if path.startswith("projector/"):
+            scale = slot.shape[0] ** -0.5 if len(slot.shape) == 2 else 0.0
+            fresh[path] = (scale * rng.standard_normal(slot.shape)).astype(np.float32)
+    return fresh
+
+
+def _write_params(
+    folder: Path, config: ModelConfig, placed: Placed, fresh: dict[str, np.ndarray]
+) -> None:
+    found = [piece for piece, _ in placed]
+    dtypes = dtypes_of(found, {piece.name: tensor for piece, tensor in placed})
+    dtypes |= {path: array.dtype for path, array in fresh.items()}
+    with Writer(folder, array_specs(config, dtypes)) as writer:
+        for path, array in fresh.items():
+            writer.write(path, (), array)
+        for piece, tensor in _with_progress(placed):
+            for index, rows in piece.parts(tensor.dtype.itemsize):
+                _move(piece, tensor, rows, writer, index)
+
+
+def _move(piece: Piece, tensor: Tensor, rows: slice, writer: Writer, index: Index) -> None:
+    whole = rows == slice(None)
+    array = (tensor if whole else tensor.rows(rows)).read()
+    shape = list(piece.slot.shape)
+    if not whole:
+        shape[piece.transform.rows] = len(array)
+    writer.write(piece.slot.path, index, piece.transform.inward(array, tuple(shape)))
+
+
+def array_specs(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, ArraySpec]:
+    """Every array of a model and how it is cut into slices."""
+    found: dict[str, ArraySpec] = {}
+    for slot in slots(config).values():
+        before = found.get(slot.path, ArraySpec((0,) * len(slot.index), dtypes[slot.path], 0))
+        sizes = (max(n, i + 1) for n, i in zip(before.shape, slot.index, strict=False))
+        shape = (*sizes, *slot.shape)
+        found[slot.path] = ArraySpec(shape, dtypes[slot.path], len(slot.index))
+    return found
+
+
+def _carry_pooling(source: Source, file: Path) -> None:
+    """SigLIP's pooling head, which no feature depends on, stays as it is for the way back."""
+    head = {
+        name.removeprefix(source.pooling): tensor
+        for name, tensor in source.checkpoint.items()
+        if source.pooling and name.startswith(source.pooling)
+    }
+    if head:
+        places = create_file(file, [Planned(name, x.dtype, x.shape) for name, x in head.items()])
+        for name, place in places.items():
+            write(place, head[name].read())
+
+
+def _with_progress(placed: Placed) -> Iterator[tuple[Piece, Tensor]]:
+    """In the order of the files, with a bar of bytes."""
+    total = sum(tensor.nbytes for _, tensor in placed)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", mininterval=0.5) as bar:
+        for piece, tensor in sorted(placed, key=lambda pair: (pair[1].file, pair[1].offset)):
+            yield piece, tensor
+            bar.update(tensor.nbytes)

@@ -1,0 +1,35 @@
+"""Hugging Face folders imported on the fly, each once."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from tools.convert_weights.assemble import import_model
+from tools.convert_weights.hub import local_folder
+
+LOG = logging.getLogger("moddistill")
+
+
+def imported(name: str) -> Path:
+    """The model folder of a Hugging Face folder or hub name, made now or before.
+
+    Raises:
+      ValueError: as `import_model`.
+    """
+    source = local_folder(name).resolve()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "moddistill" / f"{source.name}-{_digest(source)}"
+    if not folder.is_dir():
+        LOG.info("importing %s into %s", source, folder)
+        import_model(str(source), folder)
+    return folder
+
+
+def _digest(folder: Path) -> str:
+    """Of the path and of every file's name, size and time, so that a changed one is seen."""
+    digest = hashlib.sha256(str(folder).encode())
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        state = file.stat()
+        digest.update(f"\n{file.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

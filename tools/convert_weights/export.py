@@ -1,0 +1,188 @@
+"""A model folder out: weights, tokenizer, processor and chat template for `transformers`."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from moddistill.data.images import preprocessor_config
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.model_folder import (
+    as_model_folder,
+    new_folder,
+    read_model_config,
+    read_source,
+)
+from moddistill.models.vlm import ModelConfig
+from tools.convert_weights import llava, qwen
+from tools.convert_weights.assemble import POOLING
+from tools.convert_weights.chat_template import chat_template, end_of_answer
+from tools.convert_weights.rules import Piece, Rules, pieces, prefixed
+from tools.convert_weights.shards import Planned, create_shards, write
+from tools.convert_weights.store import Reader
+from tools.convert_weights.tensors import DTYPES, Tensor, read_safetensors
+
+_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
+
+
+def export_model(
+    model: Path, out: Path, *, max_shard_size: int, dtype: str = "", overwrite: bool = False
+) -> dict[str, Any]:
+    """Writes a Hugging Face folder from a model folder and returns its config.
+
+    Dense models become `LlavaForConditionalGeneration` with Qwen2 or Qwen3, sparse ones with
+    `qwen2_moe` or `qwen3_moe`; without a tower the language model alone.
+
+    Args:
+      max_shard_size: bytes of a weight file.
+      dtype: of all weights; as they are stored if empty.
+
+    Raises:
+      ValueError: for a model that no class of `transformers` computes.
+    """
+    model = as_model_folder(model)
+    config = read_model_config(model)
+    _check_exportable(config)
+    found = pieces(config, _rules(config, model))
+    reader = Reader(model / "params")
+    stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
+    planned = [
+        Planned(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape) for piece in found
+    ]
+    pooling = _pooling(model)
+    planned += _shared_expert(config, planned)
+    planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
+    fields = hf_config(config) | {"dtype": _common_dtype(planned)}
+    fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
+    if pooling:
+        fields["vision_config"]["vision_use_head"] = True
+    with new_folder(out, overwrite, keep=(model,)) as aside:
+        places = create_shards(aside, sorted(planned, key=_layer_order), max_shard_size)
+        _write_weights(found, places, reader)
+        for name, tensor in pooling.items():
+            write(places[name], tensor.read())
+        _write_json(aside / "config.json", fields)
+        _write_companions(aside, config, model)
+    return fields
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of `config.json`, without dtypes."""
+    if config.vision is None:
+        return qwen.text_config(config.decoder)
+    return llava.hf_config(config)
+
+
+def _check_exportable(config: ModelConfig) -> None:
+    moe = config.decoder.moe
+    if moe is not None and moe.residual:
+        raise ValueError("moe.residual is true; no class of transformers has such experts")
+    if moe is not None and moe.dispatch != "dropless":
+        raise ValueError(
+            f"moe.dispatch is {moe.dispatch!r}; transformers drops no token, so answers would "
+            "differ; accepted: 'dropless'"
+        )
+
+
+def _rules(config: ModelConfig, model: Path) -> Rules:
+    if config.vision is None:
+        return (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD)
+    decoder, head, _ = llava.PUBLISHED
+    spelling = (decoder, head, _vision_prefix(model), "multi_modal_projector.")
+    return llava.rules_for(spelling, llava.tower_family(config.vision))
+
+
+def _vision_prefix(model: Path) -> str:
+    """As the source spelt the tower's names, or as published."""
+    return read_source(model).get("imported", {}).get("vision_prefix", llava.PUBLISHED[2])
+
+
+def _pooling(model: Path) -> dict[str, Tensor]:
+    """The pooling head that came with an imported SigLIP."""
+    if not (model / POOLING).is_file():
+        return {}
+    prefix = f"{_vision_prefix(model)}head."
+    return {prefix + name: x for name, x in read_safetensors(model / POOLING).items()}
+
+
+def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
+    if wanted and wanted not in _DTYPES:
+        raise ValueError(f"dtype is {wanted!r}; accepted: {', '.join(_DTYPES)}")
+    return _DTYPES[wanted] if wanted else stored
+
+
+def _shared_expert(config: ModelConfig, planned: Sequence[Planned]) -> list[Planned]:
+    """The zero expert of Qwen2-MoE, of the dtype that the others have."""
+    prefix = "model." if config.vision is None else llava.PUBLISHED[0]
+    shapes = qwen.shared_expert(config.decoder)
+    dtypes = [tensor.dtype for tensor in planned if ".experts." in tensor.name]
+    return [Planned(prefix + name, dtypes[0], shape) for name, shape in shapes.items()]
+
+
+def _common_dtype(tensors: Sequence[Planned]) -> str:
+    """The dtype in which no weight loses anything."""
+    found = {tensor.dtype.name for tensor in tensors}
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def _layer_order(tensor: Planned) -> list[Any]:
+    """Names with their numbers compared as numbers."""
+    return [(not x.isdigit(), int(x) if x.isdigit() else x) for x in re.split(r"[.]", tensor.name)]
+
+
+def _write_weights(found: Sequence[Piece], places: dict[str, Tensor], reader: Reader) -> None:
+    """Array by array; tensors that are not filled stay zero."""
+    total = sum(place.nbytes for place in places.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=0.5) as bar:
+        for piece in sorted(found, key=lambda piece: piece.slot):
+            whole = places[piece.name]
+            for index, rows in piece.parts(whole.dtype.itemsize):
+                place = whole if rows == slice(None) else whole.rows(rows)
+                array = reader.read(piece.slot.path, index)
+                write(place, piece.transform.outward(array, place.shape))
+                bar.update(place.nbytes)
+
+
+def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
+    """Tokenizer, chat template, generation settings and, with a tower, the processor."""
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.save(str(folder))
+    end = end_of_answer(config.template)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"eos_token": end}
+    _write_json(path, settings)
+    (folder / "chat_template.jinja").write_text(chat_template(config.template))
+    # Rows of the padded vocabulary are no tokens, but `transformers` does not know.
+    padded = range(config.decoder.real_vocab, config.decoder.vocab_size)
+    generation = {
+        "eos_token_id": tokenizer.special(end),
+        "pad_token_id": tokenizer.pad_id,
+        "do_sample": False,
+    }
+    if padded:
+        generation["suppress_tokens"] = list(padded)
+    _write_json(folder / "generation_config.json", generation)
+    if config.vision is not None:
+        _write_processor(folder, config)
+
+
+def _write_processor(folder: Path, config: ModelConfig) -> None:
+    vision = config.vision
+    pixels = preprocessor_config(vision.image_size, vision.mean, vision.std)
+    _write_json(folder / "preprocessor_config.json", pixels)
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": int(vision.class_token),
+        "vision_feature_select_strategy": "default" if vision.class_token else "full",
+    }
+    _write_json(folder / "processor_config.json", settings)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

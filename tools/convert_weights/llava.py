@@ -1,0 +1,136 @@
+"""Whole multimodal checkpoints: Hugging Face's LLaVA, and the original code's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moddistill.models.projector import projector_depth
+from moddistill.models.vision import VisionConfig
+from moddistill.models.vlm import ModelConfig
+from tools.convert_weights import clip, qwen, siglip
+from tools.convert_weights.rules import Rule, Rules, matrix, prefixed
+
+TOWERS = {
+    "clip_vision_model": clip,
+    "siglip_vision_model": siglip,
+}
+# What holds a tower together with a text encoder, whose tensors are left alone.
+WITH_TOWER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+# How Hugging Face has spelt the decoder, the head, the tower and the projector.
+PUBLISHED = ("language_model.model.", "language_model.", "vision_tower.vision_model.")
+SPELLINGS = (
+    (*PUBLISHED, "multi_modal_projector."),
+    ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
+    (
+        "model.language_model.",
+        "",
+        "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+    ),
+    ("model.language_model.", "", "model.vision_tower.", "model.multi_modal_projector."),
+)
+
+PROJECTOR: Rules = tuple(
+    rule
+    for number in (1, 2)
+    for rule in (
+        Rule(f"linear_{number}.weight", f"projector/linear_{number - 1}/kernel", matrix()),
+        Rule(f"linear_{number}.bias", f"projector/linear_{number - 1}/bias"),
+    )
+)
+
+
+def original_projector(kind: str) -> Rules:
+    """The original code's projector: a sequence that counts activations too, or one layer."""
+    names = [f"{2 * i}." for i in range(projector_depth(kind))] if kind != "linear" else [""]
+    return tuple(
+        rule
+        for i, name in enumerate(names)
+        for rule in (
+            Rule(f"{name}weight", f"projector/linear_{i}/kernel", matrix()),
+            Rule(f"{name}bias", f"projector/linear_{i}/bias"),
+        )
+    )
+
+
+def rules_for(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
+    """All rules of a multimodal checkpoint whose tower is of the family `tower`."""
+    decoder, head, vision, projector = spelling
+    return (
+        *prefixed(qwen.RULES + qwen.EXPERTS, decoder),
+        *prefixed(qwen.HEAD, head),
+        *prefixed(tower.RULES, vision),
+        *prefixed(PROJECTOR, projector),
+    )
+
+
+def find_spelling(names: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """The first spelling whose tower and decoder occur; the published one if none does."""
+    for spelling in SPELLINGS:
+        decoder, _, vision, _ = spelling
+        if f"{decoder}norm.weight" in names and any(
+            name.startswith(f"{vision}embeddings.") for name in names
+        ):
+            return spelling
+    return SPELLINGS[0]
+
+
+def tower_family(vision: VisionConfig) -> Any:
+    """The family a tower belongs to."""
+    return clip if vision.class_token else siglip
+
+
+def select_layer(hf: Mapping[str, Any], origin: str) -> int:
+    """The hidden state of the tower that a LLaVA config selects; ValueError for several."""
+    layer = hf["vision_feature_layer"]
+    strategy = hf["vision_feature_select_strategy"]
+    wanted = "default" if hf["vision_config"]["model_type"] == "clip_vision_model" else "full"
+    if not isinstance(layer, int) or layer >= 0:
+        raise ValueError(f"{origin}: vision_feature_layer is {layer!r}; accepted: one below 0")
+    if strategy != wanted:
+        raise ValueError(
+            f"{origin}: vision_feature_select_strategy is {strategy!r}; accepted: {wanted!r} for "
+            f"{hf['vision_config']['model_type']}, so that its patches are kept and no other token"
+        )
+    return layer
+
+
+def check_projector(hf: Mapping[str, Any], origin: str) -> None:
+    """Raises ValueError unless the projector is two layers with exact GELU and biases."""
+    found = hf["projector_hidden_act"], hf.get("multimodal_projector_bias", True)
+    if found != ("gelu", True):
+        raise ValueError(
+            f"{origin}: projector_hidden_act and multimodal_projector_bias are {found}; accepted: "
+            "('gelu', True)"
+        )
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a LLaVA config for a multimodal model.
+
+    Raises:
+      ValueError: for a projector that LLaVA has no place for.
+    """
+    if config.projector != "mlp2x_gelu":
+        raise ValueError(
+            f"projector is {config.projector!r}; LlavaForConditionalGeneration holds mlp2x_gelu"
+        )
+    if config.image_token >= config.decoder.vocab_size:
+        raise ValueError(
+            f"the image token is {config.image_token}, the embedding has "
+            f"{config.decoder.vocab_size} rows; accepted: an id with a row"
+        )
+    vision = config.vision
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token,
+        "image_seq_length": vision.patches,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": vision.select_layer,
+        "vision_feature_select_strategy": "default" if vision.class_token else "full",
+        "tie_word_embeddings": config.decoder.tied_head,
+        "text_config": qwen.text_config(config.decoder),
+        "vision_config": tower_family(vision).hf_config(vision),
+    }

@@ -1,0 +1,249 @@
+"""Qwen1.5, Qwen2, Qwen2.5 and Qwen3, dense and sparse: names of tensors and fields of configs."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moddistill.config import MoeConfig
+from moddistill.models.qwen import DecoderConfig
+from tools.convert_weights.rules import FLAT, Rule, Rules, matrix
+
+# Below `model.`; the head stands beside it.
+RULES: Rules = (
+    Rule("embed_tokens.weight", "decoder/embedding"),
+    Rule("norm.weight", "decoder/norm/scale"),
+    Rule("layers.{layer}.input_layernorm.weight", "decoder/layers/{layer}/attention_norm/scale"),
+    Rule("layers.{layer}.post_attention_layernorm.weight", "decoder/layers/{layer}/mlp_norm/scale"),
+    *(
+        rule
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        for rule in (
+            Rule(
+                f"layers.{{layer}}.self_attn.{letter}_proj.weight",
+                f"decoder/layers/{{layer}}/attention/{name}/kernel",
+                matrix(),
+            ),
+            Rule(
+                f"layers.{{layer}}.self_attn.{letter}_proj.bias",
+                f"decoder/layers/{{layer}}/attention/{name}/bias",
+                FLAT,
+            ),
+        )
+    ),
+    Rule(
+        "layers.{layer}.self_attn.q_norm.weight",
+        "decoder/layers/{layer}/attention/query_norm/scale",
+    ),
+    Rule(
+        "layers.{layer}.self_attn.k_norm.weight",
+        "decoder/layers/{layer}/attention/key_norm/scale",
+    ),
+    Rule(
+        "layers.{layer}.self_attn.o_proj.weight",
+        "decoder/layers/{layer}/attention/out/kernel",
+        matrix(inputs=2),
+    ),
+    *(
+        Rule(
+            f"layers.{{layer}}.mlp.{name}_proj.weight",
+            f"decoder/layers/{{layer}}/mlp/{name}/kernel",
+            matrix(),
+        )
+        for name in ("gate", "up", "down")
+    ),
+)
+HEAD: Rules = (Rule("lm_head.weight", "decoder/head", matrix()),)
+
+
+def expert_rules(router: str, expert: str) -> Rules:
+    """The rules of expert layers, from the names of a router and of an expert below `mlp.`."""
+    return (
+        Rule(
+            f"layers.{{layer}}.mlp.{router}.weight", "decoder/layers/{layer}/moe/router", matrix()
+        ),
+        *(
+            Rule(
+                f"layers.{{layer}}.mlp.{expert}.{{expert}}.{name}_proj.weight",
+                f"decoder/layers/{{layer}}/moe/experts_{name}/{{expert}}",
+                matrix(),
+            )
+            for name in ("gate", "up", "down")
+        ),
+    )
+
+
+EXPERTS = expert_rules("gate", "experts")
+DEEPSPEED_EXPERTS = expert_rules("deepspeed_moe.gate.wg", "deepspeed_moe.experts.deepspeed_experts")
+
+DENSE_TYPES = ("qwen2", "qwen3")
+SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
+# Of the one expert that all tokens pass, which Qwen2-MoE has and an exported student has not: its
+# weights are zero.
+SHARED_EXPERT = r"layers\.\d+\.mlp\.shared_expert(_gate|\..*_proj)\.weight"
+SHARED_WIDTH = 64
+
+
+# What a config has to state to be read without the defaults of `transformers`.
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+
+
+def decoder_config(hf: Mapping[str, Any], real_vocab: int, origin: str) -> DecoderConfig:
+    """The architecture that a text config states.
+
+    Args:
+      hf: fields with their defaults, as `transformers` gives them.
+      real_vocab: ids of the tokenizer.
+
+    Raises:
+      ValueError: for another model type, or a field whose effect is not built.
+    """
+    kind = hf.get("model_type")
+    if kind not in DENSE_TYPES + SPARSE_TYPES:
+        raise ValueError(
+            f"{origin}: text model {kind!r} is unknown; accepted: "
+            + ", ".join(DENSE_TYPES + SPARSE_TYPES)
+        )
+    scaling = hf.get("rope_scaling") or {}
+    rope = hf.get("rope_parameters") or {
+        "rope_theta": hf.get("rope_theta"),
+        "rope_type": scaling.get("rope_type") or scaling.get("type", "default"),
+    }
+    checks = {
+        "hidden_act": (hf.get("hidden_act"), ("silu",)),
+        "use_sliding_window": (bool(hf.get("use_sliding_window")), (False,)),
+        "attention_bias": (bool(hf.get("attention_bias")), (False,)),
+        "rope_type": (rope.get("rope_type", "default"), ("default",)),
+        "decoder_sparse_step": (hf.get("decoder_sparse_step", 1), (1,)),
+    }
+    for field, (value, accepted) in checks.items():
+        if value not in accepted:
+            raise ValueError(f"{origin}: {field} is {value!r}; accepted: {accepted[0]!r}")
+    if real_vocab > hf["vocab_size"]:
+        raise ValueError(
+            f"{origin}: the tokenizer has {real_vocab} ids, the embedding {hf['vocab_size']} rows"
+        )
+    heads = hf["num_attention_heads"]
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        real_vocab=real_vocab,
+        width=hf["hidden_size"],
+        mlp=hf["intermediate_size"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf["num_key_value_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=hf["rms_norm_eps"],
+        tied_head=bool(hf["tie_word_embeddings"]),
+        qkv_bias=kind in ("qwen2", "qwen2_moe"),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        moe=_moe_config(hf) if kind in SPARSE_TYPES else None,
+    )
+
+
+def _moe_config(hf: Mapping[str, Any]) -> MoeConfig:
+    dense = set(hf.get("mlp_only_layers") or ())
+    width = hf["moe_intermediate_size"]
+    return MoeConfig(
+        num_experts=hf.get("num_experts") or hf["num_local_experts"],
+        top_k=hf["num_experts_per_tok"],
+        placement=tuple(i for i in range(hf["num_hidden_layers"]) if i not in dense),
+        norm_topk_prob=bool(hf["norm_topk_prob"]),
+        moe_intermediate_size=0 if width == hf["intermediate_size"] else width,
+    )
+
+
+def text_config(decoder: DecoderConfig) -> dict[str, Any]:
+    """The fields of a text config for an architecture; the inverse of `decoder_config`."""
+    kind = "qwen3" if decoder.qk_norm else "qwen2"
+    fields = {
+        "model_type": kind,
+        "architectures": ["Qwen3ForCausalLM" if decoder.qk_norm else "Qwen2ForCausalLM"],
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "intermediate_size": decoder.mlp,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
+        "rope_theta": decoder.rope_theta,  # where releases before 5 look for it
+        "tie_word_embeddings": decoder.tied_head,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+    }
+    return fields | (_sparse_fields(decoder, kind) if decoder.moe else {})
+
+
+def _sparse_fields(decoder: DecoderConfig, kind: str) -> dict[str, Any]:
+    moe = decoder.moe
+    fields = {
+        "model_type": f"{kind}_moe",
+        "architectures": ["Qwen3MoeForCausalLM" if decoder.qk_norm else "Qwen2MoeForCausalLM"],
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.moe_intermediate_size or decoder.mlp,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(decoder.layers) if i not in decoder.moe_layers],
+        "output_router_logits": False,
+    }
+    if not decoder.qk_norm:
+        fields |= {"shared_expert_intermediate_size": SHARED_WIDTH, "qkv_bias": True}
+    return fields
+
+
+def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Names below `model.` and shapes of the zero tensors that a sparse export carries along."""
+    if decoder.qk_norm or decoder.moe is None:
+        return {}
+    shapes = {
+        "shared_expert.gate_proj": (SHARED_WIDTH, decoder.width),
+        "shared_expert.up_proj": (SHARED_WIDTH, decoder.width),
+        "shared_expert.down_proj": (decoder.width, SHARED_WIDTH),
+        "shared_expert_gate": (1, decoder.width),
+    }
+    return {
+        f"layers.{layer}.mlp.{name}.weight": shape
+        for layer in decoder.moe_layers
+        for name, shape in shapes.items()
+    }
+
+
+def deepspeed_moe(
+    fields: Mapping[str, Any], names: Mapping[str, Any], origin: str
+) -> MoeConfig | None:
+    """The experts of an original sparse checkpoint, counted by their names; None for a dense one.
+
+    Raises:
+      ValueError: if the config does not say how many experts a token takes.
+    """
+    pattern = r"model\.layers\.(\d+)\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\..*"
+    found = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
+    if not found:
+        return None
+    moe = fields.get("moe") or {}
+    if "top_k_experts" not in moe:
+        raise ValueError(f"{origin} has no moe.top_k_experts, but the weights have experts")
+    if moe.get("use_residual"):
+        raise ValueError(f"{origin}: moe.use_residual is true; accepted: false")
+    top_k = moe["top_k_experts"]
+    return MoeConfig(
+        num_experts=1 + max(int(expert) for _, expert in found),
+        top_k=top_k,
+        placement=tuple(sorted({int(layer) for layer, _ in found})),
+        norm_topk_prob=top_k >= 2,
+    )

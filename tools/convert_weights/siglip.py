@@ -1,0 +1,51 @@
+"""SigLIP's vision tower: no class token, no first norm, a bias on patches, all patches kept."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moddistill.models.vision import VisionConfig
+from tools.convert_weights import clip
+from tools.convert_weights.rules import PATCHES, Rule, Rules
+
+MEAN = STD = (0.5, 0.5, 0.5)
+RULES: Rules = (
+    Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCHES),
+    Rule("embeddings.patch_embedding.bias", "vision/patch/bias"),
+    Rule("embeddings.position_embedding.weight", "vision/positions"),
+    *clip.layer_rules(),
+    Rule("post_layernorm.weight", "vision/post_norm/scale"),
+    Rule("post_layernorm.bias", "vision/post_norm/bias"),
+)
+
+
+def vision_config(
+    hf: Mapping[str, Any], select_layer: int, pixels: Mapping[str, Any], origin: str
+) -> VisionConfig:
+    """The tower that a vision config states; arguments and errors as in `clip`."""
+    activation = hf["hidden_act"]
+    if activation != "gelu_pytorch_tanh":
+        raise ValueError(f"{origin}: hidden_act is {activation!r}; accepted: 'gelu_pytorch_tanh'")
+    return VisionConfig(
+        image_size=hf["image_size"],
+        patch_size=hf["patch_size"],
+        width=hf["hidden_size"],
+        mlp=hf["intermediate_size"],
+        layers=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        select_layer=select_layer,
+        activation="gelu_tanh",
+        norm_eps=hf["layer_norm_eps"],
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        **({"mean": MEAN, "std": STD} | dict(pixels)),
+    )
+
+
+def hf_config(vision: VisionConfig) -> dict[str, Any]:
+    """The fields of a vision config for a tower; the inverse of `vision_config`."""
+    return clip.hf_config(vision) | {
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "vision_use_head": False,
+    }

@@ -1,0 +1,214 @@
+"""What a Hugging Face folder holds: the parts of a model, and the rules of its names."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.models.projector import projector_depth
+from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vision import VisionConfig
+from tools.convert_weights import llava, qwen
+from tools.convert_weights.hub import read_json, with_defaults
+from tools.convert_weights.rules import Rules, prefixed
+from tools.convert_weights.tensors import Checkpoint, open_checkpoint
+
+# Buffers that old releases saved.
+_BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")
+SELECT_LAYER = -2  # LLaVA's
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A folder's parts; those it does not have are None.
+
+    Attributes:
+      rules: of all its parts.
+      ignored: patterns of names that are not read.
+      zero: patterns of names that are not read and must be zero.
+      tied: name of a head that must equal the embedding, if it is stored at all.
+      pooling: what the names of the tower's pooling head begin with; it is carried along.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    rules: Rules
+    ignored: tuple[str, ...] = _BUFFERS
+    zero: str = ""
+    tied: str = ""
+    pooling: str = ""
+    decoder: DecoderConfig | None = None
+    vision: VisionConfig | None = None
+    projector: str | None = None
+    tokenizer: Tokenizer | None = None
+    template: str = "chatml"
+    vision_prefix: str = llava.PUBLISHED[2]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """First path components of the parameters it has."""
+        return tuple(
+            part for part in ("decoder", "vision", "projector") if getattr(self, part) is not None
+        )
+
+
+def read_source(folder: Path, select_layer: int | None = None) -> Source:
+    """Recognises a folder by its config.
+
+    Args:
+      select_layer: hidden state of the tower to use; as the config says if None, or LLaVA's -2.
+
+    Raises:
+      ValueError: for an architecture that is not known, naming those that are.
+    """
+    fields = read_json(folder / "config.json")
+    kind = fields.get("model_type", "")
+    if not isinstance(kind, str):
+        raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r}; accepted: a name")
+    if kind in qwen.DENSE_TYPES + qwen.SPARSE_TYPES:
+        needed = qwen.NEEDED if kind in qwen.DENSE_TYPES else ()
+        return _language_model(folder, with_defaults(fields, needed))
+    if kind in llava.WITH_TOWER or kind in llava.TOWERS:
+        return _tower(folder, fields, SELECT_LAYER if select_layer is None else select_layer)
+    if kind == "llava":
+        _check_parts(fields, str(folder / "config.json"))
+        return _llava(folder, with_defaults(fields), fields, select_layer)
+    if "llava" in kind and "qwen" in kind:
+        return _original(folder, fields, select_layer)
+    known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.WITH_TOWER, *llava.TOWERS, "llava")
+    raise ValueError(
+        f"{str(folder)!r} is of architecture {kind!r}; accepted: {', '.join(known)}, and the "
+        "original LLaVA code's with Qwen (llava_qwen2 and the like)"
+    )
+
+
+def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
+    tokenizer = load_tokenizer(str(folder))
+    origin = str(folder / "config.json")
+    return Source(
+        folder,
+        open_checkpoint(folder),
+        (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD),
+        zero=rf"model\.{qwen.SHARED_EXPERT}",
+        tied="lm_head.weight",
+        decoder=qwen.decoder_config(hf, tokenizer.vocab_size, origin),
+        tokenizer=tokenizer,
+    )
+
+
+def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
+    kind = fields["model_type"]
+    origin = str(folder / "config.json")
+    if kind in llava.WITH_TOWER:
+        kind = llava.WITH_TOWER[kind]
+        fields = {**(fields.get("vision_config") or {}), "model_type": kind}
+    family = llava.TOWERS[kind]
+    checkpoint = open_checkpoint(folder)
+    nested = any(name.startswith("vision_model.") for name in checkpoint)
+    prefix = "vision_model." if nested else ""
+    beside = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale", "logit_bias")
+    return Source(
+        folder,
+        checkpoint,
+        prefixed(family.RULES, prefix),
+        ignored=(*_BUFFERS, *beside),
+        pooling=f"{prefix}head.",
+        vision=family.vision_config(with_defaults(fields), select_layer, _pixels(folder), origin),
+    )
+
+
+def _check_parts(fields: dict[str, Any], origin: str) -> None:
+    """Raises ValueError for a text or vision model that is not known."""
+    known = {"text_config": qwen.DENSE_TYPES + qwen.SPARSE_TYPES, "vision_config": llava.TOWERS}
+    for part, accepted in known.items():
+        kind = (fields.get(part) or {}).get("model_type")
+        if kind not in accepted:
+            raise ValueError(
+                f"{origin}: {part} is of type {kind!r}; accepted: {', '.join(accepted)}"
+            )
+
+
+def _llava(
+    folder: Path, hf: dict[str, Any], stated: dict[str, Any], select_layer: int | None
+) -> Source:
+    """From the config with its defaults, and as it is stated."""
+    origin = str(folder / "config.json")
+    family = llava.TOWERS[hf["vision_config"]["model_type"]]
+    llava.check_projector(hf, origin)
+    tokenizer = load_tokenizer(str(folder))
+    if hf["image_token_index"] != tokenizer.image_id:
+        raise ValueError(
+            f"{origin}: image_token_index is {hf['image_token_index']}, but <image> is "
+            f"{tokenizer.image_id} in the tokenizer; accepted: the same id"
+        )
+    checkpoint = open_checkpoint(folder)
+    spelling = llava.find_spelling(checkpoint)
+    decoder, head, vision, _ = spelling
+    layer = llava.select_layer(hf, origin) if select_layer is None else select_layer
+    text = hf["text_config"] | {"tie_word_embeddings": _tied(stated, head, checkpoint)}
+    return Source(
+        folder,
+        checkpoint,
+        llava.rules_for(spelling, family),
+        pooling=f"{vision}head.",
+        zero=re.escape(decoder) + qwen.SHARED_EXPERT,
+        tied=f"{head}lm_head.weight",
+        decoder=qwen.decoder_config(text, tokenizer.vocab_size, origin),
+        vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
+        projector="mlp2x_gelu",
+        tokenizer=tokenizer,
+        vision_prefix=vision,
+    )
+
+
+def _tied(stated: dict[str, Any], head: str, checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding, which configs say in either of two places, or not."""
+    said = [
+        part["tie_word_embeddings"]
+        for part in (stated, stated["text_config"])
+        if "tie_word_embeddings" in part
+    ]
+    return any(said) if said else f"{head}lm_head.weight" not in checkpoint
+
+
+def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) -> Source:
+    """A checkpoint of the original code: Qwen's names, `mm_projector`, DeepSpeed's experts."""
+    checkpoint = open_checkpoint(folder)
+    tokenizer = load_tokenizer(str(folder))
+    origin = str(folder / "config.json")
+    text = with_defaults(
+        fields | {"model_type": "qwen3" if "qwen3" in fields["model_type"] else "qwen2"}
+    )
+    decoder = qwen.decoder_config(text, tokenizer.vocab_size, origin)
+    kind = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
+    inner = "image_spatial_proj."
+    spatial = any(inner in name for name in checkpoint)
+    prefix = "model.mm_projector." + (inner if spatial else "")
+    return Source(
+        folder,
+        checkpoint,
+        (
+            *prefixed(qwen.RULES + qwen.DEEPSPEED_EXPERTS, "model."),
+            *qwen.HEAD,
+            *prefixed(llava.original_projector(kind), prefix),
+        ),
+        # The tower is a published one, which is given beside it.
+        ignored=(*_BUFFERS, r"model\.(vision|image)_tower\..*"),
+        tied="lm_head.weight",
+        decoder=dataclasses.replace(decoder, moe=qwen.deepspeed_moe(fields, checkpoint, origin)),
+        projector=kind if projector_depth(kind) else None,
+        tokenizer=tokenizer,
+        template="vicuna",
+    )
+
+
+def _pixels(folder: Path) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation of the pixels, where a processor's config states them."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            fields = read_json(folder / name)
+            fields = fields.get("image_processor", fields)
+            if "image_mean" in fields and "image_std" in fields:
+                return {"mean": tuple(fields["image_mean"]), "std": tuple(fields["image_std"])}
+    return {}

@@ -1,0 +1,99 @@
+"""Dense model folder to sparse one, layer by layer, without holding either in memory."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moddistill.config import MoeConfig
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.model_folder import (
+    as_model_folder,
+    new_folder,
+    read_model_config,
+    read_source,
+    write_description,
+)
+from moddistill.models.upcycle import upcycle_config, upcycle_layer
+from moddistill.models.vlm import ModelConfig
+from moddistill.tree import flatten, unflatten
+from tools.convert_weights.assemble import POOLING, array_specs
+from tools.convert_weights.rules import Slot, slots
+from tools.convert_weights.store import Reader, Writer
+
+
+def upcycle_model(
+    model: Path, out: Path, moe: MoeConfig, *, seed: int = 0, overwrite: bool = False
+) -> ModelConfig:
+    """Writes the sparse form of a dense model folder and returns its architecture.
+
+    Raises:
+      ValueError: if the model is sparse already, or `moe` does not fit it.
+    """
+    model = as_model_folder(model)
+    dense = read_model_config(model)
+    sparse = upcycle_config(dense, moe)
+    reader = Reader(model / "params")
+    before, after = slots(dense), slots(sparse)
+    with new_folder(out, overwrite, keep=(model,)) as aside:
+        kept = {path: reader.dtype(before[path].path) for path in before}
+        dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
+        with Writer(aside / "params", array_specs(sparse, dtypes)) as writer:
+            same = sorted(before.keys() & after.keys(), key=before.get)
+            for path in tqdm(same, desc="copy", unit="array"):
+                _copy(reader, before[path], writer, after[path])
+            key = jax.random.key(seed)
+            for layer in tqdm(sparse.decoder.moe_layers, desc="upcycle", unit="layer"):
+                new = upcycle_layer(
+                    _read_layer(reader, before, layer),
+                    sparse.decoder.moe,
+                    jax.random.fold_in(key, layer),
+                )
+                _write_layer(new, writer, after, layer)
+        source = {"upcycled": {"from": str(model), "seed": seed}}
+        source |= {key: value for key, value in read_source(model).items() if key == "imported"}
+        write_description(aside, sparse, load_tokenizer(str(model)), source)
+        if (model / POOLING).is_file():
+            shutil.copy(model / POOLING, aside)
+    return sparse
+
+
+def _dtype(path: str, kept: dict[str, np.dtype]) -> np.dtype:
+    """Experts have that of the layer they are copies of; routers are float32."""
+    if path in kept:
+        return kept[path]
+    dense = re.sub(r"/moe/experts_(\w+)/\d+$", r"/mlp/\1/kernel", path)
+    dense = re.sub(r"/moe/residual/", "/mlp/", dense)
+    return kept.get(dense, np.dtype(np.float32))
+
+
+def _copy(reader: Reader, source: Slot, writer: Writer, target: Slot) -> None:
+    writer.write(target.path, target.index, reader.read(source.path, source.index))
+
+
+def _read_layer(reader: Reader, places: dict[str, Slot], layer: int) -> dict:
+    prefix = f"decoder/layers/{layer}/mlp/"
+    return unflatten(
+        {
+            path.removeprefix(f"decoder/layers/{layer}/"): jnp.asarray(
+                reader.read(slot.path, slot.index)
+            )
+            for path, slot in places.items()
+            if path.startswith(prefix)
+        }
+    )
+
+
+def _write_layer(params: dict, writer: Writer, places: dict[str, Slot], layer: int) -> None:
+    for name, array in flatten(params).items():
+        path = f"decoder/layers/{layer}/{name}"
+        if path in places:
+            writer.write(places[path].path, places[path].index, np.asarray(array))
+        else:
+            for expert, part in enumerate(np.asarray(array)):
+                place = places[f"{path}/{expert}"]
+                writer.write(place.path, place.index, part)
