@@ -1,0 +1,123 @@
+"""Time and peak memory of converting a large checkpoint in many shards, in and out.
+
+    python -m benchmarks.convert [--gigabytes 2] [--shards 20] [--json]
+
+The checkpoint is a Qwen2 of random bfloat16 weights. Each command runs in a process of its own,
+whose peak resident memory the kernel reports; the disk's own speed is that of copying the files.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moddistill.data.tokenizer import train_bpe
+from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vlm import ModelConfig
+from tools.convert_weights import qwen
+from tools.convert_weights.rules import pieces, prefixed
+from tools.convert_weights.shards import Planned, create_shards, write
+
+GIB = 2**30
+
+
+def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
+    """Writes a checkpoint of about that size; returns the bytes of its largest shard."""
+    folder.mkdir(parents=True)
+    tokenizer = train_bpe(["a small tokenizer"], 300)
+    tokenizer.save(str(folder))
+    layers = max(1, round((gigabytes - 0.6) / 0.0986))
+    decoder = DecoderConfig(
+        vocab_size=151_936,
+        real_vocab=tokenizer.vocab_size,
+        width=2048,
+        mlp=5504,
+        layers=layers,
+        heads=16,
+        kv_heads=16,
+        head_dim=128,
+    )
+    fields = qwen.text_config(decoder)
+    (folder / "config.json").write_text(json.dumps(fields))
+    config = ModelConfig(decoder, None, "linear", "chatml", tokenizer.image_id)
+    rules = (*prefixed(qwen.RULES, "model."), *qwen.HEAD)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    planned = [Planned(piece.name, dtype, piece.shape) for piece in pieces(config, rules)]
+    total = sum(tensor.nbytes for tensor in planned)
+    rng = np.random.default_rng(0)
+    for name, place in create_shards(folder, planned, total // shards).items():
+        noise = rng.standard_normal(place.shape, np.float32) * 0.02
+        write(place, (noise + ("norm" in name)).astype(dtype))
+    return max(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def measure(*command: str) -> tuple[float, float]:
+    """Seconds and peak resident bytes of a command."""
+    program = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, sys.executable, "-m", "tools.convert_weights", *command],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return time.monotonic() - began, int(done.stdout.split()[-1]) * 1024
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    began = time.monotonic()
+    shutil.copytree(source, target)
+    return time.monotonic() - began
+
+
+def run(gigabytes: float, shards: int) -> dict[str, Any]:
+    """The measured figures, sizes in bytes and speeds in bytes a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        largest = make_checkpoint(root / "hf", gigabytes, shards)
+        size = sum(file.stat().st_size for file in (root / "hf").glob("*.safetensors"))
+        copy = copy_seconds(root / "hf", root / "copy")
+        shutil.rmtree(root / "copy")
+        inward, peak_in = measure("import", "--hf", f"{root}/hf", "--out", f"{root}/ours")
+        outward, peak_out = measure("export", "--model", f"{root}/ours", "--out", f"{root}/back")
+    return {
+        "checkpoint_bytes": size,
+        "largest_shard_bytes": largest,
+        "allowed_peak_bytes": round(1.2 * largest + GIB),
+        "import_peak_bytes": peak_in,
+        "export_peak_bytes": peak_out,
+        "import_bytes_per_second": size / inward,
+        "export_bytes_per_second": size / outward,
+        "copy_bytes_per_second": size / copy,
+    }
+
+
+def main() -> None:
+    """Entry point of `python -m benchmarks.convert`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--shards", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    figures = run(args.gigabytes, args.shards)
+    if args.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:>26} {value / 1e6:12,.1f} MB" + ("/s" if "second" in name else ""))
+
+
+if __name__ == "__main__":
+    main()

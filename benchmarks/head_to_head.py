@@ -1,0 +1,101 @@
+"""Two or more programs doing the same work, each in a process of its own, taking turns.
+
+A benchmark module has `SIDES`, from a name to a function that prepares the work and returns what is
+timed. Machines are noisy, so sides alternate and medians are compared.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+def serve(module: str, side: str) -> None:
+    """One side's process: runs once for every line it is sent, and tells its peak at the end."""
+    prepare = importlib.import_module(module).SIDES[side]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of importing is forgotten
+    before = peak_bytes()
+    run = prepare()
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        run()
+        print(time.perf_counter() - began, flush=True)
+    print(peak_bytes(), before)
+
+
+def peak_bytes() -> int:
+    """Most bytes this process has held so far; Linux only.
+
+    Not `ru_maxrss`, in which a child begins with the peak of the process that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1])
+
+
+def compare(module: str, rounds: int) -> dict[str, Any]:
+    """Median seconds, and peak resident bytes, of every side; one run each is not counted."""
+    sides = importlib.import_module(module).SIDES
+    children = {side: _start(module, side) for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, child in children.items():
+            child.stdin.write("run\n")
+            child.stdin.flush()
+            seconds[side].append(float(child.stdout.readline()))
+    result = {}
+    for side, child in children.items():
+        with child:
+            rest, _ = child.communicate()
+        peak, before = map(int, rest.split())
+        result[side] = {
+            "seconds": statistics.median(seconds[side]),
+            "fastest": min(seconds[side]),
+            "peak_bytes": peak,
+            "peak_bytes_of_the_work": peak - before,
+        }
+    return result
+
+
+def _start(module: str, side: str) -> subprocess.Popen:
+    """Starts a side and waits until it has warmed up, so that none warms up beside another."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.head_to_head", module, side],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if child.stdout.readline() != "ready\n":
+        raise RuntimeError(f"{module}: {side} did not start")
+    return child
+
+
+def main(module: str, description: str) -> None:
+    """Entry point of a benchmark: `python -m benchmarks.NAME [--rounds N] [--json]`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = compare(module, args.rounds)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for side, figures in result.items():
+        print(
+            f"{side:>12} {1000 * figures['seconds']:10.1f} ms"
+            f" {figures['peak_bytes'] / MIB:10.0f} MiB peak,"
+            f" {figures['peak_bytes_of_the_work'] / MIB:8.0f} of the work"
+        )
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -1,0 +1,81 @@
+"""Loss and gradient of KL and cross entropy at a quarter of 2,048 positions, 151,936 tokens.
+
+    python -m benchmarks.kd_loss [--rounds 7] [--json]
+
+Widths of Qwen2-0.5B and Qwen2-7B, float32, gradients to hidden states and head. The torch side does
+what the reference does: all logits of both models, then masks.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks import head_to_head
+
+POSITIONS, VOCABULARY, STUDENT, TEACHER = 2048, 151_936, 896, 3584
+
+
+def arrays() -> tuple[np.ndarray, ...]:
+    """Hidden states and heads of both, labels, and which positions are supervised."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) * shape[0] ** -0.5
+
+    labels = rng.integers(0, VOCABULARY, POSITIONS)
+    supervised = np.arange(POSITIONS) % 4 == 0
+    hidden = normal(STUDENT, POSITIONS).T * STUDENT**0.5, normal(STUDENT, VOCABULARY)
+    teacher = normal(TEACHER, POSITIONS).T * TEACHER**0.5, normal(TEACHER, VOCABULARY)
+    return (*map(np.ascontiguousarray, (*hidden, *teacher)), labels, supervised)
+
+
+def ours() -> Callable[[], None]:
+    import jax
+    import jax.numpy as jnp
+
+    from moddistill.losses.kd import cross_entropy, forward_kl
+    from moddistill.losses.tokens import Heads, weighted_sum
+
+    *matrices, labels, supervised = arrays()
+    hidden, head, taught, teacher_head = map(jnp.asarray, matrices)
+    labels = jnp.asarray(labels, jnp.int32)
+    weight = jnp.asarray(supervised / supervised.sum(), jnp.float32)
+    del matrices
+
+    def token_fn(logits, teacher_logits, labels):
+        return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+
+    def loss(hidden, head, taught, teacher_head):
+        heads = Heads(hidden, head, taught, teacher_head)
+        weights = {"kd": weight, "ce": weight}
+        return weighted_sum(token_fn, heads, labels, weights, chunk=256, real_vocab=VOCABULARY)[0]
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return lambda: jax.block_until_ready(step(hidden, head, taught, teacher_head))
+
+
+def theirs() -> Callable[[], None]:
+    import torch
+
+    *matrices, labels, supervised = arrays()
+    hidden, head, taught, teacher_head = map(torch.from_numpy, matrices)
+    labels, supervised = torch.from_numpy(labels), torch.from_numpy(supervised)
+    hidden.requires_grad_()
+    head.requires_grad_()
+
+    def run() -> None:
+        hidden.grad = head.grad = None
+        logits = hidden @ head
+        with torch.no_grad():
+            target = torch.softmax(taught @ teacher_head, -1)
+        align = -torch.nan_to_num(target * torch.log_softmax(logits, -1)).sum(-1)
+        ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        ((align + ce) * supervised).sum().div(supervised.sum()).backward()
+
+    return run
+
+
+SIDES = {"moddistill": ours, "torch": theirs}
+
+if __name__ == "__main__":
+    head_to_head.main("benchmarks.kd_loss", __doc__)

@@ -1,0 +1,92 @@
+"""Forward and backward pass of an expert layer of Qwen2-0.5B: 1,024 tokens, 4 experts, top 2.
+
+    python -m benchmarks.moe_layer [--rounds 7] [--json]
+
+Beside it our dense layer of the same active operations (twice as wide), and torch's loop over
+experts. float32.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks import head_to_head
+
+TOKENS, WIDTH, MLP, EXPERTS, TOP_K = 1024, 896, 4864, 4, 2
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) * shape[-2] ** -0.5
+
+    return {
+        "tokens": rng.standard_normal((TOKENS, WIDTH), np.float32),
+        "router": normal(WIDTH, EXPERTS),
+        "gate": normal(EXPERTS, WIDTH, MLP),
+        "up": normal(EXPERTS, WIDTH, MLP),
+        "down": normal(EXPERTS, MLP, WIDTH),
+    }
+
+
+def ours() -> Callable[[], None]:
+    import jax
+    import jax.numpy as jnp
+
+    from moddistill.models.expert_parallel import mix_experts
+    from moddistill.models.moe import choose
+
+    params = {name: jnp.asarray(x) for name, x in arrays().items()}
+
+    def loss(params):
+        probs = jax.nn.softmax(params["tokens"] @ params["router"])
+        chosen, weights = choose(probs, TOP_K, True)
+        experts = {name: params[name] for name in ("gate", "up", "down")}
+        keep = jnp.ones(chosen.shape, bool)
+        return jnp.sum(mix_experts(params["tokens"], weights, chosen, keep, experts) ** 2)
+
+    step = jax.jit(jax.grad(loss))
+    return lambda: jax.block_until_ready(step(params))
+
+
+def dense() -> Callable[[], None]:
+    import jax
+    import jax.numpy as jnp
+
+    from moddistill.models.layers import SwiGLU
+
+    layer = SwiGLU(TOP_K * MLP, jnp.float32)
+    tokens = jnp.asarray(arrays()["tokens"])[None]
+    params = jax.jit(layer.init)(jax.random.key(0), tokens)
+    step = jax.jit(jax.grad(lambda p, x: jnp.sum(layer.apply(p, x) ** 2), argnums=(0, 1)))
+    return lambda: jax.block_until_ready(step(params, tokens))
+
+
+def theirs() -> Callable[[], None]:
+    import torch
+
+    params = {name: torch.from_numpy(x).requires_grad_() for name, x in arrays().items()}
+
+    def run() -> None:
+        for x in params.values():
+            x.grad = None
+        tokens = params["tokens"]
+        weights, chosen = torch.softmax(tokens @ params["router"], -1).topk(TOP_K)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(tokens)
+        for e in range(EXPERTS):
+            rows, choice = torch.where(chosen == e)
+            x = tokens[rows]
+            hidden = torch.nn.functional.silu(x @ params["gate"][e]) * (x @ params["up"][e])
+            y = (hidden @ params["down"][e]) * weights[rows, choice, None]
+            out = out.index_add(0, rows, y)
+        (out**2).sum().backward()
+
+    return run
+
+
+SIDES = {"moddistill": ours, "dense": dense, "torch": theirs}
+
+if __name__ == "__main__":
+    head_to_head.main("benchmarks.moe_layer", __doc__)
