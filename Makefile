@@ -16,9 +16,9 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
-lint: $(VENV)/test.installed
+lint: $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -29,6 +29,10 @@ $(VENV)/demo.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moddistill needs Python 3.11 or newer, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	touch $@
+
+$(VENV)/lint.installed: $(VENV)/demo.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,lint]'
 	touch $@
 
 $(VENV)/test.installed: $(VENV)/demo.installed

@@ -1,6 +1,9 @@
 """What all experiments share: the argument of `get_config`, and records for the smallest size."""
 
+import contextlib
 import dataclasses
+import getpass
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -70,7 +73,21 @@ def easy_vqa(name: str) -> dict[str, SourceConfig]:
 
 def tiny_data() -> Path:
     """A folder with small pictures, records of both kinds and a tokenizer, always the same."""
-    folder = Path(tempfile.gettempdir()) / "moddistill-tiny"
+    # By content, so that neither another release nor another user's folder is taken for it.
+    digest = hashlib.sha256(Path(__file__).read_bytes() + getpass.getuser().encode()).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"moddistill-tiny-{digest[:8]}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as aside:
+            made = Path(aside) / "data"
+            write_tiny_data(made)
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(folder)
+    return folder
+
+
+def write_tiny_data(folder: Path) -> None:
+    """Makes the folder; the same bytes each time."""
+    folder.mkdir()
     colours = {
         "red": (220, 30, 30),
         "green": (30, 200, 60),
@@ -81,7 +98,6 @@ def tiny_data() -> Path:
     questions += [(f"<image>\nis it {name}?", "yes") for name in colours]
     conversations, preferences = [], []
     rng = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
     for i, (question, answer) in enumerate(questions):
         pixels = np.clip(list(colours.values())[i % 4] + rng.normal(0, 9, (20, 28, 3)), 0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
@@ -94,7 +110,6 @@ def tiny_data() -> Path:
     (folder / "conversations.json").write_text(json.dumps(conversations))
     (folder / "preferences.json").write_text(json.dumps(preferences))
     train_bpe((json.dumps(conversations),), 300).save(str(folder / "tokenizer"))
-    return folder
 
 
 def at_demo_size(config: TrainConfig) -> TrainConfig:
@@ -125,6 +140,6 @@ def at_tiny_size(config: TrainConfig) -> TrainConfig:
         log_every=1,
         save_every=2,
         dtype="float32",
-        data=DataConfig(sources=source(f"{folder}/{kind}.json", str(folder)), max_length=192),
+        data=DataConfig(sources=source(f"{folder}/{kind}.json", str(folder)), max_length=200),
         optim=dataclasses.replace(config.optim, lr=1e-3, warmup_ratio=0.0),
     )

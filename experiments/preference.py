@@ -37,7 +37,7 @@ def demo() -> TrainConfig:
             stage="preference",
             student="runs/demo/d2s/model",
             teacher="runs/demo/teacher/model",
-            steps=200,
+            steps=250,
             heldout_steps=1200 // 32,
             data=DataConfig(sources=common.easy_vqa("preference_train"), heldout=heldout),
             optim=OptimConfig(lr=1e-3),

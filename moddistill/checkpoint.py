@@ -12,7 +12,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.state import State
-from moddistill.tree import check_same, flatten
+from moddistill.tree import Flat, check_same
 
 KEEP = 2  # the newest one may have been cut off by a crash of the disk
 
@@ -43,13 +43,16 @@ def restore(checkpoints: ocp.training.Checkpointer, state: State, position: Any)
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
     )
     found = checkpoints.checkpointables_metadata(step).metadata["state"]
-    check_same(
-        flatten(found["params"]) if isinstance(found, dict) else {},
-        state.params,
-        f"checkpoint {checkpoints.directory / str(step)}",
-    )
+    origin = f"checkpoint {checkpoints.directory / str(step)}"
+    check_same(_by_path(found), _by_path(abstract), origin)
     loaded = checkpoints.load_checkpointables(step, {"state": abstract, "data": position})
     return state.replace(**loaded["state"])
+
+
+def _by_path(tree: Any) -> Flat:
+    """Leaves by their path; Orbax reads dictionaries where the optimizer has named tuples."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _saved(state: State) -> dict[str, Any]:

@@ -5,12 +5,13 @@ names and defaults stand in one place. `from_config_dict` turns them back at sta
 misspelt key is an error there, and everything behind it works with typed, frozen fields.
 """
 
+import ast
 import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 
@@ -29,7 +30,7 @@ class DataConfig:
     """What is read, and the fixed shapes it is made into."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    template: str = "vicuna"  # vicuna | chatml | plain
+    template: Literal["vicuna", "chatml", "plain"] = "vicuna"
     max_length: int = 2048  # tokens of a sample, image patches included
     max_images: int = 1
     workers: int = 0  # worker processes; 0 reads in threads
@@ -65,11 +66,11 @@ class LossConfig:
 
     kd_weight: float = 1.0
     ce_weight: float = 1.0
-    kd_positions: str = "response"  # response | all_tokens
-    kd_shift: str = "correct"  # correct | reference (the off-by-one mask of the original code)
+    kd_positions: Literal["response", "all_tokens"] = "response"
+    kd_shift: Literal["correct", "reference"] = "correct"  # reference: the original's late mask
     balance_weight: float = 0.01
     router_z_weight: float = 0.0
-    preference: str = "kto_pair"  # sigmoid | hinge | ipo | kto_pair
+    preference: Literal["sigmoid", "hinge", "ipo", "kto_pair"] = "kto_pair"
     beta: float = 0.1
     label_smoothing: float = 0.0
     chunk: int = 256  # supervised positions whose logits exist at one time
@@ -81,18 +82,26 @@ class MoeConfig:
 
     num_experts: int = 4
     top_k: int = 2
-    placement: str | tuple[int, ...] = (
-        "sparse"  # sparse | dense | first_half | second_half | indices
-    )
+    # sparse | dense | first_half | second_half | indices of layers
+    placement: str | tuple[int, ...] = "sparse"
     norm_topk_prob: bool | None = None  # None: renormalise for top_k >= 2, raw for 1
-    dispatch: str = "dropless"  # dropless | capacity
+    dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: float = 1.5
     residual: bool = False
+    # copy | noise: added to each copy | drop: part of each copy is drawn anew
+    upcycle: Literal["copy", "noise", "drop"] = "copy"
+    noise_std: float = 0.0
+    drop_fraction: float = 0.0
+    moe_intermediate_size: int = 0  # width of an expert; 0: the dense layer's
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One stage. `student` and `teacher` are model folders, or `random:PRESET` for new weights."""
+    """One stage.
+
+    `student`, `teacher` and `vision` are model folders, Hugging Face folders or hub names, or
+    `random:PRESET` for new weights.
+    """
 
     stage: str = "sft"
     student: str = ""
@@ -107,7 +116,8 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     heldout_steps: int = 0
-    dtype: str = "bfloat16"  # of computation and frozen parameters; trained ones are float32
+    # Of computation and frozen parameters; trained ones are float32.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = True
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -142,7 +152,8 @@ def from_config_dict(cls: type, values: Mapping[str, Any], origin: str = "config
     """An instance of the config dataclass `cls` from nested mappings.
 
     Raises:
-      ValueError: for a key that `cls` does not have or a value of another type, naming both.
+      ValueError: for a key that `cls` does not have, a value of another type or none of the
+        accepted ones, naming both.
     """
     fields = typing.get_type_hints(cls)
     for key in values:
@@ -151,6 +162,13 @@ def from_config_dict(cls: type, values: Mapping[str, Any], origin: str = "config
                 f"{origin}.{key} is not a setting; accepted: {', '.join(fields)}"
                 + nearest(key, fields)
             )
+    required = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(values)):
+        raise ValueError(f"{origin} lacks {', '.join(missing)}")
     return cls(
         **{key: _convert(fields[key], value, f"{origin}.{key}") for key, value in values.items()}
     )
@@ -165,12 +183,33 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
             if typing.get_origin(option) is Mapping:
                 inner = typing.get_args(option)[1]
                 return {key: _convert(inner, x, f"{origin}.{key}") for key, x in value.items()}
+    if typing.get_origin(kind) is Literal:
+        accepted = typing.get_args(kind)
+        if value not in accepted:
+            hint = nearest(value, accepted) if isinstance(value, str) else ""
+            raise ValueError(f"{origin} is {value!r}; accepted: {', '.join(accepted)}{hint}")
+        return value
+    plain = tuple(typing.get_origin(option) or option for option in options)
+    if tuple in plain and isinstance(value, str) and value.startswith("("):
+        value = _typed_tuple(value, origin)
     if isinstance(value, list | tuple):
         value = tuple(value)
-    plain = tuple(typing.get_origin(option) or option for option in options)
     if float in plain and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         names = ", ".join(option.__name__ for option in plain)
         raise ValueError(f"{origin} is {value!r}; accepted: a value of type {names}")
+    if isinstance(value, tuple):
+        [element] = {typing.get_args(option)[0] for option in options if typing.get_args(option)}
+        return tuple(_convert(element, item, f"{origin}[{i}]") for i, item in enumerate(value))
     return value
+
+
+def _typed_tuple(text: str, origin: str) -> Any:
+    """A tuple as it is typed on the command line, where such a field is text: `(0, 2)`."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"{origin} is {text!r}; accepted: a name, or a tuple such as (0, 2) or ('a', 'b')"
+        ) from None

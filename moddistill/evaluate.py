@@ -20,11 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from moddistill import evals
+from moddistill.command import plain_errors
 from moddistill.config import nearest
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.generate import Prompt, answer, prompt_batch
-from moddistill.model_folder import load
+from moddistill.model_folder import as_model_folder, load
 from moddistill.models.vlm import Vlm
 
 BATCH = 256
@@ -32,7 +33,7 @@ LONGEST_ANSWER = 16
 LOAD_SAMPLES = 512
 
 
-def benchmark(name: str) -> ModuleType:
+def find_benchmark(name: str) -> ModuleType:
     """The module of a benchmark; ValueError with the known names for another one."""
     known = sorted(module.name for module in pkgutil.iter_modules(evals.__path__))
     if name not in known:
@@ -48,7 +49,8 @@ def evaluate(folder: str | Path, name: str, data: Path, out: Path) -> dict[str, 
     Scores of a sparse model have `expert_load`: for each expert layer the share of its assignments
     that each expert got, of `image` and of `text` tokens.
     """
-    module = benchmark(name)
+    module = find_benchmark(name)
+    folder = as_model_folder(folder)
     questions = module.questions(data)
     model, params = load(folder)
     tokenizer = load_tokenizer(str(folder))
@@ -107,13 +109,16 @@ def _shares(load: np.ndarray) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.evaluate`."""
     parser = argparse.ArgumentParser(prog="python -m moddistill.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument(
+        "--model", required=True, help="model folder, or Hugging Face folder or name"
+    )
     parser.add_argument("--benchmark", required=True, help="a module of moddistill.evals")
     parser.add_argument("--data", required=True, type=Path, help="its questions and images")
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     args = parser.parse_args(argv)
-    scores = evaluate(args.model, args.benchmark, args.data, args.out)
-    print(json.dumps(scores, indent=2))
+    with plain_errors():
+        scores = evaluate(args.model, args.benchmark, args.data, args.out)
+        print(json.dumps(scores, indent=2))
 
 
 if __name__ == "__main__":

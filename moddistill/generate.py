@@ -3,7 +3,7 @@
     python -m moddistill.generate --model DIR --image FILE --prompt TEXT [--json]
 
 Prompts of a batch may differ in length: each row has its own positions and sees its own tokens
-alone, so an answer does not depend on the rows beside it.
+alone, so with dropless experts an answer does not depend on the rows beside it.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from moddistill.command import plain_errors
 from moddistill.data.conversation import end_token
 from moddistill.data.examples import encode_prompt
-from moddistill.data.images import load_image, preprocess
+from moddistill.data.images import load_image, mean_color, preprocess
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.losses.tokens import logits_of
-from moddistill.model_folder import load
+from moddistill.model_folder import as_model_folder, load
 from moddistill.models.qwen import init_cache
 from moddistill.models.vlm import ModelConfig, Vlm
 
@@ -37,7 +39,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; accepted: 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; accepted: above 0, at most 1")
@@ -159,7 +161,8 @@ def prompt_batch(
         batch["images"] = np.zeros(shape, np.uint8)
         for row, prompt in enumerate(prompts):
             for slot, path in enumerate(prompt.images):
-                batch["images"][row, slot] = preprocess(load_image(path), tower.image_size)
+                image = preprocess(load_image(path), tower.image_size, mean_color(tower.mean))
+                batch["images"][row, slot] = image
     return batch
 
 
@@ -207,7 +210,9 @@ def _end_id(template: str, tokenizer: Tokenizer) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.generate`."""
     parser = argparse.ArgumentParser(prog="python -m moddistill.generate", description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument(
+        "--model", required=True, help="model folder, or Hugging Face folder or name"
+    )
     parser.add_argument("--image", action="append", default=[], help="file; repeat for several")
     parser.add_argument(
         "--prompt", required=True, help=f"question; without {IMAGE}, images go first"
@@ -220,20 +225,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="probability that is sampled from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    model, params = load(args.model)
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens is {args.max_new_tokens}; accepted: 1 or more")
+    for path in args.image:
+        if not Path(path).is_file():
+            parser.error(f"--image {path!r}: no such file")
+    with plain_errors():
+        result = _answer_one(args)
+    print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if args.json else result.text)
+
+
+def _answer_one(args: argparse.Namespace) -> Answer:
+    sampling = Sampling(args.temperature, args.top_p)
+    folder = as_model_folder(args.model)
+    model, params = load(folder)
     question = args.prompt
     if IMAGE not in question:
         question = f"{IMAGE}\n" * len(args.image) + question
     [result] = answer(
         model,
         params,
-        load_tokenizer(args.model),
+        load_tokenizer(str(folder)),
         [Prompt(question, tuple(args.image))],
         max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(args.temperature, args.top_p),
+        sampling=sampling,
         seed=args.seed,
     )
-    print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if args.json else result.text)
+    return result
 
 
 if __name__ == "__main__":

@@ -9,7 +9,12 @@ from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.model_folder import abstract_params, load_params, read_model_config
+from moddistill.model_folder import (
+    abstract_params,
+    as_model_folder,
+    load_params,
+    read_model_config,
+)
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
@@ -28,8 +33,9 @@ def student_tokenizer(config: TrainConfig) -> Tokenizer:
                 f"config.tokenizer is {config.tokenizer!r}, but the student {config.student!r} "
                 "brings its own; accepted: an empty string"
             )
-        read_model_config(config.student)
-        return load_tokenizer(config.student)
+        folder = as_model_folder(config.student)
+        read_model_config(folder)
+        return load_tokenizer(str(folder))
     if not config.tokenizer:
         raise ValueError(
             f"config.tokenizer is empty; a student with new weights ({config.student!r}) needs a "
@@ -39,11 +45,11 @@ def student_tokenizer(config: TrainConfig) -> Tokenizer:
 
 
 def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
-    """The architecture of a model folder or of `random:PRESET`."""
+    """The architecture of a model folder, a Hugging Face folder or `random:PRESET`."""
     if spec.startswith(RANDOM):
         config = preset(spec.removeprefix(RANDOM))
         return with_vocabulary(config, tokenizer.vocab_size, tokenizer.image_id)
-    return read_model_config(spec)
+    return read_model_config(as_model_folder(spec))
 
 
 def student_architectures(
@@ -75,9 +81,10 @@ def student_params(
         new = random_params(dataclasses.replace(base, vision=target.vision), mesh, tower_rng)
         params |= {"vision": new["vision"], "projector": new["projector"]}
         if not config.vision.startswith(RANDOM):
+            folder = as_model_folder(config.vision)
             params |= load_params(
-                config.vision,
-                source := read_model_config(config.vision),
+                folder,
+                source := read_model_config(folder),
                 shardings=param_shardings(mesh, abstract_params(source)),
                 part="vision",
             )
@@ -94,7 +101,8 @@ def spec_params(spec: str, config: ModelConfig, mesh: Mesh, rng: jax.Array) -> d
     """Parameters of a model folder as they are stored, or new ones."""
     if spec.startswith(RANDOM):
         return random_params(config, mesh, rng)
-    return load_params(spec, config, shardings=param_shardings(mesh, abstract_params(config)))
+    shardings = param_shardings(mesh, abstract_params(config))
+    return load_params(as_model_folder(spec), config, shardings=shardings)
 
 
 def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
@@ -107,17 +115,33 @@ def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, 
     return jax.jit(init, out_shardings=shardings)(rng)
 
 
-def load_teacher(
-    config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
-) -> tuple[Vlm, dict[str, Any]]:
-    """The teacher and its parameters in the frozen dtype; ValueError if it does not fit."""
-    arch = architecture(config.teacher, tokenizer)
-    check_teacher(arch, student, config.teacher)
+def teacher_architecture(
+    config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer
+) -> ModelConfig | None:
+    """The teacher's architecture, if there is one; ValueError if it does not fit the student."""
+    if not config.teacher:
+        return None
+    teacher = architecture(config.teacher, tokenizer)
+    check_teacher(teacher, student, config.teacher)
     if not config.teacher.startswith(RANDOM):
-        _check_vocabulary(load_tokenizer(config.teacher), tokenizer, config.teacher)
-    params = spec_params(config.teacher, arch, mesh, jax.random.key(config.seed + 1))
-    dtype = jnp.dtype(config.dtype)
-    return Vlm(arch, dtype, config.remat), cast_frozen(params, dtype)
+        theirs = load_tokenizer(str(as_model_folder(config.teacher)))
+        _check_vocabulary(theirs, tokenizer, config.teacher)
+    return teacher
+
+
+def load_teacher(
+    config: TrainConfig, teacher: ModelConfig, shapes: Any, mesh: Mesh
+) -> dict[str, Any]:
+    """The teacher's parameters, read straight into their shards and their frozen dtypes."""
+    if config.teacher.startswith(RANDOM):
+        params = random_params(teacher, mesh, jax.random.key(config.seed + 1))
+        return cast_frozen(params, jnp.dtype(config.dtype))
+    return load_params(
+        as_model_folder(config.teacher),
+        teacher,
+        dtype=jax.tree.map(lambda x: x.dtype, shapes),
+        shardings=jax.tree.map(lambda x: x.sharding, shapes),
+    )
 
 
 def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
@@ -140,9 +164,13 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> No
 
 
 def _check_vocabulary(teacher: Tokenizer, student: Tokenizer, origin: str) -> None:
+    """Raises ValueError unless all ids that the student may produce mean the same tokens."""
     theirs, ours = teacher.backend.get_vocab(), student.backend.get_vocab()
-    if theirs != ours:
-        token = min(token for token in theirs | ours if theirs.get(token) != ours.get(token))
+    size = student.vocab_size
+    real = {token for vocab in (theirs, ours) for token, i in vocab.items() if i < size}
+    different = [token for token in real if theirs.get(token) != ours.get(token)]
+    if different:
+        token = min(different)
         raise ValueError(
             f"teacher {origin!r} has another vocabulary: token {token!r} is {theirs.get(token)} "
             f"there and {ours.get(token)} in the student; accepted: equal token ids"

@@ -11,9 +11,11 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from moddistill.losses.tokens import Metrics
+from moddistill.losses import Metrics
+from moddistill.processes import is_first
 
 Row = dict[str, float | int]  # `step` and named numbers
+HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 
 
 class MetricsLog:
@@ -25,13 +27,21 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, start: int, steps: int, title: str):
         self.path = workdir / "metrics.jsonl"
+        self.writes = is_first()
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] <= start and "loss" in row]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.before = kept[-1]["seconds"] if kept else 0.0
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        if self.writes:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(
-            total=steps, initial=start, desc=title, unit="step", file=sys.stderr, mininterval=1.0
+            total=steps,
+            initial=start,
+            desc=title,
+            unit="step",
+            file=sys.stderr,
+            mininterval=1.0,
+            disable=not self.writes,
         )
         self.pending: list[Metrics] = []
         self.began = self.last = time.monotonic()
@@ -40,20 +50,27 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.board.close()
+        if self.writes:
+            self.board.close()
         self.bar.close()
 
     def add(self, metrics: Metrics) -> None:
         """Keeps one step's sums and weights on the device."""
         self.pending.append(metrics)
 
-    def report(self, step: int, learning_rate: float) -> Row:
-        """Writes the means since the last report; waits for the device."""
-        count = len(self.pending)
-        means = weighted_means(self.pending)
+    def report(self, step: int, learning_rate: float, last_good: str) -> None:
+        """Writes the means since the last report, `step` being the newest; waits for the device.
+
+        Raises:
+          FloatingPointError: if a metric of one of these steps is not finite; nothing is written.
+        """
+        rows = jax.device_get(self.pending)
         self.pending = []
+        for number, row in enumerate(rows, start=step - len(rows) + 1):
+            check_finite(row, number, last_good)
+        means = weighted_means(rows)
         now = time.monotonic()
-        means["tokens_per_second"] = means.pop("tokens") * count / (now - self.last)
+        means["tokens_per_second"] = means.pop("tokens") * len(rows) / (now - self.last)
         row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
         row["seconds"] = self.before + now - self.began
         self.last = now
@@ -62,10 +79,11 @@ class MetricsLog:
         self.bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
         )
-        return row
 
     def write(self, row: Row) -> None:
-        """Appends a row to the file and to TensorBoard."""
+        """Appends a row to the file and to TensorBoard, in the first process."""
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -73,19 +91,19 @@ class MetricsLog:
                 self.board.add_scalar(name, value, row["step"])
 
 
-def weighted_means(metrics: list[Metrics]) -> dict[str, float]:
+def weighted_means(metrics: list[HostMetrics]) -> dict[str, float]:
     """Sum over sum of weights for every name, over steps; NaN where nothing was counted."""
-    rows = jax.device_get(metrics)
     means = {}
-    for name in rows[0]:
-        total, weight = (sum(float(row[name][i]) for row in rows) for i in (0, 1))
+    for name in metrics[0]:
+        total, weight = (sum(float(row[name][i]) for row in metrics) for i in (0, 1))
         means[name] = total / weight if weight else math.nan
     return means
 
 
-def check_finite(means: Row, step: int, last_good: str) -> None:
-    """Raises FloatingPointError if a metric is NaN or infinite."""
-    for name, value in means.items():
+def check_finite(metrics: HostMetrics, step: int, last_good: str) -> None:
+    """Raises FloatingPointError if the sum of a metric is NaN or infinite, the loss first."""
+    for name in sorted(metrics, key=lambda name: name != "loss"):
+        value = float(metrics[name][0])
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"step {step}: {name} is {value}; the last good checkpoint is {last_good}"

@@ -12,21 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from moddistill.command import run_experiment
 from moddistill.config import RecipeConfig, from_config_dict
-from moddistill.evaluate import evaluate
+from moddistill.evaluate import evaluate, find_benchmark
 from moddistill.metrics import read_metrics
 from moddistill.model_folder import parameter_counts, read_model_config
+from moddistill.processes import is_first, wait_for_all
 from moddistill.report import format_table, write_report
+from moddistill.settings import check_settings
 from moddistill.train import LOG, start_logging, train
 
 EXAMPLES = 24
 
 
 def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
-    """Trains, evaluates and reports; returns the rows of the table.
+    """Trains, evaluates and reports; returns the rows of the table, in the first process.
 
     Raises:
       ValueError: if the order and the stages do not name the same things, or a stage fails.
@@ -34,10 +36,14 @@ def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
     _check(config)
     for name in config.order:
         train(config.stages[name], workdir / name)
-        if config.benchmark and name in config.evaluated:
+        if config.benchmark and name in config.evaluated and is_first():
             _evaluate(config, workdir / name)
+        wait_for_all(f"evaluating {name}")
+    if not is_first():
+        return []
     rows = table(config, workdir)
-    write_predictions(config, workdir)
+    if rows:
+        write_predictions(config, workdir)
     write_report(
         workdir / "report.html",
         title=f"{workdir.name}: {' → '.join(config.order)}",
@@ -88,6 +94,13 @@ def write_predictions(config: RecipeConfig, workdir: Path) -> None:
 
 
 def _check(config: RecipeConfig) -> None:
+    if config.benchmark:
+        find_benchmark(config.benchmark)
+    for name, stage in config.stages.items():
+        try:
+            check_settings(stage)
+        except ValueError as error:
+            raise ValueError(f"stage {name!r}: {error}") from None
     if sorted(config.order) != sorted(config.stages):
         raise ValueError(
             f"config.order is {config.order}; accepted: each of {tuple(config.stages)} once"
@@ -151,10 +164,9 @@ def main(values: ConfigDict, workdir: str) -> None:
     rows = run(config, Path(workdir))
     if rows:
         print(format_table(rows))
-    print(f"report: {workdir}/report.html")
+    if is_first():
+        print(f"report: {workdir}/report.html")
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe file.")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all its stages.", required=True)
-    app.run(lambda _: main(_CONFIG.value, _WORKDIR.value))
+    run_experiment(main)

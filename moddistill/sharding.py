@@ -5,6 +5,7 @@ a misspelt one would silently be replicated.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moddistill.config import MeshConfig, nearest
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # along which samples are spread
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
@@ -28,16 +30,26 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vision": None,
     "patch": None,
     "patches": None,
-    "act_batch": ("data", "fsdp"),
+    "act_batch": BATCH_AXES,
     "act_seq": None,
     "act_embed": None,
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices; ValueError if the axis sizes do not multiply to their number."""
+def is_distributed() -> bool:
+    """Whether the mesh of the context has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or over those given.
+
+    Raises:
+      ValueError: if the axis sizes do not multiply to their number.
+    """
     sizes = [getattr(config, axis) for axis in MESH_AXES]
-    devices = jax.device_count()
+    devices = jax.device_count() if among is None else len(among)
     known = math.prod(size for size in sizes if size != -1)
     filled = [devices // max(known, 1) if size == -1 else size for size in sizes]
     if sizes.count(-1) > 1 or min(filled) < 1 or math.prod(filled) != devices:
@@ -46,7 +58,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {shape} does not fit {devices} devices; accepted: positive sizes whose product "
             "is their number, one of them -1 for what is left"
         )
-    return jax.make_mesh(tuple(filled), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(filled), MESH_AXES, axis_types=types, devices=among)
 
 
 def resolve(names: PartitionSpec) -> PartitionSpec:
@@ -87,7 +100,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Samples spread over the `data` and `fsdp` axes."""
+    """Samples spread over all axes but `tensor`."""
     return NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
 
 

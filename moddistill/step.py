@@ -7,35 +7,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moddistill.losses.tokens import Metrics
+from moddistill.losses import Loss, Metrics
 from moddistill.state import State
-
-LossFn = Callable[..., tuple[jax.Array, Metrics]]
 
 
 def make_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulate: int, seed: int
+    loss: Loss, optimizer: optax.GradientTransformation, accumulate: int, seed: int
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
     """`state, metrics = step(state, teacher, batch)`, a pure function of its arguments.
 
-    Micro-batches count by the weight of their loss, so token means are those of the whole batch.
-    Randomness is that of (seed, step).
+    Micro-batches share the totals of the whole batch, so their gradients simply add up. Randomness
+    is that of (seed, step).
     """
 
-    def gradients(state: State, teacher: Any, batch: Any, rng: jax.Array) -> tuple[Any, Metrics]:
-        """Gradient times the micro-batch's weight, and metrics."""
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, metrics = grad_fn(state.params, state.frozen, teacher, batch, rng)
-        weight = metrics["loss"][1]
-        return jax.tree.map(lambda g: g * weight, grads), metrics
-
     def step(state: State, teacher: Any, batch: Any) -> tuple[State, Metrics]:
+        totals = loss.totals(batch)
+
+        def gradients(part: Any, rng: jax.Array) -> tuple[Any, Metrics]:
+            share = jax.grad(loss.share, has_aux=True)
+            return share(state.params, state.frozen, teacher, part, totals, rng)
+
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate == 1:
-            grads, metrics = gradients(state, teacher, batch, rng)
+            grads, metrics = gradients(batch, rng)
         else:
-            grads, metrics = _accumulate(gradients, accumulate, state, teacher, batch, rng)
-        grads = jax.tree.map(lambda g: g / metrics["loss"][1], grads)
+            grads, metrics = _accumulate(gradients, accumulate, batch, rng)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones((), jnp.float32)
@@ -46,12 +42,17 @@ def make_step(
     return step
 
 
-def _accumulate(gradients, accumulate, state, teacher, batch, rng):
-    """Sums gradients and metrics over `accumulate` micro-batches, in a scan."""
-    micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+def _accumulate(
+    gradients: Callable[..., tuple[Any, Metrics]], accumulate: int, batch: Any, rng: jax.Array
+) -> tuple[Any, Metrics]:
+    """Sums gradients and metrics over `accumulate` micro-batches, in a scan.
+
+    Each takes every `accumulate`-th sample, so that samples stay on the devices they are on.
+    """
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def run(index: jax.Array, part: Any) -> tuple[Any, Metrics]:
-        return gradients(state, teacher, part, jax.random.fold_in(rng, index))
+        return gradients(part, jax.random.fold_in(rng, index))
 
     def body(total: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, run(*inputs)), None

@@ -6,24 +6,24 @@ The same command again resumes a run that was cut off, bit for bit; a finished o
 """
 
 import dataclasses
-import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from absl import app, flags
 from absl import logging as absl_logging
 from flax import linen as nn
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from moddistill import checkpoint, sharding
+from moddistill.command import run_experiment
 from moddistill.config import DataConfig, TrainConfig, from_config_dict
 from moddistill.data.examples import ExampleSpec
+from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
 from moddistill.data.records import Quarantine
 from moddistill.data.tokenizer import Tokenizer
@@ -32,27 +32,38 @@ from moddistill.initial import (
     student_architectures,
     student_params,
     student_tokenizer,
+    teacher_architecture,
 )
-from moddistill.metrics import MetricsLog, check_finite, weighted_means
-from moddistill.model_folder import abstract_params, save_model
+from moddistill.losses import Loss
+from moddistill.metrics import MetricsLog, weighted_means
+from moddistill.model_folder import save_model
 from moddistill.models.vlm import ModelConfig, Vlm
-from moddistill.optim import make_optimizer, schedule
-from moddistill.stages import stage_of, trainable_patterns
-from moddistill.state import State, make_state, state_shardings
-from moddistill.step import LossFn, make_step
-from moddistill.tree import count, flatten, match, merge
+from moddistill.optim import schedule
+from moddistill.processes import is_first, wait_for_all
+from moddistill.program import make_program
+from moddistill.settings import check_settings, check_spread, check_workdir, write_settings
+from moddistill.stages import stage_of
+from moddistill.state import State
+from moddistill.tree import count, merge
 
 LOG = logging.getLogger("moddistill")
 
-# Settings that may change between a run and its resumption.
-_FREE = ("log_every", "save_every")
+# Where the pipeline notes records, and what happened to them.
+_NOTED = {"quarantine.jsonl": "left out", "cut.jsonl": "cut at max_length"}
+
+
+class Streams(NamedTuple):
+    """This process's share of the batches, as numpy arrays."""
+
+    training: Iterator[Any]  # its position can be saved
+    heldout: Iterator[Any] | None
 
 
 class Run(NamedTuple):
-    """All that the loop needs, on the mesh."""
+    """Model, loss and state, on the mesh."""
 
     model: Vlm
-    loss_fn: LossFn
+    loss: Loss
     step: Callable[..., Any]
     state: State
     teacher: dict[str, Any] | None
@@ -65,63 +76,66 @@ def train(config: TrainConfig, workdir: Path) -> Path:
       ValueError: for settings, records or models that do not fit.
       FloatingPointError: when a metric is no longer finite.
     """
-    stage_of(config)
-    _check_batch(config)
+    check_settings(config)
     result = workdir / "model"
-    _check_config(config, workdir)
+    check_workdir(config, workdir)
     if result.exists():
         LOG.info("%s is finished: %s", config.stage, result)
         return result
+    if is_first() and not (workdir / "checkpoints").exists():
+        for name in _NOTED:  # by a run that never began
+            (workdir / name).unlink(missing_ok=True)
+    wait_for_all("reading the workdir")
     mesh = sharding.make_mesh(config.mesh)
+    check_spread(config, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
+        streams = open_streams(config, tokenizer, workdir)
         run = prepare(config, tokenizer, mesh)
-        _write_config(config, workdir)
-        state = _loop(config, run, tokenizer, mesh, workdir)
+        write_settings(config, workdir)
+        state = _loop(config, run, streams, mesh, workdir)
         params = merge(state.params, state.frozen)
         save_model(result, run.model.config, params, tokenizer, dataclasses.asdict(config))
+        wait_for_all("writing the model")
     return result
 
 
 def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
-    """Models, the state before the first step, and the compiled step's function."""
-    stage = stage_of(config)
-    base, target = student_architectures(config, stage, tokenizer)
-    dtype = jnp.dtype(config.dtype)
-    model = Vlm(target, dtype, config.remat)
-    teacher, teacher_params = None, None
-    if stage.teacher:
-        teacher, teacher_params = load_teacher(config, target, tokenizer, mesh)
+    """The compiled step's function, the state before the first step, the teacher's parameters."""
+    base, target = student_architectures(config, stage_of(config), tokenizer)
+    teacher = teacher_architecture(config, target, tokenizer)
+    program = make_program(config, target, teacher, mesh)
+    teacher_params = None
+    if teacher is not None:
+        teacher_params = load_teacher(config, teacher, program.teacher, mesh)
     params = student_params(config, base, target, mesh)
-    trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
-    optimizer = make_optimizer(config.optim, config.steps)
-
-    def make(params: dict[str, Any]) -> State:
-        return make_state(params, trainable, optimizer, dtype)
-
-    everywhere = sharding.replicated(mesh)
-    param_places = flatten(sharding.param_shardings(mesh, abstract_params(target)))
-    places = state_shardings(jax.eval_shape(make, params), param_places, optimizer, everywhere)
-    state = jax.jit(make, out_shardings=places)(params)
+    make = jax.jit(program.make_state, out_shardings=program.places, donate_argnums=0)
+    with warnings.catch_warnings():
+        # Parameters that change their dtype cannot hand on their memory.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        state = make(params)
     LOG.info(
         "%s: %s parameters, %s of them train",
         config.stage,
-        f"{count(params):,}",
+        f"{count(state.params) + count(state.frozen):,}",
         f"{count(state.params):,}",
     )
-    loss_fn = stage.loss(model, teacher, config.loss)
-    step = jax.jit(
-        make_step(loss_fn, optimizer, config.accumulate, config.seed),
-        donate_argnums=0,
-        out_shardings=(places, everywhere),
-    )
-    return Run(model, loss_fn, step, state, teacher_params)
+    return Run(program.model, program.loss, program.step, state, teacher_params)
 
 
-def batches(
+def open_streams(config: TrainConfig, tokenizer: Tokenizer, workdir: Path) -> Streams:
+    """Opens all records of a run, before any model takes time to load."""
+    _, target = student_architectures(config, stage_of(config), tokenizer)
+    training = _batches(config, config.data, target, tokenizer, workdir)
+    if not config.heldout_steps:
+        return Streams(training, None)
+    heldout = dataclasses.replace(config.data, sources={"heldout": config.data.heldout})
+    return Streams(training, _batches(config, heldout, target, tokenizer, workdir))
+
+
+def _batches(
     config: TrainConfig, data: DataConfig, model: ModelConfig, tokenizer: Tokenizer, workdir: Path
 ) -> Iterator[Any]:
-    """This process's share of the batches, as numpy arrays, from a savable position."""
     tower = model.vision
     spec = ExampleSpec(
         template=data.template,
@@ -129,6 +143,7 @@ def batches(
         max_images=data.max_images,
         image_size=tower.image_size if tower else 0,
         image_tokens=tower.patches if tower else 0,
+        pad_color=mean_color(tower.mean) if tower else PAD_COLOR,
     )
     dataset = make_dataset(
         data,
@@ -144,9 +159,9 @@ def batches(
     return iter(dataset)
 
 
-def _loop(config: TrainConfig, run: Run, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> State:
+def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: Path) -> State:
     """Steps until `config.steps`, from the newest checkpoint if there is one."""
-    records = batches(config, config.data, run.model.config, tokenizer, workdir)
+    records = streams.training
     learning_rate = schedule(config.optim, config.steps)
     with checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints:
         state = run.state
@@ -161,73 +176,42 @@ def _loop(config: TrainConfig, run: Run, tokenizer: Tokenizer, mesh: Mesh, workd
                 log.add(metrics)
                 last = step == config.steps
                 if last or step % config.log_every == 0 or step % config.save_every == 0:
-                    row = log.report(step, float(learning_rate(step - 1)))
-                    check_finite(row, step, _last_good(checkpoints))
+                    log.report(step, float(learning_rate(step - 1)), _last_good(checkpoints))
                 if last or step % config.save_every == 0:
                     checkpoint.save(checkpoints, state, records)
-            if config.heldout_steps:
-                log.write(
-                    {"step": config.steps} | heldout(config, run, state, tokenizer, mesh, workdir)
-                )
-    quarantined = Quarantine(str(workdir / "quarantine.jsonl"))
-    if quarantined.count:
-        LOG.warning("%d records left out: %s", quarantined.count, quarantined.path)
+            if streams.heldout is not None:
+                means = measure(config, run, state, streams.heldout, mesh)
+                log.write({"step": config.steps} | means)
+    _warn_of_records(workdir)
     return state
 
 
-def heldout(
-    config: TrainConfig, run: Run, state: State, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
+def _warn_of_records(workdir: Path) -> None:
+    for name, what in _NOTED.items():
+        noted = Quarantine(str(workdir / name))
+        if noted.count:
+            LOG.warning("%d records %s: %s", noted.count, what, noted.path)
+
+
+def measure(
+    config: TrainConfig, run: Run, state: State, records: Iterator[Any], mesh: Mesh
 ) -> dict[str, float]:
-    """Means of the stage's metrics over `heldout_steps` batches of `config.data.heldout`."""
-    data = dataclasses.replace(config.data, sources={"heldout": config.data.heldout})
-    records = batches(config, data, run.model.config, tokenizer, workdir)
-    measure = jax.jit(run.loss_fn)
+    """Means of the stage's metrics over `heldout_steps` batches of held-out records."""
+    loss = jax.jit(run.loss.__call__)
     rng = jax.random.key(config.seed)
     metrics = []
     for _ in range(config.heldout_steps):
         batch = sharding.put_batch(mesh, next(records))
-        metrics.append(measure(state.params, state.frozen, run.teacher, batch, rng)[1])
-    means = {f"heldout_{name}": mean for name, mean in weighted_means(metrics).items()}
+        metrics.append(loss(state.params, state.frozen, run.teacher, batch, rng)[1])
+    means = weighted_means(jax.device_get(metrics))
+    means = {f"heldout_{name}": mean for name, mean in means.items()}
     LOG.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     return means
-
-
-def _check_batch(config: TrainConfig) -> None:
-    pieces = config.accumulate * jax.process_count()
-    if config.batch_size % pieces:
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}; accepted: a multiple of accumulate times "
-            f"the number of processes, {pieces}"
-        )
 
 
 def _last_good(checkpoints: ocp.training.Checkpointer) -> str:
     latest = checkpoints.latest
     return "none yet" if latest is None else str(checkpoints.directory / str(latest.step))
-
-
-def _check_config(config: TrainConfig, workdir: Path) -> None:
-    """Raises ValueError if the workdir belongs to a run with other settings."""
-    file = workdir / "config.json"
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    if file.is_file():
-        theirs = json.loads(file.read_text())
-        changed = [
-            f"{key}: {theirs.get(key)!r} there, {value!r} now"
-            for key, value in ours.items()
-            if key not in _FREE and theirs.get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed)}); accepted: the "
-                "same settings to resume it, or another --workdir"
-            )
-
-
-def _write_config(config: TrainConfig, workdir: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (workdir / "config.json").write_text(text)
 
 
 def start_logging() -> None:
@@ -243,6 +227,4 @@ def main(values: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    app.run(lambda _: main(_CONFIG.value, _WORKDIR.value))
+    run_experiment(main)

@@ -39,6 +39,18 @@ def test_configs_are_frozen():
         ({"optim": {"lr": "1e-3"}}, r"^config\.optim\.lr is '1e-3'; .*float"),
         ({"optim": 3}, r"^config\.optim is 3; .*OptimConfig"),
         ({"trainable": 3}, r"^config\.trainable is 3; .*str, tuple"),
+        ({"dtype": "bf16"}, r"^config\.dtype is 'bf16'; accepted: bfloat16, float32"),
+        ({"loss": {"kd_shift": "late"}}, r"^config\.loss\.kd_shift is 'late'; accepted: correct, "),
+        (
+            {"loss": {"kd_positions": "all"}},
+            r"^config\.loss\.kd_positions is 'all'; accepted: response, all_tokens",
+        ),
+        (
+            {"loss": {"preference": "kto_pairs"}},
+            r"^config\.loss\.preference is 'kto_pairs'; .*did you mean 'kto_pair'\?",
+        ),
+        ({"moe": {"placement": "(0, x)"}}, r"^config\.moe\.placement is '\(0, x\)'; accepted: a n"),
+        ({"moe": {"placement": (0, "a")}}, r"^config\.moe\.placement\[1\] is 'a'; .*int"),
     ],
 )
 def test_bad_setting_is_named(values, message):
@@ -84,6 +96,12 @@ def test_override_on_the_command_line(command_line):
         "--config.optim.lr=0.5", "--config.steps=7", "--config.moe.placement=dense"
     )
     assert (config.optim.lr, config.steps, config.moe.placement) == (0.5, 7, "dense")
+
+
+@load_module
+def test_tuples_can_be_typed(command_line):
+    config = command_line("--config.moe.placement=(0, 2)", "--config.trainable=('decoder/.*',)")
+    assert (config.moe.placement, config.trainable) == ((0, 2), ("decoder/.*",))
 
 
 @load_module

@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_benchmark(results):
     scores, out = results
     assert json.loads((out / "scores.json").read_text()) == scores
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    expected = evaluate.benchmark("easy_vqa").score(rows)
+    expected = evaluate.find_benchmark("easy_vqa").score(rows)
     assert {k: v for k, v in scores.items() if k != "expert_load"} == expected
     assert scores["questions"] == 3
 
@@ -72,4 +72,4 @@ def test_shares_of_the_experts_sum_to_one(results):
 
 def test_unknown_benchmark():
     with pytest.raises(ValueError, match=r"'easyvqa' is unknown; .*did you mean 'easy_vqa'"):
-        evaluate.benchmark("easyvqa")
+        evaluate.find_benchmark("easyvqa")

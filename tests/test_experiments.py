@@ -6,16 +6,12 @@ import pytest
 from flax import linen as nn
 
 from experiments import common, llava_mod
-from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
-from moddistill.model_folder import abstract_params
+from moddistill import plan
+from moddistill.config import MeshConfig, RecipeConfig, TrainConfig, from_config_dict
 from moddistill.models.presets import PRESETS
-from moddistill.models.upcycle import upcycle_config
-from moddistill.models.vlm import Vlm
-from moddistill.optim import make_optimizer
-from moddistill.stages import stage_of, trainable_patterns
-from moddistill.state import cast_frozen, make_state
-from moddistill.step import make_step
-from moddistill.tree import flatten, match
+from moddistill.program import make_program, place
+from moddistill.sharding import RULES, make_mesh
+from moddistill.stages import stage_of
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
 
@@ -103,27 +99,14 @@ def test_stages_of_the_recipe_follow_each_other(arg):
     assert set(recipe.evaluated) <= set(recipe.order)
 
 
-def test_tiny_records_are_always_the_same():
-    folder = common.tiny_data()
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    common.tiny_data()
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def test_tiny_records_are_always_the_same(tmp_path):
+    def made(name):
+        common.write_tiny_data(tmp_path / name)
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}
 
-
-def abstract_batch(config, architecture):
-    """Shapes of two samples as the stage reads them."""
-
-    def shape(*size, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(size, dtype)
-
-    rows, length = 2, config.data.max_length
-    side = {name: shape(rows, length) for name in ("tokens", "positions", "segments")}
-    side["loss_mask"] = shape(rows, length, dtype=bool)
-    size = architecture.vision.image_size
-    images = {"images": shape(rows, 1, size, size, 3, dtype=jnp.uint8)}
-    if stage_of(config).records == "preference":
-        return {"chosen": side, "rejected": side} | images
-    return side | images
+    assert made("a") == made("b")
+    assert common.tiny_data() == common.tiny_data()
 
 
 PAIRS = [("qwen1.5-1.8b", "qwen1.5-7b"), ("qwen2-0.5b", "qwen2-7b")]
@@ -132,24 +115,18 @@ PAIRS = [("qwen1.5-1.8b", "qwen1.5-7b"), ("qwen2-0.5b", "qwen2-7b")]
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_full_size_step_fits_together(stage, student, teacher):
-    """State and step of published sizes, by shapes alone."""
+    """State, step and shardings of published sizes, by shapes alone."""
     config = config_of(stage, f"student={student},teacher={teacher}")
-    row, dtype = stage_of(config), jnp.dtype(config.dtype)
-    architecture, reference = PRESETS[student], PRESETS[teacher]
-    if stage in ("d2s", "preference"):
-        architecture = upcycle_config(architecture, config.moe)
-    params = nn.unbox(abstract_params(architecture))
-    trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
-    optimizer = make_optimizer(config.optim, config.steps)
-    state = jax.eval_shape(lambda p: make_state(p, trainable, optimizer, dtype), params)
-    frozen = None
-    if row.teacher:
-        abstract = nn.unbox(abstract_params(reference))
-        frozen = jax.eval_shape(lambda p: cast_frozen(p, dtype), abstract)
-    loss_fn = row.loss(Vlm(architecture, dtype, True), Vlm(reference, dtype, True), config.loss)
-    step = make_step(loss_fn, optimizer, config.accumulate, config.seed)
-    new, metrics = jax.eval_shape(step, state, frozen, abstract_batch(config, architecture))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    architecture, reference = plan.architectures(config)
+    program = make_program(config, architecture, reference, mesh)
+    state = place(program.state, program.places)
+    batch = plan.abstract_batch(config, architecture, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        new, metrics = jax.eval_shape(program.step, state, program.teacher, batch)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
     assert all(jax.tree.leaves((same.params, same.frozen, same.opt_state)))
     assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
+    assert (program.teacher is not None) == stage_of(config).teacher
+    assert (architecture.decoder.moe is not None) == (stage in ("d2s", "preference"))
     assert all(pair[0].shape == pair[1].shape == () for pair in metrics.values())

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -72,6 +73,15 @@ def decoded_without_cache(model, batch):
 def test_cache_changes_no_token(model, prompts, tokenizer):
     batch = prompt_batch(prompts, model[0].config, tokenizer)
     np.testing.assert_array_equal(decoded(model, batch), decoded_without_cache(model, batch))
+
+
+def test_images_are_padded_with_the_mean_of_the_tower(prompts, tiny_architecture, tokenizer):
+    config = tiny_architecture()
+    tower = dataclasses.replace(config.vision, mean=(0.0, 0.0, 0.0))
+    black = dataclasses.replace(config, vision=tower)
+    batch = prompt_batch(prompts[:1], black, tokenizer)
+    np.testing.assert_array_equal(batch["images"][0, 0, 0], np.zeros((28, 3)))  # 28 x 20 pixels
+    assert prompt_batch(prompts[:1], config, tokenizer)["images"][0, 0, 0].min() > 90
 
 
 def test_answer_does_not_depend_on_the_batch(model, prompts, tokenizer):
@@ -182,9 +192,9 @@ def test_command_line_prints_the_text_alone(tiny_models, tokenizer, capsys):
 
 
 def test_image_must_be_written_once_for_every_image(tiny_models, picture):
-    with pytest.raises(ValueError, match=r"<image> is written 1 times, but there are 2 images"):
+    with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 2 images"):
         command(
             tiny_models, "--prompt", "<image> what?", "--image", picture(0), "--image", picture(1)
         )
-    with pytest.raises(ValueError, match=r"<image> is written 1 times, but there are 0 images"):
+    with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 0 images"):
         command(tiny_models, "--prompt", "<image> what?")

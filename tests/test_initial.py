@@ -1,14 +1,17 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from moddistill import initial
 from moddistill.config import MeshConfig, MoeConfig
-from moddistill.data.tokenizer import train_bpe
+from moddistill.data.tokenizer import Tokenizer, train_bpe
 from moddistill.model_folder import load, save_model
+from moddistill.program import make_program
 from moddistill.sharding import make_mesh
 from moddistill.stages import STAGES
 from moddistill.tree import flatten
@@ -131,9 +134,7 @@ def test_teacher_may_have_more_padding_rows(tiny_architecture):
     initial.check_teacher(changed(student, vocab_size=400), student, "runs/t")
 
 
-def test_teacher_with_other_words(
-    tiny_config, tiny_architecture, tiny_models, tokenizer, mesh, tmp_path
-):
+def test_teacher_with_other_words(tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path):
     """As many ids, but not the same ones."""
     other = train_bpe(random_words(), tokenizer.vocab_size)
     assert other.vocab_size == tokenizer.vocab_size
@@ -141,16 +142,60 @@ def test_teacher_with_other_words(
     save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, other, {})
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
     with pytest.raises(ValueError, match=r"has another vocabulary: token .*; accepted: equal"):
-        initial.load_teacher(config, tiny_architecture(), tokenizer, mesh)
+        initial.teacher_architecture(config, tiny_architecture(), tokenizer)
+
+
+def with_token(tokenizer, token):
+    """The tokenizer with one more control token behind `<image>`."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([token])
+    assert backend.token_to_id(token) == tokenizer.image_id + 1
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("more", ["teacher", "student", "both"])
+def test_tokens_that_the_student_never_produces_may_differ(
+    more, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    theirs = tokenizer if more == "student" else with_token(tokenizer, "<pad>")
+    ours = tokenizer if more == "teacher" else with_token(tokenizer, "<video>")
+    params = load(tiny_models["teacher"])[1]
+    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, theirs, {})
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    accepted = initial.teacher_architecture(config, tiny_architecture(), ours)
+    assert accepted == tiny_architecture("tiny-teacher")
+
+
+@pytest.mark.parametrize("where", ["teacher", "student"])
+def test_a_token_that_the_student_produces_is_named_with_both_ids(
+    where, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    """The last token has an id behind `<image>` on one side, and another token its own."""
+    vocab = json.loads(tokenizer.backend.to_str())
+    last = tokenizer.image_id - 1
+    [token] = [token for token in vocab["added_tokens"] if token["id"] == last]
+    token["content"] = "<other>"
+    renamed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(vocab)))
+    name = tokenizer.decode([last], skip_special=False)
+    other = with_token(renamed, name)
+    theirs, ours = (other, tokenizer) if where == "teacher" else (tokenizer, other)
+    params = load(tiny_models["teacher"])[1]
+    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, theirs, {})
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    ids = (last, None) if where == "teacher" else (None, last)
+    message = f"token '<other>' is {ids[0]} there and {ids[1]} in the student; accepted: equal"
+    with pytest.raises(ValueError, match=message):
+        initial.teacher_architecture(config, tiny_architecture(), ours)
 
 
 def test_teacher_is_kept_in_the_frozen_dtype(
     tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
 ):
     config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
-    model, params = initial.load_teacher(config, tiny_architecture(), tokenizer, mesh)
-    assert model.dtype == jnp.bfloat16
-    flat = flatten(params)
+    student = tiny_architecture()
+    teacher = initial.teacher_architecture(config, student, tokenizer)
+    shapes = make_program(config, student, teacher, mesh).teacher
+    flat = flatten(initial.load_teacher(config, teacher, shapes, mesh))
     assert flat["decoder/embedding"].dtype == jnp.bfloat16
     assert flat["decoder/norm/scale"].dtype == jnp.float32
 

@@ -23,17 +23,26 @@ def test_mean_of_nothing_is_nan():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_stops_the_run(bad):
-    check_finite({"loss": 1.0, "kd": 2.0}, 7, "none yet")
+    check_finite({"loss": (1.0, 1.0), "kd": (2.0, 1.0)}, 7, "none yet")
     with pytest.raises(FloatingPointError, match=f"step 7: kd is {bad}; .* is runs/a/4"):
-        check_finite({"loss": 1.0, "kd": bad}, 7, "runs/a/4")
+        check_finite({"kd": (bad, 1.0), "loss": (1.0, 1.0)}, 7, "runs/a/4")
+
+
+def test_the_step_that_went_wrong_is_named_and_no_row_is_written(tmp_path):
+    with MetricsLog(tmp_path, start=4, steps=8, title="sft") as log:
+        for loss in (1.0, math.nan, math.nan):
+            log.add(step(loss, 1))
+        with pytest.raises(FloatingPointError, match="step 6: loss is nan"):
+            log.report(7, 0.5, "none yet")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_rows(tmp_path):
     with MetricsLog(tmp_path, start=0, steps=4, title="sft") as log:
         for loss in (1.0, 3.0):
             log.add(step(loss, 1))
-        row = log.report(2, learning_rate=0.5)
-    assert read_metrics(tmp_path / "metrics.jsonl") == [row]
+        log.report(2, 0.5, "none yet")
+    [row] = read_metrics(tmp_path / "metrics.jsonl")
     assert (row["step"], row["loss"], row["lr"]) == (2, 2.0, 0.5)
     # 200 tokens in the time the row covers.
     assert row["tokens_per_second"] == pytest.approx(200 / row["seconds"])
@@ -46,7 +55,7 @@ def test_rows_behind_the_last_checkpoint_are_cut_and_seconds_go_on(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with MetricsLog(tmp_path, start=2, steps=4, title="sft") as log:
         log.add(step(4, 1))
-        log.report(3, learning_rate=0.0)
+        log.report(3, 0.0, "none yet")
     written = read_metrics(file)
     assert [row["step"] for row in written] == [1, 2, 3]
     assert written[-1]["loss"] == 4.0

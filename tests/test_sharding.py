@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from moddistill.model_folder import abstract_params
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
 from moddistill.sharding import MESH_AXES, make_mesh, param_shardings, put_batch, resolve
-from moddistill.train import batches, prepare
+from moddistill.train import open_streams, prepare
 from moddistill.tree import flatten
 
 
@@ -93,7 +94,7 @@ def first_steps(config, mesh, workdir):
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
         run = prepare(config, tokenizer, mesh)
-        records = batches(config, config.data, run.model.config, tokenizer, workdir)
+        records = open_streams(config, tokenizer, workdir).training
         state = run.state
         for _ in range(2):
             state, metrics = run.step(state, run.teacher, put_batch(mesh, next(records)))
@@ -102,32 +103,44 @@ def first_steps(config, mesh, workdir):
 
 
 @pytest.fixture(scope="module")
-def stage(tiny_config, tmp_path_factory):
-    """`stage(mesh)`: two d2s steps. A large eps, since Adam turns rounding into whole steps."""
-    config = tiny_config("d2s", remat=False, optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64})
-    data = dataclasses.replace(config.data, template="chatml", max_length=96)
-    config = dataclasses.replace(config, data=data)
-    return lambda mesh: first_steps(config, mesh, tmp_path_factory.mktemp("run"))
+def steps(tiny_config, tmp_path_factory):
+    """`steps(stage, mesh)`: two steps. A large eps, since Adam turns rounding into whole steps."""
+
+    def run(stage, mesh):
+        config = tiny_config(stage, remat=False, optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64})
+        data = dataclasses.replace(config.data, template="chatml", max_length=96)
+        config = dataclasses.replace(config, data=data)
+        return first_steps(config, mesh, tmp_path_factory.mktemp("run"))
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def one_device(stage):
-    return stage(one_device_mesh())[0]
+def one_device(steps):
+    """`one_device(stage)`: parameters and metrics without a mesh to speak of."""
+    return functools.cache(lambda stage: steps(stage, one_device_mesh())[0])
 
 
-@pytest.mark.parametrize(
-    "config",
-    [MeshConfig(), MeshConfig(data=2, fsdp=2, expert=2)],
-    ids=["data=8", "data=2,fsdp=2,expert=2"],
-)
-def test_steps_do_not_depend_on_the_mesh(stage, one_device, config):
-    (params, metrics), state = stage(make_mesh(config))
-    expected_params, expected_metrics = one_device
+MESHES = {
+    "8x1x1": MeshConfig(),
+    "2x4x1": MeshConfig(data=2, fsdp=4),
+    "2x1x4": MeshConfig(data=2, expert=4),
+    "1x2x2x2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+}
+CASES = [("d2s", name) for name in MESHES]
+CASES += [(stage, "1x2x2x2") for stage in ("sft", "init", "d2d", "preference")]
+
+
+@pytest.mark.parametrize(("stage", "mesh"), CASES)
+def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
+    (params, metrics), state = steps(stage, make_mesh(MESHES[mesh]))
+    expected_params, expected_metrics = one_device(stage)
     for path, value in params.items():
         np.testing.assert_allclose(value, expected_params[path], atol=1e-5, err_msg=path)
     for name, value in metrics.items():
         np.testing.assert_allclose(
             value, expected_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name
         )
-    [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
-    assert experts == "expert"
+    if stage == "d2s":
+        [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
+        assert experts == "expert"

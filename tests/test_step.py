@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from moddistill.config import LossConfig
+from moddistill.losses import Loss
 from moddistill.losses.kd import token_loss
 from moddistill.models.vlm import Vlm
 from moddistill.state import State
@@ -15,13 +16,15 @@ from moddistill.step import make_step
 from moddistill.tree import flatten
 
 
-def squares(params, frozen, teacher, batch, rng):
+def squares_share(params, frozen, teacher, batch, totals, rng):
     """Mean squared error over the positions of a mask, with a little noise."""
     noise = 1e-3 * jax.random.normal(rng, ())
     error = batch["x"] * params["slope"] + frozen["offset"] + noise - batch["y"]
-    weight = jnp.sum(batch["mask"])
-    value = jnp.sum(batch["mask"] * error**2) / weight
-    return value, {"loss": (value * weight, weight)}
+    value = jnp.sum(batch["mask"] * error**2)
+    return value / totals["mask"], {"loss": (value, jnp.sum(batch["mask"]))}
+
+
+squares = Loss(lambda batch: {"mask": jnp.sum(batch["mask"])}, squares_share)
 
 
 def batch_of(rows=8, seed=0):
@@ -119,17 +122,25 @@ def language_model(tiny_architecture, init, random_batch):
     return Vlm(config), init(config), batch
 
 
-def test_accumulation_gives_the_same_step(language_model):
-    """Token means are those of the whole batch, whatever the number of micro-batches."""
+@pytest.mark.parametrize("terms", [("ce",), ("kd", "ce")])
+def test_accumulation_gives_the_same_step(language_model, init, terms):
+    """Token means are those of the whole batch, whatever the number of micro-batches.
+
+    KL at all tokens and cross entropy at the answers are means over different numbers of them.
+    """
     model, params, batch = language_model
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
-    loss_fn = token_loss(model, None, LossConfig(chunk=16), ("ce",))
+    config = LossConfig(chunk=16, kd_positions="all_tokens")
+    loss = token_loss(model, model, config, terms)
+    teacher = init(model.config, seed=1)
     trained = flatten(params)
     results = []
     for accumulate in (1, 2, 4):
         state = State(jnp.zeros((), jnp.int32), trained, {}, optimizer.init(trained))
-        state, metrics = jax.jit(make_step(loss_fn, optimizer, accumulate, 0))(state, None, batch)
-        results.append((state.params, metrics["loss"], metrics["grad_norm"], metrics["tokens"]))
+        step = jax.jit(make_step(loss, optimizer, accumulate, 0))
+        state, metrics = step(state, teacher, batch)
+        names = ("loss", *terms, "grad_norm", "tokens")
+        results.append((state.params, [metrics[name] for name in names]))
     moved = jax.tree.map(
         lambda new, old: float(jnp.max(jnp.abs(new - old))), results[0][0], trained
     )

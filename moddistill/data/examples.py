@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moddistill.data.conversation import Piece, prompt, render
-from moddistill.data.images import load_image, preprocess
+from moddistill.data.images import PAD_COLOR, load_image, preprocess
 from moddistill.data.records import IMAGE, PreferencePair, Record
 from moddistill.data.tokenizer import Tokenizer
 
@@ -23,6 +23,7 @@ class ExampleSpec:
     max_images: int
     image_size: int
     image_tokens: int
+    pad_color: tuple[int, int, int] = PAD_COLOR
 
 
 def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dict[str, np.ndarray]:
@@ -30,7 +31,8 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dic
 
     tokens [T] int32, the image id repeated for every patch; loss_mask [T] bool, true where the
     token at that position is supervised; positions [T] int32; segments [T] int32, 1 for what is
-    real; and, unless the model is text-only, images [I, H, W, 3] uint8, zeros in unused slots.
+    real; unless the model is text-only, images [I, H, W, 3] uint8, zeros in unused slots; and
+    length, the number of tokens before the cut.
 
     Raises:
       ValueError: too many images, images beyond `max_length`, no supervised token within it, or
@@ -41,7 +43,7 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dic
     if len(ids) > spec.max_length:
         _check_cut(ids, mask, tokenizer.image_id, spec.max_length)
     sample = _arrays(ids[: spec.max_length], mask, tokenizer.pad_id, spec.max_length)
-    return sample | _image_arrays(record.images, spec)
+    return sample | _image_arrays(record.images, spec) | {"length": len(ids)}
 
 
 def make_preference(
@@ -148,5 +150,5 @@ def _image_arrays(paths: Sequence[str], spec: ExampleSpec) -> dict[str, np.ndarr
         return {}
     images = np.zeros((spec.max_images, spec.image_size, spec.image_size, 3), np.uint8)
     for slot, path in enumerate(paths):
-        images[slot] = preprocess(load_image(path), spec.image_size)
+        images[slot] = preprocess(load_image(path), spec.image_size, spec.pad_color)
     return {"images": images}

@@ -1,6 +1,6 @@
-"""Image files to uint8 squares of one size: padded with CLIP's mean colour, then resized.
+"""Image files to uint8 squares of one size: padded with the tower's mean colour, then resized.
 
-Normalisation with `CLIP_MEAN` and `CLIP_STD` is the model's part: bytes are a quarter of what
+Normalisation with the tower's mean and deviation is the model's part: bytes are a quarter of what
 floats would send to the accelerator.
 """
 
@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOR = tuple(int(mean * 255) for mean in CLIP_MEAN)
+
+
+def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The colour that pads images for a tower with this mean, rounded down as LLaVA does."""
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return red, green, blue
+
+
+PAD_COLOR = mean_color(CLIP_MEAN)
 
 
 def load_image(path: str) -> Image.Image:
@@ -26,6 +34,8 @@ def load_image(path: str) -> Image.Image:
     data = Path(path).read_bytes()
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable image (no known format)") from None
     # What decoders of different formats raise on broken bytes.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
@@ -42,13 +52,17 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int] = PAD_COLOR) -
     return square
 
 
-def preprocess(image: Image.Image, size: int) -> np.ndarray:
+def preprocess(
+    image: Image.Image, size: int, pad_color: tuple[int, int, int] = PAD_COLOR
+) -> np.ndarray:
     """uint8 [size, size, 3]: padded to a square, resized with bicubic interpolation."""
-    square = pad_to_square(image)
+    square = pad_to_square(image, pad_color)
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def preprocessor_config(size: int) -> dict[str, Any]:
+def preprocessor_config(
+    size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> dict[str, Any]:
     """`preprocessor_config.json` with which `transformers` makes the same arrays, normalised."""
     return {
         "image_processor_type": "LlavaImageProcessor",
@@ -62,6 +76,6 @@ def preprocessor_config(size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }

@@ -1,11 +1,14 @@
 """Record files to an endless stream of batches, in an order that depends on seed and index only.
 
 Shuffling and mixing are functions of the index, processes take every n-th element, and rejected
-records drop out behind the workers: neither hosts nor workers change the order.
+records drop out behind the workers, so workers never change the order. Hosts do not either, but
+each fills the place of a record rejected while it is made (an unreadable picture, say) with its
+own next one.
 """
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -40,6 +43,7 @@ def make_dataset(
 
     The stream never ends. `get_state` and `set_state` of its iterator restore the exact next batch.
     What is left out stands in `quarantine_path`; `Quarantine(quarantine_path).count` counts it.
+    Records whose text was cut stand in `cut.jsonl` beside it.
 
     Raises:
       ValueError: an unknown kind, no source, a weight that is not positive, a source that cannot be
@@ -52,6 +56,7 @@ def make_dataset(
         raise ValueError("data.sources is empty; at least one source is needed")
     read, make = KINDS[kind]
     quarantine = Quarantine(quarantine_path)
+    cut = Quarantine(str(Path(quarantine_path).with_name("cut.jsonl")))
     streams, weights = [], []
     for number, (name, source) in enumerate(config.sources.items()):
         if not source.weight > 0:
@@ -59,7 +64,7 @@ def make_dataset(
         records, rejected = read(source.path, source.images)
         if process_index == 0:
             quarantine.add(rejected)
-        maker = _Maker(make, tokenizer, spec, quarantine, len(records))
+        maker = _Maker(make, tokenizer, spec, quarantine, cut, len(records))
         # Every source has its own seed, or two of the same length would be shuffled alike.
         shuffled = grain.MapDataset.source(records).seed(seed + number).shuffle()
         streams.append(shuffled.repeat().map(maker))
@@ -88,6 +93,7 @@ class _Maker:
     tokenizer: Tokenizer
     spec: ExampleSpec
     quarantine: Quarantine
+    cut: Quarantine
     records: int  # how many the source has
     rejected: set[int] = dataclasses.field(default_factory=set)
 
@@ -95,7 +101,7 @@ class _Maker:
         if record.line in self.rejected:
             return None
         try:
-            return self.make(record, self.tokenizer, self.spec)
+            sample = self.make(record, self.tokenizer, self.spec)
         except ValueError as error:
             self.quarantine.add([Rejected(record.file, record.line, str(error))])
             self.rejected.add(record.line)
@@ -105,6 +111,11 @@ class _Maker:
                     f"see {self.quarantine.path} (the last one: {error})"
                 ) from error
             return None
+        length = sample.pop("length", 0)
+        if length > self.spec.max_length:
+            reason = f"{length} tokens are cut to {self.spec.max_length}"
+            self.cut.add([Rejected(record.file, record.line, reason)])
+        return sample
 
 
 def _is_sample(sample: Any) -> bool:

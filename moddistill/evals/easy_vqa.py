@@ -22,7 +22,6 @@ class Question:
     image: Path
     prompt: str
     answer: str
-    kind: str  # yes/no | other
 
 
 def questions(data: Path) -> list[Question]:
@@ -44,8 +43,7 @@ def _question(record: dict[str, Any], path: Path) -> Question:
     if roles != ["human", "gpt"]:
         raise ValueError(f"{path}, record {record['id']}: roles {roles}, expected ['human', 'gpt']")
     prompt, answer = (turn["value"] for turn in turns)
-    kind = "yes/no" if answer in YES_NO else "other"
-    return Question(record["id"], path.parent / "images" / record["image"], prompt, answer, kind)
+    return Question(record["id"], path.parent / "images" / record["image"], prompt, answer)
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, float | int]:

@@ -1,6 +1,5 @@
 """Forward KL to the teacher and cross entropy, at supervised positions."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moddistill.config import LossConfig
-from moddistill.losses.router import balance_loss, z_loss
-from moddistill.losses.tokens import Heads, Metrics, next_token, rows, weighted_sum
-from moddistill.models.vlm import Output, Vlm
+from moddistill.losses import Loss, Metrics, Totals
+from moddistill.losses.router import add_router_losses
+from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
+from moddistill.models.vlm import Vlm
 from moddistill.tree import merge
 
 
@@ -35,64 +35,67 @@ def cross_entropy(logits: Float[Array, "*T V"], labels: Int[Array, "*T"]) -> Flo
 
 def token_loss(
     student: Vlm, teacher: Vlm | None, config: LossConfig, terms: tuple[str, ...]
-) -> Callable[..., tuple[Array, Metrics]]:
+) -> Loss:
     """The loss of the token stages: `terms` (of `kd` and `ce`), weighted, and router losses."""
     coefficient = {"kd": config.kd_weight, "ce": config.ce_weight}
+    terms = tuple(name for name in terms if coefficient[name])
+    if not terms:
+        raise ValueError("loss.kd_weight and loss.ce_weight leave nothing to learn; one is not 0")
 
     def token_fn(logits: Array, teacher_logits: Array | None, labels: Array) -> dict[str, Array]:
         values = {"ce": cross_entropy(logits, labels)} if "ce" in terms else {}
         return values | ({"kd": forward_kl(logits, teacher_logits)} if "kd" in terms else {})
 
-    def loss(
-        params: dict, frozen: dict, teacher_params: dict | None, batch: dict, rng: Array
+    def counted(batch: dict) -> dict[str, Array]:
+        masks = {name: positions_of(name, batch, config) for name in terms}
+        return {name: mask.reshape(-1).astype(jnp.float32) for name, mask in masks.items()}
+
+    def totals(batch: dict) -> Totals:
+        counts = {name: jnp.maximum(jnp.sum(mask), 1.0) for name, mask in counted(batch).items()}
+        return counts | {"tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32)}
+
+    def share(
+        params: dict,
+        frozen: dict,
+        teacher_params: dict | None,
+        batch: dict,
+        totals: Totals,
+        rng: Array,
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
-        labels, supervised = next_token(batch["tokens"], batch["loss_mask"])
+        labels = next_token(batch["tokens"], batch["loss_mask"])[0]
         heads = Heads(rows(output.hidden), output.head)
         real_vocab = student.config.decoder.real_vocab
         if "kd" in terms:
             target = jax.lax.stop_gradient(teacher.apply({"params": teacher_params}, batch))
             heads = Heads(*heads[:2], rows(target.hidden), target.head)
             real_vocab = min(real_vocab, teacher.config.decoder.real_vocab)
-        masks = {"ce": supervised, "kd": kd_positions(batch, supervised, config)}
-        weights = {name: masks[name].reshape(-1).astype(jnp.float32) for name in terms}
-        counts = {name: jnp.maximum(jnp.sum(weight), 1.0) for name, weight in weights.items()}
+        weights = counted(batch)
         total, values = weighted_sum(
             token_fn,
             heads,
             labels.reshape(-1),
-            {name: weight * (coefficient[name] / counts[name]) for name, weight in weights.items()},
+            {name: weight * (coefficient[name] / totals[name]) for name, weight in weights.items()},
             chunk=config.chunk,
             real_vocab=real_vocab,
         )
-        weight = counts[terms[0]]
-        metrics = {name: (jnp.sum(values[name] * weights[name]), counts[name]) for name in terms}
-        return add_router_losses(total, metrics, output, config, weight)
+        metrics = {
+            name: (jnp.sum(values[name] * weights[name]), jnp.sum(weights[name])) for name in terms
+        }
+        total, metrics = add_router_losses(total, metrics, output.router, config, totals["tokens"])
+        metrics["loss"] = (total * totals[terms[0]], jnp.sum(weights[terms[0]]))
+        return total, jax.lax.stop_gradient(metrics)
 
-    return loss
+    return Loss(totals, share)
 
 
-def kd_positions(batch: dict[str, Any], supervised: Array, config: LossConfig) -> Array:
-    """Positions whose prediction is distilled: those of the answers, or of all real tokens.
+def positions_of(term: str, batch: dict[str, Any], config: LossConfig) -> Array:
+    """Where a term counts: predictions of answers; those of all real tokens, if KD asks for them.
 
     `kd_shift="reference"` keeps the original code's mask, which is one position late.
     """
-    if config.kd_positions == "all_tokens":
+    if term == "kd" and config.kd_positions == "all_tokens":
         return next_token(batch["tokens"], batch["segments"] > 0)[1]
-    return batch["loss_mask"] if config.kd_shift == "reference" else supervised
-
-
-def add_router_losses(
-    total: Array, metrics: Metrics, output: Output, config: LossConfig, weight: Array
-) -> tuple[Array, Metrics]:
-    """The loss with the router losses of a sparse model added once, and all metrics."""
-    if output.router is not None:
-        balance, z = balance_loss(output.router), z_loss(output.router)
-        total = total + config.balance_weight * balance + config.router_z_weight * z
-        stats = jax.lax.stop_gradient(output.router)
-        layers = stats.tokens.shape[0]
-        metrics["balance"] = (balance / layers * weight, weight)
-        assigned = jnp.sum(stats.load) + jnp.sum(stats.dropped)
-        metrics["dropped"] = (jnp.sum(stats.dropped), jnp.maximum(assigned, 1.0))
-    metrics["loss"] = (total * weight, weight)
-    return total, jax.lax.stop_gradient(metrics)
+    if term == "kd" and config.kd_shift == "reference":
+        return batch["loss_mask"]
+    return next_token(batch["tokens"], batch["loss_mask"])[1]

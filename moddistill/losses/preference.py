@@ -6,15 +6,16 @@ distillation).
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moddistill.config import LossConfig, nearest
-from moddistill.losses.kd import add_router_losses, cross_entropy
-from moddistill.losses.tokens import Heads, Metrics, next_token, rows, weighted_sum
+from moddistill.losses import Loss, Metrics, Totals
+from moddistill.losses.kd import cross_entropy
+from moddistill.losses.router import add_router_losses
+from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
 from moddistill.models.vlm import Vlm
 from moddistill.tree import merge
 
@@ -57,9 +58,7 @@ def preference_losses(
     )
 
 
-def preference_loss(
-    student: Vlm, teacher: Vlm, config: LossConfig
-) -> Callable[..., tuple[Array, Metrics]]:
+def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
     """The loss of the preference stage; one forward of each model serves both answers of a pair.
 
     The student's gradient takes a second pass over the supervised positions: the first gives the
@@ -67,8 +66,16 @@ def preference_loss(
     weighted sum with that gradient.
     """
 
-    def loss(
-        params: dict, frozen: dict, teacher_params: dict, batch: dict, rng: Array
+    def totals(batch: dict) -> Totals:
+        sides = [batch[side]["segments"] for side in ("chosen", "rejected")]
+        tokens = sum(jnp.sum(side > 0) for side in sides)
+        return {
+            "pairs": jnp.asarray(len(sides[0]), jnp.float32),
+            "tokens": tokens.astype(jnp.float32),
+        }
+
+    def share(
+        params: dict, frozen: dict, teacher_params: dict, batch: dict, totals: Totals, rng: Array
     ) -> tuple[Array, Metrics]:
         both = _concatenate(batch)
         output = student.apply({"params": merge(params, frozen)}, both)
@@ -87,25 +94,28 @@ def preference_loss(
             _, values = summed(jax.lax.stop_gradient(heads), weights=weights)
             return jnp.sum(values["logp"].reshape(labels.shape), axis=1)
 
-        def mean_loss(policy: Array) -> tuple[Array, tuple[Array, Array]]:
+        def pair_loss(policy: Array) -> tuple[Array, tuple[Array, Array]]:
             chosen, rejected = jnp.split(policy - reference, 2)
             losses = preference_losses(
                 chosen, rejected, config.preference, config.beta, config.label_smoothing
             )
-            return jnp.mean(losses), (chosen, rejected)
+            return jnp.sum(losses) / totals["pairs"], (chosen, rejected)
 
         heads = Heads(rows(output.hidden), output.head)
         policy = log_likelihoods(heads)
         reference = log_likelihoods(Heads(rows(target.hidden), target.head))
-        (value, ratios), share = jax.value_and_grad(mean_loss, has_aux=True)(policy)
-        surrogate, _ = summed(heads, weights={"logp": (supervised * share[:, None]).reshape(-1)})
+        (value, ratios), d_policy = jax.value_and_grad(pair_loss, has_aux=True)(policy)
+        weights = {"logp": (supervised * d_policy[:, None]).reshape(-1)}
+        surrogate, _ = summed(heads, weights=weights)
         total = value + surrogate - jax.lax.stop_gradient(surrogate)
-        weight = jnp.asarray(len(labels) / 2, jnp.float32)
-        metrics = _preference_metrics(*ratios, config.beta, weight)
-        metrics["preference"] = (value * weight, weight)
-        return add_router_losses(total, metrics, output, config, weight)
+        pairs = jnp.asarray(len(labels) / 2, jnp.float32)
+        metrics = _preference_metrics(*ratios, config.beta, pairs)
+        metrics["preference"] = (value * totals["pairs"], pairs)
+        total, metrics = add_router_losses(total, metrics, output.router, config, totals["tokens"])
+        metrics["loss"] = (total * totals["pairs"], pairs)
+        return total, jax.lax.stop_gradient(metrics)
 
-    return loss
+    return Loss(totals, share)
 
 
 def _preference_metrics(chosen: Array, rejected: Array, beta: float, weight: Array) -> Metrics:

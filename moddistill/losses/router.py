@@ -1,8 +1,11 @@
 """Router losses from statistics summed over the batch."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moddistill.config import LossConfig
+from moddistill.losses import Metrics
 from moddistill.models.moe import RouterStats
 
 
@@ -22,3 +25,29 @@ def balance_loss(stats: RouterStats) -> Float[Array, ""]:
 def z_loss(stats: RouterStats) -> Float[Array, ""]:
     """Mean squared log-partition of the routers, summed over layers (Zoph et al. 2022)."""
     return jnp.sum(stats.z / jnp.maximum(stats.tokens, 1.0))
+
+
+def add_router_losses(
+    total: Array,
+    metrics: Metrics,
+    stats: RouterStats | None,
+    config: LossConfig,
+    tokens: Float[Array, ""],
+) -> tuple[Array, Metrics]:
+    """A loss and its metrics with the router losses of a sparse model, added once.
+
+    Args:
+      tokens: real tokens of the whole batch, of which `stats` may have seen a part.
+    """
+    if stats is None:
+        return total, metrics
+    seen = stats.tokens[0]
+    balance, z = balance_loss(stats), z_loss(stats)
+    router = config.balance_weight * balance + config.router_z_weight * z
+    total = total + router * (seen / jnp.maximum(tokens, 1.0))
+    assigned = jnp.sum(stats.load) + jnp.sum(stats.dropped)
+    new = {
+        "balance": (balance / len(stats.tokens) * seen, seen),
+        "dropped": (jnp.sum(stats.dropped), assigned),
+    }
+    return total, metrics | jax.lax.stop_gradient(new)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-Metrics = dict[str, tuple[Array, Array]]
+from moddistill.sharding import BATCH_AXES, is_distributed
 
 _MASKED = -1e30  # a logit that can never be chosen; finite, so that 0 * log 0 stays 0
 
@@ -77,17 +78,42 @@ def weighted_sum(
 
     Args:
       token_fn: from student logits [C, V], teacher logits [C, V] or None and labels [C] to one
-      array
-        [C] for each name in `weights`.
+        array [C] for each name in `weights`.
       chunk: number of positions whose logits exist at one time.
       real_vocab: ids below this one are real; both vocabularies are cut there.
     """
-    chunk = min(chunk, labels.shape[0])
-    rest = (heads.teacher_hidden, heads.teacher_head, labels, weights)
-    total, values = _sum(token_fn, chunk, real_vocab, heads.hidden, heads.head, rest)
+    summed = functools.partial(_device_sum, token_fn, chunk, real_vocab)
+    if is_distributed():
+        summed = _over_devices(summed)
+    total, values = summed(heads, labels, weights)
     # The last chunk is filled up with positions that do not count.
     values = {name: jnp.where(weights[name] != 0, value, 0.0) for name, value in values.items()}
     return total, jax.lax.stop_gradient(values)
+
+
+def _device_sum(token_fn, chunk, real_vocab, heads, labels, weights):
+    rest = (heads.teacher_hidden, heads.teacher_head, labels, weights)
+    chunk = min(chunk, len(labels))
+    return _sum(token_fn, chunk, real_vocab, heads.hidden, heads.head, rest)
+
+
+def _over_devices(summed: Callable) -> Callable:
+    """Each device sums over its own positions, as many chunks as it needs, with whole heads.
+
+    The heads are gathered once, before the loop; their gradients are added up once, behind it.
+    """
+    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+    def share(heads: Heads, labels: Array, weights: dict[str, Array]) -> tuple[Array, Any]:
+        total, values = summed(heads, labels, weights)
+        return jax.lax.psum(total, BATCH_AXES), values
+
+    return jax.shard_map(
+        share,
+        in_specs=(Heads(rows, whole, rows, whole), rows, rows),
+        out_specs=(whole, rows),
+        check_vma=False,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

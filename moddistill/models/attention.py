@@ -5,13 +5,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.models.layers import DType, Linear, rotary
+from moddistill.models.layers import DType, Linear, RMSNorm, rotary
 
 Cache = dict[str, Array]  # key and value, each [B, S, K, H]
+_QUERIES = 512
 
 
 class Attention(nn.Module):
-    """Attention for the decoder (rotary, biased q/k/v) and the tower (biased everywhere).
+    """Attention for the decoder (rotary) and the tower (biased everywhere).
+
+    With `qk_norm_eps`, every head of query and key is normalised before it is turned (Qwen3).
 
     With a cache, this call's keys and values are written from slot `start` on and all slots are
     attended to, as far as `mask` allows.
@@ -23,6 +26,8 @@ class Attention(nn.Module):
     rope_theta: float | None
     out_bias: bool
     dtype: DType
+    qkv_bias: bool = True
+    qk_norm_eps: float | None = None
 
     @nn.compact
     def __call__(
@@ -34,12 +39,15 @@ class Attention(nn.Module):
         start: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         def project(name: str, heads: int, axis: str) -> Linear:
-            features = (heads, self.head_dim)
-            return Linear(features, ("embed",), (axis, "head_dim"), True, self.dtype, name=name)
+            features, axes = (heads, self.head_dim), (axis, "head_dim")
+            return Linear(features, ("embed",), axes, self.qkv_bias, self.dtype, name=name)
 
         query = project("query", self.heads, "heads")(hidden)
         key = project("key", self.kv_heads, "kv_heads")(hidden)
         value = project("value", self.kv_heads, "kv_heads")(hidden)
+        if self.qk_norm_eps is not None:
+            query = RMSNorm(self.qk_norm_eps, "head_dim", name="query_norm")(query)
+            key = RMSNorm(self.qk_norm_eps, "head_dim", name="key_norm")(key)
         if self.rope_theta is not None:
             query = rotary(query, positions, self.rope_theta)
             key = rotary(key, positions, self.rope_theta)
@@ -47,9 +55,7 @@ class Attention(nn.Module):
             key = _write(cache["key"], key, start)
             value = _write(cache["value"], value, start)
             cache = {"key": key, "value": value}
-        mixed = jax.nn.dot_product_attention(
-            query, key, value, mask=None if mask is None else mask[:, None]
-        )
+        mixed = attend(query, key, value, mask)
         out = Linear(
             hidden.shape[-1:],
             ("heads", "head_dim"),
@@ -59,6 +65,33 @@ class Attention(nn.Module):
             name="out",
         )
         return out(mixed), cache
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention, in blocks of queries where there are many.
+
+    Scores [B, N, T, S] of a large teacher would be several times its activations; a block of 512
+    queries has a fraction of them at a time, and makes them again for the gradient.
+    """
+    blocks, rest = divmod(query.shape[1], _QUERIES)
+    if mask is None or blocks < 2 or rest:
+        where = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=where)
+
+    @jax.checkpoint
+    def block(part: tuple[Array, Array]) -> Array:
+        return jax.nn.dot_product_attention(part[0], key, value, mask=part[1][:, None])
+
+    def cut(x: Array) -> Array:
+        return x.reshape(len(x), blocks, _QUERIES, *x.shape[2:]).swapaxes(0, 1)
+
+    mixed = jax.lax.map(block, (cut(query), cut(mask)))
+    return mixed.swapaxes(0, 1).reshape(query.shape)
 
 
 def _write(slots: Array, new: Array, start: Array) -> Array:

@@ -80,6 +80,12 @@ def _longest_segment(kinds: tuple[bool, ...]) -> tuple[tuple[bool, ...], int]:
     return best
 
 
+def layer_index(plan: Plan, segment: int, block: int) -> tuple[int, int]:
+    """The layer number of a segment's block in its first repeat, and the step between repeats."""
+    before = sum(len(part.pattern) * part.repeats for part in plan[:segment])
+    return before + block, len(plan[segment].pattern)
+
+
 def unstack(params: dict[str, Any], plan: Plan) -> list[dict[str, Any]]:
     """One parameter tree a layer, in layer order, from `{segment_i: {block_j: stacked}}`."""
     layers = []

@@ -40,13 +40,14 @@ def init_ones(*axes: str) -> Callable:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32 (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm in float32 (Zhang & Sennrich 2019); `axis` names the last dimension."""
 
     eps: float
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", init_ones("embed"), hidden.shape[-1:], jnp.float32)
+        scale = self.param("scale", init_ones(self.axis), hidden.shape[-1:], jnp.float32)
         x = hidden.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return (x * _like(scale, x)).astype(hidden.dtype)
@@ -137,3 +138,8 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU by the error function, not its tanh approximation."""
     return nn.gelu(x, approximate=False)
+
+
+def tanh_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by its tanh approximation, the activation of SigLIP."""
+    return nn.gelu(x, approximate=True)

@@ -6,6 +6,7 @@ output never depends on the other tokens of the batch.
 """
 
 import dataclasses
+import math
 
 import flax
 import jax
@@ -14,10 +15,11 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import MoeConfig, nearest
-from moddistill.models.dispatch import assign_blocks, expert_mixture
+from moddistill.models.expert_parallel import mix_experts, mix_on_one_device
 from moddistill.models.layers import DType, SwiGLU, init_fan_in, init_normal, init_zeros
 
 DISPATCHES = ("dropless", "capacity")
+UPCYCLES = ("copy", "noise", "drop")
 
 
 @flax.struct.dataclass
@@ -52,8 +54,37 @@ def check_moe(config: MoeConfig) -> MoeConfig:
             f"moe.dispatch is {config.dispatch!r}; accepted: {', '.join(DISPATCHES)}"
             + nearest(config.dispatch, DISPATCHES)
         )
+    _check_upcycle(config)
     norm = config.top_k >= 2 if config.norm_topk_prob is None else config.norm_topk_prob
     return dataclasses.replace(config, norm_topk_prob=norm)
+
+
+def _check_upcycle(config: MoeConfig) -> None:
+    if config.upcycle not in UPCYCLES:
+        raise ValueError(
+            f"moe.upcycle is {config.upcycle!r}; accepted: {', '.join(UPCYCLES)}"
+            + nearest(config.upcycle, UPCYCLES)
+        )
+    numbers = (
+        ("noise", "noise_std", math.inf, "above 0"),
+        ("drop", "drop_fraction", 1.0, "above 0, at most 1"),
+    )
+    for variant, name, largest, accepted in numbers:
+        value = getattr(config, name)
+        if config.upcycle != variant and value != 0:
+            raise ValueError(
+                f"moe.{name} is {value}, but moe.upcycle is {config.upcycle!r}; accepted: 0, or "
+                f"upcycle {variant!r}"
+            )
+        if config.upcycle == variant and not 0 < value <= largest:
+            raise ValueError(
+                f"moe.{name} is {value} with moe.upcycle {variant!r}; accepted: {accepted}"
+            )
+    if config.moe_intermediate_size < 0:
+        raise ValueError(
+            f"moe.moe_intermediate_size is {config.moe_intermediate_size}; accepted: the width of "
+            "an expert, or 0 for the dense layer's"
+        )
 
 
 def choose(
@@ -120,7 +151,10 @@ def router_stats(
 
 
 class MoE(nn.Module):
-    """A router and `num_experts` gated feed-forward layers, in place of one."""
+    """A router and `num_experts` gated feed-forward layers, in place of one.
+
+    `width` is the feed-forward width of a dense layer, and of the experts unless they have another.
+    """
 
     config: MoeConfig
     width: int
@@ -150,8 +184,9 @@ class MoE(nn.Module):
             # A lone survivor gets the whole weight, as in the reference.
             weights = weights * keep
             weights = _normalise(weights) if config.norm_topk_prob else weights
-        blocks = assign_blocks(experts, keep, config.num_experts)
-        mixed = expert_mixture(tokens.astype(self.dtype), weights, self._experts(tokens), blocks)
+        # The one token of an init cannot be spread over devices.
+        mix = mix_on_one_device if self.is_initializing() else mix_experts
+        mixed = mix(tokens.astype(self.dtype), weights, experts, keep, self._experts(tokens))
         mixed = mixed.reshape(hidden.shape)
         if config.residual:
             mixed = self._add_residual(hidden, mixed)
@@ -164,7 +199,9 @@ class MoE(nn.Module):
         return jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), kernel.astype(jnp.float32))
 
     def _experts(self, tokens: Float[Array, "T D"]) -> dict[str, Array]:
-        num, width, mlp = self.config.num_experts, tokens.shape[-1], self.width
+        config = self.config
+        num, width = config.num_experts, tokens.shape[-1]
+        mlp = config.moe_intermediate_size or self.width
         shapes = {
             "gate": ((num, width, mlp), ("embed",), ("mlp",)),
             "up": ((num, width, mlp), ("embed",), ("mlp",)),

@@ -1,4 +1,8 @@
-"""Named architectures: published Qwen sizes with CLIP ViT-L/14-336; those of tests and demo."""
+"""Named architectures: published Qwen sizes with CLIP ViT-L/14-336; those of tests and demo.
+
+A published decoder has ids of its tokenizer below `real_vocab`, more embedding rows than that, and
+`<image>` as the first id in between.
+"""
 
 import dataclasses
 
@@ -7,8 +11,9 @@ from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 
-QWEN_REAL_VOCAB = 151_646  # ids of the tokenizer; embeddings have more rows
-QWEN_IMAGE_TOKEN = 151_646  # the first id after them
+QWEN_VOCAB = 151_646  # Qwen1.5 and Qwen2
+QWEN2_5_VOCAB = 151_665
+QWEN3_VOCAB = 151_669
 
 CLIP_L_336 = VisionConfig(image_size=336, patch_size=14, width=1024, mlp=4096, layers=24, heads=16)
 
@@ -22,10 +27,11 @@ def _qwen(
     tied_head: bool,
     vocab_size: int = 151_936,
     rope_theta: float = 1e6,
+    real_vocab: int = QWEN_VOCAB,
 ) -> ModelConfig:
     decoder = DecoderConfig(
         vocab_size=vocab_size,
-        real_vocab=QWEN_REAL_VOCAB,
+        real_vocab=real_vocab,
         width=width,
         mlp=mlp,
         layers=layers,
@@ -35,7 +41,14 @@ def _qwen(
         rope_theta=rope_theta,
         tied_head=tied_head,
     )
-    return ModelConfig(decoder, CLIP_L_336, "mlp2x_gelu", "vicuna", QWEN_IMAGE_TOKEN)
+    return ModelConfig(decoder, CLIP_L_336, "mlp2x_gelu", "vicuna", image_token=real_vocab)
+
+
+def _qwen3(*sizes: int, tied_head: bool) -> ModelConfig:
+    """As `_qwen`, with heads of one width and their norms in place of biases."""
+    config = _qwen(*sizes, tied_head=tied_head, real_vocab=QWEN3_VOCAB)
+    decoder = dataclasses.replace(config.decoder, head_dim=128, qkv_bias=False, qk_norm=True)
+    return dataclasses.replace(config, decoder=decoder)
 
 
 def _small(
@@ -56,8 +69,12 @@ def _small(
     return ModelConfig(config, vision, "mlp2x_gelu", "vicuna", vocab)
 
 
-_TINY_TOWER = VisionConfig(image_size=28, patch_size=14, width=16, mlp=32, layers=2, heads=2)
-_DEMO_TOWER = VisionConfig(image_size=48, patch_size=8, width=96, mlp=288, layers=4, heads=4)
+_TINY_TOWER = VisionConfig(
+    image_size=28, patch_size=14, width=16, mlp=32, layers=1, heads=2, select_layer=-1
+)
+_DEMO_TOWER = VisionConfig(
+    image_size=48, patch_size=8, width=96, mlp=288, layers=3, heads=4, select_layer=-1
+)
 
 PRESETS: dict[str, ModelConfig] = {
     "qwen1.5-0.5b": _qwen(1024, 2816, 24, 16, 16, tied_head=True),
@@ -67,6 +84,14 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2-0.5b": _qwen(896, 4864, 24, 14, 2, tied_head=True),
     "qwen2-1.5b": _qwen(1536, 8960, 28, 12, 2, tied_head=True),
     "qwen2-7b": _qwen(3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064),
+    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2, tied_head=True, real_vocab=QWEN2_5_VOCAB),
+    "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2, tied_head=True, real_vocab=QWEN2_5_VOCAB),
+    "qwen2.5-7b": _qwen(
+        3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064, real_vocab=QWEN2_5_VOCAB
+    ),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied_head=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied_head=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8, tied_head=False),
     "tiny": _small((16, 32, 4, 4, 2), _TINY_TOWER, 320),
     "tiny-teacher": _small((32, 64, 2, 4, 2), _TINY_TOWER, 320),
     "demo-teacher": _small((96, 288, 3, 4, 4), _DEMO_TOWER, 512),

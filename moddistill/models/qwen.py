@@ -1,7 +1,8 @@
-"""The Qwen1.5 / Qwen2 decoder, dense or with expert layers.
+"""The Qwen1.5 / Qwen2 / Qwen3 decoder, dense or with expert layers.
 
-Pre-norm blocks with RMSNorm, rotary grouped-query attention with q/k/v biases and SwiGLU, scanned
-over the segments of the layer plan. Image positions take their embedding from outside.
+Pre-norm blocks with RMSNorm, rotary grouped-query attention and SwiGLU, scanned over the segments
+of the layer plan. Qwen3 has norms of query and key in place of their biases. Image positions take
+their embedding from outside.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ class DecoderConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied_head: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
     moe: MoeConfig | None = None
 
     @property
@@ -76,6 +79,8 @@ class Block(nn.Module):
             config.rope_theta,
             False,
             self.dtype,
+            config.qkv_bias,
+            config.norm_eps if config.qk_norm else None,
             name="attention",
         )
         normed = RMSNorm(config.norm_eps, name="attention_norm")(hidden)

@@ -2,6 +2,11 @@
 
 With weights renormalised over the chosen experts, as is usual for top_k >= 2, the sparse model
 computes what the dense one did, to rounding, whatever its routers say (Komatsuzaki et al. 2022).
+
+With `moe_intermediate_size`, a copy is cut into G narrower experts (He et al. 2024,
+arXiv 2410.07524). The slices of a copy have equal columns of the router, so that top_k, a multiple
+of G, picks whole copies; as a slice then has 1 / G of its copy's weight, its output is scaled by G.
+`noise` and `drop` make copies differ, and give this equality up.
 """
 
 import dataclasses
@@ -9,11 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from moddistill.config import MoeConfig
 from moddistill.models.layer_plan import stack, unstack
 from moddistill.models.moe import check_moe
 from moddistill.models.vlm import ModelConfig
+
+_KERNELS = ("gate", "up", "down")
 
 
 def upcycle_config(config: ModelConfig, moe: MoeConfig) -> ModelConfig:
@@ -24,6 +32,7 @@ def upcycle_config(config: ModelConfig, moe: MoeConfig) -> ModelConfig:
             f"{config.decoder.moe_layers}; only a dense model can be upcycled"
         )
     decoder = dataclasses.replace(config.decoder, moe=check_moe(moe))
+    _check_slices(decoder.moe, decoder.mlp)
     decoder.plan  # noqa: B018  raises for a placement that does not fit
     return dataclasses.replace(config, decoder=decoder)
 
@@ -31,31 +40,114 @@ def upcycle_config(config: ModelConfig, moe: MoeConfig) -> ModelConfig:
 def upcycle(params: dict[str, Any], config: ModelConfig, rng: jax.Array) -> dict[str, Any]:
     """Parameters for the sparse `config` from those of the dense model it was made from.
 
-    Experts are copies; routers are normal with deviation 0.02; a residual layer is the original one
-    with an even blend. Arrays keep their dtype, routers are float32.
+    Layer by layer as `upcycle_layer`; all else is left alone.
     """
     decoder = config.decoder
     dense_plan = dataclasses.replace(decoder, moe=None).plan
     names = [f"segment_{i}" for i in range(len(dense_plan))]
     layers = unstack({name: params["decoder"][name] for name in names}, dense_plan)
     for i in decoder.moe_layers:
-        layers[i] = _upcycle_layer(layers[i], decoder.moe, jax.random.fold_in(rng, i))
+        layers[i] = upcycle_layer(layers[i], decoder.moe, jax.random.fold_in(rng, i))
     rest = {name: leaf for name, leaf in params["decoder"].items() if name not in names}
     return {**params, "decoder": {**rest, **stack(layers, decoder.plan)}}
 
 
-def _upcycle_layer(layer: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[str, Any]:
+def upcycle_layer(layer: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[str, Any]:
+    """The parameters of one decoder layer with experts in place of its feed-forward layer.
+
+    Experts are made by `moe.upcycle`; routers are normal with deviation 0.02; a residual layer is
+    the original one with an even blend. Arrays keep their dtype, routers are float32.
+
+    Args:
+      layer: of a dense model, not stacked.
+      moe: checked by `upcycle_config`.
+      rng: decides everything that is drawn.
+    """
     mlp = layer["mlp"]
-    width = mlp["gate"]["kernel"].shape[0]
-    experts = {
-        f"experts_{name}": jnp.broadcast_to(
-            leaf["kernel"], (moe.num_experts, *leaf["kernel"].shape)
-        )
-        for name, leaf in mlp.items()
-    }
-    experts["router"] = 0.02 * jax.random.normal(rng, (width, moe.num_experts), jnp.float32)
+    width, dense = mlp["gate"]["kernel"].shape
+    slices = _slices(moe, dense)
+    copies = moe.num_experts // slices
+    experts = _copies({name: mlp[name]["kernel"] for name in _KERNELS}, copies, slices)
+    change_rng = jax.random.fold_in(rng, 1)
+    if moe.upcycle == "noise":
+        experts = _add_noise(experts, moe.noise_std, change_rng)
+    if moe.upcycle == "drop":
+        rngs = jax.random.split(change_rng, moe.num_experts)
+        experts = jax.vmap(lambda e, rng: _drop(e, moe.drop_fraction, rng))(experts, rngs)
+    params = {f"experts_{name}": kernel for name, kernel in experts.items()}
+    router = 0.02 * jax.random.normal(rng, (width, copies), jnp.float32)
+    params["router"] = jnp.repeat(router, slices, axis=1)
     if moe.residual:
-        experts["residual"] = mlp
-        experts["blend"] = jnp.zeros((width, 2), jnp.float32)
-        experts["blend_bias"] = jnp.zeros(2, jnp.float32)
-    return {name: leaf for name, leaf in layer.items() if name != "mlp"} | {"moe": experts}
+        params["residual"] = mlp
+        params["blend"] = jnp.zeros((width, 2), jnp.float32)
+        params["blend_bias"] = jnp.zeros(2, jnp.float32)
+    return {name: leaf for name, leaf in layer.items() if name != "mlp"} | {"moe": params}
+
+
+def _slices(moe: MoeConfig, dense: int) -> int:
+    """How many experts one copy of a layer of width `dense` is cut into."""
+    return dense // (moe.moe_intermediate_size or dense)
+
+
+def _check_slices(moe: MoeConfig, dense: int) -> None:
+    """Raises ValueError unless experts make up whole copies of a layer of width `dense`."""
+    size = moe.moe_intermediate_size or dense
+    if dense % size:
+        raise ValueError(
+            f"moe.moe_intermediate_size is {size}; accepted: 0, or a width that divides the dense "
+            f"layer's, {dense}"
+        )
+    slices = _slices(moe, dense)
+    for name in ("num_experts", "top_k"):
+        if getattr(moe, name) % slices:
+            raise ValueError(
+                f"moe.{name} is {getattr(moe, name)}, but moe.moe_intermediate_size {size} cuts a "
+                f"layer of width {dense} into {slices} experts; accepted: a multiple of {slices}"
+            )
+    if slices > 1 and not moe.norm_topk_prob:
+        raise ValueError(
+            f"moe.norm_topk_prob is {moe.norm_topk_prob}, but moe.moe_intermediate_size {size} "
+            f"cuts a layer of width {dense} into {slices} experts, whose weights must add up to "
+            "one; accepted: True"
+        )
+
+
+def _copies(mlp: dict[str, Array], copies: int, slices: int) -> dict[str, Array]:
+    """Kernels [E, ...] of `copies` times all slices of a layer, one copy after the other."""
+
+    def expert_kernels(name: str, kernel: Array) -> Array:
+        cut = jnp.stack(jnp.split(kernel, slices, axis=0 if name == "down" else 1))
+        return jnp.tile(slices * cut if name == "down" else cut, (copies, 1, 1))
+
+    return {name: expert_kernels(name, kernel) for name, kernel in mlp.items()}
+
+
+def _add_noise(experts: dict[str, Array], std: float, rng: jax.Array) -> dict[str, Array]:
+    rngs = jax.random.split(rng, len(_KERNELS))
+
+    def noisy(kernel: Array, rng: jax.Array) -> Array:
+        noise = std * jax.random.normal(rng, kernel.shape, jnp.float32)
+        return (kernel + noise).astype(kernel.dtype)
+
+    return {name: noisy(experts[name], rng) for name, rng in zip(_KERNELS, rngs, strict=True)}
+
+
+def _drop(expert: dict[str, Array], fraction: float, rng: jax.Array) -> dict[str, Array]:
+    """One expert with a share of its feed-forward dimensions drawn anew (Nakamura et al. 2025).
+
+    The new entries of a kernel are normal, with the mean and deviation of those they replace.
+    """
+    width = len(expert["down"])
+    which, *rngs = jax.random.split(rng, 1 + len(_KERNELS))
+    dropped = jax.random.permutation(which, width)[: round(fraction * width)]
+
+    def redrawn(kernel: Array, rng: jax.Array) -> Array:
+        old = kernel[dropped].astype(jnp.float32)
+        new = jnp.mean(old) + jnp.std(old) * jax.random.normal(rng, old.shape)
+        return kernel.at[dropped].set(new.astype(kernel.dtype))
+
+    return {
+        "gate": redrawn(expert["gate"].T, rngs[0]).T,
+        "up": redrawn(expert["up"].T, rngs[1]).T,
+        "down": redrawn(expert["down"], rngs[2]),
+    }

@@ -1,4 +1,4 @@
-"""The CLIP vision tower: patches in, features of an inner layer out."""
+"""The vision tower, CLIP's or SigLIP's: patches in, features of one of its layers out."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from moddistill.config import nearest
 from moddistill.models.attention import Attention
 from moddistill.models.layers import (
     DType,
@@ -14,14 +15,25 @@ from moddistill.models.layers import (
     exact_gelu,
     init_normal,
     quick_gelu,
+    tanh_gelu,
 )
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu, "gelu_tanh": tanh_gelu}
+
+# Parameters of a published tower that no feature depends on.
+NEVER_COMPUTED = ("unused", "post_norm")
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the tower; `select_layer` counts hidden states from the end, as LLaVA does."""
+    """Sizes of the tower; `select_layer` counts hidden states from the end, as LLaVA does.
+
+    The defaults are CLIP's. SigLIP has no class token and no norm before the layers, biased
+    patches, `gelu_tanh`, `norm_eps` 1e-6, and 0.5 for every mean and deviation.
+
+    Raises:
+      ValueError: for an unknown activation, or a `select_layer` outside the tower.
+    """
 
     image_size: int
     patch_size: int
@@ -32,12 +44,27 @@ class VisionConfig:
     select_layer: int = -2
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"vision.activation is {self.activation!r}; accepted: {', '.join(ACTIVATIONS)}"
+                + nearest(self.activation, ACTIVATIONS)
+            )
+        if not -self.layers <= self.select_layer <= -1:
+            raise ValueError(
+                f"vision.select_layer is {self.select_layer}; accepted: {-self.layers} (above the "
+                f"first of {self.layers} layers) to -1 (above the last)"
+            )
+
     @property
     def patches(self) -> int:
-        """Feature vectors, and so decoder positions, of one image."""
+        """Feature vectors, and so decoder positions, of one image; a rest of pixels has none."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -69,7 +96,7 @@ class VisionBlock(nn.Module):
 
 
 class Vision(nn.Module):
-    """CLIP ViT up to the selected layer, class token dropped (LLaVA's `patch` feature)."""
+    """A ViT up to the selected layer; a class token is dropped (LLaVA's `patch` feature)."""
 
     config: VisionConfig
     dtype: DType
@@ -78,29 +105,58 @@ class Vision(nn.Module):
     @nn.compact
     def __call__(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         config = self.config
+        x = self._embed(images)
+        if config.pre_norm:
+            x = LayerNorm(config.norm_eps, name="pre_norm")(x)
+        x, _ = self._layers(config.used_layers, "layers")(x, None)
+        self._init_never_computed(x)
+        return x[:, 1:] if config.class_token else x
+
+    def _embed(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+        """Patches in their places, behind the class token if there is one."""
+        config = self.config
         x = patchify(normalise(images, config), config.patch_size)
-        x = Linear((config.width,), ("patch",), ("embed",), False, self.dtype, name="patch")(x)
-        std = config.width**-0.5
-        class_token = self.param(
-            "class_token", init_normal("embed", std=std), (config.width,), jnp.float32
+        patch = Linear(
+            (config.width,), ("patch",), ("embed",), config.patch_bias, self.dtype, name="patch"
         )
-        shape = (config.patches + 1, config.width)
+        x = patch(x)
+        std = config.width**-0.5
+        if config.class_token:
+            class_token = self.param(
+                "class_token", init_normal("embed", std=std), (config.width,), jnp.float32
+            )
+            first = jnp.broadcast_to(class_token, (len(x), 1, config.width)).astype(x.dtype)
+            x = jnp.concatenate([first, x], axis=1)
+        shape = (config.patches + config.class_token, config.width)
         table = self.param(
             "positions", init_normal("patches", "embed", std=std), shape, jnp.float32
         )
-        first = jnp.broadcast_to(class_token, (len(x), 1, config.width)).astype(x.dtype)
-        x = jnp.concatenate([first, x], axis=1) + table[None].astype(x.dtype)
-        x = LayerNorm(config.norm_eps, name="pre_norm")(x)
+        return x + table[None].astype(x.dtype)
+
+    def _layers(self, length: int, name: str) -> nn.Module:
         block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=config.used_layers,
+            length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(config, self.dtype, name="layers")(x, None)
-        return x[:, 1:]
+        return layers(self.config, self.dtype, name=name)
+
+    def _init_never_computed(self, x: Float[Array, "B T D"]) -> None:
+        """Makes the parameters of `NEVER_COMPUTED`: layers above the selected one, and their norm.
+
+        A tower is stored whole, so that it can be given back as it was published. `init` alone
+        makes these parameters; `apply` takes them and spends no time on them.
+        """
+        if not self.is_initializing():
+            return
+        config = self.config
+        unused = config.layers - config.used_layers
+        if unused:
+            self._layers(unused, "unused")(x, None)
+        LayerNorm(config.norm_eps, name="post_norm")(x)
 
 
 def normalise(images: UInt8[Array, "B H W 3"], config: VisionConfig) -> Float[Array, "B H W 3"]:
@@ -111,7 +167,12 @@ def normalise(images: UInt8[Array, "B H W 3"], config: VisionConfig) -> Float[Ar
 
 
 def patchify(images: Float[Array, "B H W 3"], size: int) -> Float[Array, "B P X"]:
-    """Square patches in reading order, each flattened as (row, column, channel)."""
+    """Square patches in reading order, each flattened as (row, column, channel).
+
+    Pixels at the right and the bottom that fill no patch are left out.
+    """
     batch, height, width, channels = images.shape
-    x = images.reshape(batch, height // size, size, width // size, size, channels)
+    rows, columns = height // size, width // size
+    x = images[:, : rows * size, : columns * size]
+    x = x.reshape(batch, rows, size, columns, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)

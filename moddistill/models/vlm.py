@@ -88,7 +88,10 @@ class Vlm(nn.Module):
 
     @staticmethod
     def logits(output: Output) -> Float[Array, "B T V"]:
-        """All logits in float32; for tests and single positions, as they take B * T * V floats."""
+        """All logits in float32, those of padded vocabulary rows included.
+
+        For tests and single positions: they take B * T * V floats.
+        """
         return jnp.einsum(
             "BTD,DV->BTV", output.hidden, output.head, preferred_element_type=jnp.float32
         )

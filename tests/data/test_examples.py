@@ -44,6 +44,7 @@ def test_an_image_is_spread_over_its_patches_and_the_rest_is_padding(qwen, pictu
     assert sample["positions"].tolist() == list(range(80))
     np.testing.assert_array_equal(sample["images"][0], preprocess(Image.open(path), 4))
     assert not sample["images"][1].any()
+    assert sample.pop("length") == len(expected)
     shapes = {name: (array.shape, array.dtype.name) for name, array in sample.items()}
     assert shapes == {
         "tokens": ((80,), "int32"),
@@ -52,6 +53,14 @@ def test_an_image_is_spread_over_its_patches_and_the_rest_is_padding(qwen, pictu
         "segments": ((80,), "int32"),
         "images": ((2, 4, 4, 3), "uint8"),
     }
+
+
+def test_images_are_padded_with_the_colour_of_the_tower(qwen, picture):
+    path, spec = picture(width=9, height=5), dataclasses.replace(SPEC, pad_color=(9, 8, 7))
+    sample = make_example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, spec)
+    expected = preprocess(Image.open(path), 4, (9, 8, 7))
+    np.testing.assert_array_equal(sample["images"][0], expected)
+    assert np.any(expected != preprocess(Image.open(path), 4))
 
 
 def test_images_keep_their_order_and_their_places(qwen, picture):

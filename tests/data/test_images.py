@@ -9,6 +9,7 @@ from moddistill.data.images import (
     CLIP_MEAN,
     CLIP_STD,
     load_image,
+    mean_color,
     pad_to_square,
     preprocess,
     preprocessor_config,
@@ -20,13 +21,33 @@ def random_image(width, height):
     return Image.fromarray(pixels)
 
 
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation
+TOWERS = pytest.mark.parametrize(
+    ("mean", "std"), [(CLIP_MEAN, CLIP_STD), (HALF, HALF)], ids=["CLIP", "SigLIP"]
+)
+
+
+@pytest.mark.parametrize(
+    ("mean", "color"),
+    [(CLIP_MEAN, (122, 116, 104)), (HALF, (127, 127, 127)), ((0.0, 0.999, 1.0), (0, 254, 255))],
+)
 @pytest.mark.parametrize(("width", "height", "left", "top"), [(4, 9, 2, 0), (9, 4, 0, 2)])
-def test_padding_centres_the_image_on_the_floored_mean_colour(width, height, left, top):
+def test_padding_centres_the_image_on_the_floored_mean_colour(
+    width, height, left, top, mean, color
+):
+    assert mean_color(mean) == color
     image = random_image(width, height)
     expected = np.empty((9, 9, 3), np.uint8)
-    expected[:] = (122, 116, 104)
+    expected[:] = color
     expected[top : top + height, left : left + width] = np.asarray(image)
-    np.testing.assert_array_equal(np.asarray(pad_to_square(image)), expected)
+    np.testing.assert_array_equal(np.asarray(pad_to_square(image, color)), expected)
+    np.testing.assert_array_equal(preprocess(image, 9, color), expected)
+
+
+def test_images_are_padded_for_clip_unless_another_colour_is_given():
+    image = random_image(4, 9)
+    ours = preprocess(image, 9)
+    np.testing.assert_array_equal(ours, preprocess(image, 9, mean_color(CLIP_MEAN)))
 
 
 def test_a_square_image_of_the_right_size_is_left_alone():
@@ -34,9 +55,9 @@ def test_a_square_image_of_the_right_size_is_left_alone():
     np.testing.assert_array_equal(preprocess(image, 6), np.asarray(image))
 
 
-def normalised(pixels):
+def normalised(pixels, mean=CLIP_MEAN, std=CLIP_STD):
     """What the model sees of uint8 [H, W, 3], as [3, H, W]."""
-    return ((pixels / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)).transpose(2, 0, 1)
+    return ((pixels / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("size", [(50, 30), (31, 64), (24, 24)])
@@ -50,13 +71,16 @@ def test_pixels_equal_those_of_the_clip_processor_on_padded_images(size):
     np.testing.assert_allclose(normalised(ours), theirs, atol=1e-4)
 
 
+@TOWERS
 @pytest.mark.parametrize("size", [(50, 30), (31, 64), (24, 24)])
-def test_transformers_makes_the_same_pixels_from_our_config(size, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(24)))
+def test_transformers_makes_the_same_pixels_from_our_config(size, mean, std, tmp_path):
+    settings = preprocessor_config(24, mean, std)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     processor = AutoImageProcessor.from_pretrained(str(tmp_path))
     image = random_image(*size)
     theirs = processor(image, return_tensors="np")["pixel_values"][0]
-    np.testing.assert_allclose(normalised(preprocess(image, 24)), theirs, atol=1e-4)
+    ours = preprocess(image, 24, mean_color(mean))
+    np.testing.assert_allclose(normalised(ours, mean, std), theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])

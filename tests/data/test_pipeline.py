@@ -191,6 +191,19 @@ def test_what_is_left_out_is_in_the_quarantine_once_and_nowhere_else(
     assert reasons[13] == "an answer is empty"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_records_that_were_cut_are_counted(workers, stream, data_file, tmp_path):
+    """They are used as far as they go, and noted once, however often they are read."""
+    path = data_file([talk("q", "1"), talk("q", "two " * 200)])
+    batches = iter(stream(path, workers=workers))
+    for _ in range(3):
+        next(batches)
+    noted = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
+    assert [item["line"] for item in noted] == [2]
+    assert noted[0]["reason"].endswith("tokens are cut to 160")
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_that_gives_nothing_is_an_error_and_no_endless_search(
     workers, stream, numbered, data_file

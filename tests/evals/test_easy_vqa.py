@@ -16,15 +16,15 @@ def write(folder, turns):
     (folder / "test.json").write_text(json.dumps([record]))
 
 
-@pytest.mark.parametrize(("answer", "kind"), [("no", "yes/no"), ("teal", "other")])
-def test_questions_are_read_as_published(tmp_path, answer, kind):
+@pytest.mark.parametrize("answer", ["no", "teal"])
+def test_questions_are_read_as_published(tmp_path, answer):
     write(
         tmp_path,
         [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": answer}],
     )
     (question,) = easy_vqa.questions(tmp_path)
     image = tmp_path / "images/test/7.png"
-    assert question == easy_vqa.Question("test-0", image, "<image>\nis it red?", answer, kind)
+    assert question == easy_vqa.Question("test-0", image, "<image>\nis it red?", answer)
 
 
 def test_missing_data_names_the_command(tmp_path):

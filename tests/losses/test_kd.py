@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from moddistill.config import LossConfig, MoeConfig
-from moddistill.losses.kd import cross_entropy, forward_kl, kd_positions, token_loss
-from moddistill.losses.tokens import next_token
+from moddistill.losses.kd import cross_entropy, forward_kl, positions_of, token_loss
 from moddistill.models.vlm import Vlm
 from moddistill.tree import flatten, merge
 
@@ -66,8 +65,8 @@ TOY = {
     ids=["correct", "reference", "all_tokens"],
 )
 def test_distilled_positions(config, expected):
-    _, supervised = next_token(TOY["tokens"], TOY["loss_mask"])
-    np.testing.assert_array_equal(kd_positions(TOY, supervised, config), [expected])
+    np.testing.assert_array_equal(positions_of("kd", TOY, config), [expected])
+    np.testing.assert_array_equal(positions_of("ce", TOY, config), [[0, 1, 1, 0, 0, 0]])
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moddistill.models import attention as module
 from moddistill.models.attention import Attention, causal_mask
 from tests.models import draw
 
@@ -106,3 +109,56 @@ def test_a_cache_keeps_its_dtype():
     hidden = draw.normal(1, 1, WIDTH).astype(jnp.bfloat16)
     _, cache = draw.apply(module, params, hidden, mask, places(1, 1), cache, jnp.int32(0))
     assert {x.dtype for x in cache.values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+def normed_attention(heads, kv_heads, eps):
+    module = Attention(heads, kv_heads, 4, 100.0, False, jnp.float32, False, eps)
+    return module, (draw.normal(1, 2, WIDTH), None, jnp.zeros((1, 2), jnp.int32))
+
+
+def test_norms_of_query_and_key_are_shared_by_heads_and_take_the_place_of_biases():
+    module, inputs = normed_attention(4, 2, 1e-6)
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    assert {name: set(leaves) for name, leaves in params.items()} == {
+        "query": {"kernel"}, "key": {"kernel"}, "value": {"kernel"}, "out": {"kernel"},
+        "query_norm": {"scale"}, "key_norm": {"scale"},
+    }  # fmt: skip
+    for name in ("query_norm", "key_norm"):
+        assert params[name]["scale"].names == ("head_dim",)
+        assert params[name]["scale"].value.shape == (4,)
+
+
+def test_normed_heads_have_their_own_length_forgotten():
+    module, inputs = normed_attention(4, 2, 1e-12)
+    hidden, _, positions = inputs
+    mask = causal_mask(jnp.ones((1, 2), jnp.int32))
+    params = draw.params(module, *inputs)
+    expected, _ = draw.apply(module, params, hidden, mask, positions)
+    for name, factors in (("query", [1, 2, 3, 4]), ("key", [5, 6])):
+        factor = jnp.asarray(factors, jnp.float32)[None, :, None]
+        params[name]["kernel"] = params[name]["kernel"] * factor
+    output, _ = draw.apply(module, params, hidden, mask, positions)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    params["query_norm"]["scale"] = -params["query_norm"]["scale"]
+    output, _ = draw.apply(module, params, hidden, mask, positions)
+    assert np.abs(output - expected).max() > 1e-2
+
+
+def test_blocks_of_queries_give_the_same_values_and_gradients(monkeypatch):
+    monkeypatch.setattr(module, "_QUERIES", 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 12, 4, 8), (2, 12, 2, 8), (2, 12, 2, 8)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    segments = jnp.asarray([[1] * 9 + [0] * 3, [1] * 5 + [2] * 7])
+    mask = causal_mask(segments)
+
+    def blocked(*arrays):
+        return jnp.sum(module.attend(*arrays, mask) ** 2)
+
+    def whole(*arrays):
+        return jnp.sum(jax.nn.dot_product_attention(*arrays, mask=mask[:, None]) ** 2)
+
+    ours = jax.jit(jax.value_and_grad(blocked, argnums=(0, 1, 2)))
+    assert "while" in ours.lower(*arrays).as_text()
+    expected = jax.value_and_grad(whole, argnums=(0, 1, 2))(*arrays)
+    chex.assert_trees_all_close(ours(*arrays), expected, atol=1e-5)

@@ -13,6 +13,7 @@ from moddistill.models.layers import (
     exact_gelu,
     quick_gelu,
     rotary,
+    tanh_gelu,
 )
 from tests.models import draw
 
@@ -122,9 +123,13 @@ def test_swiglu_gates_by_the_sigmoid_linear_unit():
 POINTS = [-3.0, -1.0, 0.0, 0.5, 2.0]
 
 
-def test_quick_gelu_is_a_sigmoid_and_exact_gelu_the_normal_distribution():
+def test_gelus_are_a_sigmoid_the_normal_distribution_and_its_tanh_approximation():
     x = jnp.array(POINTS)
     quick = [p / (1 + math.exp(-1.702 * p)) for p in POINTS]
     exact = [p * (1 + math.erf(p / math.sqrt(2))) / 2 for p in POINTS]
+    scale = math.sqrt(2 / math.pi)
+    tanh = [p * (1 + math.tanh(scale * (p + 0.044715 * p**3))) / 2 for p in POINTS]
     np.testing.assert_allclose(quick_gelu(x), quick, atol=1e-6)
     np.testing.assert_allclose(exact_gelu(x), exact, atol=1e-6)
+    np.testing.assert_allclose(tanh_gelu(x), tanh, atol=1e-6)
+    assert np.abs(exact_gelu(x) - tanh_gelu(x)).max() > 1e-4

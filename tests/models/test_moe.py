@@ -194,8 +194,29 @@ def test_weights_are_renormalised_by_default_for_two_choices_or_more(top_k, give
         ({"top_k": 0}, "top_k is 0"),
         ({"num_experts": 0}, "num_experts .0"),
         ({"dispatch": "capcity"}, "'capcity'.*did you mean 'capacity'"),
+        ({"upcycle": "dropp"}, "'dropp'; accepted: copy, noise, drop; did you mean 'drop'"),
+        ({"noise_std": 0.1}, "noise_std is 0.1, but moe.upcycle is 'copy'; accepted: 0, or"),
+        ({"upcycle": "drop", "drop_fraction": 0.5, "noise_std": 0.1}, "noise_std is 0.1, but"),
+        ({"upcycle": "noise"}, "noise_std is 0.0 with moe.upcycle 'noise'; accepted: above 0"),
+        ({"upcycle": "noise", "noise_std": -1.0}, "noise_std is -1.0 with"),
+        ({"drop_fraction": 0.5}, "drop_fraction is 0.5, but moe.upcycle is 'copy'"),
+        ({"upcycle": "drop"}, "drop_fraction is 0.0 with moe.upcycle 'drop'; .* at most 1"),
+        ({"upcycle": "drop", "drop_fraction": 1.5}, "drop_fraction is 1.5 with"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; accepted: the width"),
     ],
 )
 def test_settings_without_a_meaning_are_named(changes, named):
+    config = MoeConfig()
+    for name, value in changes.items():
+        # Names that the annotations do not have are refused there, where tests check those.
+        object.__setattr__(config, name, value)
     with pytest.raises(ValueError, match=named):
-        check_moe(MoeConfig(**changes))
+        check_moe(config)
+
+
+def test_experts_have_a_width_of_their_own_and_the_residual_layer_that_of_the_dense_one():
+    hidden = draw.normal(1, 6, 8)
+    _, _, params = moe(hidden, MoeConfig(4, 2, residual=True, moe_intermediate_size=3))
+    assert params["experts_gate"].shape == params["experts_up"].shape == (4, 8, 3)
+    assert params["experts_down"].shape == (4, 3, 8)
+    assert params["residual"]["down"]["kernel"].shape == (MLP, 8)

@@ -33,26 +33,60 @@ def test_students_have_the_parameters_of_the_paper(name, dense, total, activated
 
 
 @pytest.mark.parametrize(
-    ("name", "published"), [("qwen1.5-4b", 3.95), ("qwen1.5-7b", 7.72), ("qwen2-7b", 7.62)]
+    ("name", "published"),
+    [
+        ("qwen1.5-4b", 3.950),
+        ("qwen1.5-7b", 7.721),
+        ("qwen2-7b", 7.616),
+        ("qwen2.5-0.5b", 0.494),
+        ("qwen2.5-1.5b", 1.544),
+        ("qwen2.5-7b", 7.616),
+        ("qwen3-0.6b", 0.596),
+        ("qwen3-1.7b", 1.721),
+        ("qwen3-8b", 8.191),
+    ],
 )
-def test_teachers_have_their_published_size(name, published):
-    assert round(parameter_counts(language_model(name))[0] / 1e9, 2) == published
+def test_models_have_their_published_size(name, published):
+    assert billions(parameter_counts(language_model(name))[0]) == published
 
 
-# 23 layers of attention, feed-forward and two norms; patches, class token, positions, norm.
-TOWER = (
-    23 * (4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024)
-    + 3 * 14 * 14 * 1024 + 1024 + 577 * 1024 + 2 * 1024
-)  # fmt: skip
+# 24 layers of attention, feed-forward and two norms; patches, class token, positions, two norms.
+LAYER = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+TOWER = 24 * LAYER + 3 * 14 * 14 * 1024 + 1024 + 577 * 1024 + 4 * 1024
 
 
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("qwen1.5-0.5b", 2.10), ("qwen1.5-1.8b", 6.30), ("qwen2-0.5b", 1.72), ("qwen2-1.5b", 3.94)],
 )
-def test_tower_without_its_last_layer_and_projector_are_added(name, millions):
-    added = parameter_counts(preset(name))[0] - parameter_counts(language_model(name))[0]
-    assert round((added - TOWER) / 1e6, 2) == millions
+def test_tower_and_projector_are_added_and_the_last_layer_is_never_activated(name, millions):
+    total, activated = parameter_counts(preset(name))
+    language = parameter_counts(language_model(name))[0]
+    assert round((total - language - TOWER) / 1e6, 2) == millions
+    assert total - activated == LAYER + 2 * 1024
+
+
+@pytest.mark.parametrize(
+    ("family", "ids"), [("qwen1.5", 151_646), ("qwen2", 151_646), ("qwen2.5", 151_665),
+                        ("qwen3", 151_669)]
+)  # fmt: skip
+def test_an_image_is_the_first_id_after_those_of_the_published_tokenizer(family, ids):
+    configs = [config for name, config in PRESETS.items() if name.split("-")[0] == family]
+    assert configs
+    assert {(config.decoder.real_vocab, config.image_token) for config in configs} == {(ids, ids)}
+
+
+def test_qwen3_has_norms_of_query_and_key_in_place_of_biases():
+    for name, config in PRESETS.items():
+        decoder = config.decoder
+        new = name.startswith("qwen3-")
+        assert (decoder.qk_norm, decoder.qkv_bias) == (new, not new)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-teacher", "demo-teacher"])
+def test_towers_of_tests_and_demo_compute_all_their_layers(name):
+    tower = preset(name).vision
+    assert tower.used_layers == tower.layers == (3 if name.startswith("demo") else 1)
 
 
 def test_the_tower_of_the_paper_gives_576_patches():
@@ -63,7 +97,7 @@ def test_the_tower_of_the_paper_gives_576_patches():
 def test_sizes_of_a_preset_fit_each_other(name):
     config = preset(name)
     decoder, tower = config.decoder, config.vision
-    assert decoder.heads * decoder.head_dim == decoder.width
+    assert decoder.head_dim == (128 if decoder.qk_norm else decoder.width / decoder.heads)
     assert decoder.heads % decoder.kv_heads == 0
     assert decoder.real_vocab <= decoder.vocab_size
     if tower is not None:

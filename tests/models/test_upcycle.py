@@ -9,7 +9,7 @@ import pytest
 from moddistill.config import MoeConfig
 from moddistill.models.layer_plan import unstack
 from moddistill.models.qwen import DecoderConfig
-from moddistill.models.upcycle import upcycle, upcycle_config
+from moddistill.models.upcycle import upcycle, upcycle_config, upcycle_layer
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from tests.models import draw
@@ -48,6 +48,16 @@ MOES = {
     "one of four, renormalised": MoeConfig(4, 1, norm_topk_prob=True),
     "residual": MoeConfig(4, 2, residual=True),
     "ample capacity": MoeConfig(4, 2, dispatch="capacity", capacity_factor=2.0),
+    "halves, one copy of two": MoeConfig(4, 2, moe_intermediate_size=6),
+    "halves, two copies of four": MoeConfig(8, 4, moe_intermediate_size=6),
+    "halves, all": MoeConfig(4, 4, moe_intermediate_size=6),
+    "thirds, one copy of two": MoeConfig(6, 3, moe_intermediate_size=4),
+    "thirds, two copies of four": MoeConfig(12, 6, moe_intermediate_size=4),
+    "halves and a residual": MoeConfig(4, 2, residual=True, moe_intermediate_size=6),
+    "halves with ample capacity": MoeConfig(
+        4, 2, dispatch="capacity", capacity_factor=2.0, moe_intermediate_size=6
+    ),
+    "as wide as the dense layer": MoeConfig(4, 2, moe_intermediate_size=12),
 }
 
 
@@ -96,8 +106,9 @@ def test_experts_are_copies_and_all_else_is_left_alone():
                 np.testing.assert_array_equal(expert, leaf["kernel"])
 
 
-def test_parameters_fit_the_sparse_architecture():
-    config = upcycle_config(DENSE, MoeConfig(4, 2, residual=True))
+@pytest.mark.parametrize("size", [0, 6])
+def test_parameters_fit_the_sparse_architecture(size):
+    config = upcycle_config(DENSE, MoeConfig(4, 2, residual=True, moe_intermediate_size=size))
     expected = draw.params(Vlm(config), dummy_batch(config))
     chex.assert_trees_all_equal_shapes_and_dtypes(
         upcycle(PARAMS, config, jax.random.key(0)), expected
@@ -120,8 +131,154 @@ def test_a_sparse_model_is_not_upcycled_again():
 
 @pytest.mark.parametrize(
     ("moe", "named"),
-    [(MoeConfig(2, 3), "top_k is 3"), (MoeConfig(placement=(5,)), "from 0 to 4")],
+    [
+        (MoeConfig(2, 3), "top_k is 3"),
+        (MoeConfig(placement=(5,)), "from 0 to 4"),
+        (MoeConfig(moe_intermediate_size=5), "size is 5; accepted: 0, or .* layer's, 12"),
+        (MoeConfig(moe_intermediate_size=24), "size is 24; accepted: 0, or .* layer's, 12"),
+        (MoeConfig(4, 3, moe_intermediate_size=4), "num_experts is 4, .* 3 experts; .* of 3"),
+        (MoeConfig(6, 2, moe_intermediate_size=4), "top_k is 2, .* 3 experts; .* of 3"),
+        (
+            MoeConfig(4, 2, norm_topk_prob=False, moe_intermediate_size=6),
+            "norm_topk_prob is False, .*_size 6 cuts .* 12 into 2 experts.*; accepted: True",
+        ),
+    ],
 )
 def test_experts_that_do_not_fit_are_named(moe, named):
     with pytest.raises(ValueError, match=named):
         upcycle_config(DENSE, moe)
+
+
+KERNELS = ("gate", "up", "down")
+
+
+def dense_layer(mlp=400, width=6, dtype=jnp.float32):
+    """The parameters of a layer that upcycling reads; means and deviations of kernels differ."""
+    shapes = {"gate": (width, mlp), "up": (width, mlp), "down": (mlp, width)}
+    kernels = {
+        name: {"kernel": (i + 1) * (1 + draw.normal(*shape, seed=i)).astype(dtype)}
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return {"mlp": kernels, "attention_norm": {"scale": jnp.ones(width)}}
+
+
+def rows(kernel, name):
+    """With the feed-forward dimensions in front."""
+    return np.asarray(kernel if name == "down" else kernel.T, np.float32)
+
+
+def experts(layer, moe, seed=0):
+    """`[{gate, up, down}, ...]`, their feed-forward dimensions in front."""
+    params = upcycle_layer(layer, moe, jax.random.key(seed))["moe"]
+    return [
+        {name: rows(params[f"experts_{name}"][e], name) for name in KERNELS}
+        for e in range(moe.num_experts)
+    ]
+
+
+def test_one_layer_alone_gets_the_experts_it_has_in_the_model():
+    config = upcycle_config(DENSE, MoeConfig(4, 2, residual=True, upcycle="noise", noise_std=0.1))
+    whole = unstack(upcycle(PARAMS, config, jax.random.key(3))["decoder"], config.decoder.plan)
+    layers = unstack(PARAMS["decoder"], DECODER.plan)
+    for i in config.decoder.moe_layers:
+        rng = jax.random.fold_in(jax.random.key(3), i)
+        alone = upcycle_layer(layers[i], config.decoder.moe, rng)
+        chex.assert_trees_all_equal(alone, whole[i])
+
+
+def test_slices_of_a_copy_lie_side_by_side_and_share_its_router_column():
+    layer = dense_layer(mlp=12)
+    moe = MoeConfig(8, 4, moe_intermediate_size=6)
+    for e, expert in enumerate(experts(layer, moe)):
+        half = slice(6 * (e % 2), 6 * (e % 2) + 6)
+        for name in KERNELS:
+            dense = rows(layer["mlp"][name]["kernel"], name)[half]
+            np.testing.assert_array_equal(expert[name], 2 * dense if name == "down" else dense)
+    router = upcycle_layer(layer, moe, jax.random.key(0))["moe"]["router"]
+    np.testing.assert_array_equal(router[:, ::2], router[:, 1::2])
+    assert len(np.unique(np.asarray(router[0]))) == 4
+
+
+def test_noise_of_the_given_deviation_is_added_to_every_copy_by_itself():
+    layer = dense_layer(width=20)
+    moe = MoeConfig(3, 2, upcycle="noise", noise_std=0.05)
+    noises = []
+    for expert in experts(layer, moe):
+        for name in KERNELS:
+            noise = expert[name] - rows(layer["mlp"][name]["kernel"], name)
+            np.testing.assert_allclose(noise.std(), 0.05, rtol=0.05)
+            np.testing.assert_allclose(noise.mean(), 0, atol=0.003)
+            noises.append(noise.reshape(-1))
+    correlation = np.corrcoef(noises)
+    assert np.abs(correlation - np.eye(9)).max() < 0.06
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_dropped_dimensions_are_those_of_all_three_kernels_and_differ_between_experts(fraction):
+    layer = dense_layer()
+    moe = MoeConfig(4, 2, upcycle="drop", drop_fraction=fraction)
+    all_dropped = []
+    for expert in experts(layer, moe):
+        changed = {
+            name: expert[name] != rows(layer["mlp"][name]["kernel"], name) for name in KERNELS
+        }
+        dropped = changed["gate"].any(axis=1)
+        assert dropped.sum() == round(fraction * 400)
+        for name in KERNELS:
+            np.testing.assert_array_equal(changed[name], np.repeat(dropped[:, None], 6, axis=1))
+        all_dropped.append(tuple(dropped))
+    assert len(set(all_dropped)) == (1 if fraction == 1 else 4)
+
+
+def test_dropped_entries_are_drawn_with_their_mean_and_deviation():
+    # Kept dimensions are far away, so statistics of a whole kernel would not do.
+    layer = dense_layer(width=40)
+    moe = MoeConfig(2, 2, upcycle="drop", drop_fraction=0.5)
+    dropped = [
+        expert["gate"][:, 0] != rows(layer["mlp"]["gate"]["kernel"], "gate")[:, 0]
+        for expert in experts(layer, moe)
+    ]
+    for e, chosen in enumerate(dropped):
+        # Which dimensions are dropped depends on the rng alone.
+        for name in KERNELS:
+            kernel = layer["mlp"][name]["kernel"]
+            away = jnp.where(chosen, 0.0, 1e3)
+            moved = kernel + (away[:, None] if name == "down" else away[None])
+            changed = {**layer, "mlp": {**layer["mlp"], name: {"kernel": moved}}}
+            new = experts(changed, moe)[e][name]
+            old = rows(kernel, name)[chosen]
+            np.testing.assert_allclose(new[chosen].mean(), old.mean(), atol=0.05 * old.std())
+            np.testing.assert_allclose(new[chosen].std(), old.std(), rtol=0.05)
+            first = new[chosen] - new[chosen].mean()
+            assert abs((first * (old - old.mean())).mean()) < 0.05 * old.var()
+
+
+def test_slices_are_dropped_by_their_own_width():
+    moe = MoeConfig(4, 2, upcycle="drop", drop_fraction=0.3, moe_intermediate_size=200)
+    layer = dense_layer()
+    for e, expert in enumerate(experts(layer, moe)):
+        half = slice(200 * (e % 2), 200 * (e % 2) + 200)
+        dense = rows(layer["mlp"]["up"]["kernel"], "up")[half]
+        assert (expert["up"] != dense).any(axis=1).sum() == 60
+
+
+VARIANTS = {
+    "copy": MoeConfig(4, 2),
+    "noise": MoeConfig(4, 2, upcycle="noise", noise_std=0.1),
+    "drop": MoeConfig(4, 2, upcycle="drop", drop_fraction=0.5),
+    "split": MoeConfig(4, 2, moe_intermediate_size=200),
+}
+
+
+@pytest.mark.parametrize("moe", VARIANTS.values(), ids=VARIANTS)
+def test_arrays_keep_their_dtype_and_follow_the_seed(moe):
+    layer = dense_layer(dtype=jnp.bfloat16)
+    first, again, other = (
+        upcycle_layer(layer, moe, jax.random.key(seed))["moe"] for seed in (0, 0, 1)
+    )
+    dtypes = {name: str(x.dtype) for name, x in first.items()}
+    assert dtypes == {f"experts_{name}": "bfloat16" for name in KERNELS} | {"router": "float32"}
+    chex.assert_trees_all_equal(first, again)
+    assert np.any(first["router"] != other["router"])
+    drawn = np.any(first["experts_down"] != other["experts_down"])
+    assert drawn == (moe.upcycle != "copy")

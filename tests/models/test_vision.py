@@ -6,13 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.models.vision import Vision, VisionConfig, normalise, patchify
+from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig, normalise, patchify
 from tests.models import draw
 
 CONFIG = VisionConfig(image_size=12, patch_size=4, width=8, mlp=12, layers=3, heads=2)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(4, 4, 2), (6, 9, 3), (5, 5, 5), (2, 3, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(4, 4, 2), (6, 9, 3), (5, 5, 5), (2, 3, 1), (5, 7, 2), (8, 6, 3), (7, 7, 4)],
+)
 def test_patches_are_in_reading_order_and_flat_by_row_column_and_channel(height, width, size):
     images = draw.normal(2, height, width, 3)
     patches = patchify(images, size)
@@ -20,7 +23,8 @@ def test_patches_are_in_reading_order_and_flat_by_row_column_and_channel(height,
     expected = [
         [images[i, y + row, x + column, channel]
          for row in range(size) for column in range(size) for channel in range(3)]
-        for i in range(2) for y in range(0, height, size) for x in range(0, width, size)
+        for i in range(2)
+        for y in range(0, height - size + 1, size) for x in range(0, width - size + 1, size)
     ]  # fmt: skip
     np.testing.assert_array_equal(patches.reshape(-1, size * size * 3), np.array(expected))
 
@@ -40,10 +44,71 @@ def tower(config, remat=False):
 @pytest.mark.parametrize(
     ("layers", "select", "used"), [(24, -2, 23), (3, -1, 3), (3, -2, 2), (5, -3, 3)]
 )
-def test_layers_above_the_selected_hidden_state_have_no_parameters(layers, select, used):
+def test_layers_above_the_selected_hidden_state_are_kept_apart(layers, select, used):
     config = dataclasses.replace(CONFIG, layers=layers, select_layer=select)
     assert config.used_layers == used
-    chex.assert_tree_shape_prefix(tower(config)[1]["layers"], (used,))
+    params = tower(config)[1]
+    chex.assert_tree_shape_prefix(params["layers"], (used,))
+    assert ("unused" in params) == (used < layers)
+    if used < layers:
+        chex.assert_tree_shape_prefix(params["unused"], (layers - used,))
+        chex.assert_trees_all_equal_structs(params["unused"], params["layers"])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_is_never_computed_is_made_by_init_and_ignored_by_apply(remat):
+    vision, params = tower(dataclasses.replace(CONFIG, select_layer=-2), remat)
+    images = draw.pixels(2, 12, 12, 3)
+    assert set(NEVER_COMPUTED) < params.keys()
+    broken = {name: jax.tree.map(lambda x: x * jnp.nan, params[name]) for name in NEVER_COMPUTED}
+    expected = draw.apply(vision, params, images)
+    np.testing.assert_array_equal(draw.apply(vision, params | broken, images), expected)
+    computed = {name: leaf for name, leaf in params.items() if name not in NEVER_COMPUTED}
+    np.testing.assert_array_equal(draw.apply(vision, computed, images), expected)
+
+
+def test_parameters_are_named_and_split_as_those_of_the_used_layers():
+    vision = Vision(dataclasses.replace(CONFIG, select_layer=-3), jnp.float32, False)
+    params = jax.eval_shape(vision.init, jax.random.key(0), draw.pixels(1, 12, 12, 3))["params"]
+    names, unused = (
+        jax.tree.map(lambda x: x.names, params[part], is_leaf=lambda x: hasattr(x, "names"))
+        for part in ("layers", "unused")
+    )
+    assert names == unused
+    assert names["up"]["kernel"] == ("layers", "embed", "mlp")
+    assert params["post_norm"]["scale"].names == ("embed",)
+
+
+def test_a_tower_without_class_token_gives_all_its_positions():
+    plain = {"class_token": False, "pre_norm": False, "patch_bias": True}
+    vision, params = tower(dataclasses.replace(CONFIG, select_layer=-1, **plain))
+    assert params.keys() == {"patch", "positions", "layers", "post_norm"}
+    assert params["patch"].keys() == {"kernel", "bias"}
+    chex.assert_shape(params["positions"], (9, 8))
+    chex.assert_shape(draw.apply(vision, params, draw.pixels(2, 12, 12, 3)), (2, 9, 8))
+
+
+def test_pixels_beyond_the_last_whole_patch_are_not_seen():
+    config = dataclasses.replace(CONFIG, image_size=15)
+    vision, images = Vision(config, jnp.float32, False), draw.pixels(1, 15, 15, 3)
+    params = draw.params(vision, images)
+    assert config.patches == 9
+    expected = draw.apply(vision, params, images)
+    changed = images.at[:, 12:].set(0).at[:, :, 12:].set(0)
+    np.testing.assert_array_equal(draw.apply(vision, params, changed), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"activation": "quick_gelo"}, r"'quick_gelo'; accepted: .*gelu_tanh; did you .*'quick_ge"),
+        ({"select_layer": -4}, r"select_layer is -4; accepted: -3 .* of 3 layers. to -1"),
+        ({"select_layer": 0}, r"select_layer is 0"),
+    ],
+)
+def test_settings_without_a_meaning_are_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(CONFIG, **changes)
 
 
 def test_features_are_those_below_the_selected_layer():

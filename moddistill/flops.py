@@ -1,0 +1,92 @@
+"""Floating-point operations that a step needs, counted from the architecture.
+
+Those of matrix products alone, a multiplication and an addition each; recomputation and padding do
+not count. Compilers count a loop's body once, so their figure is no use.
+"""
+
+from typing import NamedTuple
+
+from moddistill.model_folder import abstract_params
+from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vision import VisionConfig
+from moddistill.models.vlm import ModelConfig
+from moddistill.sharding import unbox
+from moddistill.tree import flatten
+
+
+class Tokens(NamedTuple):
+    """What one step reads: rows, their length, pictures, and positions that meet the vocabulary."""
+
+    rows: int
+    length: int
+    images: int
+    supervised: int
+
+
+def forward_flops(config: ModelConfig, tokens: Tokens) -> float:
+    """Of one pass through tower, projector, decoder and, at supervised positions, the head."""
+    seen = tokens.rows * tokens.length
+    total = seen * decoder_flops(config.decoder, tokens.length)
+    total += tokens.supervised * 2.0 * config.decoder.width * config.decoder.vocab_size
+    if config.vision is not None:
+        patches = config.vision.patches
+        total += tokens.images * (tower_flops(config.vision) + patches * _projector_flops(config))
+    return total
+
+
+def step_flops(config: ModelConfig, tokens: Tokens, trained: set[str]) -> float:
+    """Of a student's forward and backward pass, in which only `trained` paths get a gradient.
+
+    The gradient of activations costs as much as the forward pass wherever something below trains,
+    that of weights as much again where they train. A frozen tower is below everything.
+    """
+    share = _trained_share(config, trained)
+    tower_trains = any(path.startswith("vision/") for path in trained)
+    tower = tokens.images * tower_flops(config.vision) if config.vision else 0.0
+    rest = forward_flops(config, tokens) - tower
+    return tower * (3.0 if tower_trains else 1.0) + rest * (2.0 + share)
+
+
+def decoder_flops(decoder: DecoderConfig, length: int) -> float:
+    """Of all layers, for one token of a sequence of that length."""
+    heads = decoder.heads * decoder.head_dim
+    projections = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim)
+    attention = 2.0 * projections + 4.0 * length * heads
+    dense = 6.0 * decoder.width * decoder.mlp
+    sparse = dense
+    if decoder.moe is not None:
+        width = decoder.moe.moe_intermediate_size or decoder.mlp
+        sparse = 6.0 * decoder.width * width * decoder.moe.top_k
+        sparse += 2.0 * decoder.width * decoder.moe.num_experts
+        sparse += dense if decoder.moe.residual else 0.0
+    experts = len(decoder.moe_layers)
+    return decoder.layers * attention + experts * sparse + (decoder.layers - experts) * dense
+
+
+def tower_flops(vision: VisionConfig) -> float:
+    """Of the layers up to the selected one, for one picture."""
+    length = vision.patches + vision.class_token
+    layer = 8.0 * vision.width**2 + 4.0 * vision.width * vision.mlp + 4.0 * length * vision.width
+    patch = 2.0 * 3 * vision.patch_size**2 * vision.width
+    return length * vision.used_layers * layer + vision.patches * patch
+
+
+def _projector_flops(config: ModelConfig) -> float:
+    """For one patch."""
+    kernels = [
+        leaf.size
+        for path, leaf in flatten(unbox(abstract_params(config))).items()
+        if path.startswith("projector/") and path.endswith("/kernel")
+    ]
+    return 2.0 * sum(kernels)
+
+
+def _trained_share(config: ModelConfig, trained: set[str]) -> float:
+    """Of the weights that a token meets outside the tower, those that train."""
+    moe = config.decoder.moe
+    active = {}
+    for path, leaf in flatten(unbox(abstract_params(config))).items():
+        if not path.startswith("vision/") and path != "decoder/embedding":
+            idle = "/experts_" in path and moe is not None
+            active[path] = leaf.size * (moe.top_k / moe.num_experts if idle else 1.0)
+    return sum(size for path, size in active.items() if path in trained) / sum(active.values())

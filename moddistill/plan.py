@@ -1,0 +1,268 @@
+"""Compiles the real step of an experiment for a named accelerator, without owning one.
+
+    python -m moddistill.plan --config experiments/d2s.py:student=qwen2-0.5b,teacher=qwen2-7b \\
+        --topology v6e:1x1 --config.batch_size=8 [--json] [--fit]
+
+Prints memory a chip and what it consists of, model FLOPs a step, collectives, whether it fits, and
+how many days the experiment takes at a given utilisation. `--fit` looks for the largest micro-batch
+that fits. Models need not exist: a path that is not there stands for the preset it names.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from moddistill import accelerators, sharding
+from moddistill.command import parse_flags, plain_errors
+from moddistill.config import TrainConfig, from_config_dict
+from moddistill.flops import Tokens, forward_flops, step_flops
+from moddistill.model_folder import as_model_folder, read_model_config
+from moddistill.models.presets import PRESETS, preset
+from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vlm import ModelConfig
+from moddistill.program import Program, make_program, place
+from moddistill.settings import check_settings, check_spread
+from moddistill.stages import stage_of
+from moddistill.state import State
+
+LOG = logging.getLogger("moddistill")
+SUPERVISED = 0.25  # share of positions, about that of LLaVA's data
+_RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
+    """What the step of an experiment takes on a topology; sizes are bytes of one chip.
+
+    Raises:
+      ValueError: for settings or a topology that do not fit.
+    """
+    check_settings(config)
+    student, teacher = architectures(config)
+    devices = accelerators.devices_of(topology)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    check_spread(config, mesh)
+    # Outside of the mesh, whose devices cannot run even the smallest operation.
+    program = make_program(config, student, teacher, mesh)
+    state = place(program.state, program.places)
+    batch = abstract_batch(config, student, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        compiled = _compile(program.step.lower(state, program.teacher, batch))
+    memory = compiled.memory_analysis() if compiled else None
+    report = {
+        "topology": topology,
+        "chips": len(devices),
+        "micro_batch": config.batch_size // config.accumulate,
+        "peak_bytes_per_chip": memory.peak_memory_in_bytes if memory else None,
+        "argument_bytes_per_chip": memory.argument_size_in_bytes if memory else None,
+        "temp_bytes_per_chip": memory.temp_size_in_bytes if memory else None,
+        "arguments": _arguments(state, program, batch),
+        "collectives": _collectives(compiled, len(devices)) if compiled else None,
+    }
+    report |= _flops(config, student, teacher, program)
+    return report | _verdict(report, topology, config.steps, utilisation)
+
+
+def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
+    """The plan with the fewest micro-batches of equal size that fits; the last one if none does."""
+    smallest = config.batch_size
+    for accumulate in (n for n in range(1, smallest + 1) if smallest % n == 0):
+        candidate = dataclasses.replace(config, accumulate=accumulate)
+        report = plan(candidate, topology, utilisation)
+        if report["fits"]:
+            break
+    return report
+
+
+def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]:
+    """Student, with its experts, and teacher of an experiment whose models may not exist yet."""
+    stage = stage_of(config)
+    student = _architecture(config.student)
+    student = dataclasses.replace(student, template=config.data.template)
+    makes_experts = stage.sparse or (config.stage == "preference" and not student.decoder.moe)
+    if makes_experts:
+        student = upcycle_config(student, config.moe)
+    return student, _architecture(config.teacher) if config.teacher else None
+
+
+def _architecture(spec: str) -> ModelConfig:
+    folder = Path(spec)
+    if not spec.startswith("random:") and folder.exists():
+        return read_model_config(as_model_folder(folder))
+    names = [part for part in re.split(r"[/:]", spec) if part in PRESETS]
+    if not names:
+        raise ValueError(
+            f"{spec!r} is not there and names no preset; accepted: a model folder, or a path with "
+            f"one of {', '.join(PRESETS)}"
+        )
+    return preset(names[0])
+
+
+def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Shapes of a batch as the pipeline gives it, with their sharding."""
+    where = sharding.batch_sharding(mesh)
+
+    def shape(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *size), dtype, sharding=where)
+
+    length = config.data.max_length
+    side = {name: shape(length) for name in ("tokens", "positions", "segments")}
+    side["loss_mask"] = shape(length, dtype=bool)
+    both = stage_of(config).records == "preference"
+    batch = {"chosen": side, "rejected": dict(side)} if both else side
+    if student.vision is not None:
+        size = student.vision.image_size
+        batch["images"] = shape(config.data.max_images, size, size, 3, dtype=jnp.uint8)
+    return batch
+
+
+def _compile(lowered: Any) -> Any:
+    """The compiled program; None if the compiler finds that it cannot fit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        LOG.warning("%s", str(error).splitlines()[0])
+        return None
+
+
+def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
+    """None where the compiler cannot print its program."""
+    if chips == 1:
+        return {}
+    try:
+        return collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def collectives(program: str) -> dict[str, dict[str, int]]:
+    """Number and bytes of each kind of collective in a compiled program.
+
+    One inside a loop counts once, and its bytes are those of its result on one chip.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for result, kind in _COLLECTIVE.findall(program):
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size = math.prod(int(n) for n in dims.split(",") if n)
+            entry["bytes"] += size * _BYTES.get(dtype, 0)
+    return found
+
+
+def _arguments(state: State, program: Program, batch: Any) -> dict[str, int]:
+    """Bytes of one chip by what they are for."""
+    parts = {
+        "trained": state.params,
+        "moments": state.opt_state,
+        "frozen": state.frozen,
+        "teacher": program.teacher,
+        "batch": batch,
+    }
+    return {
+        name: sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(part)
+        )
+        for name, part in parts.items()
+    }
+
+
+def _flops(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, program: Program
+) -> dict[str, float]:
+    sides = 2 if stage_of(config).records == "preference" else 1
+    rows = config.batch_size * sides
+    length = config.data.max_length
+    images = config.batch_size * config.data.max_images if student.vision else 0
+    tokens = Tokens(rows, length, images, round(rows * length * SUPERVISED))
+    taught = forward_flops(teacher, tokens) if teacher is not None else 0.0
+    return {
+        "model_flops_per_step": step_flops(student, tokens, set(program.state.params)),
+        "teacher_flops_per_step": taught,
+    }
+
+
+def _verdict(
+    report: dict[str, Any], topology: str, steps: int, utilisation: float
+) -> dict[str, Any]:
+    name, _ = accelerators.parse(topology)
+    if name == "cpu":
+        return {"fits": None}
+    chip = accelerators.CHIPS[name]
+    allowed = round(chip.memory / chip.devices * _RESERVED)
+    flops = report["model_flops_per_step"] + report["teacher_flops_per_step"]
+    speed = chip.flops / chip.devices * report["chips"] * utilisation
+    return {
+        "allowed_bytes_per_chip": allowed,
+        "fits": report["peak_bytes_per_chip"] is not None
+        and report["peak_bytes_per_chip"] <= allowed,
+        "days": steps * flops / speed / 86400,
+        "utilisation": utilisation,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for people."""
+    gib = {
+        key: math.nan if value is None else value / 2**30
+        for key, value in report.items()
+        if key.endswith("per_chip")
+    }
+    lines = [
+        f"{report['topology']}: {report['chips']} devices, {report['micro_batch']} samples at once",
+        f"peak       {gib['peak_bytes_per_chip']:8.2f} GiB a device",
+        f"arguments  {gib['argument_bytes_per_chip']:8.2f} GiB",
+    ]
+    for name, size in report["arguments"].items():
+        lines.append(f"  {name:<9}{size / 2**30:8.2f} GiB")
+    lines.append(f"temporary  {gib['temp_bytes_per_chip']:8.2f} GiB")
+    if report["collectives"] is None:
+        lines.append("collectives are unknown: there is no program, or it cannot be printed")
+    for kind, entry in (report["collectives"] or {}).items():
+        lines.append(f"{kind:<18} {entry['count']:4} times, {entry['bytes'] / 2**20:10.1f} MiB")
+    lines.append(f"student    {report['model_flops_per_step'] / 1e12:10.1f} TFLOP a step")
+    lines.append(f"teacher    {report['teacher_flops_per_step'] / 1e12:10.1f} TFLOP a step")
+    if report["fits"] is not None:
+        word = "fits" if report["fits"] else "does not fit"
+        lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
+        lines.append(f"{report['days']:.2f} days at {report['utilisation']:.0%} utilisation")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of `python -m moddistill.plan`."""
+    values = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
+    topology = flags.DEFINE_string("topology", None, "Such as v5p:2x2x1.", required=True)
+    as_json = flags.DEFINE_bool("json", False, "Print one JSON object.")
+    largest = flags.DEFINE_bool("fit", False, "Look for the largest micro-batch that fits.")
+    utilisation = flags.DEFINE_float("utilisation", 0.4, "Share of the peak speed, for the days.")
+
+    def run(_: Any) -> None:
+        jax.config.update("jax_platforms", "cpu")
+        with plain_errors():
+            config = from_config_dict(TrainConfig, values.value.to_dict())
+            report = (fit if largest.value else plan)(config, topology.value, utilisation.value)
+            print(json.dumps(report) if as_json.value else describe(report))
+
+    app.run(run, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The compiled step of a stage, from architectures alone: no array is made here.
+
+Training fills it with parameters; planning compiles it for a device that nobody owns.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moddistill import sharding
+from moddistill.config import TrainConfig
+from moddistill.losses import Loss
+from moddistill.model_folder import abstract_params
+from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.optim import make_optimizer
+from moddistill.stages import stage_of, trainable_patterns
+from moddistill.state import State, cast_frozen, make_state, state_shardings
+from moddistill.step import make_step
+from moddistill.tree import flatten, match
+
+
+class Program(NamedTuple):
+    """A stage on a mesh.
+
+    Attributes:
+      model: the student.
+      loss: of the stage.
+      step: `state, metrics = step(state, teacher, batch)`, jitted; takes over the state's memory.
+      make_state: from all parameters to the state, to be jitted with `places`.
+      state: shapes of the state.
+      places: its shardings.
+      teacher: shapes of the teacher's parameters with their shardings, or None.
+    """
+
+    model: Vlm
+    loss: Loss
+    step: Callable[..., Any]
+    make_state: Callable[[Any], State]
+    state: State
+    places: State
+    teacher: Any
+
+
+def make_program(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
+) -> Program:
+    """Everything of a stage that its architectures decide."""
+    dtype = jnp.dtype(config.dtype)
+    model = Vlm(student, dtype, config.remat)
+    boxed = abstract_params(student)
+    params = sharding.unbox(boxed)
+    trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
+    optimizer = make_optimizer(config.optim, config.steps)
+
+    def make(params: Any) -> State:
+        return make_state(params, trainable, optimizer, dtype)
+
+    everywhere = sharding.replicated(mesh)
+    state = jax.eval_shape(make, params)
+    param_places = flatten(sharding.param_shardings(mesh, boxed))
+    places = state_shardings(state, param_places, optimizer, everywhere)
+    teacher_model = None if teacher is None else Vlm(teacher, dtype, config.remat)
+    loss = stage_of(config).loss(model, teacher_model, config.loss)
+    step = jax.jit(
+        make_step(loss, optimizer, config.accumulate, config.seed),
+        donate_argnums=0,
+        out_shardings=(places, everywhere),
+    )
+    frozen = None if teacher is None else _abstract_teacher(teacher, dtype, mesh)
+    return Program(model, loss, step, make, state, places, frozen)
+
+
+def _abstract_teacher(teacher: ModelConfig, dtype: Any, mesh: Mesh) -> Any:
+    boxed = abstract_params(teacher)
+    shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
+    return place(shapes, sharding.param_shardings(mesh, boxed))
+
+
+def place(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )

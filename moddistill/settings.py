@@ -1,0 +1,107 @@
+"""What the settings of a run may be, alone and together with a mesh or a workdir."""
+
+import dataclasses
+import json
+import math
+import operator
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from moddistill.config import MoeConfig, TrainConfig
+from moddistill.processes import is_first
+from moddistill.sharding import BATCH_AXES
+from moddistill.stages import stage_of
+from moddistill.tree import flatten
+
+# Settings that may change between a run and its resumption.
+_FREE = ("log_every", "save_every")
+
+_TINY = 1e-30  # a number above 0
+_RANGES = {
+    "steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+    "log_every": (1, math.inf),
+    "save_every": (1, math.inf),
+    "heldout_steps": (0, math.inf),
+    "optim.lr": (0, 1e38),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.eps": (0, 1),
+    "optim.weight_decay": (0, 1e38),
+    "optim.warmup_ratio": (0, 1),
+    "optim.clip_norm": (0, 1e38),
+    "loss.chunk": (1, math.inf),
+    "loss.kd_weight": (0, 1e38),
+    "loss.ce_weight": (0, 1e38),
+    "loss.balance_weight": (0, 1e38),
+    "loss.router_z_weight": (0, 1e38),
+    "loss.beta": (_TINY, 1e38),
+    "loss.label_smoothing": (0, 0.5),
+    "moe.capacity_factor": (_TINY, 1e38),
+    "data.max_length": (1, math.inf),
+    "data.max_images": (1, math.inf),
+    "data.workers": (0, math.inf),
+}
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raises ValueError for an unknown stage, numbers without a meaning, or settings not used."""
+    stage = stage_of(config)
+    for name, (least, most) in _RANGES.items():
+        value = operator.attrgetter(name)(config)
+        if not least <= value <= most:
+            raise ValueError(f"config.{name} is {value}; accepted: {least} to {most}")
+    if not stage.sparse and config.moe != MoeConfig():
+        raise ValueError(
+            f"config.moe is set, but stage {config.stage!r} makes no experts; accepted: its "
+            "defaults, since the student brings its own"
+        )
+    if config.heldout_steps and not config.data.heldout.path:
+        raise ValueError("config.data.heldout.path is empty, but heldout_steps is not 0")
+    if config.batch_size % config.accumulate:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}; accepted: a multiple of accumulate, "
+            f"{config.accumulate}"
+        )
+
+
+def check_spread(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ValueError unless micro-batches can be spread over the devices."""
+    places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if (config.batch_size // config.accumulate) % places:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size} in {config.accumulate} micro-batches; "
+            f"accepted: micro-batches of a multiple of {places} samples, for the mesh has so many "
+            f"devices along {', '.join(BATCH_AXES)}"
+        )
+
+
+def check_workdir(config: TrainConfig, workdir: Path) -> None:
+    """Raises ValueError if the workdir belongs to a run with other settings."""
+    file = workdir / "config.json"
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    if file.is_file():
+        theirs = json.loads(file.read_text())
+        ours, theirs = flatten(ours), flatten(theirs)
+        changed = [
+            f"{key.replace('/', '.')}: {theirs.get(key)!r} there, {ours.get(key)!r} now"
+            for key in ours | theirs
+            if key not in _FREE and theirs.get(key) != ours.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with other settings ({'; '.join(changed)}); accepted: the "
+                "same settings to resume it, or another --workdir"
+            )
+
+
+def write_settings(config: TrainConfig, workdir: Path) -> None:
+    """Writes `config.json`, against which later runs in the workdir are checked."""
+    if not is_first():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    (workdir / "config.json").write_text(text)

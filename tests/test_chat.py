@@ -1,0 +1,42 @@
+import io
+
+import pytest
+
+from moddistill import chat
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.generate import Prompt, answer
+from moddistill.model_folder import load
+
+
+@pytest.fixture
+def picture(tiny_config):
+    [source] = tiny_config("sft").data.sources.values()
+    return f"{source.images}/0.png"
+
+
+def test_each_answer_sees_the_turns_before_it(tiny_models, picture):
+    folder = tiny_models["dense"]
+    model, params = load(folder)
+    tokenizer = load_tokenizer(str(folder))
+    asked = iter(["what colour is it?", "is it red?"])
+    first, second = chat.converse(model, params, tokenizer, asked, [picture], 4)
+    question = "<image>\nwhat colour is it?"
+    prompts = [
+        Prompt(question, (picture,)),
+        Prompt("is it red?", (picture,), ((question, first),)),
+    ]
+    for reply, prompt in zip((first, second), prompts, strict=True):
+        [expected] = answer(model, params, tokenizer, [prompt], max_new_tokens=4)
+        assert reply == expected.text
+
+
+def test_an_empty_line_ends_the_conversation(tiny_models, picture, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\nnever asked\n"))
+    chat.main(["--model", str(tiny_models["dense"]), "--image", picture, "--max_new_tokens", "2"])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_picture_that_is_missing(tiny_models, capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["--model", str(tiny_models["dense"]), "--image", "gone.png"])
+    assert "--image 'gone.png': no such file" in capsys.readouterr().err

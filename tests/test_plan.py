@@ -1,0 +1,75 @@
+import dataclasses
+
+import pytest
+
+from moddistill import plan
+from moddistill.config import MeshConfig
+
+
+@pytest.fixture(scope="module")
+def report(tiny_config):
+    """The plan of the smallest sparse stage on eight simulated devices."""
+    config = tiny_config("d2s", mesh={"data": 2, "fsdp": 2, "expert": 2})
+    return plan.plan(config, "cpu:8")
+
+
+def test_what_a_plan_says(report):
+    wanted = {"peak_bytes_per_chip", "argument_bytes_per_chip", "temp_bytes_per_chip"}
+    wanted |= {"model_flops_per_step", "teacher_flops_per_step", "collectives", "fits"}
+    assert report.keys() >= wanted
+    assert report["chips"] == 8
+    assert report["argument_bytes_per_chip"] >= sum(report["arguments"].values()) * 0.99
+    assert report["collectives"]["all-reduce"]["bytes"] > 0
+    assert report["fits"] is None  # nobody knows this machine's other programs
+
+
+def test_parameters_and_moments_are_split(tiny_config, report):
+    """Moments are twice the trained parameters, and a share of each lies on every device."""
+    alone = plan.plan(tiny_config("d2s", mesh={"data": 8}), "cpu:8")
+    parts, whole = report["arguments"], alone["arguments"]
+    assert whole["moments"] == pytest.approx(2 * whole["trained"], abs=16)
+    assert parts["trained"] < 0.4 * whole["trained"]
+    assert parts["teacher"] < whole["teacher"]
+
+
+def test_report_for_people(report):
+    text = plan.describe(report)
+    assert text.startswith("cpu:8: 8 devices, 8 samples at once\npeak ")
+    assert "teacher" in text
+
+
+def test_collectives_of_a_program():
+    text = """
+  %a = f32[8,4]{1,0} all-reduce(f32[8,4]{1,0} %x), channel_id=1
+  %b = (bf16[16]{0}, bf16[16]{0}) all-gather-start(bf16[8]{0} %y)
+  %c = f32[2]{0} add(f32[2]{0} %p, f32[2]{0} %q)
+"""
+    assert plan.collectives(text) == {
+        "all-reduce": {"count": 1, "bytes": 128},
+        "all-gather": {"count": 1, "bytes": 64},
+    }
+
+
+def test_models_that_do_not_exist_stand_for_their_preset(tiny_config):
+    config = dataclasses.replace(
+        tiny_config("d2s"), student="runs/qwen2-0.5b/d2d/model", teacher="runs/qwen2-7b/sft/model"
+    )
+    student, teacher = plan.architectures(config)
+    assert (student.decoder.width, student.decoder.moe.num_experts) == (896, 4)
+    assert teacher.decoder.width == 3584
+    with pytest.raises(ValueError, match="'runs/x/model' is not there and names no preset"):
+        plan.architectures(dataclasses.replace(config, student="runs/x/model"))
+
+
+def test_largest_micro_batch(tiny_config, monkeypatch):
+    """The fewest micro-batches that fit; here all but the whole batch do."""
+    config = tiny_config("d2s", mesh=dataclasses.asdict(MeshConfig()))
+    seen = []
+
+    def pretend(candidate, *_):
+        seen.append(candidate.accumulate)
+        return {"fits": candidate.accumulate >= 2}
+
+    monkeypatch.setattr(plan, "plan", pretend)
+    assert plan.fit(config, "cpu:8") == {"fits": True}
+    assert seen == [1, 2]
