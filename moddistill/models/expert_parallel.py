@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.models.dispatch import Experts, assign_blocks, expert_mixture
+from moddistill.models.dispatch import expert_mixture, sort_rows
+from moddistill.models.grouped import Experts
 from moddistill.sharding import BATCH_AXES, is_distributed
 
 _KERNELS = {
@@ -31,8 +32,8 @@ def mix_on_one_device(
     experts: Experts,
 ) -> Float[Array, "T D"]:
     """`sum_j weights[t, j] * expert_{chosen[t, j]}(tokens[t])` over the assignments to keep."""
-    blocks = assign_blocks(chosen, keep, len(experts["gate"]))
-    return expert_mixture(tokens, weights, experts, blocks)
+    rows = sort_rows(chosen, keep, len(experts["gate"]))
+    return expert_mixture(tokens, weights, experts, rows)
 
 
 def mix_experts(

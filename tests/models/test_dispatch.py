@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moddistill.models.dispatch import assign_blocks, block_size, expert_mixture
+from moddistill.models.dispatch import block_size, expert_mixture, sort_rows
 from tests.models import draw
 
 WIDTH, MLP = 6, 10
@@ -36,40 +36,59 @@ def routing(tokens, num_experts, top_k, chosen, kept, seed=0):
 def test_every_kept_assignment_has_a_row_of_its_own_in_a_block_of_its_expert(case):
     num_experts = case[1]
     experts, keep = routing(*case)
-    blocks = jax.jit(assign_blocks, static_argnums=2)(experts, keep, num_experts)
-    row, source, block_expert, used = (np.asarray(x) for x in blocks)
-    block = block_size(experts.size, num_experts)
+    rows = jax.jit(sort_rows, static_argnums=2)(experts, keep, num_experts)
+    row, source, blocks = (np.asarray(x) for x in rows)
+    block = block_size(len(experts) * min(experts.shape[1], num_experts), num_experts)
     flat_row, flat_keep = row.reshape(-1), np.asarray(keep).reshape(-1)
+    flat_source = source.reshape(-1)
 
-    assert source.shape == (block * len(block_expert),)
+    assert source.shape[1] == block
     np.testing.assert_array_equal(flat_row[~flat_keep], source.size)
-    np.testing.assert_array_equal(source[flat_row[flat_keep]], np.flatnonzero(flat_keep))
+    np.testing.assert_array_equal(flat_source[flat_row[flat_keep]], np.flatnonzero(flat_keep))
     assert np.sum(source < experts.size) == flat_keep.sum()
     assert np.all(source[source >= experts.size] == experts.size)
+    expert_of_block = np.repeat(np.arange(num_experts), blocks)
     np.testing.assert_array_equal(
-        block_expert[flat_row[flat_keep] // block], np.asarray(experts).reshape(-1)[flat_keep]
+        expert_of_block[flat_row[flat_keep] // block], np.asarray(experts).reshape(-1)[flat_keep]
     )
     counts = np.bincount(np.asarray(experts)[np.asarray(keep)], minlength=num_experts)
-    assert used == np.sum(-(-counts // block)) <= len(block_expert)
+    np.testing.assert_array_equal(blocks, -(-counts // block))
+    assert np.sum(blocks) <= len(source)
 
 
 def test_rows_of_an_expert_keep_the_order_of_the_tokens_and_fill_blocks_from_the_front():
     # 3 tokens, 2 choices, 2 experts: blocks of 8, of which 6 // 8 + 2 = 2 can be in use.
     experts = jnp.array([[1, 0], [0, 1], [1, 0]], jnp.int32)
     keep = jnp.array([[True, True], [True, False], [True, True]])
-    blocks = assign_blocks(experts, keep, 2)
+    rows = sort_rows(experts, keep, 2)
     # Expert 0 has assignments 1 (token 0), 2 (token 1), 5 (token 2); expert 1 has 0 and 4.
-    np.testing.assert_array_equal(blocks.row, [[8, 0], [1, 16], [9, 2]])
-    np.testing.assert_array_equal(blocks.source, [1, 2, 5] + [6] * 5 + [0, 4] + [6] * 6)
-    np.testing.assert_array_equal(blocks.expert, [0, 1])
-    assert blocks.used == 2
+    np.testing.assert_array_equal(rows.row, [[8, 0], [1, 16], [9, 2]])
+    np.testing.assert_array_equal(rows.source, [[1, 2, 5] + [6] * 5, [0, 4] + [6] * 6])
+    np.testing.assert_array_equal(rows.blocks, [1, 1])
+
+
+def test_rows_suffice_for_experts_of_which_a_token_has_one_here():
+    """Of two choices at most one is kept when there is one expert: half of the rows."""
+    experts = jnp.zeros((64, 2), jnp.int32)
+    keep = jnp.arange(2)[None] == jnp.arange(64)[:, None] % 2
+    rows = sort_rows(experts, keep, 1)
+    assert rows.source.shape == (9, 8)
+    np.testing.assert_array_equal(rows.blocks, [8])
 
 
 @pytest.mark.parametrize(
     ("assignments", "num_experts", "expected"),
-    [(1, 1, 8), (64, 8, 8), (71, 8, 8), (72, 8, 16), (100, 4, 32), (512, 4, 128), (9999, 4, 128)],
+    [
+        (1, 1, 8),
+        (64, 8, 8),
+        (575, 8, 8),
+        (576, 8, 16),
+        (2048, 4, 64),
+        (16384, 4, 512),
+        (99999, 4, 512),
+    ],
 )
-def test_blocks_are_the_power_of_two_at_or_above_the_mean_load_from_8_to_128(
+def test_blocks_are_the_power_of_two_at_or_above_an_eighth_of_the_mean_load(
     assignments, num_experts, expected
 ):
     assert block_size(assignments, num_experts) == expected
@@ -96,8 +115,8 @@ def test_outputs_and_gradients_equal_those_of_all_experts_on_all_tokens(case):
     inputs = (draw.normal(tokens, WIDTH), jnp.abs(draw.normal(tokens, top_k, seed=5)), kernels)
     outer = draw.normal(tokens, WIDTH, seed=6)
 
-    def by_blocks(*inputs):
-        return expert_mixture(*inputs, assign_blocks(experts, keep, num_experts))
+    def by_rows(*inputs):
+        return expert_mixture(*inputs, sort_rows(experts, keep, num_experts))
 
     def by_all(*inputs):
         return dense_mixture(*inputs, experts, keep)
@@ -112,7 +131,7 @@ def test_outputs_and_gradients_equal_those_of_all_experts_on_all_tokens(case):
         return output, gradients
 
     chex.assert_trees_all_close(
-        output_and_gradients(by_blocks), output_and_gradients(by_all), atol=1e-5, rtol=1e-5
+        output_and_gradients(by_rows), output_and_gradients(by_all), atol=1e-5, rtol=1e-5
     )
 
 
@@ -121,8 +140,8 @@ def test_an_expert_without_tokens_has_no_gradient():
     kernels = {name: draw.normal(3, 4, 4) for name in ("gate", "up", "down")}
 
     def total(kernels):
-        blocks = assign_blocks(experts, keep, 3)
-        return jnp.sum(expert_mixture(draw.normal(2, 4), jnp.ones((2, 1)), kernels, blocks))
+        rows = sort_rows(experts, keep, 3)
+        return jnp.sum(expert_mixture(draw.normal(2, 4), jnp.ones((2, 1)), kernels, rows))
 
     for gradient in jax.jit(jax.grad(total))(kernels).values():
         assert np.all(gradient[1] == 0)
@@ -136,7 +155,7 @@ def test_half_precision_inputs_give_half_precision_outputs_and_gradients():
     hidden, weights = draw.normal(2, 4).astype(half), jnp.full((2, 2), 0.5)
 
     def total(hidden, weights, kernels):
-        output = expert_mixture(hidden, weights, kernels, assign_blocks(experts, keep, 2))
+        output = expert_mixture(hidden, weights, kernels, sort_rows(experts, keep, 2))
         assert output.dtype == half
         return jnp.sum(output.astype(jnp.float32))
 

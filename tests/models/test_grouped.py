@@ -1,0 +1,96 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from moddistill.models import grouped
+from tests.models import draw
+
+WIDTH, MLP, BLOCK = 128, 256, 8
+
+
+def inputs(blocks, unused, dtype=jnp.float32):
+    """Random rows in as many blocks as given, and `unused` ones behind them."""
+    count, experts = sum(blocks) + unused, len(blocks)
+    kernels = {
+        "gate": draw.normal(experts, WIDTH, MLP, seed=2) / 11,
+        "up": draw.normal(experts, WIDTH, MLP, seed=3) / 11,
+        "down": draw.normal(experts, MLP, WIDTH, seed=4) / 16,
+    }
+    rows = draw.normal(count, BLOCK, WIDTH)
+    arrays = (rows, jnp.abs(draw.normal(count, BLOCK, seed=5)), draw.normal(*rows.shape, seed=6))
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
+    tokens, outer, kernels = cast(arrays[0]), cast(arrays[2]), cast(kernels)
+    return tokens, arrays[1], outer, kernels, jnp.asarray(blocks, jnp.int32)
+
+
+def plain(tokens, kernels, blocks):
+    """Each block with the kernels of its expert."""
+    expert = jnp.repeat(jnp.arange(len(blocks)), blocks)
+    used = tokens[: len(expert)]
+    gate = jnp.einsum("GCD,GDF->GCF", used, kernels["gate"][expert])
+    up = jnp.einsum("GCD,GDF->GCF", used, kernels["up"][expert])
+    return jnp.einsum("GCF,GFD->GCD", nn.silu(gate) * up, kernels["down"][expert]), gate, up
+
+
+FORMS = {
+    "pieces": (grouped.forward_by_pieces, grouped.backward_by_pieces),
+    "kernel": (
+        functools.partial(grouped.forward_by_kernel, interpret=True),
+        functools.partial(grouped.backward_by_kernel, interpret=True),
+    ),
+    "backend": (grouped.forward, grouped.backward),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("blocks", "unused"), [((1,), 0), ((7, 0, 2), 3), ((3, 5, 1, 6), 1)])
+def test_each_form_is_the_plain_one(form, blocks, unused):
+    tokens, scales, outer, kernels, count = inputs(blocks, unused)
+    used = sum(blocks)
+    forward, backward = FORMS[form]
+    output, gate, up = jax.jit(forward)(tokens, kernels, count)
+    expected = plain(tokens, kernels, count)
+    chex.assert_trees_all_close(
+        (output[:used], gate[:used], up[:used]), expected, atol=1e-5, rtol=1e-5
+    )
+
+    def weighted(tokens, scales, kernels):
+        return jnp.sum(plain(tokens, kernels, count)[0] * (outer * scales[..., None])[:used])
+
+    d_tokens, d_scales, d_kernels = jax.grad(weighted, (0, 1, 2))(tokens, scales, kernels)
+    got = jax.jit(backward)(tokens, scales, outer, gate, up, kernels, count)
+    chex.assert_trees_all_close(
+        (got[0][:used], got[1][:used]), (d_tokens[:used], d_scales[:used]), atol=1e-5, rtol=1e-4
+    )
+    present = [i for i, n in enumerate(blocks) if n]
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x[jnp.asarray(present)], got[2]),
+        jax.tree.map(lambda x: x[jnp.asarray(present)], d_kernels),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_expert_without_rows_has_no_gradient(form):
+    tokens, scales, outer, kernels, count = inputs((0, 2, 0), 1)
+    forward, backward = FORMS[form]
+    _, gate, up = forward(tokens, kernels, count)
+    gradients = backward(tokens, scales, outer, gate, up, kernels, count)[2]
+    for gradient in gradients.values():
+        assert jnp.all(gradient[jnp.asarray([0, 2])] == 0)
+
+
+@pytest.mark.parametrize("form", ["pieces", "kernel"])
+def test_low_precision_keeps_weight_gradients_in_float32(form):
+    tokens, scales, outer, kernels, count = inputs((3, 2), 0, jnp.bfloat16)
+    forward, backward = FORMS[form]
+    output, gate, up = forward(tokens, kernels, count)
+    assert {x.dtype for x in (output, gate, up)} == {jnp.dtype("bfloat16")}
+    d_tokens, d_scales, d_kernels = backward(tokens, scales, outer, gate, up, kernels, count)
+    assert d_tokens.dtype == jnp.bfloat16 and d_scales.dtype == jnp.float32
+    assert {x.dtype for x in d_kernels.values()} == {jnp.dtype("float32")}
