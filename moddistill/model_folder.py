@@ -39,7 +39,7 @@ def save_model(
     source: dict[str, Any],
 ) -> None:
     """Writes a model folder; an interrupted write leaves none."""
-    with new_folder(Path(folder), overwrite=True) as aside:
+    with _new_folder_of_all(Path(folder)) as aside:
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _storage
         with context:
@@ -97,20 +97,30 @@ def new_folder(folder: Path, overwrite: bool, keep: Sequence[Path] = ()) -> Iter
     for source in keep:
         if folder.exists() and source.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
-    aside = folder.with_name(f".{folder.name}.partial")
-    if is_first():
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    wait_for_all(f"making {aside}")
+    aside = _aside(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
         yield aside
     except BaseException:
-        if is_first():
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
-    wait_for_all(f"filling {aside}")
-    if is_first():
-        _exchange(aside, folder)
+    _exchange(aside, folder)
+
+
+@contextlib.contextmanager
+def _new_folder_of_all(folder: Path) -> Iterator[Path]:
+    """`new_folder`, made and renamed by the first process, that all of them write into."""
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            stack.enter_context(new_folder(folder, overwrite=True))
+        wait_for_all(f"making {folder}")
+        yield _aside(folder)
+        wait_for_all(f"filling {folder}")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _exchange(new: Path, folder: Path) -> None:

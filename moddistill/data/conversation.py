@@ -65,7 +65,7 @@ def prompt(template: str, turns: Sequence[tuple[str, str]], question: str) -> li
 
 
 def end_token(template: str) -> str:
-    """Where generation stops. For `plain` it is text, "\\n", which a longer token may contain."""
+    """Where generation stops. For `plain` it is text, "\\n", which is tokenised apart."""
     _check_template(template)
     return {"vicuna": END_OF_TEXT, "chatml": IM_END, "plain": "\n"}[template]
 
@@ -83,7 +83,9 @@ def _render_plain(turns: Sequence[tuple[str, str]]) -> list[Piece]:
     question, answer = turns[0]
     if question.count(IMAGE) != 1:
         raise ValueError(f"the plain template takes one {IMAGE}, not {question.count(IMAGE)}")
-    return [Piece(IMAGE, special=True), Piece(answer + "\n", supervised=True)]
+    # Apart, since tokenizers merge it with the full stop before it, and nothing could end on that.
+    end = Piece("\n", supervised=True)
+    return [Piece(IMAGE, special=True), Piece(answer, supervised=True), end]
 
 
 def _system(template: str) -> list[Piece]:

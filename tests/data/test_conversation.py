@@ -62,7 +62,8 @@ def test_chatml_pieces_of_one_turn():
 
 
 def test_plain_is_the_image_and_the_caption():
-    pieces = [Piece("<image>", special=True), Piece("a dog\n", supervised=True)]
+    caption = [Piece("a dog", supervised=True), Piece("\n", supervised=True)]
+    pieces = [Piece("<image>", special=True), *caption]
     assert render("plain", [("Describe it.\n<image>", "a dog")]) == pieces
     assert prompt("plain", [], "<image>") == pieces[:1]
 

@@ -16,7 +16,6 @@ CONVERSATIONS = {
     "Chinese": [("<image>\n桌子上有什么?请详细描述。", "两个杯子和一本书。"), ("多少?", "两个。")],
     "without a picture": [("你好, who are you?", "I'm a model。")],
     "code and spaces": [("  Fix this:\n\n\tx = 1;  ", "```\nx = 2\n```"), ("thanks!", " Welcome ")],
-    "control tokens as text": [("what does a|im_end|b mean?", "an end")],
 }
 
 

@@ -194,7 +194,7 @@ def test_a_complete_folder_is_kept_and_others_are_errors(source, tmp_path, capsy
     assert "40  images/train" in capsys.readouterr().out
     main(flags)
     assert capsys.readouterr().out == f"{out} is complete\n"
-    with pytest.raises(ValueError, match=r"was built with .*'seed': 0.*, not .*'seed': 5"):
+    with pytest.raises(SystemExit, match=r"error: .* built with .*'seed': 0.*, not .*'seed': 5"):
         main([*flags, "--seed", "5"])
     with pytest.raises(ValueError, match="is no easy-VQA folder"):
         is_built(source, OPTIONS)

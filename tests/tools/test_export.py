@@ -21,6 +21,7 @@ from moddistill.tree import flatten
 from tests.tools import hf_folders as hf
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
+from tools.convert_weights.tensors import open_checkpoint
 from tools.convert_weights.upcycle import upcycle_model
 
 GB = 10**9
@@ -126,6 +127,18 @@ def test_sparse_export_comes_back(sparse, tmp_path, our_logits, random_inputs):
     tokens, images = random_inputs(config)
     ours, again = (our_logits(folder, tokens, images) for folder in (student, tmp_path / "again"))
     np.testing.assert_array_equal(ours, again)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_tensor_of_a_sparse_export_comes_back(name, sparse, tmp_path):
+    _, out, _ = sparse(name)
+    import_model(str(out), tmp_path / "again")
+    export_model(tmp_path / "again", tmp_path / "back", max_shard_size=GB)
+    ours, theirs = open_checkpoint(tmp_path / "back"), open_checkpoint(out)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        np.testing.assert_array_equal(ours[key].read(), tensor.read(), err_msg=key)
 
 
 def test_smaller_dtype(sparse, tmp_path):

@@ -4,11 +4,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from moddistill.model_folder import load, read_model_config
 from moddistill.tree import flatten
 from tests.tools import hf_folders as hf
-from tools.convert_weights import store
+from tools.convert_weights import llava, store
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
 from tools.convert_weights.tensors import open_checkpoint
@@ -77,6 +78,26 @@ def test_multimodal_model_in_and_out(
     np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
     export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+@pytest.mark.parametrize("spelling", llava.SPELLINGS, ids=lambda parts: parts[2])
+@pytest.mark.parametrize(
+    "name", ["CLIP and Qwen2, untied", "SigLIP with its pooling head and Qwen2"]
+)
+def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_tokenizer):
+    source = hf.save(multimodal(name, small_tokenizer.image_id), tmp_path / "hf", small_tokenizer)
+    before = llava.find_spelling(open_checkpoint(source))
+    renamed = {}
+    for key, x in tensors(source).items():
+        # The prefix of the head may be empty or begin that of the decoder.
+        part = next(i for i in (0, 2, 3, 1) if key.startswith(before[i]))
+        renamed[spelling[part] + key.removeprefix(before[part])] = np.array(x)
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    save_file(renamed, source / "model.safetensors")
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), renamed)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -200,6 +221,52 @@ def test_original_dense_checkpoint(
     tokens, images = random_inputs(config)
     theirs = torch_logits(whole, tokens, images, config)
     np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+
+
+@pytest.fixture
+def original(tmp_path, small_tokenizer):
+    """`original(**fields)`: a checkpoint of the original code with these in its config; a tower."""
+    whole = multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
+    tower = hf.clip_tower()
+    tower.load_state_dict(whole.model.vision_tower.state_dict())
+
+    def make(**fields):
+        source = hf.save_original(
+            original_names(whole.state_dict()),
+            original_config(whole.config.text_config) | fields,
+            tmp_path / "original",
+            small_tokenizer,
+        )
+        return str(source), tower
+
+    return make
+
+
+def test_original_checkpoint_selects_its_layer(original, tmp_path):
+    source, tower = original(mm_vision_select_layer=-1)
+    vision = str(hf.save(tower, tmp_path / "vision"))
+    assert import_model(source, tmp_path / "a", vision=vision).vision.select_layer == -1
+    chosen = import_model(source, tmp_path / "b", vision=vision, select_layer=-2)
+    assert chosen.vision.select_layer == -2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mm_use_im_start_end": True}, {"mm_vision_select_feature": "cls_patch"}]
+)
+def test_settings_of_the_original_code_that_are_not_built(original, fields, tmp_path):
+    source, tower = original(**fields)
+    [(name, value)] = fields.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; accepted"):
+        import_model(source, tmp_path / "a", vision=str(hf.save(tower, tmp_path / "vision")))
+
+
+def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp_path):
+    source, tower = original()
+    with torch.no_grad():
+        next(tower.parameters())[0] += 1
+    vision = str(hf.save(tower, tmp_path / "vision"))
+    with pytest.raises(ValueError, match=r"has a tower of its own, whose .* is not that of"):
+        import_model(source, tmp_path / "a", vision=vision)
 
 
 def test_original_sparse_checkpoint(

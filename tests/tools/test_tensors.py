@@ -163,10 +163,32 @@ def test_archive_of_something_else(tmp_path, value):
         read_pickled(tmp_path / "x.bin")
 
 
-def test_strided_tensor_is_refused(tmp_path):
-    torch.save({"a": torch.zeros(2, 3).T}, tmp_path / "x.bin")
-    with pytest.raises(ValueError, match=r"stride \(1, 3\) for shape \(3, 2\)"):
+def test_transposed_matrix(tmp_path):
+    """As in published CLIP files, whose projections were written as `.T`."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": whole.T, "b": whole[1:].T}, tmp_path / "x.bin")
+    tensors = read_pickled(tmp_path / "x.bin")
+    np.testing.assert_array_equal(tensors["a"].read(), whole.T)
+    np.testing.assert_array_equal(tensors["a"].rows(slice(1, 3)).read(), whole.T[1:3])
+    np.testing.assert_array_equal(tensors["b"].read(), whole[1:].T)
+
+
+def test_tensor_of_other_strides_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(4, 6)[:, ::2]}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"stride \(6, 2\) for shape \(4, 3\)"):
         read_pickled(tmp_path / "x.bin")
+
+
+def test_tensor_beyond_its_storage_is_refused(tmp_path):
+    """A pickle that states a larger shape than there are bytes."""
+    torch.save({"a": torch.zeros(7, 9)}, tmp_path / "good.bin")
+    archives = (zipfile.ZipFile(tmp_path / "good.bin"), zipfile.ZipFile(tmp_path / "bad.bin", "w"))
+    with archives[0] as good, archives[1] as bad:
+        for entry in good.infolist():
+            content = good.read(entry)
+            bad.writestr(entry, content[:-8] if entry.filename.endswith("/data/0") else content)
+    with pytest.raises(ValueError, match=r"shape \(7, 9\) from element 0 of 61; accepted: one in"):
+        read_pickled(tmp_path / "bad.bin")
 
 
 def test_shards_are_written_in_any_order_and_read_by_others(tmp_path):

@@ -1,5 +1,6 @@
 """Hugging Face weights in: a model folder from one checkpoint, or from its parts."""
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,11 +59,10 @@ def import_model(
     if sources[0].decoder is None:
         raise ValueError(f"{name!r} is a vision tower; give it as --vision beside a language model")
     if vision:
-        sources.append(_tower(vision, sources[0], select_layer))
+        layer = sources[0].select_layer if select_layer is None else select_layer
+        sources.append(_tower(vision, sources[0], layer))
     config = _architecture(sources, template, projector)
-    placed = [pair for source in sources for pair in _place(source, config)]
-    if projector:
-        placed += _place_projector(Path(projector), config)
+    placed = _place_all(sources, config, projector)
     with new_folder(out, overwrite, keep=[source.folder for source in sources]) as aside:
         fresh = _new_projector(config, placed, seed)
         _write_params(aside / "params", config, placed, fresh)
@@ -70,7 +70,7 @@ def import_model(
         description = {
             "imported": {
                 "from": [str(source.folder) for source in sources],
-                "vision_prefix": sources[0].vision_prefix,
+                "spelling": sources[0].spelling,
                 "new": sorted(fresh),
             }
         }
@@ -109,6 +109,47 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
         template or language.template,
         language.tokenizer.image_id,
     )
+
+
+def _place_all(sources: Sequence[Source], config: ModelConfig, projector: str) -> Placed:
+    """All arrays of all parts; one ValueError with what is wrong with any of them."""
+    placed, wrong = [], []
+    steps = [functools.partial(_place, source, config) for source in sources]
+    if projector:
+        steps.append(functools.partial(_place_projector, Path(projector), config))
+    for step in steps:
+        try:
+            placed += step()
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    if len(sources) == 2:
+        _check_tower(*sources)
+    return placed
+
+
+def _check_tower(language: Source, tower: Source) -> None:
+    """Raises ValueError if the language model's checkpoint has another tower than the one given.
+
+    Code of LLaVA saves its tower along, under one more name for every module around it.
+    """
+    around = r"model\.(vision|image)_tower\.(\w+_tower\.)*"
+    for name, tensor in language.checkpoint.items():
+        inner = re.sub(around, "", name)
+        if inner == name or re.fullmatch("|".join(tower.ignored), inner):
+            continue
+        given = tower.checkpoint.get(inner) or tower.checkpoint.get(
+            inner.removeprefix("vision_model.")
+        )
+        same = given is not None and np.array_equal(
+            tensor.read().astype(np.float32), given.read().astype(np.float32)
+        )
+        if not same:
+            raise ValueError(
+                f"{language.folder} has a tower of its own, whose {name} is not that of "
+                f"{tower.folder}; accepted: the tower it was trained with, as --vision"
+            )
 
 
 def _place(source: Source, config: ModelConfig) -> Placed:

@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+from moddistill.processes import is_first, wait_for_all
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.hub import local_folder
 
@@ -14,15 +15,18 @@ LOG = logging.getLogger("moddistill")
 def imported(name: str) -> Path:
     """The model folder of a Hugging Face folder or hub name, made now or before.
 
+    Of several processes that share a cache the first imports.
+
     Raises:
       ValueError: as `import_model`.
     """
     source = local_folder(name).resolve()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "moddistill" / f"{source.name}-{_digest(source)}"
-    if not folder.is_dir():
+    if is_first() and not folder.is_dir():
         LOG.info("importing %s into %s", source, folder)
         import_model(str(source), folder)
+    wait_for_all(f"importing {folder}")
     return folder
 
 

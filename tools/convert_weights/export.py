@@ -54,7 +54,7 @@ def export_model(
         Planned(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape) for piece in found
     ]
     pooling = _pooling(model)
-    planned += _shared_expert(config, planned)
+    planned += _shared_expert(config, planned, _spelling(model)[0])
     planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
     fields = hf_config(config) | {"dtype": _common_dtype(planned)}
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
@@ -91,21 +91,19 @@ def _check_exportable(config: ModelConfig) -> None:
 def _rules(config: ModelConfig, model: Path) -> Rules:
     if config.vision is None:
         return (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD)
-    decoder, head, _ = llava.PUBLISHED
-    spelling = (decoder, head, _vision_prefix(model), "multi_modal_projector.")
-    return llava.rules_for(spelling, llava.tower_family(config.vision))
+    return llava.rules_for(_spelling(model), llava.tower_family(config.vision))
 
 
-def _vision_prefix(model: Path) -> str:
-    """As the source spelt the tower's names, or as published."""
-    return read_source(model).get("imported", {}).get("vision_prefix", llava.PUBLISHED[2])
+def _spelling(model: Path) -> tuple[str, str, str, str]:
+    """How the source spelt its parts, or as published."""
+    return tuple(read_source(model).get("imported", {}).get("spelling", llava.SPELLINGS[0]))
 
 
 def _pooling(model: Path) -> dict[str, Tensor]:
     """The pooling head that came with an imported SigLIP."""
     if not (model / POOLING).is_file():
         return {}
-    prefix = f"{_vision_prefix(model)}head."
+    prefix = f"{_spelling(model)[2]}head."
     return {prefix + name: x for name, x in read_safetensors(model / POOLING).items()}
 
 
@@ -115,9 +113,9 @@ def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
     return _DTYPES[wanted] if wanted else stored
 
 
-def _shared_expert(config: ModelConfig, planned: Sequence[Planned]) -> list[Planned]:
+def _shared_expert(config: ModelConfig, planned: Sequence[Planned], decoder: str) -> list[Planned]:
     """The zero expert of Qwen2-MoE, of the dtype that the others have."""
-    prefix = "model." if config.vision is None else llava.PUBLISHED[0]
+    prefix = "model." if config.vision is None else decoder
     shapes = qwen.shared_expert(config.decoder)
     dtypes = [tensor.dtype for tensor in planned if ".experts." in tensor.name]
     return [Planned(prefix + name, dtypes[0], shape) for name, shape in shapes.items()]

@@ -59,4 +59,10 @@ def with_defaults(fields: dict[str, Any], needed: Sequence[str] = ()) -> dict[st
     from transformers import AutoConfig  # noqa: PLC0415
 
     fields = dict(fields)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields).to_dict()
+    kind = fields.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, **fields).to_dict()
+    # Its checks of fields raise errors of many kinds.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config of type {kind!r} is refused by transformers: {reason}") from None

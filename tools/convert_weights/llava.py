@@ -17,9 +17,13 @@ TOWERS = {
 WITH_TOWER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 # How Hugging Face has spelt the decoder, the head, the tower and the projector.
-PUBLISHED = ("language_model.model.", "language_model.", "vision_tower.vision_model.")
 SPELLINGS = (
-    (*PUBLISHED, "multi_modal_projector."),
+    (
+        "language_model.model.",
+        "language_model.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+    ),
     ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
     (
         "model.language_model.",
@@ -93,6 +97,18 @@ def select_layer(hf: Mapping[str, Any], origin: str) -> int:
             f"{hf['vision_config']['model_type']}, so that its patches are kept and no other token"
         )
     return layer
+
+
+def check_original(fields: Mapping[str, Any], origin: str) -> None:
+    """Raises ValueError for settings of the original code that are not built here."""
+    accepted = {
+        "mm_vision_select_feature": ("patch", None),
+        "mm_use_im_start_end": (False, None),
+        "mm_use_im_patch_token": (False, None),
+    }
+    for name, values in accepted.items():
+        if fields.get(name) not in values:
+            raise ValueError(f"{origin}: {name} is {fields[name]!r}; accepted: {values[0]!r}")
 
 
 def check_projector(hf: Mapping[str, Any], origin: str) -> None:

@@ -5,12 +5,14 @@ pickle may name nothing but the few functions that describe a tensor (as `weight
 """
 
 import collections
+import dataclasses
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -39,7 +41,25 @@ class _Storage(NamedTuple):
     """The bytes that tensors are views of."""
 
     offset: int
+    nbytes: int
     dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed(Tensor):
+    """Rows from `first` on of a matrix whose first axis, of `whole` rows, is the fastest."""
+
+    first: int
+    whole: int
+
+    def map(self, mode: Literal["r", "r+"]) -> np.ndarray:
+        stored = Tensor(self.file, self.offset, self.dtype, (self.shape[1], self.whole))
+        return stored.map(mode).T[self.first : self.first + self.shape[0]]
+
+    def rows(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(self.shape[0])
+        shape = (stop - start, self.shape[1])
+        return dataclasses.replace(self, shape=shape, first=self.first + start)
 
 
 def read_pickled(file: Path) -> Checkpoint:
@@ -70,13 +90,22 @@ def _read(file: Path, archive: zipfile.ZipFile) -> Checkpoint:
         entry = archive.getinfo(f"{root}data/{key}")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise Refused(f"{file}: {entry.filename} is compressed; accepted: stored as it is")
-        return _Storage(_data_offset(file, entry), dtype)
+        return _Storage(_data_offset(file, entry), entry.file_size, dtype)
 
     def tensor(storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> Tensor:
-        if not _is_contiguous(shape, stride):
-            raise Refused(f"{file} holds a tensor of stride {stride} for shape {shape}")
-        offset = storage.offset + start * storage.dtype.itemsize
-        return Tensor(file, offset, storage.dtype, tuple(shape))
+        first = start * storage.dtype.itemsize
+        nbytes = math.prod(shape) * storage.dtype.itemsize
+        if min((start, *shape)) < 0 or first + nbytes > storage.nbytes:
+            raise Refused(
+                f"{file} holds a tensor of shape {shape} from element {start} of "
+                f"{storage.nbytes // storage.dtype.itemsize}; accepted: one inside of its storage"
+            )
+        place = (file, storage.offset + first, storage.dtype, tuple(shape))
+        if _is_contiguous(shape, stride):
+            return Tensor(*place)
+        if len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1]):
+            return _Transposed(*place, first=0, whole=shape[0])
+        raise Refused(f"{file} holds a tensor of stride {stride} for shape {shape}")
 
     state = _TensorUnpickler(file, archive.read(description), storage, tensor).load()
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

@@ -29,6 +29,8 @@ class Source:
       zero: patterns of names that are not read and must be zero.
       tied: name of a head that must equal the embedding, if it is stored at all.
       pooling: what the names of the tower's pooling head begin with; it is carried along.
+      select_layer: hidden state of a tower beside it that the config asks for.
+      spelling: of a multimodal checkpoint's parts.
     """
 
     folder: Path
@@ -43,7 +45,8 @@ class Source:
     projector: str | None = None
     tokenizer: Tokenizer | None = None
     template: str = "chatml"
-    vision_prefix: str = llava.PUBLISHED[2]
+    select_layer: int | None = None
+    spelling: tuple[str, str, str, str] = llava.SPELLINGS[0]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -158,7 +161,7 @@ def _llava(
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
-        vision_prefix=vision,
+        spelling=spelling,
     )
 
 
@@ -181,6 +184,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
         fields | {"model_type": "qwen3" if "qwen3" in fields["model_type"] else "qwen2"}
     )
     decoder = qwen.decoder_config(text, tokenizer.vocab_size, origin)
+    llava.check_original(fields, origin)
     kind = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
     inner = "image_spatial_proj."
     spatial = any(inner in name for name in checkpoint)
@@ -193,13 +197,14 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
             *qwen.HEAD,
             *prefixed(llava.original_projector(kind), prefix),
         ),
-        # The tower is a published one, which is given beside it.
+        # The tower is given beside it, and must be the same if it is here too.
         ignored=(*_BUFFERS, r"model\.(vision|image)_tower\..*"),
         tied="lm_head.weight",
         decoder=dataclasses.replace(decoder, moe=qwen.deepspeed_moe(fields, checkpoint, origin)),
         projector=kind if projector_depth(kind) else None,
         tokenizer=tokenizer,
         template="vicuna",
+        select_layer=fields.get("mm_vision_select_layer"),
     )
 
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from moddistill.command import plain_errors
 from moddistill.data import conversation, tokenizer
 from tools.easy_vqa import images, published, records
 
@@ -150,14 +151,15 @@ def main(argv: list[str] | None = None) -> None:
     for field in dataclasses.fields(Options):
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help="%(default)s")
     flags = vars(parser.parse_args(argv))
-    out, options = flags.pop("out"), Options(**flags)
-    if is_built(out, options):
-        print(f"{out} is complete")
-        return
-    start = time.monotonic()
-    for name, count in build(out, options).items():
-        print(f"{count:>7,}  {name}")
-    print(f"{out} written in {time.monotonic() - start:.0f} s")
+    with plain_errors():
+        out, options = flags.pop("out"), Options(**flags)
+        if is_built(out, options):
+            print(f"{out} is complete")
+            return
+        start = time.monotonic()
+        for name, count in build(out, options).items():
+            print(f"{count:>7,}  {name}")
+        print(f"{out} written in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
