@@ -1,7 +1,8 @@
 """Two or more programs doing the same work, each in a process of its own, taking turns.
 
-A benchmark module has `SIDES`, from a name to a function that prepares the work and returns what is
-timed. Machines are noisy, so sides alternate and medians are compared.
+A benchmark module has `SIDES`, from a name to a function that prepares the work in a folder and
+returns what is timed; `make_files(folder)`, if there is one, first writes what the sides read.
+Machines are noisy, so sides alternate and medians are compared.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,12 @@ from typing import Any
 MIB = 2**20
 
 
-def serve(module: str, side: str) -> None:
+def serve(module: str, side: str, folder: str) -> None:
     """One side's process: runs once for every line it is sent, and tells its peak at the end."""
     prepare = importlib.import_module(module).SIDES[side]
     Path("/proc/self/clear_refs").write_text("5")  # the peak of importing is forgotten
     before = peak_bytes()
-    run = prepare()
+    run = prepare(Path(folder))
     run()
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -44,9 +46,16 @@ def peak_bytes() -> int:
 
 def compare(module: str, rounds: int) -> dict[str, Any]:
     """Median seconds, and peak resident bytes, of every side; one run each is not counted."""
-    sides = importlib.import_module(module).SIDES
-    children = {side: _start(module, side) for side in sides}
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        return _compare(module, rounds, Path(folder))
+
+
+def _compare(module: str, rounds: int, folder: Path) -> dict[str, Any]:
+    benchmark = importlib.import_module(module)
+    if hasattr(benchmark, "make_files"):
+        benchmark.make_files(folder)
+    children = {side: _start(module, side, folder) for side in benchmark.SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in children}
     for _ in range(rounds):
         for side, child in children.items():
             child.stdin.write("run\n")
@@ -66,10 +75,10 @@ def compare(module: str, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _start(module: str, side: str) -> subprocess.Popen:
+def _start(module: str, side: str, folder: Path) -> subprocess.Popen:
     """Starts a side and waits until it has warmed up, so that none warms up beside another."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.head_to_head", module, side],
+        [sys.executable, "-m", "benchmarks.head_to_head", module, side, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -7,6 +7,7 @@ what the reference does: all logits of both models, then masks.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def arrays() -> tuple[np.ndarray, ...]:
     return (*map(np.ascontiguousarray, (*hidden, *teacher)), labels, supervised)
 
 
-def ours() -> Callable[[], None]:
+def ours(_: Path) -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
@@ -54,7 +55,7 @@ def ours() -> Callable[[], None]:
     return lambda: jax.block_until_ready(step(hidden, head, taught, teacher_head))
 
 
-def theirs() -> Callable[[], None]:
+def theirs(_: Path) -> Callable[[], None]:
     import torch
 
     *matrices, labels, supervised = arrays()

@@ -7,6 +7,7 @@ experts. float32.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
-def ours() -> Callable[[], None]:
+def ours(_: Path) -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
@@ -50,7 +51,7 @@ def ours() -> Callable[[], None]:
     return lambda: jax.block_until_ready(step(params))
 
 
-def dense() -> Callable[[], None]:
+def dense(_: Path) -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
@@ -63,7 +64,7 @@ def dense() -> Callable[[], None]:
     return lambda: jax.block_until_ready(step(params, tokens))
 
 
-def theirs() -> Callable[[], None]:
+def theirs(_: Path) -> Callable[[], None]:
     import torch
 
     params = {name: torch.from_numpy(x).requires_grad_() for name, x in arrays().items()}

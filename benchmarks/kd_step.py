@@ -1,0 +1,165 @@
+"""One step of sparse distillation against `transformers`: same models, same records, same update.
+
+    python -m benchmarks.kd_step [--rounds 5] [--json]
+
+Teacher: CLIP, projector and a Qwen2 of width 1,024; student: the same tower and a Qwen2 of width
+512 with 4 experts, top 2, in every second layer. Real vocabulary of 151,936, 4 rows of 512
+positions, a quarter of them supervised, 64 of them a picture. KL, cross entropy and balance loss;
+AdamW of experts, routers and projector; float32. The torch side holds all logits, as the reference
+does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import head_to_head
+
+ROWS, LENGTH, VOCABULARY, IMAGE = 4, 512, 151_936, 151_900
+BALANCE, RATE = 0.01, 1e-4
+
+
+def architectures():
+    from moddistill.config import MoeConfig
+    from moddistill.models.qwen import DecoderConfig
+    from moddistill.models.upcycle import upcycle_config
+    from moddistill.models.vision import VisionConfig
+    from moddistill.models.vlm import ModelConfig
+
+    def decoder(width: int, mlp: int, tied: bool) -> DecoderConfig:
+        heads = width // 64
+        return DecoderConfig(
+            VOCABULARY, VOCABULARY, width, mlp, 8, heads, heads // 4, 64, tied_head=tied
+        )
+
+    tower = VisionConfig(
+        image_size=112, patch_size=14, width=256, mlp=1024, layers=6, heads=4, select_layer=-2
+    )
+    teacher = ModelConfig(decoder(1024, 2816, False), tower, "mlp2x_gelu", "chatml", IMAGE)
+    dense = dataclasses.replace(teacher, decoder=decoder(512, 1408, True))
+    return upcycle_config(dense, MoeConfig()), teacher
+
+
+def records() -> dict[str, np.ndarray]:
+    """A batch as the pipeline gives it."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 150_000, (ROWS, LENGTH)).astype(np.int32)
+    tokens[:, 8:72] = IMAGE
+    place = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    return {
+        "tokens": tokens,
+        "positions": place,
+        "segments": np.ones_like(tokens),
+        "loss_mask": place >= LENGTH * 3 // 4,
+        "images": rng.integers(0, 256, (ROWS, 1, 112, 112, 3)).astype(np.uint8),
+    }
+
+
+def make_files(folder: Path) -> None:
+    """Random weights in our format and, exported, in that of `transformers`."""
+    import jax
+
+    from moddistill.data.tokenizer import train_bpe
+    from moddistill.model_folder import save_model
+    from moddistill.models.vlm import Vlm, dummy_batch
+    from moddistill.sharding import unbox
+    from tools.convert_weights.export import export_model
+
+    tokenizer = train_bpe(["a small tokenizer"], 300)
+    for name, config, seed in zip(("student", "teacher"), architectures(), (0, 1), strict=True):
+        init = jax.jit(lambda rng, config=config: Vlm(config).init(rng, dummy_batch(config)))
+        params = unbox(init(jax.random.key(seed)))["params"]
+        save_model(folder / name, config, params, tokenizer, {})
+        export_model(folder / name, folder / f"{name}-hf", max_shard_size=10**10)
+
+
+def ours(folder: Path) -> Callable[[], None]:
+    import jax
+
+    from moddistill.config import LossConfig, OptimConfig, TrainConfig
+    from moddistill.model_folder import load_params
+    from moddistill.program import make_program, without_tower
+    from moddistill.sharding import make_mesh, put_batch
+
+    student, teacher = architectures()
+    config = TrainConfig(
+        stage="d2s",
+        student=str(folder / "student"),
+        teacher=str(folder / "teacher"),
+        dtype="float32",
+        remat=False,
+        batch_size=ROWS,
+        optim=OptimConfig(lr=RATE, warmup_ratio=0.0),
+        loss=LossConfig(balance_weight=BALANCE),
+    )
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, student, teacher, mesh)
+    state = jax.jit(program.make_state, out_shardings=program.places)(
+        load_params(folder / "student", student)
+    )
+    frozen = without_tower(load_params(folder / "teacher", teacher))
+    batch = put_batch(mesh, records())
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = program.step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def theirs(folder: Path) -> Callable[[], None]:
+    import torch
+    from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
+    from transformers import AutoModelForImageTextToText
+
+    def load(name: str) -> torch.nn.Module:
+        load = AutoModelForImageTextToText.from_pretrained
+        return load(folder / f"{name}-hf", dtype=torch.float32).train()
+
+    student, teacher = load("student"), load("teacher").eval()
+    routers = []
+    for name, module in student.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _, __, out: routers.append(out))
+    for name, x in student.named_parameters():
+        x.requires_grad_(
+            any(part in name for part in (".experts.", "mlp.gate.", "multi_modal_projector"))
+        )
+    trained = [x for x in student.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    batch = records()
+    tokens = torch.from_numpy(batch["tokens"]).long()
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = (torch.from_numpy(batch["images"][:, 0]) / 255 - mean) / std
+    inputs = {"input_ids": tokens, "pixel_values": pixels.permute(0, 3, 1, 2).contiguous()}
+    supervised = torch.from_numpy(batch["loss_mask"][:, 1:].copy())
+    labels = tokens[:, 1:]
+
+    def run() -> None:
+        routers.clear()
+        logits = student(**inputs, use_cache=False).logits[:, :-1]
+        with torch.no_grad():
+            target = softmax(teacher(**inputs, use_cache=False).logits[:, :-1], -1)
+        mimic = -(target * log_softmax(logits, -1)).sum(-1)
+        ce = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        loss = ((mimic + ce) * supervised).sum() / supervised.sum()
+        for scores, _, chosen in routers:
+            first = one_hot(chosen[:, 0], scores.shape[1]).float().mean(0)
+            balance = scores.shape[1] * (first * softmax(scores, -1).mean(0)).sum()
+            loss = loss + BALANCE * balance
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+SIDES = {"moddistill": ours, "torch": theirs}
+
+if __name__ == "__main__":
+    head_to_head.main("benchmarks.kd_step", __doc__)
