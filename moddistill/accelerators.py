@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,26 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 918e12),
     "tpu7x": Chip(192 * GIB, 2307e12, devices=2),
 }
+
+
+# As the backends name them; bfloat16 operations a second, dense.
+_SPEED = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops / 2,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """Operations a second of all these devices together; None if their speed is not known."""
+    names = [name for name in _SPEED if devices[0].device_kind.startswith(name)]
+    return len(devices) * _SPEED[max(names, key=len)] if names else None
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:

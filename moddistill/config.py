@@ -87,6 +87,8 @@ class MoeConfig:
     norm_topk_prob: bool | None = None  # None: renormalise for top_k >= 2, raw for 1
     dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: float = 1.5
+    # How rows travel between devices with different experts; ragged on TPU and GPU alone.
+    transport: Literal["ring", "all_to_all", "ragged"] = "ring"
     residual: bool = False
     # copy | noise: added to each copy | drop: part of each copy is drawn anew
     upcycle: Literal["copy", "noise", "drop"] = "copy"
@@ -99,8 +101,8 @@ class MoeConfig:
 class TrainConfig:
     """One stage.
 
-    `student`, `teacher` and `vision` are model folders, Hugging Face folders or hub names, or
-    `random:PRESET` for new weights.
+    `student` and `teacher` are model folders, Hugging Face folders or hub names, or `random:PRESET`
+    for new weights; `vision` is such a model with a tower.
     """
 
     stage: str = "sft"
@@ -116,9 +118,13 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     heldout_steps: int = 0
+    profile_steps: tuple[int, ...] = ()  # first and last step that the profiler sees
     # Of computation and frozen parameters; trained ones are float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = True
+    # Of the teacher's layers: int8 halves them; host memory holds those that fit nowhere else.
+    teacher_weights: Literal["dtype", "int8"] = "dtype"
+    teacher_memory: Literal["device", "host"] = "device"
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()

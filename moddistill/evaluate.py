@@ -24,7 +24,7 @@ from moddistill.command import plain_errors
 from moddistill.config import nearest
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.generate import Prompt, answer, prompt_batch
+from moddistill.generate import Prompt, answer, prompt_batch, without_drops
 from moddistill.model_folder import as_model_folder, load
 from moddistill.models.vlm import Vlm
 
@@ -93,6 +93,7 @@ def expert_load(
 ) -> list[dict[str, Any]]:
     """Share of assignments of each expert, by layer and modality, over the tokens of prompts."""
     batch = prompt_batch(prompts, model.config, tokenizer)
+    model = without_drops(model)
     load_of = jax.jit(lambda params, batch: model.apply({"params": params}, batch).router.load)
     text, image = np.moveaxis(np.asarray(load_of(params, batch)), 1, 0)
     layers = model.config.decoder.moe_layers

@@ -6,12 +6,30 @@ not count. Compilers count a loop's body once, so their figure is no use.
 
 from typing import NamedTuple
 
+from moddistill.config import TrainConfig
 from moddistill.model_folder import abstract_params
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 from moddistill.sharding import unbox
+from moddistill.stages import stage_of
 from moddistill.tree import flatten
+
+SUPERVISED = 0.25  # share of positions, about that of LLaVA's data
+
+
+class Work(NamedTuple):
+    """Operations of one step whose rows are all full.
+
+    Attributes:
+      student: forward and backward.
+      teacher: forward; 0 without one.
+      positions: that these operations serve.
+    """
+
+    student: float
+    teacher: float
+    positions: int
 
 
 class Tokens(NamedTuple):
@@ -21,6 +39,30 @@ class Tokens(NamedTuple):
     length: int
     images: int
     supervised: int
+
+
+def work_of(
+    config: TrainConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    trained: set[str],
+    shared_tower: bool,
+) -> Work:
+    """The work of a stage's step, a quarter of its positions supervised.
+
+    Args:
+      trained: paths of the parameters that train.
+      shared_tower: whether the teacher takes the features of the student's tower.
+    """
+    rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
+    length = config.data.max_length
+    images = config.batch_size * config.data.max_images if student.vision else 0
+    tokens = Tokens(rows, length, images, round(rows * length * SUPERVISED))
+    taught = 0.0
+    if teacher is not None:
+        taught = forward_flops(teacher, tokens)
+        taught -= images * tower_flops(teacher.vision) if shared_tower else 0.0
+    return Work(step_flops(student, tokens, trained), taught, rows * length)
 
 
 def forward_flops(config: ModelConfig, tokens: Tokens) -> float:

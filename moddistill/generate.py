@@ -176,7 +176,7 @@ def answer(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[Answer]:
-    """Answers of a batch of prompts.
+    """Answers of a batch of prompts, each as if it were alone: experts drop nothing.
 
     Raises:
       ValueError: when `<image>` is not written once for every image.
@@ -184,7 +184,7 @@ def answer(
     batch = prompt_batch(prompts, model.config, tokenizer)
     end_id = _end_id(model.config.template, tokenizer)
     new = decode(
-        model,
+        without_drops(model),
         params,
         batch,
         jax.random.key(seed),
@@ -199,6 +199,16 @@ def answer(
         real = batch["tokens"][row][batch["segments"][row] > 0]
         answers.append(Answer(tokenizer.decode(ids).strip(), ids, real.tolist()))
     return answers
+
+
+def without_drops(model: Vlm) -> Vlm:
+    """The model with experts that compute every assignment, whatever it was trained with."""
+    moe = model.config.decoder.moe
+    if moe is None or moe.dispatch == "dropless":
+        return model
+    moe = dataclasses.replace(moe, dispatch="dropless")
+    decoder = dataclasses.replace(model.config.decoder, moe=moe)
+    return model.clone(config=dataclasses.replace(model.config, decoder=decoder))
 
 
 def _end_id(template: str, tokenizer: Tokenizer) -> int:

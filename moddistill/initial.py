@@ -15,12 +15,14 @@ from moddistill.model_folder import (
     load_params,
     read_model_config,
 )
+from moddistill.models.packing import pack_all, unpacked_shapes
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from moddistill.sharding import param_shardings, unbox
 from moddistill.stages import Stage
 from moddistill.state import cast_frozen
+from moddistill.tree import Flat, flatten
 
 RANDOM = "random:"
 
@@ -132,16 +134,29 @@ def teacher_architecture(
 def load_teacher(
     config: TrainConfig, teacher: ModelConfig, shapes: Any, mesh: Mesh
 ) -> dict[str, Any]:
-    """The teacher's parameters, read straight into their shards and their frozen dtypes."""
+    """The teacher's parameters in `shapes`, read straight into their shards and dtypes."""
+    dtype = jnp.dtype(config.dtype)
     if config.teacher.startswith(RANDOM):
         params = random_params(teacher, mesh, jax.random.key(config.seed + 1))
-        return cast_frozen(params, jnp.dtype(config.dtype))
-    return load_params(
+        return pack_all(cast_frozen(params, dtype), shapes)
+    read = unpacked_shapes(shapes, dtype)
+    params = load_params(
         as_model_folder(config.teacher),
         teacher,
-        dtype=jax.tree.map(lambda x: x.dtype, shapes),
-        shardings=jax.tree.map(lambda x: x.sharding, shapes),
+        dtype=jax.tree.map(lambda x: x.dtype, read),
+        shardings=jax.tree.map(lambda x: x.sharding, read),
     )
+    return pack_all(params, shapes)
+
+
+def same_tower(student: Flat, teacher: dict[str, Any]) -> bool:
+    """Whether all weights of two towers are equal, a frozen student's and its teacher's."""
+    theirs = {path: x for path, x in flatten(teacher).items() if path.startswith("vision/")}
+    if not all(path in student for path in theirs):
+        return False
+    pairs = [(x, student[path]) for path, x in theirs.items()]
+    equal = jax.jit(lambda pairs: jnp.stack([jnp.all(a == b) for a, b in pairs]))
+    return bool(jnp.all(equal(pairs)))
 
 
 def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:

@@ -11,6 +11,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from moddistill.flops import Work
 from moddistill.losses import Metrics
 from moddistill.processes import is_first
 
@@ -21,11 +22,21 @@ HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 class MetricsLog:
     """Means over the steps since the last report, and where they are written.
 
+    `work` is that of one step, `peak_flops` what the devices can do in a second, if that is known.
+
     Use as a context manager. Rows that a cut-off run will write again, those of steps after `start`
     and of held-out records, are removed, so each stands there once.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int, title: str):
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        steps: int,
+        title: str,
+        work: Work,
+        peak_flops: float | None = None,
+    ):
         self.path = workdir / "metrics.jsonl"
         self.writes = is_first()
         rows = read_metrics(self.path)
@@ -34,6 +45,8 @@ class MetricsLog:
         if self.writes:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.work = work
+        self.peak_flops = peak_flops
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -70,15 +83,31 @@ class MetricsLog:
             check_finite(row, number, last_good)
         means = weighted_means(rows)
         now = time.monotonic()
-        means["tokens_per_second"] = means.pop("tokens") * len(rows) / (now - self.last)
+        means |= self._speed(means.pop("tokens") * len(rows) / (now - self.last))
         row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
         row["seconds"] = self.before + now - self.began
         self.last = now
         self.write(row)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
-        )
+        text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+        text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def _speed(self, tokens_per_second: float) -> Row:
+        """Tokens and operations a second, of both models; of the peak where that is known.
+
+        Operations are those of real tokens: padding and recomputation do not count.
+        """
+        share = tokens_per_second / self.work.positions
+        speed = {
+            "tokens_per_second": tokens_per_second,
+            "student_tflops": self.work.student * share / 1e12,
+            "teacher_tflops": self.work.teacher * share / 1e12,
+        }
+        if self.peak_flops:
+            both = (self.work.student + self.work.teacher) * share
+            speed["mfu"] = both / self.peak_flops
+        return speed
 
     def write(self, row: Row) -> None:
         """Appends a row to the file and to TensorBoard, in the first process."""

@@ -26,18 +26,17 @@ from ml_collections import config_flags
 from moddistill import accelerators, sharding
 from moddistill.command import parse_flags, plain_errors
 from moddistill.config import TrainConfig, from_config_dict
-from moddistill.flops import Tokens, forward_flops, step_flops
+from moddistill.flops import work_of
 from moddistill.model_folder import as_model_folder, read_model_config
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import ModelConfig
-from moddistill.program import Program, make_program, place
+from moddistill.program import Program, make_program, place, shares_tower, without_tower
 from moddistill.settings import check_settings, check_spread
 from moddistill.stages import stage_of
 from moddistill.state import State
 
 LOG = logging.getLogger("moddistill")
-SUPERVISED = 0.25  # share of positions, about that of LLaVA's data
 _RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _COLLECTIVE = re.compile(
@@ -59,6 +58,8 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     # Outside of the mesh, whose devices cannot run even the smallest operation.
     program = make_program(config, student, teacher, mesh)
     state = place(program.state, program.places)
+    if shared := shares_tower(student, teacher, state):
+        program = program._replace(teacher=without_tower(program.teacher))
     batch = abstract_batch(config, student, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         compiled = _compile(program.step.lower(state, program.teacher, batch))
@@ -66,14 +67,16 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     report = {
         "topology": topology,
         "chips": len(devices),
+        "shared_tower": shared,
         "micro_batch": config.batch_size // config.accumulate,
-        "peak_bytes_per_chip": memory.peak_memory_in_bytes if memory else None,
+        "peak_bytes_per_chip": _device_peak(memory) if memory else None,
         "argument_bytes_per_chip": memory.argument_size_in_bytes if memory else None,
         "temp_bytes_per_chip": memory.temp_size_in_bytes if memory else None,
         "arguments": _arguments(state, program, batch),
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
-    report |= _flops(config, student, teacher, program)
+    work = work_of(config, student, teacher, set(program.state.params), shared)
+    report |= {"model_flops_per_step": work.student, "teacher_flops_per_step": work.teacher}
     return report | _verdict(report, topology, config.steps, utilisation)
 
 
@@ -130,6 +133,11 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dic
     return batch
 
 
+def _device_peak(memory: Any) -> int:
+    """Peak bytes of the device alone; the compiler counts what lies in host memory with them."""
+    return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+
+
 def _compile(lowered: Any) -> Any:
     """The compiled program; None if the compiler finds that it cannot fit."""
     try:
@@ -181,21 +189,6 @@ def _arguments(state: State, program: Program, batch: Any) -> dict[str, int]:
             for x in jax.tree.leaves(part)
         )
         for name, part in parts.items()
-    }
-
-
-def _flops(
-    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, program: Program
-) -> dict[str, float]:
-    sides = 2 if stage_of(config).records == "preference" else 1
-    rows = config.batch_size * sides
-    length = config.data.max_length
-    images = config.batch_size * config.data.max_images if student.vision else 0
-    tokens = Tokens(rows, length, images, round(rows * length * SUPERVISED))
-    taught = forward_flops(teacher, tokens) if teacher is not None else 0.0
-    return {
-        "model_flops_per_step": step_flops(student, tokens, set(program.state.params)),
-        "teacher_flops_per_step": taught,
     }
 
 

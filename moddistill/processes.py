@@ -7,6 +7,8 @@ folders; checkpoints are written by all, each its shards.
 import jax
 from jax.experimental import multihost_utils
 
+_SILENCE = 60  # seconds after which a process counts as dead
+
 
 def join(coordinator: str, count: int, index: int) -> None:
     """Makes this process one of several; must come before anything else that uses devices.
@@ -23,13 +25,13 @@ def join(coordinator: str, count: int, index: int) -> None:
     if not coordinator:
         return
     if coordinator == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
         return
     if not 0 <= index < count:
         raise ValueError(
             f"--process is {index} of --processes {count}; accepted: 0 to one less than that"
         )
-    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=60)
+    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=_SILENCE)
 
 
 def is_first() -> bool:

@@ -14,6 +14,7 @@ from moddistill import sharding
 from moddistill.config import TrainConfig
 from moddistill.losses import Loss
 from moddistill.model_folder import abstract_params
+from moddistill.models.packing import packed_shapes
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import make_optimizer
 from moddistill.stages import stage_of, trainable_patterns
@@ -62,21 +63,36 @@ def make_program(
     state = jax.eval_shape(make, params)
     param_places = flatten(sharding.param_shardings(mesh, boxed))
     places = state_shardings(state, param_places, optimizer, everywhere)
-    teacher_model = None if teacher is None else Vlm(teacher, dtype, config.remat)
+    packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
+    teacher_model = None if teacher is None else Vlm(teacher, dtype, config.remat, packed)
     loss = stage_of(config).loss(model, teacher_model, config.loss)
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
         donate_argnums=0,
         out_shardings=(places, everywhere),
     )
-    frozen = None if teacher is None else _abstract_teacher(teacher, dtype, mesh)
+    frozen = None if teacher is None else _teacher_shapes(config, teacher, mesh)
     return Program(model, loss, step, make, state, places, frozen)
 
 
-def _abstract_teacher(teacher: ModelConfig, dtype: Any, mesh: Mesh) -> Any:
+def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     boxed = abstract_params(teacher)
+    dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
-    return place(shapes, sharding.param_shardings(mesh, boxed))
+    shapes = place(shapes, sharding.param_shardings(mesh, boxed))
+    return packed_shapes(shapes, config.teacher_weights, config.teacher_memory)
+
+
+def shares_tower(student: ModelConfig, teacher: ModelConfig | None, state: State) -> bool:
+    """Whether one pass of one tower can serve both models, if their weights are the same."""
+    if teacher is None or student.vision is None or student.vision != teacher.vision:
+        return False
+    return not any(path.startswith("vision/") for path in state.params)
+
+
+def without_tower(teacher: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a teacher that takes the student's features."""
+    return {name: part for name, part in teacher.items() if name != "vision"}
 
 
 def place(shapes: Any, shardings: Any) -> Any:

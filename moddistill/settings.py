@@ -15,7 +15,7 @@ from moddistill.stages import stage_of
 from moddistill.tree import flatten
 
 # Settings that may change between a run and its resumption.
-_FREE = ("log_every", "save_every")
+_FREE = ("log_every", "save_every", "profile_steps")
 
 _TINY = 1e-30  # a number above 0
 _RANGES = {
@@ -61,11 +61,48 @@ def check_settings(config: TrainConfig) -> None:
         )
     if config.heldout_steps and not config.data.heldout.path:
         raise ValueError("config.data.heldout.path is empty, but heldout_steps is not 0")
+    _check_losses(config)
+    profiled = config.profile_steps
+    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
+        raise ValueError(
+            f"config.profile_steps is {profiled}; accepted: first and last step, such as (10, 12), "
+            f"of 1 to {config.steps}, or ()"
+        )
+    if not config.teacher and (config.teacher_weights, config.teacher_memory) != (
+        "dtype",
+        "device",
+    ):
+        raise ValueError(
+            "config.teacher_weights or teacher_memory is set, but config.teacher is empty; "
+            "accepted: their defaults"
+        )
     if config.batch_size % config.accumulate:
         raise ValueError(
             f"config.batch_size is {config.batch_size}; accepted: a multiple of accumulate, "
             f"{config.accumulate}"
         )
+
+
+def _check_losses(config: TrainConfig) -> None:
+    """Raises ValueError for settings of losses and experts that the chosen variant never reads."""
+    loss, moe = config.loss, config.moe
+    unread = (
+        (loss.label_smoothing and loss.preference != "sigmoid", "loss.label_smoothing", "sigmoid"),
+        (
+            loss.kd_shift != "correct" and loss.kd_positions != "response",
+            "loss.kd_shift",
+            "loss.kd_positions=response",
+        ),
+        (
+            moe.capacity_factor != MoeConfig().capacity_factor and moe.dispatch != "capacity",
+            "moe.capacity_factor",
+            "moe.dispatch=capacity",
+        ),
+    )
+    for wrong, name, reader in unread:
+        if wrong:
+            value = operator.attrgetter(name)(config)
+            raise ValueError(f"config.{name} is {value!r}, which only {reader} reads")
 
 
 def check_spread(config: TrainConfig, mesh: Mesh) -> None:

@@ -18,7 +18,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # along which samples are spread
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),  # for the kernels of experts "fsdp" alone
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -70,7 +70,17 @@ def resolve(names: PartitionSpec) -> PartitionSpec:
                 f"logical axis {name!r} is unknown; accepted: {', '.join(RULES)}"
                 + nearest(name, RULES)
             )
-    return PartitionSpec(*[None if name is None else RULES[name] for name in names])
+    axes = [None if name is None else RULES[name] for name in names]
+    taken = {axis for axis in axes if isinstance(axis, str)}
+    return PartitionSpec(*(_free(axis, taken) for axis in axes))
+
+
+def _free(axes: str | tuple[str, ...] | None, taken: set[str]) -> str | tuple[str, ...] | None:
+    """Of several mesh axes those that no other dimension has to itself."""
+    if not isinstance(axes, tuple):
+        return axes
+    free = tuple(axis for axis in axes if axis not in taken)
+    return free[0] if len(free) == 1 else free
 
 
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:

@@ -5,6 +5,7 @@
 The same command again resumes a run that was cut off, bit for bit; a finished one is left alone.
 """
 
+import contextlib
 import dataclasses
 import logging
 import warnings
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from moddistill import checkpoint, sharding
+from moddistill.accelerators import peak_flops
 from moddistill.command import run_experiment
 from moddistill.config import DataConfig, TrainConfig, from_config_dict
 from moddistill.data.examples import ExampleSpec
@@ -27,8 +29,10 @@ from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
 from moddistill.data.records import Quarantine
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.flops import Work, work_of
 from moddistill.initial import (
     load_teacher,
+    same_tower,
     student_architectures,
     student_params,
     student_tokenizer,
@@ -37,10 +41,11 @@ from moddistill.initial import (
 from moddistill.losses import Loss
 from moddistill.metrics import MetricsLog, weighted_means
 from moddistill.model_folder import save_model
+from moddistill.models.grouped import form
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import schedule
 from moddistill.processes import is_first, wait_for_all
-from moddistill.program import make_program
+from moddistill.program import make_program, shares_tower, without_tower
 from moddistill.settings import check_settings, check_spread, check_workdir, write_settings
 from moddistill.stages import stage_of
 from moddistill.state import State
@@ -67,6 +72,7 @@ class Run(NamedTuple):
     step: Callable[..., Any]
     state: State
     teacher: dict[str, Any] | None
+    work: Work
 
 
 def train(config: TrainConfig, workdir: Path) -> Path:
@@ -120,7 +126,14 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
         f"{count(state.params) + count(state.frozen):,}",
         f"{count(state.params):,}",
     )
-    return Run(program.model, program.loss, program.step, state, teacher_params)
+    if target.decoder.moe is not None:
+        LOG.info("experts are computed by %s", form(mesh.devices.flat[0].platform))
+    shared = shares_tower(target, teacher, state) and same_tower(state.frozen, teacher_params)
+    if shared:
+        LOG.info("the teacher takes the features of the student's tower, which is the same")
+        teacher_params = without_tower(teacher_params)
+    work = work_of(config, target, teacher, set(state.params), shared)
+    return Run(program.model, program.loss, program.step, state, teacher_params, work)
 
 
 def open_streams(config: TrainConfig, tokenizer: Tokenizer, workdir: Path) -> Streams:
@@ -169,10 +182,14 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
             state = checkpoint.restore(checkpoints, state, records)
             LOG.info("resumed at step %d", state.step)
         start = int(state.step)
-        with MetricsLog(workdir, start, config.steps, config.stage) as log:
+        peak = peak_flops(list(mesh.devices.flat))
+        with MetricsLog(workdir, start, config.steps, config.stage, run.work, peak) as log:
             for step in range(start + 1, config.steps + 1):
-                batch = sharding.put_batch(mesh, next(records))
-                state, metrics = run.step(state, run.teacher, batch)
+                with _profiled(step, config, workdir):
+                    batch = sharding.put_batch(mesh, next(records))
+                    state, metrics = run.step(state, run.teacher, batch)
+                    if step in config.profile_steps:
+                        jax.block_until_ready(metrics)
                 log.add(metrics)
                 last = step == config.steps
                 if last or step % config.log_every == 0 or step % config.save_every == 0:
@@ -184,6 +201,20 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 log.write({"step": config.steps} | means)
     _warn_of_records(workdir)
     return state
+
+
+@contextlib.contextmanager
+def _profiled(step: int, config: TrainConfig, workdir: Path) -> Iterator[None]:
+    """The step inside the profiler's trace, if it is one of `profile_steps`.
+
+    The trace lies in `profile/` of the workdir, for TensorBoard or Perfetto.
+    """
+    first, last = config.profile_steps or (0, 0)
+    if step == first:
+        jax.profiler.start_trace(workdir / "profile")
+    yield
+    if step == last:
+        jax.profiler.stop_trace()
 
 
 def _warn_of_records(workdir: Path) -> None:

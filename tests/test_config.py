@@ -35,6 +35,7 @@ def test_configs_are_frozen():
         ({"steps": "many"}, r"^config\.steps is 'many'; accepted: a value of type int"),
         ({"steps": 1.5}, r"^config\.steps is 1\.5; .*int"),
         ({"steps": True}, r"^config\.steps is True; .*int"),
+        ({"teacher_weights": "int4"}, r"teacher_weights is 'int4'; accepted: dtype, int8"),
         ({"remat": 1}, r"^config\.remat is 1; .*bool"),
         ({"optim": {"lr": "1e-3"}}, r"^config\.optim\.lr is '1e-3'; .*float"),
         ({"optim": 3}, r"^config\.optim is 3; .*OptimConfig"),

@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from moddistill import generate
-from moddistill.generate import Prompt, Sampling, answer, choose_token, decode, prompt_batch
+from moddistill.data.conversation import render
+from moddistill.generate import (
+    Prompt,
+    Sampling,
+    _end_id,
+    answer,
+    choose_token,
+    decode,
+    prompt_batch,
+)
 from moddistill.model_folder import load
 from moddistill.models.vlm import Vlm
 
@@ -90,6 +99,25 @@ def test_answer_does_not_depend_on_the_batch(model, prompts, tokenizer):
     for row, prompt in zip(together, prompts, strict=True):
         alone = decoded(model, prompt_batch([prompt], model[0].config, tokenizer))
         np.testing.assert_array_equal(alone[0], row)
+
+
+def test_answer_of_a_model_with_capacity_does_not_depend_on_the_batch(
+    tiny_models, prompts, tokenizer
+):
+    """Copies of one prompt would compete for the same slots."""
+    model, params = load(tiny_models["sparse"])
+    moe = dataclasses.replace(model.config.decoder.moe, dispatch="capacity", capacity_factor=0.1)
+    decoder = dataclasses.replace(model.config.decoder, moe=moe)
+    model = model.clone(config=dataclasses.replace(model.config, decoder=decoder))
+    [alone] = answer(model, params, tokenizer, prompts[:1], max_new_tokens=NEW)
+    for row in answer(model, params, tokenizer, prompts[:1] * 8, max_new_tokens=NEW):
+        assert row.token_ids == alone.token_ids
+
+
+def test_a_caption_that_ends_in_a_full_stop_ends(tiny_models, tokenizer):
+    """`plain` stops at a line break, which training must show as a token of its own."""
+    end = render("plain", [("<image>", "a dog.")])[-1]
+    assert tokenizer.encode(end.text) == [_end_id("plain", tokenizer)]
 
 
 def test_end_token_fills_up(tiny_models, prompts, tokenizer):

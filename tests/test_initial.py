@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,6 +199,36 @@ def test_teacher_is_kept_in_the_frozen_dtype(
     flat = flatten(initial.load_teacher(config, teacher, shapes, mesh))
     assert flat["decoder/embedding"].dtype == jnp.bfloat16
     assert flat["decoder/norm/scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("source", ["folder", "random"])
+def test_teacher_is_packed_and_off_loaded(
+    source, tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
+):
+    folder = {"folder": str(tiny_models["teacher"]), "random": "random:tiny-teacher"}[source]
+    fields = {"teacher_weights": "int8", "teacher_memory": "host"}
+    config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
+    student = tiny_architecture()
+    teacher = initial.teacher_architecture(config, student, tokenizer)
+    shapes = make_program(config, student, teacher, mesh).teacher
+    params = initial.load_teacher(config, teacher, shapes, mesh)
+    jax.tree.map(lambda x, shape: chex.assert_equal(x.sharding, shape.sharding), params, shapes)
+    kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["gate"]["kernel"]
+    assert kernel["int8"].dtype == jnp.int8
+    assert kernel["int8"].sharding.memory_kind == "pinned_host"
+    if source == "folder":
+        stored = flatten(load(folder)[1])["decoder/segment_0/block_0/mlp/gate/kernel"]
+        np.testing.assert_allclose(kernel["int8"] * kernel["step"], stored, atol=0.01)
+
+
+def test_towers_are_the_same_if_all_their_weights_are(tiny_models):
+    params = load(tiny_models["teacher"])[1]
+    frozen = {path: x for path, x in flatten(params).items() if path.startswith("vision/")}
+    assert initial.same_tower(frozen, params)
+    path = "vision/patch/kernel"
+    assert not initial.same_tower(frozen | {path: frozen[path].at[0, 0].add(1.0)}, params)
+    del frozen[path]
+    assert not initial.same_tower(frozen, params)
 
 
 def test_tokenizer_with_too_many_ids(tiny_config):

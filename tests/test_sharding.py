@@ -51,9 +51,16 @@ def test_mesh_that_does_not_fit(config):
 
 
 def test_unknown_logical_name():
-    assert resolve(PartitionSpec("embed", None, "mlp")) == PartitionSpec("fsdp", None, "tensor")
+    assert resolve(PartitionSpec("router", None, "mlp")) == PartitionSpec(None, None, "tensor")
     with pytest.raises(ValueError, match=r"'embedd' is unknown; .*did you mean 'embed'"):
         resolve(PartitionSpec("embedd"))
+
+
+def test_widths_are_cut_along_every_axis_that_the_array_leaves_free():
+    kernel, experts = ("embed", "mlp"), ("expert", "embed", "mlp")
+    whole = PartitionSpec(("fsdp", "expert"), "tensor")
+    assert resolve(PartitionSpec(*kernel)) == whole
+    assert resolve(PartitionSpec(*experts)) == PartitionSpec("expert", "fsdp", "tensor")
 
 
 @pytest.mark.parametrize("name", PRESETS)

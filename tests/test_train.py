@@ -13,7 +13,7 @@ from moddistill.metrics import read_metrics
 from moddistill.model_folder import load, save_model
 from moddistill.tree import flatten
 
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "student_tflops", "teacher_tflops")
 
 
 def rows(workdir):
@@ -227,6 +227,9 @@ def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_p
         ("d2d", {"moe": {"top_k": 99}}, r"config\.moe is set, but stage 'd2d' makes no experts"),
         ("d2d", {"loss": {"kd_weight": 0.0}}, r"loss\.kd_weight and .* leave nothing to learn"),
         ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is empty"),
+        ("sft", {"profile_steps": (3,)}, r"config\.profile_steps is \(3,\); accepted: first and"),
+        ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
+        ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),
         ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
         ("sft", {"mesh": {"data": 3}}, r"mesh data=3, .* does not fit 8 devices"),
     ],
@@ -253,3 +256,29 @@ def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
     train.train(config, tmp_path)
     assert runs[0].step._cache_size() == 1
     assert jax.tree.all(jax.tree.map(lambda x: x.is_deleted(), runs[0].state.params))
+
+
+@pytest.mark.parametrize("stage", ["d2s", "preference"])
+def test_one_pass_of_a_shared_tower_serves_both_models(
+    stage, tiny_config, tiny_models, tmp_path, monkeypatch, caplog
+):
+    """The student takes the teacher's own folder; sharing changes no number."""
+    folder = str(tiny_models["teacher"])
+    config = tiny_config(stage, student=folder, teacher=folder, tokenizer="", steps=2)
+    with caplog.at_level(logging.INFO, logger="moddistill"):
+        train.train(config, tmp_path / "shared")
+    assert "takes the features of the student's tower" in caplog.text
+    monkeypatch.setattr(train, "same_tower", lambda *_: False)
+    train.train(config, tmp_path / "apart")
+    for shared, apart in zip(rows(tmp_path / "shared"), rows(tmp_path / "apart"), strict=True):
+        assert shared == pytest.approx(apart, rel=1e-4, abs=1e-6)
+    work = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("shared", "apart")]
+    shared, apart = (row["teacher_tflops"] / row["student_tflops"] for row in work)
+    assert shared < apart
+
+
+def test_profiled_steps_leave_a_trace(tiny_config, tmp_path):
+    config = tiny_config("sft", profile_steps=(2, 3))
+    train.train(config, tmp_path)
+    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000

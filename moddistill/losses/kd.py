@@ -10,7 +10,7 @@ from moddistill.config import LossConfig
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.router import add_router_losses
 from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
-from moddistill.models.vlm import Vlm
+from moddistill.models.vlm import Vlm, batch_for_teacher
 from moddistill.tree import merge
 
 
@@ -67,7 +67,8 @@ def token_loss(
         heads = Heads(rows(output.hidden), output.head)
         real_vocab = student.config.decoder.real_vocab
         if "kd" in terms:
-            target = jax.lax.stop_gradient(teacher.apply({"params": teacher_params}, batch))
+            theirs = batch_for_teacher(batch, output, teacher_params)
+            target = jax.lax.stop_gradient(teacher.apply({"params": teacher_params}, theirs))
             heads = Heads(*heads[:2], rows(target.hidden), target.head)
             real_vocab = min(real_vocab, teacher.config.decoder.real_vocab)
         weights = counted(batch)

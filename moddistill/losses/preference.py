@@ -16,7 +16,7 @@ from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.kd import cross_entropy
 from moddistill.losses.router import add_router_losses
 from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
-from moddistill.models.vlm import Vlm
+from moddistill.models.vlm import Vlm, batch_for_teacher
 from moddistill.tree import merge
 
 KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
@@ -79,7 +79,8 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
     ) -> tuple[Array, Metrics]:
         both = _concatenate(batch)
         output = student.apply({"params": merge(params, frozen)}, both)
-        target = teacher.apply({"params": teacher_params}, both)
+        theirs = batch_for_teacher(both, output, teacher_params)
+        target = teacher.apply({"params": teacher_params}, theirs)
         labels, supervised = next_token(both["tokens"], both["loss_mask"])
         summed = functools.partial(
             weighted_sum,

@@ -22,8 +22,8 @@ _TILE = 1024  # columns of a tile of the kernel
 
 
 def form(platform: str) -> str:
-    """How groups of rows are multiplied on this platform, for the log."""
-    return "one kernel over all groups" if platform == "tpu" else "a loop over pieces of one expert"
+    """How rows of several experts are multiplied on this platform, for the log."""
+    return "one Pallas kernel" if platform == "tpu" else "a loop over pieces of one expert"
 
 
 def forward(
@@ -199,8 +199,8 @@ def _inner_gradients(
 def _over_pieces(compute: Callable, start: Any, blocks: Array, most: int) -> Any:
     """`start`, changed by `compute(it, expert, first block, number of blocks)` for all pieces.
 
-    Each expert's blocks are taken as many fours as there are, then a two, then a one: few, large
-    products, of exactly the rows in use.
+    Of each expert's blocks as many eights are taken as there are, then a four, a two and a one:
+    few, large products, of exactly the blocks in use.
     """
     done = start
     first = jnp.cumsum(blocks) - blocks

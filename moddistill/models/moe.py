@@ -6,6 +6,7 @@ output never depends on the other tokens of the batch.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax
@@ -185,7 +186,8 @@ class MoE(nn.Module):
             weights = weights * keep
             weights = _normalise(weights) if config.norm_topk_prob else weights
         # The one token of an init cannot be spread over devices.
-        mix = mix_on_one_device if self.is_initializing() else mix_experts
+        mix = functools.partial(mix_experts, transport=config.transport)
+        mix = mix_on_one_device if self.is_initializing() else mix
         mixed = mix(tokens.astype(self.dtype), weights, experts, keep, self._experts(tokens))
         mixed = mixed.reshape(hidden.shape)
         if config.residual:

@@ -6,6 +6,8 @@ their embedding from outside.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import flax
 import jax
@@ -18,6 +20,7 @@ from moddistill.models.attention import Attention, Cache
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal
 from moddistill.models.moe import MoE, RouterStats
+from moddistill.models.packing import unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +119,15 @@ class Period(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens and image features in, final hidden states and the head's matrix out."""
+    """Tokens and image features in, final hidden states and the head's matrix out.
+
+    `packed` says that the layers' parameters are kept as `models/packing.py` does.
+    """
 
     config: DecoderConfig
     dtype: DType
     remat: bool
+    packed: bool = False
 
     @nn.compact
     def __call__(
@@ -141,9 +148,8 @@ class Decoder(nn.Module):
         stats = []
         new_cache = []
         for i, segment in enumerate(config.plan):
-            period = nn.remat(Period, prevent_cse=False) if self.remat else Period
             scan = nn.scan(
-                period,
+                self._period(),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
@@ -163,6 +169,14 @@ class Decoder(nn.Module):
             head = self.param("head", init_normal("embed", "vocab"), shape[::-1], jnp.float32)
         router = jax.tree.map(lambda *x: jnp.concatenate(x), *stats) if stats else None
         return hidden, head.astype(self.dtype), router, new_cache if cache else None
+
+    def _period(self) -> Any:
+        """The body of a scan, which unpacks its parameters and is made again for the gradient."""
+        period = Period
+        if self.packed:
+            ready = functools.partial(unpack, dtype=self.dtype)
+            period = nn.map_variables(period, "params", trans_in_fn=ready)
+        return nn.remat(period, prevent_cse=False) if self.remat else period
 
 
 def _layer_major(stats: list[RouterStats]) -> RouterStats:

@@ -3,7 +3,8 @@
     batch  = {tokens, positions, segments [B, T], images [B, I, H, W, 3] uint8}
     output = model.apply({"params": params}, batch)
 
-Images may be fewer than rows of tokens; then they serve these rows in turn. Image placeholders are
+Images may be fewer than rows of tokens; then they serve these rows in turn. In their place a batch
+may have `features` [B, X, W] of another model with the same tower. Image placeholders are
 already repeated once per patch, so splicing is a gather and a `where`. The model returns hidden
 states and the head's matrix, not logits: losses contract them in chunks.
 """
@@ -38,18 +39,22 @@ class ModelConfig:
 
 @flax.struct.dataclass
 class Output:
+    """Final hidden states and the head; `features` are those of the tower, if it saw images."""
+
     hidden: Float[Array, "B T D"]
     head: Float[Array, "D V"]
     router: RouterStats | None
     cache: list[list[Cache]] | None
+    features: Float[Array, "N X W"] | None
 
 
 class Vlm(nn.Module):
-    """A causal multimodal language model, dense or sparse."""
+    """A causal multimodal language model, dense or sparse; `packed` as in the decoder."""
 
     config: ModelConfig
     dtype: DType = jnp.float32
     remat: bool = False
+    packed: bool = False
 
     @nn.compact
     def __call__(self, batch: dict[str, Any], cache: list[list[Cache]] | None = None) -> Output:
@@ -68,23 +73,24 @@ class Vlm(nn.Module):
             is_image=is_image,
             start=batch.get("start", jnp.zeros((), jnp.int32)),
         )
-        image_hidden = None
+        features = batch.get("features")
         if config.vision is not None and "images" in batch:
-            patches = self._embed_images(batch["images"])
+            features = self._see(batch["images"])
+        image_hidden = None
+        if features is not None:
+            width = config.decoder.width
+            patches = Projector(config.projector, width, self.dtype, name="projector")(features)
             # The rows of a preference pair share their images, which are read once.
             patches = jnp.tile(patches, (len(tokens) // len(patches), 1, 1))
             image_hidden = splice(patches, is_image)
-        decoder = Decoder(config.decoder, self.dtype, self.remat, name="decoder")
-        return Output(*decoder(tokens, image_hidden, context, cache))
+        decoder = Decoder(config.decoder, self.dtype, self.remat, self.packed, name="decoder")
+        return Output(*decoder(tokens, image_hidden, context, cache), features)
 
-    def _embed_images(self, images: Array) -> Float[Array, "B X D"]:
-        """Projected patches of all images of each sample, one after the other."""
-        batch, count = images.shape[:2]
+    def _see(self, images: Array) -> Float[Array, "B X W"]:
+        """The tower's features of all images of each sample, one after the other."""
         flat = images.reshape(-1, *images.shape[2:])
         features = Vision(self.config.vision, self.dtype, self.remat, name="vision")(flat)
-        width = self.config.decoder.width
-        projected = Projector(self.config.projector, width, self.dtype, name="projector")(features)
-        return projected.reshape(batch, count * projected.shape[1], width)
+        return features.reshape(len(images), -1, features.shape[-1])
 
     @staticmethod
     def logits(output: Output) -> Float[Array, "B T V"]:
@@ -95,6 +101,14 @@ class Vlm(nn.Module):
         return jnp.einsum(
             "BTD,DV->BTV", output.hidden, output.head, preferred_element_type=jnp.float32
         )
+
+
+def batch_for_teacher(batch: dict[str, Any], seen: Output, teacher_params: dict[str, Any]) -> Any:
+    """The student's batch for its teacher, which without a tower of its own takes the features."""
+    if "vision" in teacher_params or seen.features is None:
+        return batch
+    rest = {name: x for name, x in batch.items() if name != "images"}
+    return rest | {"features": jax.lax.stop_gradient(seen.features)}
 
 
 def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
