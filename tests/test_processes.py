@@ -70,7 +70,7 @@ def test_two_processes_are_one_run(tmp_path, start):
 
 def test_a_process_that_dies_ends_the_other_and_the_run_resumes(tmp_path, start):
     run = tmp_path / "run"
-    first, second = start(run, "--config.steps=60", devices=4, processes=2)
+    first, second = start(run, "--config.steps=30", devices=4, processes=2)
     until = time.monotonic() + PATIENCE
     while len(losses(run)) < 5:
         assert time.monotonic() < until
@@ -80,9 +80,9 @@ def test_a_process_that_dies_ends_the_other_and_the_run_resumes(tmp_path, start)
     assert first.wait(240) != 0
     assert not (run / "model").exists()
     done = len(losses(run))
-    start.finish(run, "--config.steps=60", devices=4, processes=2)
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 61))
-    assert done < 60
+    start.finish(run, "--config.steps=30", devices=4, processes=2)
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 31))
+    assert done < 30
 
 
 def test_index_outside_of_the_processes():
