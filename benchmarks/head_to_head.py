@@ -3,9 +3,14 @@
 A benchmark module has `SIDES`, from a name to a function that prepares the work in a folder and
 returns what is timed; `make_files(folder)`, if there is one, first writes what the sides read.
 Machines are noisy, so sides alternate and medians are compared.
+
+Peaks are those of the resident memory of a whole process while it runs, behind one run that is not
+counted: neither the making of weights and inputs nor compilation is in them. The peak of the work
+is what it takes beyond what was there when weights and inputs were ready.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import re
@@ -22,30 +27,30 @@ MIB = 2**20
 
 def serve(module: str, side: str, folder: str) -> None:
     """One side's process: runs once for every line it is sent, and tells its peak at the end."""
-    prepare = importlib.import_module(module).SIDES[side]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of importing is forgotten
-    before = peak_bytes()
-    run = prepare(Path(folder))
+    run = importlib.import_module(module).SIDES[side](Path(folder))
+    gc.collect()
+    ready = resident_bytes("VmRSS")
     run()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     print("ready", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         run()
         print(time.perf_counter() - began, flush=True)
-    print(peak_bytes(), before)
+    print(resident_bytes("VmHWM"), ready)
 
 
-def peak_bytes() -> int:
-    """Most bytes this process has held so far; Linux only.
+def resident_bytes(kind: str) -> int:
+    """Bytes that this process holds (`VmRSS`), or the most so far (`VmHWM`); Linux only.
 
     Not `ru_maxrss`, in which a child begins with the peak of the process that started it.
     """
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1])
+    return 1024 * int(re.search(rf"^{kind}:\s+(\d+) kB$", status, re.MULTILINE)[1])
 
 
 def compare(module: str, rounds: int) -> dict[str, Any]:
-    """Median seconds, and peak resident bytes, of every side; one run each is not counted."""
+    """Median seconds and peak bytes of every side; one run each is not counted."""
     with tempfile.TemporaryDirectory() as folder:
         return _compare(module, rounds, Path(folder))
 
@@ -65,12 +70,12 @@ def _compare(module: str, rounds: int, folder: Path) -> dict[str, Any]:
     for side, child in children.items():
         with child:
             rest, _ = child.communicate()
-        peak, before = map(int, rest.split())
+        peak, ready = map(int, rest.split())
         result[side] = {
             "seconds": statistics.median(seconds[side]),
             "fastest": min(seconds[side]),
             "peak_bytes": peak,
-            "peak_bytes_of_the_work": peak - before,
+            "peak_bytes_of_the_work": peak - ready,
         }
     return result
 

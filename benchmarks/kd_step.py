@@ -89,7 +89,7 @@ def ours(folder: Path) -> Callable[[], None]:
         student=str(folder / "student"),
         teacher=str(folder / "teacher"),
         dtype="float32",
-        remat=False,
+        remat="none",
         batch_size=ROWS,
         optim=OptimConfig(lr=RATE, warmup_ratio=0.0),
         loss=LossConfig(balance_weight=BALANCE),

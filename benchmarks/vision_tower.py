@@ -23,7 +23,7 @@ def ours(_: Path) -> Callable[[], None]:
     from moddistill.models.presets import preset
     from moddistill.models.vision import Vision
 
-    tower = Vision(preset("qwen2-0.5b").vision, jax.numpy.float32, remat=False)
+    tower = Vision(preset("qwen2-0.5b").vision, jax.numpy.float32, remat="none")
     images = jax.numpy.asarray(pictures())
     params = jax.jit(tower.init)(jax.random.key(0), images)
     see = jax.jit(tower.apply)

@@ -122,7 +122,8 @@ def at_demo_size(config: TrainConfig) -> TrainConfig:
         log_every=10,
         save_every=10_000,
         dtype="float32",
-        remat=False,
+        remat="none",
+        scan=False,
         data=data,
         optim=dataclasses.replace(config.optim, warmup_ratio=0.05),
     )

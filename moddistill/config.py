@@ -121,7 +121,9 @@ class TrainConfig:
     profile_steps: tuple[int, ...] = ()  # first and last step that the profiler sees
     # Of computation and frozen parameters; trained ones are float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: bool = True
+    # What layers keep for the gradient: all | their matrix products | their inputs alone.
+    remat: Literal["none", "products", "full"] = "full"
+    scan: bool = True  # layers as a loop; False: compiles longer, runs faster where they are few
     # Of the teacher's layers: int8 halves them; host memory holds those that fit nowhere else.
     teacher_weights: Literal["dtype", "int8"] = "dtype"
     teacher_memory: Literal["device", "host"] = "device"

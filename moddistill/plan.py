@@ -34,7 +34,6 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.program import Program, make_program, place, shares_tower, without_tower
 from moddistill.settings import check_settings, check_spread
 from moddistill.stages import stage_of
-from moddistill.state import State
 
 LOG = logging.getLogger("moddistill")
 _RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
@@ -72,7 +71,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "peak_bytes_per_chip": _device_peak(memory) if memory else None,
         "argument_bytes_per_chip": memory.argument_size_in_bytes if memory else None,
         "temp_bytes_per_chip": memory.temp_size_in_bytes if memory else None,
-        "arguments": _arguments(state, program, batch),
+        "arguments": argument_bytes(program, batch),
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
     work = work_of(config, student, teacher, set(program.state.params), shared)
@@ -174,8 +173,9 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def _arguments(state: State, program: Program, batch: Any) -> dict[str, int]:
+def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
     """Bytes of one chip by what they are for."""
+    state = place(program.state, program.places)
     parts = {
         "trained": state.params,
         "moments": state.opt_state,

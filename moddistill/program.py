@@ -50,7 +50,8 @@ def make_program(
 ) -> Program:
     """Everything of a stage that its architectures decide."""
     dtype = jnp.dtype(config.dtype)
-    model = Vlm(student, dtype, config.remat)
+    how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
+    model = Vlm(student, **how)
     boxed = abstract_params(student)
     params = sharding.unbox(boxed)
     trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
@@ -64,7 +65,7 @@ def make_program(
     param_places = flatten(sharding.param_shardings(mesh, boxed))
     places = state_shardings(state, param_places, optimizer, everywhere)
     packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
-    teacher_model = None if teacher is None else Vlm(teacher, dtype, config.remat, packed)
+    teacher_model = None if teacher is None else Vlm(teacher, packed=packed, **how)
     loss = stage_of(config).loss(model, teacher_model, config.loss)
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),

@@ -106,13 +106,18 @@ def _check_losses(config: TrainConfig) -> None:
 
 
 def check_spread(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless micro-batches can be spread over the devices."""
+    """Raises ValueError unless the samples and positions can be spread over the devices."""
     places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if (config.batch_size // config.accumulate) % places:
         raise ValueError(
             f"config.batch_size is {config.batch_size} in {config.accumulate} micro-batches; "
             f"accepted: micro-batches of a multiple of {places} samples, for the mesh has so many "
             f"devices along {', '.join(BATCH_AXES)}"
+        )
+    if config.data.max_length % mesh.shape["tensor"]:
+        raise ValueError(
+            f"config.data.max_length is {config.data.max_length}; accepted: a multiple of "
+            f"mesh.tensor, {mesh.shape['tensor']}, along which positions meet the vocabulary"
         )
 
 

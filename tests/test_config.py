@@ -36,7 +36,7 @@ def test_configs_are_frozen():
         ({"steps": 1.5}, r"^config\.steps is 1\.5; .*int"),
         ({"steps": True}, r"^config\.steps is True; .*int"),
         ({"teacher_weights": "int4"}, r"teacher_weights is 'int4'; accepted: dtype, int8"),
-        ({"remat": 1}, r"^config\.remat is 1; .*bool"),
+        ({"remat": True}, r"^config\.remat is True; accepted: none, products, full"),
         ({"optim": {"lr": "1e-3"}}, r"^config\.optim\.lr is '1e-3'; .*float"),
         ({"optim": 3}, r"^config\.optim is 3; .*OptimConfig"),
         ({"trainable": 3}, r"^config\.trainable is 3; .*str, tuple"),

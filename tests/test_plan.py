@@ -1,9 +1,13 @@
 import dataclasses
 
+import jax
 import pytest
 
+from experiments import d2s
 from moddistill import plan
-from moddistill.config import MeshConfig
+from moddistill.config import MeshConfig, TrainConfig, from_config_dict
+from moddistill.program import make_program
+from moddistill.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,26 @@ def test_parameters_and_moments_are_split(tiny_config, report):
     assert whole["moments"] == pytest.approx(2 * whole["trained"], abs=16)
     assert parts["trained"] < 0.4 * whole["trained"]
     assert parts["teacher"] < whole["teacher"]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(fsdp=8), MeshConfig(fsdp=2, expert=4), MeshConfig(fsdp=2, expert=2, tensor=2)],
+    ids=["fsdp", "expert", "tensor"],
+)
+def test_a_chip_holds_its_share_of_parameters_and_moments(mesh):
+    """Of the paper's sparse student and its teacher, to within 5 %, on 8 chips."""
+    config = from_config_dict(TrainConfig, d2s.get_config().to_dict())
+
+    def held(mesh):
+        mesh = make_mesh(mesh, jax.devices()[: 8 if mesh.fsdp > 1 else 1])
+        student, teacher = plan.architectures(config)
+        program = make_program(config, student, teacher, mesh)
+        return plan.argument_bytes(program, {})
+
+    whole, share = held(MeshConfig()), held(mesh)
+    for part in ("trained", "moments", "frozen", "teacher"):
+        assert share[part] == pytest.approx(whole[part] / 8, rel=0.05), part
 
 
 def test_report_for_people(report):

@@ -64,7 +64,7 @@ def fake_evaluate(folder, name, data, out):
 def finished(tiny_config, tmp_path_factory):
     """A recipe of two stages, the second of which also measures held-out records."""
     workdir = tmp_path_factory.mktemp("recipe")
-    first = tiny_config("init", remat=False, steps=2)
+    first = tiny_config("init", remat="none", steps=2)
     [source] = first.data.sources.values()
     second = dataclasses.replace(
         first,

@@ -44,7 +44,7 @@ def finished(tiny_config, tmp_path_factory):
 
     def run(stage):
         if stage not in runs:
-            config = tiny_config(stage, remat=stage == "init")
+            config = tiny_config(stage, remat="full" if stage == "init" else "none")
             workdir = tmp_path_factory.mktemp(stage)
             train.train(config, workdir)
             runs[stage] = config, workdir
@@ -116,7 +116,7 @@ def test_only_the_trainable_parameters_moved(finished, tiny_config, tmp_path):
     """d2s trains experts, routers and projector; the rest is what the seed made it."""
     _, workdir = finished("d2s")
     _, after = load(workdir / "model")
-    config = tiny_config("d2s", remat=False, optim={"lr": 0.0})
+    config = tiny_config("d2s", remat="none", optim={"lr": 0.0})
     train.train(config, tmp_path)
     before = flatten(load(tmp_path / "model")[1])
     moved = {path for path, x in flatten(after).items() if np.any(x != before[path])}
@@ -263,7 +263,7 @@ def test_one_pass_of_a_shared_tower_serves_both_models(
 ):
     """The student takes the teacher's own folder; sharing changes no number."""
     folder = str(tiny_models["teacher"])
-    config = tiny_config("d2d", student=folder, teacher=folder, tokenizer="", steps=2, remat=False)
+    config = tiny_config("d2d", student=folder, teacher=folder, tokenizer="", steps=2, remat="none")
     with caplog.at_level(logging.INFO, logger="moddistill"):
         train.train(config, tmp_path / "shared")
     assert "takes the features of the student's tower" in caplog.text

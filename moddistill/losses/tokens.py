@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.sharding import BATCH_AXES, is_distributed
+from moddistill.sharding import MESH_AXES, is_distributed
 
 _MASKED = -1e30  # a logit that can never be chosen; finite, so that 0 * log 0 stays 0
 
@@ -101,12 +101,14 @@ def _over_devices(summed: Callable) -> Callable:
     """Each device sums over its own positions, as many chunks as it needs, with whole heads.
 
     The heads are gathered once, before the loop; their gradients are added up once, behind it.
+    Positions are spread along `tensor` too: shards of two vocabularies with different padding would
+    not meet each other.
     """
-    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    rows, whole = PartitionSpec(MESH_AXES), PartitionSpec()
 
     def share(heads: Heads, labels: Array, weights: dict[str, Array]) -> tuple[Array, Any]:
         total, values = summed(heads, labels, weights)
-        return jax.lax.psum(total, BATCH_AXES), values
+        return jax.lax.psum(total, MESH_AXES), values
 
     return jax.shard_map(
         share,

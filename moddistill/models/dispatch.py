@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.models import grouped
 from moddistill.models.grouped import Experts
+from moddistill.models.layers import PRODUCT
 
 _LARGEST_BLOCK = 512
 
@@ -82,7 +84,8 @@ def expert_mixture(
 
 def _forward(hidden, weights, experts, rows):
     tokens = _take(hidden, rows.source // weights.shape[1])
-    outputs, gate, up = grouped.forward(tokens, experts, rows.blocks)
+    outputs, *inner = grouped.forward(tokens, experts, rows.blocks)
+    gate, up = (checkpoint_name(x, PRODUCT) for x in inner)
     mixed = jnp.einsum("TkD,Tk->TD", _of_assignments(outputs, rows), weights.astype(jnp.float32))
     return mixed.astype(hidden.dtype), (hidden, weights, experts, rows, gate, up)
 

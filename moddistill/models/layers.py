@@ -7,9 +7,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 DType = Any
+
+PRODUCT = "product"  # results that `rematerialised` can tell from others
+
+_KEPT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+}
+
+
+def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A layer to be scanned that keeps only part of what its gradient needs, and makes the rest.
+
+    Args:
+      remat: `full` keeps the layer's inputs, `products` also the results of its matrix products
+        with parameters, `none` everything.
+    """
+    if remat == "none":
+        return layer
+    return nn.remat(layer, prevent_cse=False, policy=_KEPT[remat])
 
 
 def init_normal(*axes: str, std: float = 0.02) -> Callable:
@@ -95,6 +115,7 @@ class Linear(nn.Module):
         # As one matrix product, whose gradient takes far less time on CPU than a batched one.
         width = math.prod(shape[:n])
         y = x.astype(self.dtype).reshape(-1, width) @ kernel.reshape(width, -1)
+        y = checkpoint_name(y, PRODUCT)
         y = y.reshape(*x.shape[:-n], *self.features)
         if self.use_bias:
             bias = self.param("bias", init_zeros(*self.outputs), self.features, jnp.float32)

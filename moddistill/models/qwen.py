@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moddistill.config import MoeConfig
 from moddistill.models.attention import Attention, Cache
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
-from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal
+from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
 from moddistill.models.moe import MoE, RouterStats
 from moddistill.models.packing import unpack
 
@@ -121,13 +121,15 @@ class Period(nn.Module):
 class Decoder(nn.Module):
     """Tokens and image features in, final hidden states and the head's matrix out.
 
-    `packed` says that the layers' parameters are kept as `models/packing.py` does.
+    `remat` is as in `TrainConfig`; `packed` says that the layers' parameters are kept as
+    `models/packing.py` does, `unroll` that layers are compiled one by one instead of as a loop.
     """
 
     config: DecoderConfig
     dtype: DType
-    remat: bool
+    remat: str
     packed: bool = False
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -154,6 +156,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
+                unroll=segment.repeats if self.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             segment_module = scan(config, segment.pattern, self.dtype, name=f"segment_{i}")
@@ -171,12 +174,12 @@ class Decoder(nn.Module):
         return hidden, head.astype(self.dtype), router, new_cache if cache else None
 
     def _period(self) -> Any:
-        """The body of a scan, which unpacks its parameters and is made again for the gradient."""
+        """The body of a scan, which unpacks its parameters if they are packed."""
         period = Period
         if self.packed:
             ready = functools.partial(unpack, dtype=self.dtype)
             period = nn.map_variables(period, "params", trans_in_fn=ready)
-        return nn.remat(period, prevent_cse=False) if self.remat else period
+        return rematerialised(period, self.remat)
 
 
 def _layer_major(stats: list[RouterStats]) -> RouterStats:

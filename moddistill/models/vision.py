@@ -15,6 +15,7 @@ from moddistill.models.layers import (
     exact_gelu,
     init_normal,
     quick_gelu,
+    rematerialised,
     tanh_gelu,
 )
 
@@ -100,7 +101,8 @@ class Vision(nn.Module):
 
     config: VisionConfig
     dtype: DType
-    remat: bool
+    remat: str
+    unroll: bool = False
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B P D"]:
@@ -134,12 +136,12 @@ class Vision(nn.Module):
         return x + table[None].astype(x.dtype)
 
     def _layers(self, length: int, name: str) -> nn.Module:
-        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
         layers = nn.scan(
-            block,
+            rematerialised(VisionBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=length,
+            unroll=length if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return layers(self.config, self.dtype, name=name)

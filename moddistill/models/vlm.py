@@ -49,12 +49,13 @@ class Output:
 
 
 class Vlm(nn.Module):
-    """A causal multimodal language model, dense or sparse; `packed` as in the decoder."""
+    """A causal multimodal language model; `remat`, `packed` and `unroll` as in the decoder."""
 
     config: ModelConfig
     dtype: DType = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     packed: bool = False
+    unroll: bool = False
 
     @nn.compact
     def __call__(self, batch: dict[str, Any], cache: list[list[Cache]] | None = None) -> Output:
@@ -83,13 +84,16 @@ class Vlm(nn.Module):
             # The rows of a preference pair share their images, which are read once.
             patches = jnp.tile(patches, (len(tokens) // len(patches), 1, 1))
             image_hidden = splice(patches, is_image)
-        decoder = Decoder(config.decoder, self.dtype, self.remat, self.packed, name="decoder")
+        decoder = Decoder(
+            config.decoder, self.dtype, self.remat, self.packed, self.unroll, name="decoder"
+        )
         return Output(*decoder(tokens, image_hidden, context, cache), features)
 
     def _see(self, images: Array) -> Float[Array, "B X W"]:
         """The tower's features of all images of each sample, one after the other."""
         flat = images.reshape(-1, *images.shape[2:])
-        features = Vision(self.config.vision, self.dtype, self.remat, name="vision")(flat)
+        tower = Vision(self.config.vision, self.dtype, self.remat, self.unroll, name="vision")
+        features = tower(flat)
         return features.reshape(len(images), -1, features.shape[-1])
 
     @staticmethod

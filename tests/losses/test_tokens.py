@@ -1,14 +1,17 @@
 import functools
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from moddistill.config import LossConfig
+from moddistill.config import LossConfig, MeshConfig
 from moddistill.losses.kd import cross_entropy, forward_kl
 from moddistill.losses.tokens import Heads, logits_of, next_token, weighted_sum
+from moddistill.sharding import BATCH_AXES, make_mesh
 
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCAB, TEACHER_VOCAB, REAL = 37, 8, 12, 22, 25, 20
 
@@ -203,3 +206,36 @@ def test_cross_entropy_alone_needs_no_teacher():
     value = chunked(Heads(*heads[:2]), labels, weights, token_fn=ce_alone)
     zero = {"ce": weights["ce"], "kd": jnp.zeros(POSITIONS)}
     np.testing.assert_allclose(value, plain(heads, labels, zero), rtol=1e-5)
+
+
+def test_sharded_heads_are_gathered_before_the_loop_over_chunks():
+    """One gather of each head and no collective inside of the loop, on 2 x 2 x 2 devices."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def shape(*size, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("fsdp", "tensor")
+    heads = Heads(
+        shape(64, WIDTH, spec=rows),
+        shape(WIDTH, VOCAB, spec=head),
+        shape(64, TEACHER_WIDTH, spec=rows),
+        shape(TEACHER_WIDTH, TEACHER_VOCAB + 1, spec=head),
+    )
+    weight = shape(64, spec=rows)
+    labels = shape(64, spec=rows, dtype=jnp.int32)
+
+    def loss(hidden, head, heads, labels, weights):
+        heads = heads._replace(hidden=hidden, head=head)
+        return weighted_sum(kd_and_ce, heads, labels, weights, chunk=4, real_vocab=REAL)[0]
+
+    places = (heads.hidden.sharding, heads.head.sharding)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=places)
+        weights = {"kd": weight, "ce": weight}
+        program = gradient.lower(heads.hidden, heads.head, heads, labels, weights).compile()
+    inside, outside = program.as_text().split("ENTRY ")
+    assert "while(" in outside
+    collective = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(")
+    assert "all-gather" in {kind for kind, _ in collective.findall(outside)}
+    assert not collective.findall(inside)

@@ -1,8 +1,11 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from moddistill.models import attention as module
 from moddistill.models.attention import Attention, causal_mask
@@ -162,3 +165,29 @@ def test_blocks_of_queries_give_the_same_values_and_gradients(monkeypatch):
     assert "while" in ours.lower(*arrays).as_text()
     expected = jax.value_and_grad(whole, argnums=(0, 1, 2))(*arrays)
     chex.assert_trees_all_close(ours(*arrays), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "masked", "fused"),
+    [
+        ((2, 12, 4, 64), jnp.bfloat16, True, True),
+        ((2, 577, 4, 64), jnp.bfloat16, False, True),  # a tower with its class token
+        ((2, 577, 4, 64), jnp.bfloat16, True, False),
+        ((2, 12, 4, 64), jnp.float32, True, False),
+        ((2, 12, 4, 20), jnp.bfloat16, True, False),
+        ((2, 12, 4, 256), jnp.bfloat16, True, False),
+    ],
+)
+def test_gpus_attend_with_cudnn_where_it_has_a_kernel(monkeypatch, shape, dtype, masked, fused):
+    """Lowered for CUDA as in a process with its GPUs, which is all that can be seen without one."""
+    gpu = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(module.jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    query = jax.ShapeDtypeStruct(shape, dtype)
+    mask = causal_mask(jnp.ones(shape[:2], jnp.int32)) if masked else None
+
+    def loss(query):
+        return jnp.sum(module.attend(query, query, query, mask).astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss)).trace(query).lower(lowering_platforms=("cuda",))
+    assert ("__cudnn$fmha" in lowered.as_text()) == fused

@@ -43,7 +43,7 @@ def context(batch):
 def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
     config = decoder_config(placement, layers)
     batch = draw.text(config, 2, 5)
-    decoder, inputs = Decoder(config, jnp.float32, False), (batch["tokens"], None, context(batch))
+    decoder, inputs = Decoder(config, jnp.float32, "none"), (batch["tokens"], None, context(batch))
     params = draw.params(decoder, *inputs, None)
     hidden, head, router, cache = draw.apply(decoder, params, *inputs, None)
 
@@ -66,11 +66,12 @@ def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
 
 
 @pytest.mark.parametrize("placement", [None, "sparse"])
-def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement):
+@pytest.mark.parametrize("remat", ["products", "full"])
+def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement, remat):
     config = decoder_config(placement, 4)
     batch = draw.text(config, 2, 5)
     inputs = (batch["tokens"], None, context(batch), None)
-    params = draw.params(Decoder(config, jnp.float32, False), *inputs)
+    params = draw.params(Decoder(config, jnp.float32, "none"), *inputs)
 
     def outputs_and_gradients(remat):
         def loss(params):
@@ -83,15 +84,33 @@ def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement):
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     chex.assert_trees_all_close(
-        outputs_and_gradients(True), outputs_and_gradients(False), atol=1e-5, rtol=1e-5
+        outputs_and_gradients(remat), outputs_and_gradients("none"), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("placement", [None, "sparse"])
+def test_what_is_computed_again_for_the_gradient(placement):
+    """`full` makes a layer's products again, `products` those of attention scores alone."""
+    config = decoder_config(placement, 2)
+    batch = draw.text(config, 2, 5)
+    inputs = (batch["tokens"], None, context(batch), None)
+    params = draw.params(Decoder(config, jnp.float32, "none"), *inputs)
+
+    def products(remat):
+        def loss(params):
+            hidden = Decoder(config, jnp.float32, remat).apply({"params": params}, *inputs)[0]
+            return jnp.sum(hidden**2)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+    assert products("none") < products("products") < products("full")
 
 
 def test_an_untied_head_is_a_parameter_of_its_own():
     config = dataclasses.replace(DENSE, tied_head=False)
     batch = draw.text(config, 1, 2)
     inputs = (batch["tokens"], None, context(batch), None)
-    decoder = Decoder(config, jnp.float32, False)
+    decoder = Decoder(config, jnp.float32, "none")
     params = draw.params(decoder, *inputs)
     _, head, _, _ = draw.apply(decoder, params, *inputs)
     chex.assert_shape(head, (8, 23))

@@ -64,7 +64,7 @@ def test_layers_go_to_the_host_and_the_rest_stays(shapes):
 
 @pytest.mark.parametrize("memory", ["device", "host"])
 @pytest.mark.parametrize("weights", ["int8", "dtype"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_packed_model_computes_with_its_unpacked_kernels(
     tiny_architecture, shapes, weights, memory, remat
 ):

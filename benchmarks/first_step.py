@@ -1,0 +1,69 @@
+"""Seconds from the start of a process to the end of its first step, at demo size.
+
+    python -m benchmarks.first_step [--runs runs/demo] [--rounds 3] [--json]
+
+Each round runs stage `d2s` of the demo twice, in processes of their own: `cold` compiles all
+programs, `cached` finds those of the first in `JAX_COMPILATION_CACHE_DIR`. `--runs` is the workdir
+of `make demo`, whose teacher and dense student they load.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def seconds_to_first_step(runs: Path, workdir: Path, cache: Path) -> float:
+    """Starts the stage, and ends it when it has reported its first step."""
+    command = [sys.executable, "-m", "moddistill.train", "--config", "experiments/d2s.py:demo"]
+    command += [f"--config.student={runs}/d2d/model", f"--config.teacher={runs}/teacher/model"]
+    command += ["--config.log_every=1", "--workdir", str(workdir)]
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    rows = workdir / "metrics.jsonl"
+    began = time.perf_counter()
+    with (workdir.parent / "stderr.txt").open("w+") as said:
+        process = subprocess.Popen(command, env=env, stderr=said)
+        try:
+            while not (rows.is_file() and rows.stat().st_size):
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise RuntimeError(f"the stage ended before its first step:\n{said.read()}")
+                time.sleep(0.02)
+            return time.perf_counter() - began
+        finally:
+            process.kill()
+            process.wait()
+
+
+def measure(runs: Path, rounds: int) -> dict[str, float]:
+    """Median seconds without and with compiled programs at hand."""
+    seconds: dict[str, list[float]] = {"cold": [], "cached": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for kind, times in seconds.items():
+                workdir = Path(folder) / kind
+                times.append(seconds_to_first_step(runs, workdir, Path(folder) / "cache"))
+    return {kind: statistics.median(times) for kind, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_step", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = measure(args.runs, args.rounds)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for kind, seconds in result.items():
+        print(f"{kind:>8} {seconds:6.1f} s")
+
+
+if __name__ == "__main__":
+    main()
