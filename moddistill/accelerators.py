@@ -1,7 +1,7 @@
 """Accelerators by name, for compiling without owning one.
 
-A topology is `v5p:2x2x1`: a TPU generation and its chips in each direction; `cpu:8` is as many
-simulated devices of this machine.
+A topology is `v5p:2x2x1`: a TPU generation and its chips in each direction; `h100:8` is as many
+GPUs of one machine, `h100:4x8` those of four; `cpu:8` simulated devices of this one.
 """
 
 import dataclasses
@@ -16,45 +16,62 @@ from jax.experimental import topologies
 
 from moddistill.config import nearest
 
-GIB = 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Memory in bytes and bfloat16 operations a second of one chip, as Google publishes them."""
+    """Memory in bytes and dense bfloat16 operations a second of one chip, as its maker states them.
 
+    `kind` is how the name begins that the backend gives its devices.
+    """
+
+    kind: str
     memory: int
     flops: float
     devices: int = 1  # that the compiler sees
 
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12),
-    "v5e": Chip(16 * GIB, 197e12),
-    "v5p": Chip(95 * GIB, 459e12),
-    "v6e": Chip(32 * GIB, 918e12),
-    "tpu7x": Chip(192 * GIB, 2307e12, devices=2),
+    "v4": Chip("TPU v4", 32 * GIB, 275e12),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, 197e12),
+    "v5p": Chip("TPU v5", 95 * GIB, 459e12),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 918e12),
+    "tpu7x": Chip("TPU7x", 192 * GIB, 2307e12, devices=2),
+    "a100": Chip("NVIDIA A100", 80 * GIB, 312e12),
+    "h100": Chip("NVIDIA H100", 80 * GIB, 989e12),
+    "h200": Chip("NVIDIA H200", 141 * 10**9, 989e12),
+    "b200": Chip("NVIDIA B200", 180 * 10**9, 2250e12),
 }
 
 
-# As the backends name them; bfloat16 operations a second, dense.
-_SPEED = {
-    "TPU v4": CHIPS["v4"].flops,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
-    "TPU7x": CHIPS["tpu7x"].flops / 2,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the compiler asks a GPU for: processors, caches and memory in bytes, bytes a second."""
+
+    capability: tuple[int, int]
+    cores: int
+    shared_per_core: int
+    cache: int
+    bandwidth: float
+    clock_ghz: float
+
+
+GPUS = {
+    "a100": Gpu((8, 0), 108, 164 * KIB, 40 * MIB, 2.039e12, 1.41),
+    "h100": Gpu((9, 0), 132, 228 * KIB, 50 * MIB, 3.35e12, 1.98),
+    "h200": Gpu((9, 0), 132, 228 * KIB, 50 * MIB, 4.8e12, 1.98),
+    "b200": Gpu((10, 0), 148, 228 * KIB, 126 * MIB, 8.0e12, 1.97),
 }
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
     """Operations a second of all these devices together; None if their speed is not known."""
-    names = [name for name in _SPEED if devices[0].device_kind.startswith(name)]
-    return len(devices) * _SPEED[max(names, key=len)] if names else None
+    chips = [chip for chip in CHIPS.values() if devices[0].device_kind.startswith(chip.kind)]
+    if not chips:
+        return None
+    chip = max(chips, key=lambda chip: len(chip.kind))
+    return len(devices) * chip.flops / chip.devices
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:
@@ -68,7 +85,8 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
         )
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
         raise ValueError(
-            f"topology {topology!r} states no sizes; accepted: such as v5e:4x4, v5p:2x2x1 or cpu:8"
+            f"topology {topology!r} states no sizes; accepted: such as v5e:4x4, v5p:2x2x1, h100:8 "
+            "or cpu:8"
         )
     return name, tuple(int(size) for size in sizes.split("x"))
 
@@ -77,25 +95,70 @@ def devices_of(topology: str) -> list[Any]:
     """Devices to compile for; they cannot run anything unless they are this machine's own.
 
     Raises:
-      ValueError: without the TPU compiler, or for a topology that it does not know.
+      ValueError: without that accelerator's compiler, or for a topology that it does not know.
     """
     name, sizes = parse(topology)
     if name == "cpu":
         return _host_devices(math.prod(sizes))
+    options = (_gpu_options if name in GPUS else _tpu_options)(name, sizes)
+    extra = "cuda12" if name in GPUS else "tpu"
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"topology {topology!r} cannot be compiled for here ({reason}); accepted: a topology "
+            f"of that accelerator, with the extra `{extra}` installed (pip install "
+            f"'moddistill[{extra}]'), which needs no such device"
+        ) from None
+
+
+def _tpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
     # What the compiler would otherwise ask a cloud for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name}-{math.prod(sizes)}")
     one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"topology {topology!r} cannot be compiled for here ({reason}); accepted: a topology "
-            "of that generation, with the extra `tpu` installed (pip install 'moddistill[tpu]')"
-        ) from None
-    return list(found.devices)
+    return {"platform": "tpu", "topology_name": f"{name}:{'x'.join(map(str, sizes))}"} | one
+
+
+def _gpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
+    """Machines times GPUs of each; a description of the GPU stands for the GPU."""
+    *machines, gpus = sizes
+    gpu, chip = GPUS[name], CHIPS[name]
+    major, minor = gpu.capability
+    # XLA's `GpuTargetConfigProto` as text; what all these GPUs have in common is stated as it is.
+    target = f"""
+platform_name: "CUDA"
+device_description_str: "{chip.kind}"
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {gpu.cores}
+  fpus_per_core: {64 if major == 8 else 128}
+  clock_rate_ghz: {gpu.clock_ghz}
+  device_memory_size: {chip.memory}
+  memory_bandwidth: {round(gpu.bandwidth)}
+  l2_cache_size: {gpu.cache}
+  shared_memory_per_core: {gpu.shared_per_core}
+  shared_memory_per_block_optin: {gpu.shared_per_core - KIB}
+  shared_memory_per_block: {48 * KIB}
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  registers_per_core_limit: {64 * KIB}
+  registers_per_block_limit: {64 * KIB}
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+}}
+"""
+    return {
+        "platform": "cuda",
+        "topology_name": name,
+        "topology": f"1x{math.prod(machines)}x{gpus}",
+        "target_config": target,
+    }
 
 
 def _host_devices(count: int) -> list[Any]:

@@ -3,9 +3,11 @@
     python -m moddistill.plan --config experiments/d2s.py:student=qwen2-0.5b,teacher=qwen2-7b \\
         --topology v6e:1x1 --config.batch_size=8 [--json] [--fit]
 
-Prints memory a chip and what it consists of, model FLOPs a step, collectives, whether it fits, and
-how many days the experiment takes at a given utilisation. `--fit` looks for the largest micro-batch
-that fits. Models need not exist: a path that is not there stands for the preset it names.
+Topologies are those of `accelerators.py`: TPUs with the extra `tpu` installed, GPUs with `cuda12`,
+and simulated devices of this machine. Prints memory a chip and what it consists of, model FLOPs a
+step, collectives, whether it fits, and how many days the experiment takes at a given utilisation.
+`--fit` looks for the largest micro-batch that fits. Models need not exist: a path that is not there
+stands for the preset it names.
 """
 
 import dataclasses

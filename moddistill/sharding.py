@@ -42,6 +42,14 @@ def is_distributed() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def device_kind() -> str:
+    """What the backend calls the devices of the mesh of the context, or those of the process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.devices()[0].device_kind
+    return mesh.abstract_device.device_kind
+
+
 def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, or over those given.
 

@@ -47,6 +47,13 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Programs of other modules' tests would fill gigabytes; the cache on disk still has them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """`tiny_config(stage, **fields)`: the stage's smallest config; a dict changes a part's."""

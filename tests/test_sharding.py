@@ -13,7 +13,14 @@ from moddistill.initial import student_tokenizer
 from moddistill.model_folder import abstract_params
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
-from moddistill.sharding import MESH_AXES, make_mesh, param_shardings, put_batch, resolve
+from moddistill.sharding import (
+    MESH_AXES,
+    device_kind,
+    make_mesh,
+    param_shardings,
+    put_batch,
+    resolve,
+)
 from moddistill.stages import STAGES
 from moddistill.train import open_streams, prepare
 from moddistill.tree import flatten
@@ -49,6 +56,12 @@ def test_mesh(config, shape):
 def test_mesh_that_does_not_fit(config):
     with pytest.raises(ValueError, match=rf"mesh data={config.data}, fsdp={config.fsdp}.* 8 devi"):
         make_mesh(config)
+
+
+def test_kind_of_the_devices_of_a_mesh():
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert device_kind() == jax.devices()[0].device_kind
+    assert device_kind() == jax.devices()[0].device_kind
 
 
 def test_unknown_logical_name():

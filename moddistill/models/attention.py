@@ -6,6 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.models.layers import DType, Linear, RMSNorm, rotary
+from moddistill.sharding import device_kind
 
 Cache = dict[str, Array]  # key and value, each [B, S, K, H]
 _QUERIES = 512
@@ -79,7 +80,7 @@ def attend(
     queries has a fraction of them at a time, and makes them again for the gradient.
     """
     where = None if mask is None else mask[:, None]
-    if _cudnn_serves(query, key, mask):
+    if _cudnn_serves(query, key):
         return jax.nn.dot_product_attention(query, key, value, mask=where, implementation="cudnn")
     blocks, rest = divmod(query.shape[1], _QUERIES)
     if mask is None or blocks < 2 or rest:
@@ -96,15 +97,15 @@ def attend(
     return mixed.swapaxes(0, 1).reshape(query.shape)
 
 
-def _cudnn_serves(query: Array, key: Array, mask: Array | None) -> bool:
-    """Whether this process has NVIDIA's GPUs, and cuDNN a kernel for these shapes on all of them.
+def _cudnn_serves(query: Array, key: Array) -> bool:
+    """Whether the devices are NVIDIA's, and cuDNN has a kernel for these shapes on all of them.
 
-    It has none for float32, for heads above 128 before Hopper, and, with a mask, for odd lengths.
+    It has none for float32, for heads above 128 before Hopper, and for gradients at odd lengths.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     head = query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
-    lengths = mask is None or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
-    return half and head and lengths and jax.devices()[0].device_kind.startswith("NVIDIA")
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    return half and head and even and device_kind().startswith("NVIDIA")
 
 
 def _write(slots: Array, new: Array, start: Array) -> Array:

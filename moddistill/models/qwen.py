@@ -13,6 +13,7 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.spmd import RulesFallback
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import MoeConfig
@@ -107,7 +108,9 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, context, caches):
-        hidden = nn.with_logical_constraint(hidden, ("act_batch", "act_seq", "act_embed"))
+        hidden = nn.with_logical_constraint(
+            hidden, ("act_batch", "act_seq", "act_embed"), fallback=RulesFallback.RAISE_ERROR
+        )
         all_stats = []
         new_caches = []
         for j, has_experts in enumerate(self.pattern):
