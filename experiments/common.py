@@ -123,7 +123,6 @@ def at_demo_size(config: TrainConfig) -> TrainConfig:
         save_every=10_000,
         dtype="float32",
         remat="none",
-        scan=False,
         data=data,
         optim=dataclasses.replace(config.optim, warmup_ratio=0.05),
     )
