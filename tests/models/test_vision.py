@@ -68,7 +68,7 @@ def test_what_is_never_computed_is_made_by_init_and_ignored_by_apply(remat):
 
 
 def test_parameters_are_named_and_split_as_those_of_the_used_layers():
-    vision = Vision(dataclasses.replace(CONFIG, select_layer=-3), jnp.float32, False)
+    vision = Vision(dataclasses.replace(CONFIG, select_layer=-3), jnp.float32, "none")
     params = jax.eval_shape(vision.init, jax.random.key(0), draw.pixels(1, 12, 12, 3))["params"]
     names, unused = (
         jax.tree.map(lambda x: x.names, params[part], is_leaf=lambda x: hasattr(x, "names"))
@@ -90,7 +90,7 @@ def test_a_tower_without_class_token_gives_all_its_positions():
 
 def test_pixels_beyond_the_last_whole_patch_are_not_seen():
     config = dataclasses.replace(CONFIG, image_size=15)
-    vision, images = Vision(config, jnp.float32, False), draw.pixels(1, 15, 15, 3)
+    vision, images = Vision(config, jnp.float32, "none"), draw.pixels(1, 15, 15, 3)
     params = draw.params(vision, images)
     assert config.patches == 9
     expected = draw.apply(vision, params, images)
@@ -113,7 +113,7 @@ def test_settings_without_a_meaning_are_named(changes, named):
 
 def test_features_are_those_below_the_selected_layer():
     vision, params = tower(dataclasses.replace(CONFIG, layers=4, select_layer=-3))
-    shorter = Vision(dataclasses.replace(CONFIG, layers=2, select_layer=-1), jnp.float32, False)
+    shorter = Vision(dataclasses.replace(CONFIG, layers=2, select_layer=-1), jnp.float32, "none")
     images = draw.pixels(2, 12, 12, 3)
     ours, expected = (draw.apply(v, params, images) for v in (vision, shorter))
     chex.assert_shape(ours, (2, CONFIG.patches, CONFIG.width))

@@ -82,7 +82,7 @@ def test_image_positions_hold_projected_features_and_others_the_embedding():
     _, output, params = run(config, batch)
 
     flat = batch["images"].reshape(-1, 8, 8, 3)
-    x = Vision(TOWER, jnp.float32, False).apply({"params": params["vision"]}, flat)
+    x = Vision(TOWER, jnp.float32, "none").apply({"params": params["vision"]}, flat)
     first, second = params["projector"]["linear_0"], params["projector"]["linear_1"]
     x = exact_gelu(x @ first["kernel"] + first["bias"][None, None])
     x = (x @ second["kernel"] + second["bias"][None, None]).reshape(3, 8, 8)
