@@ -29,9 +29,9 @@ def parse(arg: str | None) -> dict[str, str]:
     """`demo`, `tiny`, `student=PRESET` and `teacher=PRESET`, separated by commas.
 
     Raises:
-      ValueError: for anything else.
+      ValueError: for anything else, or a preset for a smaller size, which has its own models.
     """
-    options = {"size": "full", "student": STUDENT, "teacher": TEACHER}
+    options = {"size": "full"}
     for item in filter(None, (arg or "").split(",")):
         key, _, value = item.partition("=")
         if item in SIZES:
@@ -45,7 +45,13 @@ def parse(arg: str | None) -> dict[str, str]:
                 f"experiment argument {item!r} is unknown; accepted: {', '.join(known)}"
                 + nearest(item, known)
             )
-    return options
+    chosen = sorted({"student", "teacher"} & set(options))
+    if chosen and options["size"] != "full":
+        raise ValueError(
+            f"experiment argument {arg!r} sets {' and '.join(chosen)}, but {options['size']} has "
+            "its own models; accepted: presets at full size, or the size alone"
+        )
+    return {"student": STUDENT, "teacher": TEACHER} | options
 
 
 def choose(

@@ -153,7 +153,21 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A locked ConfigDict with the fields of a config dataclass."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+    return ml_collections.ConfigDict(_fields(config)).lock()
+
+
+def _fields(config: Any) -> Any:
+    """Nested dicts; a field that is None keeps its other type, or nothing could be put there."""
+    if isinstance(config, Mapping):
+        return {key: _fields(value) for key, value in config.items()}
+    if not dataclasses.is_dataclass(config):
+        return config
+    fields = {name: _fields(value) for name, value in vars(config).items()}
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if fields[name] is None:
+            [other] = set(typing.get_args(kind)) - {types.NoneType}
+            fields[name] = ml_collections.config_dict.placeholder(other)
+    return fields
 
 
 def from_config_dict(cls: type, values: Mapping[str, Any], origin: str = "config") -> Any:

@@ -140,7 +140,24 @@ def check_finite(metrics: HostMetrics, step: int, last_good: str) -> None:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics file; none if it does not exist."""
+    """The rows of a metrics file; none if it does not exist.
+
+    A last line without a line break was cut off as it was written, and is left out.
+
+    Raises:
+      ValueError: for another line that is no row.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: str, origin: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin}: not JSON: {error}") from None
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError(f"{origin}: {line[:60]!r} is no row; accepted: an object with a step")
+    return row

@@ -17,10 +17,10 @@ from moddistill.model_folder import abstract_params
 from moddistill.models.packing import packed_shapes
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import make_optimizer
-from moddistill.stages import stage_of, trainable_patterns
+from moddistill.stages import stage_of, trainable_paths
 from moddistill.state import State, cast_frozen, make_state, state_shardings
 from moddistill.step import make_step
-from moddistill.tree import flatten, match
+from moddistill.tree import flatten
 
 
 class Program(NamedTuple):
@@ -54,7 +54,7 @@ def make_program(
     model = Vlm(student, **how)
     boxed = abstract_params(student)
     params = sharding.unbox(boxed)
-    trainable = match(list(flatten(params)), trainable_patterns(config), "config.trainable")
+    trainable = trainable_paths(config, list(flatten(params)))
     optimizer = make_optimizer(config.optim, config.steps)
 
     def make(params: Any) -> State:

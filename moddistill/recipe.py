@@ -15,7 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moddistill.command import run_experiment
-from moddistill.config import RecipeConfig, from_config_dict
+from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
+from moddistill.data.records import check_source
 from moddistill.evaluate import evaluate, find_benchmark
 from moddistill.metrics import read_metrics
 from moddistill.model_folder import parameter_counts, read_model_config
@@ -31,9 +32,10 @@ def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
     """Trains, evaluates and reports; returns the rows of the table, in the first process.
 
     Raises:
-      ValueError: if the order and the stages do not name the same things, or a stage fails.
+      ValueError: if the order and the stages do not name the same things, records, pictures or
+        questions of any stage are missing, or a stage fails.
     """
-    _check(config)
+    _check(config, workdir)
     for name in config.order:
         train(config.stages[name], workdir / name)
         if config.benchmark and name in config.evaluated and is_first():
@@ -93,12 +95,13 @@ def write_predictions(config: RecipeConfig, workdir: Path) -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _check(config: RecipeConfig) -> None:
-    if config.benchmark:
-        find_benchmark(config.benchmark)
+def _check(config: RecipeConfig, workdir: Path) -> None:
+    """Raises ValueError for what would stop a later stage, before the first one takes its time."""
     for name, stage in config.stages.items():
         try:
             check_settings(stage)
+            if not (workdir / name / "model").exists():
+                _check_sources(stage, workdir)
         except ValueError as error:
             raise ValueError(f"stage {name!r}: {error}") from None
     if sorted(config.order) != sorted(config.stages):
@@ -110,10 +113,32 @@ def _check(config: RecipeConfig) -> None:
         raise ValueError(
             f"config.evaluated names {unknown}; accepted: stages, {', '.join(config.order)}"
         )
+    if config.benchmark:
+        benchmark = find_benchmark(config.benchmark)
+        if not all(_is_scored(workdir / name) for name in config.evaluated) and is_first():
+            benchmark.questions(Path(config.benchmark_data))
+    elif config.evaluated:
+        raise ValueError(
+            f"config.evaluated is {config.evaluated}, but config.benchmark is empty; accepted: a "
+            "benchmark, or ()"
+        )
+
+
+def _check_sources(stage: TrainConfig, workdir: Path) -> None:
+    """Files below the workdir are left out, since an earlier stage may make them."""
+    heldout = (stage.data.heldout,) if stage.heldout_steps else ()
+    for source in (*stage.data.sources.values(), *heldout):
+        paths = (Path(source.path), Path(source.images))
+        if not any(path.resolve().is_relative_to(workdir.resolve()) for path in paths):
+            check_source(source.path, source.images)
+
+
+def _is_scored(folder: Path) -> bool:
+    return (folder / "scores.json").is_file()
 
 
 def _evaluate(config: RecipeConfig, folder: Path) -> None:
-    if (folder / "scores.json").is_file():
+    if _is_scored(folder):
         return
     data = Path(config.benchmark_data)
     scores = evaluate(folder / "model", config.benchmark, data, folder)

@@ -5,62 +5,87 @@ import json
 import math
 import operator
 from pathlib import Path
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from moddistill.config import MoeConfig, TrainConfig
+from moddistill.config import LossConfig, MoeConfig, TrainConfig
 from moddistill.processes import is_first
 from moddistill.sharding import BATCH_AXES
-from moddistill.stages import stage_of
+from moddistill.stages import STAGES, stage_of
 from moddistill.tree import flatten
 
 # Settings that may change between a run and its resumption.
 _FREE = ("log_every", "save_every", "profile_steps")
 
-_TINY = 1e-30  # a number above 0
+
+class Range(NamedTuple):
+    """Numbers from `least` to `most`, without those themselves where `above` or `below` say so."""
+
+    least: int | float
+    most: int | float
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: int | float) -> bool:
+        return (self.least < value if self.above else self.least <= value) and (
+            value < self.most if self.below else value <= self.most
+        )
+
+    def __str__(self) -> str:
+        if not self.above and not self.below:
+            return f"{self.least} to {self.most}"
+        first = f"above {self.least}" if self.above else f"at least {self.least}"
+        return f"{first} and {'below' if self.below else 'at most'} {self.most}"
+
+
 _RANGES = {
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "accumulate": (1, math.inf),
-    "seed": (0, 2**32 - 1),
-    "log_every": (1, math.inf),
-    "save_every": (1, math.inf),
-    "heldout_steps": (0, math.inf),
-    "optim.lr": (0, 1e38),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-    "optim.eps": (0, 1),
-    "optim.weight_decay": (0, 1e38),
-    "optim.warmup_ratio": (0, 1),
-    "optim.clip_norm": (0, 1e38),
-    "loss.chunk": (1, math.inf),
-    "loss.kd_weight": (0, 1e38),
-    "loss.ce_weight": (0, 1e38),
-    "loss.balance_weight": (0, 1e38),
-    "loss.router_z_weight": (0, 1e38),
-    "loss.beta": (_TINY, 1e38),
-    "loss.label_smoothing": (0, 0.5),
-    "moe.capacity_factor": (_TINY, 1e38),
-    "data.max_length": (1, math.inf),
-    "data.max_images": (1, math.inf),
-    "data.workers": (0, math.inf),
+    "steps": Range(1, math.inf),
+    "batch_size": Range(1, math.inf),
+    "accumulate": Range(1, math.inf),
+    "seed": Range(0, 2**32 - 1),
+    "log_every": Range(1, math.inf),
+    "save_every": Range(1, math.inf),
+    "heldout_steps": Range(0, math.inf),
+    "optim.lr": Range(0, 1e38),
+    "optim.b1": Range(0, 1, below=True),
+    "optim.b2": Range(0, 1, below=True),
+    "optim.eps": Range(0, 1, above=True),
+    "optim.weight_decay": Range(0, 1e38),
+    "optim.warmup_ratio": Range(0, 1),
+    "optim.clip_norm": Range(0, 1e38),
+    "loss.chunk": Range(1, math.inf),
+    "loss.kd_weight": Range(0, 1e38),
+    "loss.ce_weight": Range(0, 1e38),
+    "loss.balance_weight": Range(0, 1e38),
+    "loss.router_z_weight": Range(0, 1e38),
+    "loss.beta": Range(0, 1e38, above=True),
+    "loss.label_smoothing": Range(0, 0.5),
+    "moe.capacity_factor": Range(0, 1e38, above=True),
+    "data.max_length": Range(1, math.inf),
+    "data.max_images": Range(1, math.inf),
+    "data.workers": Range(0, math.inf),
 }
 
 
 def check_settings(config: TrainConfig) -> None:
     """Raises ValueError for an unknown stage, numbers without a meaning, or settings not used."""
     stage = stage_of(config)
-    for name, (least, most) in _RANGES.items():
+    for name, accepted in _RANGES.items():
         value = operator.attrgetter(name)(config)
-        if not least <= value <= most:
-            raise ValueError(f"config.{name} is {value}; accepted: {least} to {most}")
+        if value not in accepted:
+            raise ValueError(f"config.{name} is {value}; accepted: {accepted}")
     if not stage.sparse and config.moe != MoeConfig():
         raise ValueError(
             f"config.moe is set, but stage {config.stage!r} makes no experts; accepted: its "
             "defaults, since the student brings its own"
         )
-    if config.heldout_steps and not config.data.heldout.path:
-        raise ValueError("config.data.heldout.path is empty, but heldout_steps is not 0")
+    if bool(config.heldout_steps) != bool(config.data.heldout.path):
+        raise ValueError(
+            f"config.data.heldout.path is {config.data.heldout.path!r} and heldout_steps is "
+            f"{config.heldout_steps}; accepted: both, or neither"
+        )
+    _check_read(config)
     _check_losses(config)
     profiled = config.profile_steps
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
@@ -81,6 +106,23 @@ def check_settings(config: TrainConfig) -> None:
             f"config.batch_size is {config.batch_size}; accepted: a multiple of accumulate, "
             f"{config.accumulate}"
         )
+
+
+def _check_read(config: TrainConfig) -> None:
+    """Raises ValueError for settings of losses that the stage does not have."""
+    default = LossConfig()
+    readers: dict[str, list[str]] = {}
+    for stage, row in STAGES.items():
+        for name in row.reads:
+            readers.setdefault(name, []).append(stage)
+    for name, stages in readers.items():
+        value = getattr(config.loss, name)
+        if config.stage not in stages and value != getattr(default, name):
+            raise ValueError(
+                f"config.loss.{name} is {value!r}, but stage {config.stage!r} does not read it; "
+                f"accepted: {getattr(default, name)!r}, its default, since only "
+                f"{', '.join(stages)} {'read' if len(stages) > 1 else 'reads'} it"
+            )
 
 
 def _check_losses(config: TrainConfig) -> None:

@@ -36,6 +36,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones((), jnp.float32)
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
+        metrics["param_norm"] = (optax.tree.norm(params), one)  # not finite if any of them is not
         metrics["tokens"] = (_real_tokens(batch), one)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

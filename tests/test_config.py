@@ -100,6 +100,13 @@ def test_override_on_the_command_line(command_line):
 
 
 @load_module
+@pytest.mark.parametrize("value", [False, True])
+def test_a_field_without_a_value_can_be_typed(command_line, value):
+    assert command_line().moe.norm_topk_prob is None
+    assert command_line(f"--config.moe.norm_topk_prob={value}").moe.norm_topk_prob is value
+
+
+@load_module
 def test_tuples_can_be_typed(command_line):
     config = command_line("--config.moe.placement=(0, 2)", "--config.trainable=('decoder/.*',)")
     assert (config.moe.placement, config.trainable) == ((0, 2), ("decoder/.*",))

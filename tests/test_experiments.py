@@ -72,6 +72,8 @@ def test_presets_name_the_models(name):
         ("dmeo", r"argument 'dmeo' is unknown; accepted: full, .*did you mean 'demo'"),
         ("student=qwen2-0.5", r"preset 'qwen2-0\.5' is unknown; .*did you mean 'qwen2-0\.5b'"),
         ("studnet=tiny", r"'studnet=tiny' is unknown"),
+        ("tiny,student=qwen2-0.5b", r"sets student, but tiny has its own models; accepted: pre"),
+        ("student=tiny,teacher=tiny,demo", r"sets student and teacher, but demo has its own"),
     ],
 )
 def test_unknown_argument(arg, message):

@@ -219,6 +219,13 @@ def test_command_line_prints_the_text_alone(tiny_models, tokenizer, capsys):
     assert printed == expected.text + "\n"
 
 
+def test_broken_picture_ends_with_one_line(tiny_models, tmp_path):
+    (tmp_path / "a.tiff").write_bytes(b"II*\0 and no picture")
+    args = ["--model", str(tiny_models["dense"]), "--prompt", "q", "--image", f"{tmp_path}/a.tiff"]
+    with pytest.raises(SystemExit, match=r"^error: .*a\.tiff: not a readable image"):
+        generate.main(args)
+
+
 def test_image_must_be_written_once_for_every_image(tiny_models, picture):
     with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 2 images"):
         command(

@@ -88,5 +88,26 @@ def test_rows_of_held_out_records_are_written_again(tmp_path):
     assert read_metrics(file) == rows[:1]
 
 
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "lo')
+    assert [row["step"] for row in read_metrics(file)] == [1]
+    with MetricsLog(tmp_path, start=1, steps=4, title="sft", work=WORK) as log:
+        log.add(step(4, 1))
+        log.report(2, 0.0, "none yet")
+    assert [row["step"] for row in read_metrics(file)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "not JSON: Expecting"), ("[1]", r"'\[1\]' is no row; accepted: an"), ("", "not JSON")],
+)
+def test_any_other_broken_line_is_named(line, message, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {message}"):
+        read_metrics(file)
+
+
 def test_no_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []

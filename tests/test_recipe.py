@@ -31,6 +31,14 @@ def test_workdir_is_put_into_every_text():
         ({"order": ("a", "a", "b")}, r"config\.order is"),
         ({"order": ("a", "c")}, r"config\.order is"),
         ({"evaluated": ("a", "c")}, r"config\.evaluated names \['c'\]; accepted: stages, a, b"),
+        (
+            {"evaluated": ("a",)},
+            r"evaluated is \('a',\), but config\.benchmark is empty",
+        ),
+        (
+            {"evaluated": ("a",), "benchmark": "easy_vqa", "benchmark_data": "no/such"},
+            r"no/such/test\.json does not exist",
+        ),
     ],
 )
 def test_order_and_stages_must_fit(tmp_path, fields, message):
@@ -39,6 +47,34 @@ def test_order_and_stages_must_fit(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         recipe.run(config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["sources", "heldout"])
+def test_records_and_pictures_of_every_stage_are_looked_for_first(tiny_config, tmp_path, part):
+    first = tiny_config("sft")
+    [source] = first.data.sources.values()
+    workdir = tmp_path / "run"
+
+    def run(**fields):
+        changed = dataclasses.replace(source, **fields)
+        data = {"sources": {"a": changed}} if part == "sources" else {"heldout": changed}
+        more = {} if part == "sources" else {"heldout_steps": 1}
+        second = dataclasses.replace(first, data=dataclasses.replace(first.data, **data), **more)
+        stages = {"first": first, "second": second}
+        recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
+
+    with pytest.raises(ValueError, match=r"stage 'second': 'gone\.json': no such data file; a \.j"):
+        run(path="gone.json")
+    with pytest.raises(ValueError, match=r"stage 'second': .*, record 1: has an image, but 'gone'"):
+        run(images="gone")
+    assert not workdir.exists()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recipe, "train", interrupt)
+        run(path=f"{workdir}/first/made.json")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def fake_evaluate(folder, name, data, out):
@@ -63,7 +99,8 @@ def fake_evaluate(folder, name, data, out):
 @pytest.fixture(scope="module")
 def finished(tiny_config, tmp_path_factory):
     """A recipe of two stages, the second of which also measures held-out records."""
-    workdir = tmp_path_factory.mktemp("recipe")
+    workdir, questions = map(tmp_path_factory.mktemp, ("recipe", "questions"))
+    (questions / "test.json").write_text("[]")
     first = tiny_config("init", remat="none", steps=2)
     [source] = first.data.sources.values()
     second = dataclasses.replace(
@@ -77,7 +114,7 @@ def finished(tiny_config, tmp_path_factory):
         order=("first", "second"),
         stages={"first": first, "second": second},
         benchmark="easy_vqa",
-        benchmark_data="data",
+        benchmark_data=str(questions),
         evaluated=("first", "second"),
     )
     with pytest.MonkeyPatch.context() as patched:

@@ -1,12 +1,14 @@
+import dataclasses
 import re
 
 import pytest
 from flax import linen as nn
 
-from moddistill.config import MoeConfig, TrainConfig
+from moddistill.config import LossConfig, MoeConfig, TrainConfig
 from moddistill.model_folder import abstract_params
-from moddistill.stages import STAGES, stage_of, trainable_patterns
-from moddistill.tree import flatten, match
+from moddistill.models.vision import NEVER_COMPUTED
+from moddistill.stages import STAGES, stage_of, trainable_paths
+from moddistill.tree import flatten
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +47,42 @@ DENSE = {f"decoder/mlp/{name}" for name in ("gate", "up", "down")}
 )
 def test_trainable_parameters(paths, stage, trainable, expected):
     sparse = stage in ("d2s", "preference")
-    patterns = trainable_patterns(config_of(stage, trainable=trainable))
-    assert kinds(match(paths[sparse], patterns, "here")) == expected
+    # A word typed over a tuple arrives as a tuple of that word.
+    for chosen in (trainable, (trainable,)):
+        config = config_of(stage, trainable=chosen)
+        assert kinds(trainable_paths(config, paths[sparse])) == expected
 
 
-def test_trainable_patterns_of_the_config_come_first():
-    assert trainable_patterns(config_of("sft", trainable=("vision/.*",))) == ("vision/.*",)
+def test_reference_set_without_a_dense_layer(paths):
+    experts = [path for path in paths[True] if "/mlp/" not in path]
+    for stage in ("d2s", "preference"):
+        found = trainable_paths(config_of(stage, trainable="reference"), experts)
+        assert found == trainable_paths(config_of(stage), experts)
 
 
-def test_unknown_trainable_set():
-    with pytest.raises(ValueError, match=r"config\.trainable is 'papers'; accepted: 'paper'"):
-        trainable_patterns(config_of("sft", trainable="papers"))
+def test_parameters_that_are_never_computed_do_not_train(paths):
+    never = {f"vision/{name}/scale" for name in NEVER_COMPUTED}
+    tower = {path for path in paths[False] if path.startswith("vision/")} | never
+    found = trainable_paths(config_of("sft", trainable=("vision/.*",)), sorted(tower))
+    assert {path.split("/")[1] for path in tower - found} == set(NEVER_COMPUTED)
+    assert "vision/patch/kernel" in found
+
+
+def test_a_set_of_which_nothing_is_computed(paths):
+    with pytest.raises(ValueError, match=r"\('vision/post_norm/\.\*',\), of which nothing is ever"):
+        trainable_paths(config_of("sft", trainable=("vision/post_norm/.*",)), paths[False])
+
+
+@pytest.mark.parametrize("name", ["papers", "reference "])
+def test_unknown_trainable_set(paths, name):
+    with pytest.raises(ValueError, match=rf"config\.trainable is '{name}'; accepted: 'paper'"):
+        trainable_paths(config_of("sft", trainable=name), paths[False])
+
+
+def test_every_field_of_the_losses_is_read_somewhere():
+    of_experts = {"balance_weight", "router_z_weight"}
+    read = {name for row in STAGES.values() for name in row.reads}
+    assert read | of_experts | {"chunk"} == {field.name for field in dataclasses.fields(LossConfig)}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_step_by_hand():
     state, metrics = run(optax.sgd(0.1), seed=3)
     np.testing.assert_allclose(state.params["slope"], 0.5 - 0.1 * slope, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], (abs(slope), 1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["param_norm"], (abs(0.5 - 0.1 * slope), 1), rtol=1e-5)
     loss = np.sum(batch["mask"] * error**2)
     np.testing.assert_allclose(metrics["loss"], (loss, weight), rtol=1e-5)
     np.testing.assert_array_equal(metrics["tokens"], (23, 1))

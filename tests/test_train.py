@@ -77,7 +77,7 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
     written = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     for row in written:
-        assert set(row) == {"step", "loss", "lr", "grad_norm", *TIMING} | PARTS[stage]
+        assert set(row) == {"step", "loss", "lr", "grad_norm", "param_norm", *TIMING} | PARTS[stage]
         assert all(map(math.isfinite, row.values()))
     assert {path.name for path in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"
@@ -139,14 +139,23 @@ def test_workdir_of_a_run_with_other_settings(finished):
 
 
 @pytest.mark.parametrize(("save_every", "last_good"), [(1, "checkpoints/1"), (4, "none yet")])
-def test_nan_stops_the_run(tiny_config, tmp_path, save_every, last_good):
-    """The first update is larger than float32; the second step sees it, whenever it is reported."""
-    config = tiny_config("sft", save_every=save_every, log_every=save_every, optim={"lr": 1e38})
+def test_an_update_that_is_not_finite_stops_the_run(tiny_config, tmp_path, save_every, last_good):
+    """The first update is zero, the second larger than float32, whenever it is reported."""
+    optim = {"lr": 1e38, "warmup_ratio": 0.25}
+    config = tiny_config("sft", save_every=save_every, log_every=save_every, optim=optim)
     with pytest.raises(FloatingPointError) as error:
         train.train(config, tmp_path)
-    assert str(error.value).startswith("step 2: loss is nan; the last good checkpoint is ")
+    assert str(error.value).startswith("step 2: param_norm is inf; the last good checkpoint is ")
     assert str(error.value).endswith(last_good)
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 2))[: save_every == 1]
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["1"] * (save_every == 1)
+    assert [row["step"] for row in rows(tmp_path)] == [1] * (save_every == 1)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_last_step_that_breaks_the_parameters_leaves_no_model(tiny_config, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 1: param_norm is inf; .* none yet"):
+        train.train(tiny_config("sft", steps=1, optim={"lr": 1e38}), tmp_path)
     assert not (tmp_path / "model").exists()
 
 
@@ -223,10 +232,15 @@ def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_p
         ("d2d", {"teacher": "random:demo-teacher"}, r"does not fit: positions an image 36"),
         ("sft", {"seed": -1}, r"config\.seed is -1; accepted: 0 to "),
         ("sft", {"optim": {"lr": math.nan}}, r"config\.optim\.lr is nan; accepted: 0 to"),
+        (
+            "sft",
+            {"optim": {"eps": 0.0}},
+            r"config\.optim\.eps is 0\.0; accepted: above 0 and at mo",
+        ),
         ("sft", {"optim": {"clip_norm": -1.0}}, r"config\.optim\.clip_norm is -1"),
         ("d2d", {"moe": {"top_k": 99}}, r"config\.moe is set, but stage 'd2d' makes no experts"),
         ("d2d", {"loss": {"kd_weight": 0.0}}, r"loss\.kd_weight and .* leave nothing to learn"),
-        ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is empty"),
+        ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is '' and heldout_steps is 1"),
         ("sft", {"profile_steps": (3,)}, r"config\.profile_steps is \(3,\); accepted: first and"),
         ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
         ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),

@@ -1,6 +1,6 @@
 """Records to arrays of one fixed shape: tokens, loss mask, positions, segments and images.
 
-T: max_length, I: max_images, H = W: image_size.
+T: max_length, I: max_images, h = w: image_size.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dic
 
     tokens [T] int32, the image id repeated for every patch; loss_mask [T] bool, true where the
     token at that position is supervised; positions [T] int32; segments [T] int32, 1 for what is
-    real; unless the model is text-only, images [I, H, W, 3] uint8, zeros in unused slots; and
+    real; unless the model is text-only, images [I, h, w, 3] uint8, zeros in unused slots; and
     length, the number of tokens before the cut.
 
     Raises:

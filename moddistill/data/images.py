@@ -28,17 +28,26 @@ def load_image(path: str) -> Image.Image:
     """The RGB image of a file.
 
     Raises:
-      ValueError: the file is there and is no readable image.
+      ValueError: the file is there and is no readable image, or its pixels have no known range.
       OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return _as_rgb(Image.open(io.BytesIO(data)))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a readable image (no known format)") from None
-    # What decoders of different formats raise on broken bytes.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each format's decoder has its own for broken bytes
         raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """`image` in 8 bits a channel; Pillow would cut 16 bits off at 255 instead of scaling them."""
+    if image.mode.startswith("I;16"):
+        pixels = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no range; accepted: 8 or 16 bits a channel")
+    return image.convert("RGB")
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int] = PAD_COLOR) -> Image.Image:

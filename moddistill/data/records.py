@@ -80,6 +80,14 @@ def read_preferences(path: str, image_root: str) -> tuple[list[PreferencePair], 
     return _read(path, image_root, _preference)
 
 
+def check_source(path: str, image_root: str) -> None:
+    """Raises the ValueError that reading gives for a missing file or a folder that images need."""
+    if not os.path.isfile(path):
+        raise _no_file(path)
+    if not os.path.isdir(image_root):
+        _check_folder(path, image_root, _items(path))
+
+
 class Quarantine:
     """Appends rejected records to a JSONL file, each (file, line) once, across processes and runs.
 
@@ -129,14 +137,15 @@ def _read(path: str, image_root: str, parse: Callable[..., Any]) -> tuple[list, 
     _check_folder(path, image_root, items)
     for line, item in items:
         try:
-            if isinstance(item, json.JSONDecodeError):
+            if isinstance(item, Exception):
                 raise ValueError(f"not JSON: {item}")
             if not isinstance(item, dict):
                 raise ValueError(f"a record is an object, not {_short(item)}")
             images = _images(item, image_root)
             name = str(item.get("id", line))
             records.append(parse(item, file=path, line=line, id=name, images=images))
-        except ValueError as error:
+        # RecursionError: the message about a deep value would be as deep.
+        except (ValueError, RecursionError) as error:
             rejected.append(Rejected(path, line, str(error)))
     if not records:
         reasons = "; ".join(f"{item.line}: {item.reason}" for item in rejected[:3])
@@ -149,7 +158,7 @@ def _items(path: str) -> list[tuple[int, Any]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"{path!r}: no such data file; a .json or .jsonl file is wanted") from None
+        raise _no_file(path) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     if path.endswith(".jsonl"):
@@ -157,17 +166,22 @@ def _items(path: str) -> list[tuple[int, Any]]:
         lines = enumerate(text.split("\n"), start=1)
         return [(number, _loads(line)) for number, line in lines if line.strip()]
     items = _loads(text)
-    if isinstance(items, json.JSONDecodeError):
+    if isinstance(items, Exception):
         raise ValueError(f"{path}: not JSON: {items}")
     if not isinstance(items, list):
         raise ValueError(f"{path}: a JSON list of records is wanted, not {_short(items)}")
     return list(enumerate(items, start=1))
 
 
+def _no_file(path: str) -> ValueError:
+    return ValueError(f"{path!r}: no such data file; a .json or .jsonl file is wanted")
+
+
 def _loads(text: str) -> Any:
+    """The parsed value or the error: of syntax, of a number too long, of values nested too deep."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         return error
 
 

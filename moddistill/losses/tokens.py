@@ -29,8 +29,8 @@ class Heads(NamedTuple):
 
     hidden: Float[Array, "T D"]
     head: Float[Array, "D V"]
-    teacher_hidden: Float[Array, "T X"] | None = None
-    teacher_head: Float[Array, "X Y"] | None = None
+    teacher_hidden: Float[Array, "T W"] | None = None
+    teacher_head: Float[Array, "W Y"] | None = None
 
 
 TokenFn = Callable[[Array, Array | None, Array], dict[str, Array]]
@@ -49,7 +49,7 @@ def next_token(
     return labels, supervised
 
 
-def rows(hidden: Float[Array, "B T D"]) -> Float[Array, "N D"]:
+def rows(hidden: Float[Array, "B T D"]) -> Float[Array, "B*T D"]:
     """All positions of all samples, one after the other."""
     return hidden.reshape(-1, hidden.shape[-1])
 

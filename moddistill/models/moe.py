@@ -39,7 +39,7 @@ class RouterStats:
     first: Float[Array, "*R E"]
     prob: Float[Array, "*R E"]
     z: Float[Array, "*R"]
-    load: Float[Array, "*R 2 E"]
+    load: Float[Array, "*R M E"]
     dropped: Float[Array, "*R"]
     tokens: Float[Array, "*R"]
 
@@ -145,7 +145,7 @@ def router_stats(
         first=jnp.einsum("TE,T->E", chosen[:, 0], weight),
         prob=jnp.einsum("TE,T->E", jax.nn.softmax(logits), weight),
         z=jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weight),
-        load=jnp.einsum("IT,TE->IE", modality, assigned),
+        load=jnp.einsum("MT,TE->ME", modality, assigned),
         dropped=jnp.sum(weight) * experts.shape[1] - jnp.sum(kept),
         tokens=jnp.sum(weight),
     )

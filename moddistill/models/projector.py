@@ -28,7 +28,7 @@ class Projector(nn.Module):
     dtype: DType
 
     @nn.compact
-    def __call__(self, features: Float[Array, "B P X"]) -> Float[Array, "B P D"]:
+    def __call__(self, features: Float[Array, "U X W"]) -> Float[Array, "U X D"]:
         x = features
         for i in range(projector_depth(self.kind)):
             x = exact_gelu(x) if i else x

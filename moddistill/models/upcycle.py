@@ -3,9 +3,9 @@
 With weights renormalised over the chosen experts, as is usual for top_k >= 2, the sparse model
 computes what the dense one did, to rounding, whatever its routers say (Komatsuzaki et al. 2022).
 
-With `moe_intermediate_size`, a copy is cut into G narrower experts (He et al. 2024,
+With `moe_intermediate_size`, a copy is cut into n narrower experts (He et al. 2024,
 arXiv 2410.07524). The slices of a copy have equal columns of the router, so that top_k, a multiple
-of G, picks whole copies; as a slice then has 1 / G of its copy's weight, its output is scaled by G.
+of n, picks whole copies; as a slice then has 1 / n of its copy's weight, its output is scaled by n.
 `noise` and `drop` make copies differ, and give this equality up.
 """
 

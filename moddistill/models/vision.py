@@ -105,7 +105,7 @@ class Vision(nn.Module):
     unroll: bool = False
 
     @nn.compact
-    def __call__(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+    def __call__(self, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B P D"]:
         config = self.config
         x = self._embed(images)
         if config.pre_norm:
@@ -114,7 +114,7 @@ class Vision(nn.Module):
         self._init_never_computed(x)
         return x[:, 1:] if config.class_token else x
 
-    def _embed(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+    def _embed(self, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B T D"]:
         """Patches in their places, behind the class token if there is one."""
         config = self.config
         x = patchify(normalise(images, config), config.patch_size)
@@ -161,14 +161,14 @@ class Vision(nn.Module):
         LayerNorm(config.norm_eps, name="post_norm")(x)
 
 
-def normalise(images: UInt8[Array, "B H W 3"], config: VisionConfig) -> Float[Array, "B H W 3"]:
+def normalise(images: UInt8[Array, "B h w 3"], config: VisionConfig) -> Float[Array, "B h w 3"]:
     """Pixels scaled to [0, 1], then by the tower's mean and deviation, float32."""
     mean = jnp.asarray(config.mean, jnp.float32)[None, None, None]
     std = jnp.asarray(config.std, jnp.float32)[None, None, None]
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def patchify(images: Float[Array, "B H W 3"], size: int) -> Float[Array, "B P X"]:
+def patchify(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B P Z"]:
     """Square patches in reading order, each flattened as (row, column, channel).
 
     Pixels at the right and the bottom that fill no patch are left out.

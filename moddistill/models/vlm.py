@@ -1,10 +1,10 @@
 """The multimodal model: tower, projector, decoder.
 
-    batch  = {tokens, positions, segments [B, T], images [B, I, H, W, 3] uint8}
+    batch  = {tokens, positions, segments [B, T], images [B, I, h, w, 3] uint8}
     output = model.apply({"params": params}, batch)
 
 Images may be fewer than rows of tokens; then they serve these rows in turn. In their place a batch
-may have `features` [B, X, W] of another model with the same tower. Image placeholders are
+may have `features` [U, X, W] of another model with the same tower. Image placeholders are
 already repeated once per patch, so splicing is a gather and a `where`. The model returns hidden
 states and the head's matrix, not logits: losses contract them in chunks.
 """
@@ -45,7 +45,7 @@ class Output:
     head: Float[Array, "D V"]
     router: RouterStats | None
     cache: list[list[Cache]] | None
-    features: Float[Array, "N X W"] | None
+    features: Float[Array, "U X W"] | None
 
 
 class Vlm(nn.Module):
@@ -89,7 +89,7 @@ class Vlm(nn.Module):
         )
         return Output(*decoder(tokens, image_hidden, context, cache), features)
 
-    def _see(self, images: Array) -> Float[Array, "B X W"]:
+    def _see(self, images: Array) -> Float[Array, "U X W"]:
         """The tower's features of all images of each sample, one after the other."""
         flat = images.reshape(-1, *images.shape[2:])
         tower = Vision(self.config.vision, self.dtype, self.remat, self.unroll, name="vision")

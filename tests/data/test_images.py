@@ -90,6 +90,38 @@ def test_any_colour_mode_is_read_as_rgb(mode, tmp_path):
     assert (load_image(str(path)).mode, load_image(str(path)).size) == ("RGB", (5, 4))
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_a_pixel_are_scaled_to_eight(order, name, tmp_path):
+    """257 is 65535 / 255: white stays white, and a value comes back as the byte it was made of."""
+    shades = np.array([[0, 128, 256, 257], [30000, 32768, 65407, 65535]], order)
+    Image.fromarray(shades).save(tmp_path / name)
+    expected = [[0, 0, 1, 1], [117, 128, 255, 255]]
+    pixels = np.asarray(load_image(str(tmp_path / name)))
+    np.testing.assert_array_equal(pixels, np.repeat(np.array(expected)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
+def test_pixels_without_a_known_range_are_an_error(mode, dtype, tmp_path):
+    path = tmp_path / "a.tiff"
+    Image.fromarray(np.full((4, 5), 900, dtype)).save(path)
+    with pytest.raises(ValueError, match=rf"a\.tiff: .* \(mode {mode} has no range; accepted: 8"):
+        load_image(str(path))
+
+
+# A byte that describes the pixels.
+# Pillow raises RuntimeError for one file, TypeError for the other.
+@pytest.mark.parametrize(("name", "place", "byte"), [("a.avif", 81, 0), ("a.tiff", 72, 2)])
+def test_whatever_a_decoder_raises_is_an_error_that_names_the_file(name, place, byte, tmp_path):
+    path = tmp_path / name
+    random_image(8, 8).save(path)
+    data = bytearray(path.read_bytes())
+    data[place] = byte
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+        load_image(str(path))
+
+
 @pytest.mark.parametrize("kept", [0, 20, 60, 900])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 def test_a_broken_file_is_an_error_that_names_it(name, kept, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_a_broken_line_of_jsonl_is_rejected_and_lines_are_counted_as_in_the_file
     assert [item.line for item in records] == [1, 4]
     assert rejected[0].line == 3
     assert rejected[0].reason.startswith("not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"id": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ("[" * 200_000 + "]" * 200_000, "not JSON: maximum recursion depth exceeded"),
+        ('{"conversations": ' + "[" * 900 + "]" * 900 + "}", "maximum recursion|no text under val"),
+    ],
+    ids=["long number", "deep", "less deep"],
+)
+def test_json_beyond_the_limits_of_the_parser_is_rejected_with_its_line(line, reason, data_file):
+    path = data_file([GOOD, line], "data.jsonl")
+    records, [rejected] = read_conversations(path, "")
+    assert ([item.line for item in records], rejected.line) == ([1], 2)
+    assert re.search(reason, rejected.reason)
+    Path(path).with_suffix(".json").write_text(f"[{line}]")
+    with pytest.raises(ValueError, match=r"data\.json: (not JSON: |all 1 records are rejected)"):
+        read_conversations(path.removesuffix("l"), "")
 
 
 def test_line_separators_inside_a_jsonl_string_do_not_end_the_line(data_file):

@@ -1,0 +1,72 @@
+import importlib
+
+import pytest
+
+from experiments import llava_mod
+from moddistill.config import RecipeConfig, SourceConfig, TrainConfig, from_config_dict
+from moddistill.settings import Range, check_settings
+
+STAGES = ("sft", "init", "d2d", "d2s", "preference")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "inside", "outside", "text"),
+    [
+        (Range(0, 1), (0, 0.5, 1), (-1, 2), "0 to 1"),
+        (Range(0, 1, above=True), (0.5, 1), (0, 2), "above 0 and at most 1"),
+        (Range(0, 1, below=True), (0, 0.5), (-1, 1), "at least 0 and below 1"),
+        (Range(0, 1, above=True, below=True), (0.5,), (0, 1), "above 0 and below 1"),
+    ],
+)
+def test_ranges(accepted, inside, outside, text):
+    assert all(value in accepted for value in inside)
+    assert not any(value in accepted for value in (*outside, float("nan")))
+    assert str(accepted) == text
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("sft", {"optim": {"eps": 0.0}}, r"optim\.eps is 0\.0; accepted: above 0 and at most 1"),
+        ("sft", {"optim": {"b1": 1.0}}, r"optim\.b1 is 1\.0; accepted: at least 0 and below 1"),
+        ("sft", {"optim": {"b2": 1.0}}, r"optim\.b2 is 1\.0; accepted: at least 0 and below 1"),
+        (
+            "sft",
+            {"loss": {"preference": "sigmoid"}},
+            r"loss\.preference is 'sigmoid', but stage 'sft' does not read it; accepted: "
+            r"'kto_pair', its default, since only preference reads it",
+        ),
+        ("sft", {"loss": {"kd_positions": "all_tokens"}}, r"kd_positions .* only d2d, d2s read it"),
+        ("init", {"loss": {"kd_weight": 0.5}}, r"kd_weight is 0\.5, but stage 'init'"),
+        ("d2s", {"loss": {"beta": 0.5}}, r"beta is 0\.5, but stage 'd2s'"),
+        ("d2d", {"loss": {"ce_weight": 0.5}}, r"ce_weight .* 1\.0, .* only sft, init, d2s read"),
+        ("preference", {"loss": {"kd_weight": 2.0}}, r"kd_weight is 2\.0, but stage 'preference'"),
+        (
+            "sft",
+            {"heldout_steps": 1},
+            r"heldout\.path is '' and heldout_steps is 1; accepted: both",
+        ),
+        (
+            "sft",
+            {"data": {"heldout": SourceConfig("a.json")}},
+            r"heldout\.path is 'a\.json' and heldout_steps is 0; accepted: both, or neither",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, message):
+    with pytest.raises(ValueError, match=rf"^config\..*{message}"):
+        check_settings(tiny_config(stage, **fields))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", ["full", "demo", "tiny"])
+def test_settings_of_the_experiments_are_accepted(stage, size):
+    values = importlib.import_module(f"experiments.{stage}").get_config(size)
+    check_settings(from_config_dict(TrainConfig, values.to_dict()))
+
+
+@pytest.mark.parametrize("size", ["full", "demo"])
+def test_settings_of_the_recipe_are_accepted(size):
+    config = from_config_dict(RecipeConfig, llava_mod.get_config(size).to_dict())
+    for stage in config.stages.values():
+        check_settings(stage)
