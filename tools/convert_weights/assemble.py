@@ -9,8 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from moddistill.data.conversation import TEMPLATES
-from moddistill.model_folder import new_folder, write_description
+from moddistill.model_folder import write_description
 from moddistill.models.vlm import ModelConfig
+from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
 from tools.convert_weights.hub import local_folder
 from tools.convert_weights.pickled import read_pickled
@@ -63,7 +64,8 @@ def import_model(
         sources.append(_tower(vision, sources[0], layer))
     config = _architecture(sources, template, projector)
     placed = _place_all(sources, config, projector)
-    with new_folder(out, overwrite, keep=[source.folder for source in sources]) as aside:
+    read = [source.folder for source in sources] + ([Path(projector)] if projector else [])
+    with new_folder(out, overwrite, keep=read) as aside:
         fresh = _new_projector(config, placed, seed)
         _write_params(aside / "params", config, placed, fresh)
         _carry_pooling(sources[-1], aside / POOLING)

@@ -13,11 +13,11 @@ from moddistill.data.images import preprocessor_config
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.model_folder import (
     as_model_folder,
-    new_folder,
     read_model_config,
     read_source,
 )
 from moddistill.models.vlm import ModelConfig
+from moddistill.new_folder import new_folder
 from tools.convert_weights import llava, qwen
 from tools.convert_weights.assemble import POOLING
 from tools.convert_weights.chat_template import chat_template, end_of_answer
@@ -44,7 +44,7 @@ def export_model(
     Raises:
       ValueError: for a model that no class of `transformers` computes.
     """
-    model = as_model_folder(model)
+    given, model = model, as_model_folder(model)
     config = read_model_config(model)
     _check_exportable(config)
     found = pieces(config, _rules(config, model))
@@ -60,7 +60,7 @@ def export_model(
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
-    with new_folder(out, overwrite, keep=(model,)) as aside:
+    with new_folder(out, overwrite, keep=(given, model)) as aside:
         places = create_shards(aside, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(found, places, reader)
         for name, tensor in pooling.items():

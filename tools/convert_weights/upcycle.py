@@ -13,13 +13,13 @@ from moddistill.config import MoeConfig
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.model_folder import (
     as_model_folder,
-    new_folder,
     read_model_config,
     read_source,
     write_description,
 )
 from moddistill.models.upcycle import upcycle_config, upcycle_layer
 from moddistill.models.vlm import ModelConfig
+from moddistill.new_folder import new_folder
 from moddistill.tree import flatten, unflatten
 from tools.convert_weights.assemble import POOLING, array_specs
 from tools.convert_weights.rules import Slot, slots
@@ -34,12 +34,12 @@ def upcycle_model(
     Raises:
       ValueError: if the model is sparse already, or `moe` does not fit it.
     """
-    model = as_model_folder(model)
+    given, model = model, as_model_folder(model)
     dense = read_model_config(model)
     sparse = upcycle_config(dense, moe)
     reader = Reader(model / "params")
     before, after = slots(dense), slots(sparse)
-    with new_folder(out, overwrite, keep=(model,)) as aside:
+    with new_folder(out, overwrite, keep=(given, model)) as aside:
         kept = {path: reader.dtype(before[path].path) for path in before}
         dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
         with Writer(aside / "params", array_specs(sparse, dtypes)) as writer:
