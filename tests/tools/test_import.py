@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.numpy import save_file
 from moddistill.model_folder import load, read_model_config
 from moddistill.tree import flatten
 from tests.tools import hf_folders as hf
-from tools.convert_weights import llava, store
+from tools.convert_weights import clip, llava, siglip, store
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
 from tools.convert_weights.tensors import open_checkpoint
@@ -86,7 +87,8 @@ def test_multimodal_model_in_and_out(
 )
 def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_tokenizer):
     source = hf.save(multimodal(name, small_tokenizer.image_id), tmp_path / "hf", small_tokenizer)
-    before = llava.find_spelling(open_checkpoint(source))
+    tower = siglip if "SigLIP" in name else clip
+    before = llava.find_spelling(open_checkpoint(source), tower)
     renamed = {}
     for key, x in tensors(source).items():
         # The prefix of the head may be empty or begin that of the decoder.
@@ -98,6 +100,21 @@ def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_toke
     import_model(str(source), tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
     assert_same_tensors(tensors(tmp_path / "back"), renamed)
+
+
+@pytest.mark.parametrize("lost", ["language_model.model.norm.weight", "vision_tower.embeddings."])
+def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small_tokenizer):
+    source = hf.save(
+        multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    state = tensors(source)
+    kept = {name: np.array(x) for name, x in state.items() if not name.startswith(lost)}
+    assert len(kept) < len(state)
+    save_file(kept, source / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        import_model(str(source), tmp_path / "ours")
+    assert len(str(error.value).splitlines()) == 1 + len(state) - len(kept)
+    assert "unexpected" not in str(error.value)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -267,6 +284,19 @@ def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp
     vision = str(hf.save(tower, tmp_path / "vision"))
     with pytest.raises(ValueError, match=r"has a tower of its own, whose .* is not that of"):
         import_model(source, tmp_path / "a", vision=vision)
+
+
+def test_original_checkpoint_with_its_tower_in_bfloat16(original, tmp_path):
+    """The original code casts its tower to the dtype it trains in."""
+    source, tower = original()
+    file = Path(source) / "pytorch_model.bin"
+    state = torch.load(file, weights_only=True)
+    torch.save({k: x.bfloat16() if "tower" in k else x for k, x in state.items()}, file)
+    vision = str(hf.save(tower, tmp_path / "vision"))
+    import_model(source, tmp_path / "a", vision=vision)
+    kept = load(tmp_path / "a")[1]["vision"]["positions"]
+    table = tower.embeddings.position_embedding.weight
+    np.testing.assert_array_equal(kept, table.detach().numpy())
 
 
 def test_original_sparse_checkpoint(

@@ -144,14 +144,17 @@ def _check_tower(language: Source, tower: Source) -> None:
         given = tower.checkpoint.get(inner) or tower.checkpoint.get(
             inner.removeprefix("vision_model.")
         )
-        same = given is not None and np.array_equal(
-            tensor.read().astype(np.float32), given.read().astype(np.float32)
-        )
-        if not same:
+        if given is None or not _is_cast_of(tensor, given):
             raise ValueError(
                 f"{language.folder} has a tower of its own, whose {name} is not that of "
                 f"{tower.folder}; accepted: the tower it was trained with, as --vision"
             )
+
+
+def _is_cast_of(tensor: Tensor, given: Tensor) -> bool:
+    """Whether it is the given one in its own dtype, to which a trainer may have cast its tower."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(tensor.read(), given.read().astype(tensor.dtype))
 
 
 def _place(source: Source, config: ModelConfig) -> Placed:

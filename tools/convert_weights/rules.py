@@ -161,12 +161,12 @@ def pieces(
     Raises:
       ValueError: naming the parameters that the format has no place for.
     """
-    patterns = [(re.compile(_pattern(rule.path)), rule) for rule in rules]
+    patterns = [(re.compile(pattern(rule.path)), rule) for rule in rules]
     found, without = [], []
     for path, slot in slots(config).items():
         if path.split("/")[0] not in parts:
             continue
-        hits = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(path))]
+        hits = [(match, rule) for name, rule in patterns if (match := name.fullmatch(path))]
         if not hits:
             without.append(path)
             continue
@@ -180,7 +180,8 @@ def pieces(
     return found
 
 
-def _pattern(path: str) -> str:
+def pattern(path: str) -> str:
+    """The regular expression of a rule's name or path."""
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(path))
 
 

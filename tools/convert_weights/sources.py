@@ -146,7 +146,7 @@ def _llava(
             f"{tokenizer.image_id} in the tokenizer; accepted: the same id"
         )
     checkpoint = open_checkpoint(folder)
-    spelling = llava.find_spelling(checkpoint)
+    spelling = llava.find_spelling(checkpoint, family)
     decoder, head, vision, _ = spelling
     layer = llava.select_layer(hf, origin) if select_layer is None else select_layer
     text = hf["text_config"] | {"tie_word_embeddings": _tied(stated, head, checkpoint)}
