@@ -7,7 +7,9 @@ tokenizer.json, tokenizer_config.json, preprocessor_config.json
 
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from moddistill.sharding import unbox
 from moddistill.tree import check_same, flatten, unflatten
 
 VERSION = 1
+_BLOCK = 32 * 2**20  # bytes
 
 
 def save_model(
@@ -68,13 +71,23 @@ def as_model_folder(name: str | Path) -> Path:
 
 
 def _storage(path: tuple[Any, ...], array: jax.Array) -> Any:
-    """Large stacks of layers are stored layer by layer, so that one can be read at a time."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    layer = array.nbytes // max(1, array.shape[0] if array.shape else 1)
-    if not re.search(r"/(segment_\d+|layers|unused)/", name) or layer < 2**20:
-        return None
+    """Large stacks are stored layer by layer, large matrices in blocks: one is read at a time."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
-    return options(chunk_byte_size=layer, shard_axes=(0,))
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if re.search(r"/(segment_\d+|layers|unused)/", name):
+        layer = array.nbytes // array.shape[0]
+        return options(chunk_byte_size=layer, shard_axes=(0,)) if layer >= 2**20 else None
+    if array.ndim == 2 and _has_blocks(array.sharding.shard_shape(array.shape), array.itemsize):
+        return options(chunk_byte_size=_BLOCK)
+    return None
+
+
+def _has_blocks(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether Orbax, which cuts the longer axis evenly, makes blocks that are not tiny."""
+    longest = max(shape)
+    row = math.prod(shape) // longest * itemsize
+    even = [n for n in range(1, longest + 1) if longest % n == 0 and n * row <= _BLOCK]
+    return longest * row > _BLOCK and max(even, default=0) * row >= 2**20
 
 
 def write_description(
@@ -116,12 +129,20 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{file} holds {description!r:.40}; accepted: a JSON object")
     if description.get("version") != VERSION:
         raise ValueError(
             f"{file} has version {description.get('version')!r}; this release reads {VERSION}"
         )
+    for part in ("architecture", "source"):
+        if not isinstance(description.get(part), dict):
+            raise ValueError(
+                f"{file}: {part} is {description.get(part)!r}; accepted: an object, as a stage or "
+                "an import writes it"
+            )
     return description
 
 

@@ -1,5 +1,6 @@
 """A model folder out: weights, tokenizer, processor and chat template for `transformers`."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moddistill.data.conversation import end_token
 from moddistill.data.images import preprocessor_config
-from moddistill.data.tokenizer import load_tokenizer
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.model_folder import (
     as_model_folder,
     read_model_config,
@@ -47,7 +49,7 @@ def export_model(
     given, model = model, as_model_folder(model)
     config = read_model_config(model)
     _check_exportable(config)
-    found = pieces(config, _rules(config, model))
+    found = _pieces(config, model)
     reader = Reader(model / "params")
     stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
     planned = [
@@ -92,6 +94,16 @@ def _rules(config: ModelConfig, model: Path) -> Rules:
     if config.vision is None:
         return (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD)
     return llava.rules_for(_spelling(model), llava.tower_family(config.vision))
+
+
+def _pieces(config: ModelConfig, model: Path) -> list[Piece]:
+    """All arrays; a tied head too, if the source had stored one."""
+    found = pieces(config, _rules(config, model))
+    if not read_source(model).get("imported", {}).get("stored_head"):
+        return found
+    head = ("" if config.vision is None else _spelling(model)[1]) + "lm_head.weight"
+    [table] = [piece for piece in found if piece.slot.path == "decoder/embedding"]
+    return [*found, dataclasses.replace(table, name=head)]
 
 
 def _spelling(model: Path) -> tuple[str, str, str, str]:
@@ -157,7 +169,7 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     # Rows of the padded vocabulary are no tokens, but `transformers` does not know.
     padded = range(config.decoder.real_vocab, config.decoder.vocab_size)
     generation = {
-        "eos_token_id": tokenizer.special(end),
+        "eos_token_id": _end_ids(tokenizer, config.template),
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
     }
@@ -166,6 +178,13 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     _write_json(folder / "generation_config.json", generation)
     if config.vision is not None:
         _write_processor(folder, config)
+
+
+def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
+    """Ids at any of which generation ends; a format that ends in text has the general one too."""
+    general = tokenizer.special(end_of_answer(template))
+    end = end_token(template)
+    return [general, *tokenizer.encode(end)] if end.isspace() else general
 
 
 def _write_processor(folder: Path, config: ModelConfig) -> None:

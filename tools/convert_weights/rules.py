@@ -22,6 +22,7 @@ from tools.convert_weights.store import blocks
 from tools.convert_weights.tensors import Checkpoint
 
 Shape = tuple[int, ...]
+Index = tuple[int | slice, ...]
 
 
 class Transform(NamedTuple):
@@ -83,15 +84,19 @@ def prefixed(rules: Iterable[Rule], prefix: str) -> Rules:
     return tuple(rule._replace(name=prefix + rule.name) for rule in rules)
 
 
-Index = tuple[int | slice, ...]
-
-
 class Slot(NamedTuple):
     """A place for one array: a slice of a parameter."""
 
     path: str
     index: Shape
     shape: Shape
+
+    def parts(self, itemsize: int) -> list[Index]:
+        """Where its blocks lie in the parameter: a large matrix has several."""
+        if self.index or len(self.shape) != 2:
+            return [self.index]
+        axis, cuts = blocks(self.shape, itemsize)
+        return [(slice(None),) * axis + (cut,) for cut in cuts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +114,10 @@ class Piece:
 
     def parts(self, itemsize: int) -> list[tuple[Index, slice]]:
         """Where each block of the parameter lies there, and its rows in the checkpoint."""
-        slot = self.slot
-        if slot.index or len(slot.shape) != 2:
-            return [(slot.index, slice(None))]
-        axis, cuts = blocks(slot.shape, itemsize)
-        if axis != self.transform.rows or len(cuts) == 1:
-            return [((), slice(None))]
-        return [((slice(None),) * axis + (cut,), cut) for cut in cuts]
+        parts = self.slot.parts(itemsize)
+        if len(parts) == 1 or len(parts[0]) - 1 != self.transform.rows:
+            return [(self.slot.index, slice(None))]
+        return [(part, part[-1]) for part in parts]
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
