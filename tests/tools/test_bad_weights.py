@@ -164,6 +164,18 @@ def test_hub_name_without_a_network(tmp_path):
         import_model("no/such/folder", tmp_path / "out")
 
 
+def test_hub_behind_a_proxy_that_refuses(tmp_path, monkeypatch):
+    class ProxyError(Exception):
+        """As that of the transport: no error of the system, no wrong value."""
+
+    def refuse(*_, **__):
+        raise ProxyError("403 Forbidden")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"the hub cannot be asked for it \(403 Forbidden\)"):
+        import_model("Qwen/Qwen2-0.5B", tmp_path / "out")
+
+
 def test_folder_that_exists_is_left_alone(language, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -14,7 +14,6 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
 from tools.convert_weights.hub import local_folder
-from tools.convert_weights.pickled import read_pickled
 from tools.convert_weights.rules import (
     Index,
     Piece,
@@ -27,7 +26,7 @@ from tools.convert_weights.rules import (
 from tools.convert_weights.shards import Planned, create_file, write
 from tools.convert_weights.sources import Source, read_source
 from tools.convert_weights.store import ArraySpec, Writer
-from tools.convert_weights.tensors import Tensor, read_safetensors
+from tools.convert_weights.tensors import Tensor, read_file
 
 POOLING = "pooling.safetensors"  # in a model folder
 Placed = list[tuple[Piece, Tensor]]
@@ -74,6 +73,9 @@ def import_model(
                 "from": [str(source.folder) for source in sources],
                 "spelling": sources[0].spelling,
                 "new": sorted(fresh),
+                # A repetition of the embedding, written again by the export.
+                "stored_head": config.decoder.tied_head
+                and sources[0].tied in sources[0].checkpoint,
             }
         }
         write_description(aside, config, sources[0].tokenizer, description)
@@ -116,7 +118,7 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
 def _place_all(sources: Sequence[Source], config: ModelConfig, projector: str) -> Placed:
     """All arrays of all parts; one ValueError with what is wrong with any of them."""
     placed, wrong = [], []
-    steps = [functools.partial(_place, source, config) for source in sources]
+    steps = [functools.partial(place, source, config) for source in sources]
     if projector:
         steps.append(functools.partial(_place_projector, Path(projector), config))
     for step in steps:
@@ -157,8 +159,12 @@ def _is_cast_of(tensor: Tensor, given: Tensor) -> bool:
         return np.array_equal(tensor.read(), given.read().astype(tensor.dtype))
 
 
-def _place(source: Source, config: ModelConfig) -> Placed:
-    """The arrays of a source's parts and where their bytes are, checked to be all of them."""
+def place(source: Source, config: ModelConfig) -> Placed:
+    """The arrays of a source's parts and where their bytes are.
+
+    Raises:
+      ValueError: listing every one that is missing, unexpected or of another shape.
+    """
     found = pieces(config, source.rules, source.parts)
     ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
     ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
@@ -185,7 +191,7 @@ def _place_projector(file: Path, config: ModelConfig) -> Placed:
     """A projector saved by itself, under any of the names the original code gives it."""
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; accepted: mm_projector.bin or safetensors")
-    checkpoint = (read_safetensors if file.suffix == ".safetensors" else read_pickled)(file)
+    checkpoint = read_file(file)
     pattern = r"(model\.)?(mm_projector\.)?(image_spatial_proj\.)?"
     prefixes = sorted({re.match(pattern, name)[0] for name in checkpoint})
     if len(prefixes) != 1:

@@ -48,8 +48,7 @@ def export_model(
     """
     given, model = model, as_model_folder(model)
     config = read_model_config(model)
-    _check_exportable(config)
-    found = _pieces(config, model)
+    found = exported_pieces(config, model)
     reader = Reader(model / "params")
     stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
     planned = [
@@ -58,7 +57,7 @@ def export_model(
     pooling = _pooling(model)
     planned += _shared_expert(config, planned, _spelling(model)[0])
     planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
-    fields = hf_config(config) | {"dtype": _common_dtype(planned)}
+    fields = _hf_config(config) | {"dtype": _common_dtype(planned)}
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
@@ -72,7 +71,7 @@ def export_model(
     return fields
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
+def _hf_config(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json`, without dtypes."""
     if config.vision is None:
         return qwen.text_config(config.decoder)
@@ -96,9 +95,15 @@ def _rules(config: ModelConfig, model: Path) -> Rules:
     return llava.rules_for(_spelling(model), llava.tower_family(config.vision))
 
 
-def _pieces(config: ModelConfig, model: Path) -> list[Piece]:
-    """All arrays; a tied head too, if the source had stored one."""
+def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
+    """All arrays of a model folder's export; a tied head too, if the source had stored one.
+
+    Raises:
+      ValueError: for a model that no class of `transformers` computes.
+    """
+    _check_exportable(config)
     found = pieces(config, _rules(config, model))
+    _hf_config(config)
     if not read_source(model).get("imported", {}).get("stored_head"):
         return found
     head = ("" if config.vision is None else _spelling(model)[1]) + "lm_head.weight"

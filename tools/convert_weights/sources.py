@@ -10,7 +10,7 @@ from moddistill.models.projector import projector_depth
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from tools.convert_weights import llava, qwen
-from tools.convert_weights.hub import read_json, with_defaults
+from tools.convert_weights.hub import part_of, read_json, with_defaults
 from tools.convert_weights.rules import Rules, prefixed
 from tools.convert_weights.tensors import Checkpoint, open_checkpoint
 
@@ -70,8 +70,7 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
     if not isinstance(kind, str):
         raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r}; accepted: a name")
     if kind in qwen.DENSE_TYPES + qwen.SPARSE_TYPES:
-        needed = qwen.NEEDED if kind in qwen.DENSE_TYPES else ()
-        return _language_model(folder, with_defaults(fields, needed))
+        return _language_model(folder, with_defaults(fields, qwen.NEEDED.get(kind, ())))
     if kind in llava.WITH_TOWER or kind in llava.TOWERS:
         return _tower(folder, fields, SELECT_LAYER if select_layer is None else select_layer)
     if kind == "llava":
@@ -105,7 +104,7 @@ def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
     origin = str(folder / "config.json")
     if kind in llava.WITH_TOWER:
         kind = llava.WITH_TOWER[kind]
-        fields = {**(fields.get("vision_config") or {}), "model_type": kind}
+        fields = {**part_of(fields, "vision_config", origin), "model_type": kind}
     family = llava.TOWERS[kind]
     checkpoint = open_checkpoint(folder)
     nested = any(name.startswith("vision_model.") for name in checkpoint)
@@ -125,7 +124,7 @@ def _check_parts(fields: dict[str, Any], origin: str) -> None:
     """Raises ValueError for a text or vision model that is not known."""
     known = {"text_config": qwen.DENSE_TYPES + qwen.SPARSE_TYPES, "vision_config": llava.TOWERS}
     for part, accepted in known.items():
-        kind = (fields.get(part) or {}).get("model_type")
+        kind = part_of(fields, part, origin).get("model_type")
         if kind not in accepted:
             raise ValueError(
                 f"{origin}: {part} is of type {kind!r}; accepted: {', '.join(accepted)}"
