@@ -66,6 +66,30 @@ def test_language_model_in_and_out(
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["language model", "LLaVA"])
+def test_stored_head_that_repeats_the_embedding_comes_back(whole, tmp_path, small_tokenizer):
+    """As Qwen1.5 has been published."""
+    model = multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    state = {name: np.array(x) for name, x in tensors(source).items()}
+    outer = "language_model." if whole else ""
+    state[f"{outer}lm_head.weight"] = state[f"{outer}model.embed_tokens.weight"].copy()
+    save_file(state, source / "model.safetensors")
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), state)
+
+
+def test_heads_of_qwen3_are_128_wide_if_nothing_is_said(tmp_path, small_tokenizer):
+    source = hf.save(
+        hf.Text(width=32, layers=1, head_dim=128).model(), tmp_path / "hf", small_tokenizer
+    )
+    fields = json.loads((source / "config.json").read_text())
+    del fields["head_dim"]
+    (source / "config.json").write_text(json.dumps(fields | {"rope_theta": 1e6}))
+    assert import_model(str(source), tmp_path / "ours").decoder.head_dim == 128
+
+
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_multimodal_model_in_and_out(
     name, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
