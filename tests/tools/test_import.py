@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from moddistill.model_folder import load, read_model_config
+from moddistill.config import MoeConfig
+from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.tree import flatten
 from tests.tools import hf_folders as hf
 from tools.convert_weights import clip, llava, siglip, store
 from tools.convert_weights.assemble import import_model
+from tools.convert_weights.chat_template import chat_template
 from tools.convert_weights.export import export_model
 from tools.convert_weights.tensors import open_checkpoint
+from tools.convert_weights.upcycle import upcycle_model
 
 GB = 10**9
 
@@ -103,6 +106,43 @@ def test_multimodal_model_in_and_out(
     np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
     export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+QWEN2_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n'}}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_path, small_tokenizer):
+    source = hf.save(
+        multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    fields = json.loads((source / "config.json").read_text())
+    fields["text_config"]["max_position_embeddings"] = 4321
+    (source / "config.json").write_text(json.dumps(fields))
+    if place.endswith("json"):
+        settings = json.loads((source / place).read_text()) | {"chat_template": QWEN2_TEMPLATE}
+        (source / place).write_text(json.dumps(settings))
+    else:
+        (source / place).write_text(QWEN2_TEMPLATE)
+
+    def exported(model):
+        out = tmp_path / f"{model}-out"
+        config = export_model(tmp_path / model, out, max_shard_size=GB)
+        return (
+            (out / "chat_template.jinja").read_text(),
+            config["text_config"]["max_position_embeddings"],
+        )
+
+    config = import_model(str(source), tmp_path / "ours")
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    assert exported("ours") == exported("sparse") == (QWEN2_TEMPLATE, 4321)
+    save_model(tmp_path / "trained", config, load(tmp_path / "ours")[1], small_tokenizer, {})
+    assert exported("trained") == (chat_template("chatml"), 32768)
+    import_model(str(source), tmp_path / "other", template="vicuna")
+    assert exported("other") == (chat_template("vicuna"), 4321)
 
 
 @pytest.mark.parametrize("spelling", llava.SPELLINGS, ids=lambda parts: parts[2])

@@ -13,6 +13,7 @@ from moddistill.model_folder import write_description
 from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
+from tools.convert_weights.chat_template import FILE, stored_template
 from tools.convert_weights.hub import local_folder
 from tools.convert_weights.rules import (
     Index,
@@ -68,12 +69,17 @@ def import_model(
         fresh = _new_projector(config, placed, seed)
         _write_params(aside / "params", config, placed, fresh)
         _carry_pooling(sources[-1], aside / POOLING)
+        # Of a language model alone, a template has no place for pictures; the original code's
+        # checkpoints bring one that they were not trained with.
+        if len(sources) == 1 and sources[0].template == config.template == "chatml":
+            _carry_template(sources[0].folder, aside)
         description = {
             "imported": {
                 "from": [str(source.folder) for source in sources],
                 "spelling": sources[0].spelling,
                 "new": sorted(fresh),
                 # A repetition of the embedding, written again by the export.
+                "context": sources[0].context,
                 "stored_head": config.decoder.tied_head
                 and sources[0].tied in sources[0].checkpoint,
             }
@@ -262,6 +268,12 @@ def _carry_pooling(source: Source, file: Path) -> None:
         places = create_file(file, [Planned(name, x.dtype, x.shape) for name, x in head.items()])
         for name, place in places.items():
             write(place, head[name].read())
+
+
+def _carry_template(source: Path, folder: Path) -> None:
+    """The source's own chat template stays for the way back, until a stage trains."""
+    if template := stored_template(source):
+        (folder / FILE).write_text(template, encoding="utf-8")
 
 
 def _with_progress(placed: Placed) -> Iterator[tuple[Piece, Tensor]]:

@@ -22,7 +22,7 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava, qwen
 from tools.convert_weights.assemble import POOLING
-from tools.convert_weights.chat_template import chat_template, end_of_answer
+from tools.convert_weights.chat_template import FILE, chat_template, end_of_answer, stored_template
 from tools.convert_weights.rules import Piece, Rules, pieces, prefixed
 from tools.convert_weights.shards import Planned, create_shards, write
 from tools.convert_weights.store import Reader
@@ -58,6 +58,8 @@ def export_model(
     planned += _shared_expert(config, planned, _spelling(model)[0])
     planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
     fields = _hf_config(config) | {"dtype": _common_dtype(planned)}
+    if context := read_source(model).get("imported", {}).get("context"):
+        fields.get("text_config", fields)["max_position_embeddings"] = context
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
@@ -170,7 +172,8 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"eos_token": end}
     _write_json(path, settings)
-    (folder / "chat_template.jinja").write_text(chat_template(config.template))
+    template = stored_template(model) or chat_template(config.template)
+    (folder / FILE).write_text(template, encoding="utf-8")
     # Rows of the padded vocabulary are no tokens, but `transformers` does not know.
     padded = range(config.decoder.real_vocab, config.decoder.vocab_size)
     generation = {

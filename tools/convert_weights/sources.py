@@ -30,6 +30,7 @@ class Source:
       tied: name of a head that must equal the embedding, if it is stored at all.
       pooling: what the names of the tower's pooling head begin with; it is carried along.
       select_layer: hidden state of a tower beside it that the config asks for.
+      context: positions that the language model was made for.
       spelling: of a multimodal checkpoint's parts.
     """
 
@@ -46,6 +47,7 @@ class Source:
     tokenizer: Tokenizer | None = None
     template: str = "chatml"
     select_layer: int | None = None
+    context: int | None = None
     spelling: tuple[str, str, str, str] = llava.SPELLINGS[0]
 
     @property
@@ -95,6 +97,7 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         zero=rf"model\.{qwen.SHARED_EXPERT}",
         tied="lm_head.weight",
         decoder=qwen.decoder_config(hf, tokenizer.vocab_size, origin),
+        context=hf.get("max_position_embeddings"),
         tokenizer=tokenizer,
     )
 
@@ -157,6 +160,7 @@ def _llava(
         zero=re.escape(decoder) + qwen.SHARED_EXPERT,
         tied=f"{head}lm_head.weight",
         decoder=qwen.decoder_config(text, tokenizer.vocab_size, origin),
+        context=text.get("max_position_embeddings"),
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
@@ -204,6 +208,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
         tokenizer=tokenizer,
         template="vicuna",
         select_layer=fields.get("mm_vision_select_layer"),
+        context=text.get("max_position_embeddings"),
     )
 
 

@@ -22,6 +22,7 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from moddistill.tree import flatten, unflatten
 from tools.convert_weights.assemble import POOLING, array_specs
+from tools.convert_weights.chat_template import FILE
 from tools.convert_weights.rules import Slot, slots
 from tools.convert_weights.store import Reader, Writer
 
@@ -62,8 +63,9 @@ def upcycle_model(
         source = {"upcycled": {"from": str(model), "seed": seed}}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
         write_description(aside, sparse, load_tokenizer(str(model)), source)
-        if (model / POOLING).is_file():
-            shutil.copy(model / POOLING, aside)
+        for name in (POOLING, FILE):
+            if (model / name).is_file():
+                shutil.copy(model / name, aside)
     return sparse
 
 
