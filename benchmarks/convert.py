@@ -1,9 +1,11 @@
-"""Time and peak memory of converting a large checkpoint in many shards, in and out.
+"""Time and peak memory of converting a large checkpoint in many shards, in, out and upcycled.
 
     python -m benchmarks.convert [--gigabytes 2] [--shards 20] [--json]
 
-The checkpoint is a Qwen2 of random bfloat16 weights. Each command runs in a process of its own,
-whose peak resident memory the kernel reports; the disk's own speed is that of copying the files.
+The checkpoint is a Qwen2 of random bfloat16 weights. It is imported and exported; the same in
+float32, as a stage saves it, is exported and upcycled with noise. Each command runs in a process of
+its own, whose peak resident memory the kernel reports; the disk's own speed is that of copying the
+files.
 """
 
 import argparse
@@ -16,10 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from moddistill.data.tokenizer import train_bpe
+from moddistill.data.tokenizer import load_tokenizer, train_bpe
+from moddistill.model_folder import load_params, read_model_config, save_model
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vlm import ModelConfig
 from tools.convert_weights import qwen
@@ -59,6 +63,13 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     return max(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def save_as_training_does(folder: Path, out: Path) -> None:
+    """The model of a folder in float32, as a stage leaves one whose parameters all were trained."""
+    config = read_model_config(folder)
+    tokenizer = load_tokenizer(str(folder))
+    save_model(out, config, load_params(folder, config, dtype=jnp.float32), tokenizer, {})
+
+
 def measure(*command: str) -> tuple[float, float]:
     """Seconds and peak resident bytes of a command."""
     program = (
@@ -92,14 +103,30 @@ def run(gigabytes: float, shards: int) -> dict[str, Any]:
         shutil.rmtree(root / "copy")
         inward, peak_in = measure("import", "--hf", f"{root}/hf", "--out", f"{root}/ours")
         outward, peak_out = measure("export", "--model", f"{root}/ours", "--out", f"{root}/back")
+        shutil.rmtree(root / "hf")
+        shutil.rmtree(root / "back")
+        save_as_training_does(root / "ours", root / "trained")
+        trained, peak_trained = measure(
+            "export", "--model", f"{root}/trained", "--out", f"{root}/student"
+        )
+        shutil.rmtree(root / "student")
+        noise = ("--upcycle", "noise", "--noise_std", "0.01")
+        upcycled, peak_upcycle = measure(
+            "upcycle", "--model", f"{root}/trained", "--out", f"{root}/sparse", *noise
+        )
+        sparse = sum(file.stat().st_size for file in (root / "sparse").rglob("*") if file.is_file())
     return {
         "checkpoint_bytes": size,
         "largest_shard_bytes": largest,
         "allowed_peak_bytes": round(1.2 * largest + GIB),
         "import_peak_bytes": peak_in,
         "export_peak_bytes": peak_out,
+        "export_of_trained_peak_bytes": peak_trained,
+        "upcycle_peak_bytes": peak_upcycle,
         "import_bytes_per_second": size / inward,
         "export_bytes_per_second": size / outward,
+        "export_of_trained_bytes_per_second": 2 * size / trained,
+        "upcycle_bytes_per_second": sparse / upcycled,
         "copy_bytes_per_second": size / copy,
     }
 
@@ -116,7 +143,7 @@ def main() -> None:
         print(json.dumps(figures))
         return
     for name, value in figures.items():
-        print(f"{name:>26} {value / 1e6:12,.1f} MB" + ("/s" if "second" in name else ""))
+        print(f"{name:>35} {value / 1e6:12,.1f} MB" + ("/s" if "second" in name else ""))
 
 
 if __name__ == "__main__":

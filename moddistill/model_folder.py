@@ -5,12 +5,11 @@ params/                  Orbax
 tokenizer.json, tokenizer_config.json, preprocessor_config.json
 """
 
-import contextlib
 import dataclasses
 import json
+import math
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,13 @@ from moddistill.data.images import preprocessor_config
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
-from moddistill.processes import is_first, wait_for_all
+from moddistill.new_folder import new_folder_of_all
+from moddistill.processes import is_first
 from moddistill.sharding import unbox
 from moddistill.tree import check_same, flatten, unflatten
 
 VERSION = 1
+_BLOCK = 32 * 2**20  # bytes
 
 
 def save_model(
@@ -39,11 +40,11 @@ def save_model(
     source: dict[str, Any],
 ) -> None:
     """Writes a model folder; an interrupted write leaves none."""
-    with _new_folder_of_all(Path(folder)) as aside:
+    with new_folder_of_all(Path(folder)) as aside:
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _storage
         with context:
-            ocp.save(aside.resolve() / "params", params)
+            ocp.save(aside / "params", params)
         if is_first():
             write_description(aside, config, tokenizer, source)
 
@@ -70,67 +71,23 @@ def as_model_folder(name: str | Path) -> Path:
 
 
 def _storage(path: tuple[Any, ...], array: jax.Array) -> Any:
-    """Large stacks of layers are stored layer by layer, so that one can be read at a time."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    layer = array.nbytes // max(1, array.shape[0] if array.shape else 1)
-    if not re.search(r"/(segment_\d+|layers|unused)/", name) or layer < 2**20:
-        return None
+    """Large stacks are stored layer by layer, large matrices in blocks: one is read at a time."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
-    return options(chunk_byte_size=layer, shard_axes=(0,))
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if re.search(r"/(segment_\d+|layers|unused)/", name):
+        layer = array.nbytes // array.shape[0]
+        return options(chunk_byte_size=layer, shard_axes=(0,)) if layer >= 2**20 else None
+    if array.ndim == 2 and _has_blocks(array.sharding.shard_shape(array.shape), array.itemsize):
+        return options(chunk_byte_size=_BLOCK)
+    return None
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path, overwrite: bool, keep: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` when everything is written.
-
-    What is not finished is removed, or stays behind as `.NAME.partial` if the process is killed.
-
-    Args:
-      keep: folders that are read; `folder` may not be one of them or hold one.
-
-    Raises:
-      ValueError: if `folder` exists and is not to be overwritten, or would be overwritten as it is
-        read.
-    """
-    if folder.exists() and not (overwrite and folder.is_dir()):
-        raise ValueError(f"{str(folder)!r} exists; accepted: a new folder, or --overwrite")
-    for source in keep:
-        if folder.exists() and source.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
-    aside = _aside(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _exchange(aside, folder)
-
-
-@contextlib.contextmanager
-def _new_folder_of_all(folder: Path) -> Iterator[Path]:
-    """`new_folder`, made and renamed by the first process, that all of them write into."""
-    with contextlib.ExitStack() as stack:
-        if is_first():
-            stack.enter_context(new_folder(folder, overwrite=True))
-        wait_for_all(f"making {folder}")
-        yield _aside(folder)
-        wait_for_all(f"filling {folder}")
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _exchange(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of a folder, which is never there in part."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def _has_blocks(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether Orbax, which cuts the longer axis evenly, makes blocks that are not tiny."""
+    longest = max(shape)
+    row = math.prod(shape) // longest * itemsize
+    even = [n for n in range(1, longest + 1) if longest % n == 0 and n * row <= _BLOCK]
+    return longest * row > _BLOCK and max(even, default=0) * row >= 2**20
 
 
 def write_description(
@@ -172,12 +129,20 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{file} holds {description!r:.40}; accepted: a JSON object")
     if description.get("version") != VERSION:
         raise ValueError(
             f"{file} has version {description.get('version')!r}; this release reads {VERSION}"
         )
+    for part in ("architecture", "source"):
+        if not isinstance(description.get(part), dict):
+            raise ValueError(
+                f"{file}: {part} is {description.get(part)!r}; accepted: an object, as a stage or "
+                "an import writes it"
+            )
     return description
 
 

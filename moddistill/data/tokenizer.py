@@ -97,17 +97,27 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a local folder; `<image>` is appended when it has none.
 
     Raises:
-      ValueError: the folder has no tokenizer, or that has no control token `<|endoftext|>`.
+      ValueError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`.
     """
     file = Path(folder) / "tokenizer.json"
     if file.is_file():
-        return _with_image(tokenizers.Tokenizer.from_file(str(file)))
+        return _with_image(_read(file))
     if not (Path(folder) / "vocab.json").is_file():
         raise ValueError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
     # Seconds to import, and most folders do not need it.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     return _with_image(AutoTokenizer.from_pretrained(folder).backend_tokenizer)
+
+
+def _read(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    # All its errors are of this one type.
+    except Exception as error:
+        raise ValueError(
+            f"{file} is no tokenizer: {error}; accepted: what the tokenizers library writes"
+        ) from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -55,8 +55,7 @@ def upcycle(params: dict[str, Any], config: ModelConfig, rng: jax.Array) -> dict
 def upcycle_layer(layer: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[str, Any]:
     """The parameters of one decoder layer with experts in place of its feed-forward layer.
 
-    Experts are made by `moe.upcycle`; routers are normal with deviation 0.02; a residual layer is
-    the original one with an even blend. Arrays keep their dtype, routers are float32.
+    Experts are made by `upcycle_expert`, the rest by `upcycle_router`.
 
     Args:
       layer: of a dense model, not stacked.
@@ -64,24 +63,56 @@ def upcycle_layer(layer: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict
       rng: decides everything that is drawn.
     """
     mlp = layer["mlp"]
+    # One after the other, so that each is computed as it is alone, to the bit.
+    experts = jax.lax.map(
+        lambda number: upcycle_expert(mlp, moe, rng, number), jnp.arange(moe.num_experts)
+    )
+    params = upcycle_router(mlp, moe, rng) | experts
+    return {name: leaf for name, leaf in layer.items() if name != "mlp"} | {"moe": params}
+
+
+def upcycle_expert(
+    mlp: dict[str, Any], moe: MoeConfig, rng: jax.Array, number: jax.Array | int
+) -> dict[str, Array]:
+    """The kernels of one expert, in the dtype of the feed-forward layer `mlp`.
+
+    A copy of the layer or of a slice of it, changed as `moe.upcycle` says.
+    """
     width, dense = mlp["gate"]["kernel"].shape
     slices = _slices(moe, dense)
-    copies = moe.num_experts // slices
-    experts = _copies({name: mlp[name]["kernel"] for name in _KERNELS}, copies, slices)
-    change_rng = jax.random.fold_in(rng, 1)
+    size = dense // slices
+    start = (number % slices) * size
+
+    def cut(name: str) -> Array:
+        kernel = mlp[name]["kernel"]
+        if name == "down":
+            return slices * jax.lax.dynamic_slice(kernel, (start, 0), (size, width))
+        return jax.lax.dynamic_slice(kernel, (0, start), (width, size))
+
+    expert = {name: cut(name) for name in _KERNELS}
+    change_rng = jax.random.fold_in(jax.random.fold_in(rng, 1), number)
     if moe.upcycle == "noise":
-        experts = _add_noise(experts, moe.noise_std, change_rng)
+        expert = _add_noise(expert, moe.noise_std, change_rng)
     if moe.upcycle == "drop":
-        rngs = jax.random.split(change_rng, moe.num_experts)
-        experts = jax.vmap(lambda e, rng: _drop(e, moe.drop_fraction, rng))(experts, rngs)
-    params = {f"experts_{name}": kernel for name, kernel in experts.items()}
-    router = 0.02 * jax.random.normal(rng, (width, copies), jnp.float32)
-    params["router"] = jnp.repeat(router, slices, axis=1)
+        expert = _drop(expert, moe.drop_fraction, change_rng)
+    return {f"experts_{name}": kernel for name, kernel in expert.items()}
+
+
+def upcycle_router(mlp: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[str, Any]:
+    """What an expert layer has beside its experts.
+
+    Routers are float32, normal with deviation 0.02; a residual layer is the original one with an
+    even blend.
+    """
+    width, dense = mlp["gate"]["kernel"].shape
+    slices = _slices(moe, dense)
+    router = 0.02 * jax.random.normal(rng, (width, moe.num_experts // slices), jnp.float32)
+    params: dict[str, Any] = {"router": jnp.repeat(router, slices, axis=1)}
     if moe.residual:
         params["residual"] = mlp
         params["blend"] = jnp.zeros((width, 2), jnp.float32)
         params["blend_bias"] = jnp.zeros(2, jnp.float32)
-    return {name: leaf for name, leaf in layer.items() if name != "mlp"} | {"moe": params}
+    return params
 
 
 def _slices(moe: MoeConfig, dense: int) -> int:
@@ -112,24 +143,14 @@ def _check_slices(moe: MoeConfig, dense: int) -> None:
         )
 
 
-def _copies(mlp: dict[str, Array], copies: int, slices: int) -> dict[str, Array]:
-    """Kernels [E, ...] of `copies` times all slices of a layer, one copy after the other."""
-
-    def expert_kernels(name: str, kernel: Array) -> Array:
-        cut = jnp.stack(jnp.split(kernel, slices, axis=0 if name == "down" else 1))
-        return jnp.tile(slices * cut if name == "down" else cut, (copies, 1, 1))
-
-    return {name: expert_kernels(name, kernel) for name, kernel in mlp.items()}
-
-
-def _add_noise(experts: dict[str, Array], std: float, rng: jax.Array) -> dict[str, Array]:
+def _add_noise(expert: dict[str, Array], std: float, rng: jax.Array) -> dict[str, Array]:
     rngs = jax.random.split(rng, len(_KERNELS))
 
     def noisy(kernel: Array, rng: jax.Array) -> Array:
         noise = std * jax.random.normal(rng, kernel.shape, jnp.float32)
         return (kernel + noise).astype(kernel.dtype)
 
-    return {name: noisy(experts[name], rng) for name, rng in zip(_KERNELS, rngs, strict=True)}
+    return {name: noisy(expert[name], rng) for name, rng in zip(_KERNELS, rngs, strict=True)}
 
 
 def _drop(expert: dict[str, Array], fraction: float, rng: jax.Array) -> dict[str, Array]:

@@ -1,8 +1,10 @@
 """What the converter answers to folders that do not fit."""
 
 import json
+import resource
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tools import hf_folders as hf
@@ -10,6 +12,11 @@ from tools.convert_weights import assemble
 from tools.convert_weights.__main__ import main
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -157,6 +164,18 @@ def test_hub_name_without_a_network(tmp_path):
         import_model("no/such/folder", tmp_path / "out")
 
 
+def test_hub_behind_a_proxy_that_refuses(tmp_path, monkeypatch):
+    class ProxyError(Exception):
+        """As that of the transport: no error of the system, no wrong value."""
+
+    def refuse(*_, **__):
+        raise ProxyError("403 Forbidden")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"the hub cannot be asked for it \(403 Forbidden\)"):
+        import_model("Qwen/Qwen2-0.5B", tmp_path / "out")
+
+
 def test_folder_that_exists_is_left_alone(language, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -193,6 +212,33 @@ def test_output_that_holds_its_source_is_refused(language, tmp_path):
             tmp_path / "run" / "model", tmp_path / "run", max_shard_size=10**9, overwrite=True
         )
     assert (tmp_path / "run" / "model" / "model.json").is_file()
+    with pytest.raises(ValueError, match=r"holds .*, which is being read"):
+        export_model(language, language, max_shard_size=10**9, overwrite=True)
+    vision, projector = hf.save(hf.clip_tower(), tmp_path / "vision"), tmp_path / "p" / "p.bin"
+    projector.parent.mkdir()
+    shapes = {"0.weight": (32, 24), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, projector)
+    with pytest.raises(ValueError, match=r"holds .*p\.bin', which is being read"):
+        import_model(
+            str(language),
+            projector.parent,
+            vision=str(vision),
+            projector=str(projector),
+            overwrite=True,
+        )
+
+
+def test_disk_without_room(language, tmp_path):
+    """Files may not grow beyond 20 kB, which fails as a full disk does."""
+    import_model(str(language), tmp_path / "ours")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot be written: File too large; accepted"):
+            export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 
 
 def test_head_that_is_missing_is_not_taken_from_the_embedding(tmp_path, small_tokenizer):

@@ -12,6 +12,7 @@ from moddistill import generate, train
 from moddistill.model_folder import as_model_folder, read_model_config
 from moddistill.models.vlm import Vlm
 from tests.tools import hf_folders as hf
+from tools.convert_weights.assemble import import_model
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,12 @@ def test_name_that_is_nothing(tmp_path):
         moddistill.load(tmp_path / "none")
     with pytest.raises(ValueError, match="'org/name' is no folder here, and the hub cannot"):
         moddistill.load("org/name")
+
+
+def test_folder_that_another_process_imported_meanwhile(llava, cache, monkeypatch):
+    def slow(source, folder):
+        import_model(source, folder)
+        import_model(source, folder)
+
+    monkeypatch.setattr("tools.convert_weights.cache.import_model", slow)
+    assert as_model_folder(llava).parent == cache

@@ -13,12 +13,14 @@ from transformers import (
     AutoTokenizer,
 )
 
+from moddistill import generate, model_folder
 from moddistill.config import MoeConfig
 from moddistill.generate import Prompt, answer
 from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.tree import flatten
 from tests.tools import hf_folders as hf
+from tools.convert_weights import store
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
 from tools.convert_weights.tensors import open_checkpoint
@@ -158,6 +160,37 @@ def test_upcycled_folder_computes_what_the_dense_one_did(sparse, our_logits, ran
     )
 
 
+def test_large_matrices_of_a_stage_are_read_in_blocks(
+    tmp_path, tiny_architecture, init, small_tokenizer, monkeypatch
+):
+    """Written with blocks of 1 MiB, embedding and head are several chunks, and never one array."""
+    monkeypatch.setattr(model_folder, "_BLOCK", 2**20)
+    monkeypatch.setattr(store, "_BLOCK", 2**20)
+    decoder = dataclasses.replace(
+        tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_vocab=296
+    )
+    config = dataclasses.replace(tiny_architecture(), decoder=decoder, vision=None)
+    params = init(config)
+    save_model(tmp_path / "ours", config, params, small_tokenizer, {})
+    sizes = []
+    read = store.Reader.read
+
+    def noted(self, path, index=()):
+        array = read(self, path, index)
+        sizes.append(array.nbytes)
+        assert not isinstance(self.opened[1], np.ndarray) or self.opened[1].nbytes <= 2**20
+        return array
+
+    monkeypatch.setattr(store.Reader, "read", noted)
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    assert max(sizes) == 2**20
+    out = open_checkpoint(tmp_path / "out")
+    head = params["decoder"]["head"]
+    np.testing.assert_array_equal(out["lm_head.weight"].read(), head.T)
+    np.testing.assert_array_equal(load(tmp_path / "sparse")[1]["decoder"]["head"], head)
+
+
 @pytest.mark.parametrize(
     "moe",
     [
@@ -215,3 +248,12 @@ def test_tokenizer_of_the_export(sparse, small_tokenizer):
     theirs = AutoTokenizer.from_pretrained(out)
     assert theirs("a red circle").input_ids == small_tokenizer.encode("a red circle")
     assert theirs.eos_token == "<|im_end|>"
+
+
+def test_plain_answers_end_with_their_line(tmp_path, tiny_architecture, init, small_tokenizer):
+    config = dataclasses.replace(tiny_architecture(), template="plain")
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    general = small_tokenizer.special("<|endoftext|>")
+    assert ends == [general, generate._end_id("plain", small_tokenizer)]

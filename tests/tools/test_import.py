@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -6,13 +7,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from moddistill.model_folder import load, read_model_config
+from moddistill.config import MoeConfig
+from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.tree import flatten
 from tests.tools import hf_folders as hf
-from tools.convert_weights import llava, store
+from tools.convert_weights import clip, llava, siglip, store
 from tools.convert_weights.assemble import import_model
+from tools.convert_weights.chat_template import chat_template
 from tools.convert_weights.export import export_model
 from tools.convert_weights.tensors import open_checkpoint
+from tools.convert_weights.upcycle import upcycle_model
 
 GB = 10**9
 
@@ -65,6 +69,30 @@ def test_language_model_in_and_out(
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["language model", "LLaVA"])
+def test_stored_head_that_repeats_the_embedding_comes_back(whole, tmp_path, small_tokenizer):
+    """As Qwen1.5 has been published."""
+    model = multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    state = {name: np.array(x) for name, x in tensors(source).items()}
+    outer = "language_model." if whole else ""
+    state[f"{outer}lm_head.weight"] = state[f"{outer}model.embed_tokens.weight"].copy()
+    save_file(state, source / "model.safetensors")
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), state)
+
+
+def test_heads_of_qwen3_are_128_wide_if_nothing_is_said(tmp_path, small_tokenizer):
+    source = hf.save(
+        hf.Text(width=32, layers=1, head_dim=128).model(), tmp_path / "hf", small_tokenizer
+    )
+    fields = json.loads((source / "config.json").read_text())
+    del fields["head_dim"]
+    (source / "config.json").write_text(json.dumps(fields | {"rope_theta": 1e6}))
+    assert import_model(str(source), tmp_path / "ours").decoder.head_dim == 128
+
+
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_multimodal_model_in_and_out(
     name, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
@@ -80,13 +108,51 @@ def test_multimodal_model_in_and_out(
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
+QWEN2_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n'}}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_path, small_tokenizer):
+    source = hf.save(
+        multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    fields = json.loads((source / "config.json").read_text())
+    fields["text_config"]["max_position_embeddings"] = 4321
+    (source / "config.json").write_text(json.dumps(fields))
+    if place.endswith("json"):
+        settings = json.loads((source / place).read_text()) | {"chat_template": QWEN2_TEMPLATE}
+        (source / place).write_text(json.dumps(settings))
+    else:
+        (source / place).write_text(QWEN2_TEMPLATE)
+
+    def exported(model):
+        out = tmp_path / f"{model}-out"
+        config = export_model(tmp_path / model, out, max_shard_size=GB)
+        return (
+            (out / "chat_template.jinja").read_text(),
+            config["text_config"]["max_position_embeddings"],
+        )
+
+    config = import_model(str(source), tmp_path / "ours")
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    assert exported("ours") == exported("sparse") == (QWEN2_TEMPLATE, 4321)
+    save_model(tmp_path / "trained", config, load(tmp_path / "ours")[1], small_tokenizer, {})
+    assert exported("trained") == (chat_template("chatml"), 32768)
+    import_model(str(source), tmp_path / "other", template="vicuna")
+    assert exported("other") == (chat_template("vicuna"), 4321)
+
+
 @pytest.mark.parametrize("spelling", llava.SPELLINGS, ids=lambda parts: parts[2])
 @pytest.mark.parametrize(
     "name", ["CLIP and Qwen2, untied", "SigLIP with its pooling head and Qwen2"]
 )
 def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_tokenizer):
     source = hf.save(multimodal(name, small_tokenizer.image_id), tmp_path / "hf", small_tokenizer)
-    before = llava.find_spelling(open_checkpoint(source))
+    tower = siglip if "SigLIP" in name else clip
+    before = llava.find_spelling(open_checkpoint(source), tower)
     renamed = {}
     for key, x in tensors(source).items():
         # The prefix of the head may be empty or begin that of the decoder.
@@ -98,6 +164,21 @@ def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_toke
     import_model(str(source), tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
     assert_same_tensors(tensors(tmp_path / "back"), renamed)
+
+
+@pytest.mark.parametrize("lost", ["language_model.model.norm.weight", "vision_tower.embeddings."])
+def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small_tokenizer):
+    source = hf.save(
+        multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    state = tensors(source)
+    kept = {name: np.array(x) for name, x in state.items() if not name.startswith(lost)}
+    assert len(kept) < len(state)
+    save_file(kept, source / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        import_model(str(source), tmp_path / "ours")
+    assert len(str(error.value).splitlines()) == 1 + len(state) - len(kept)
+    assert "unexpected" not in str(error.value)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -267,6 +348,19 @@ def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp
     vision = str(hf.save(tower, tmp_path / "vision"))
     with pytest.raises(ValueError, match=r"has a tower of its own, whose .* is not that of"):
         import_model(source, tmp_path / "a", vision=vision)
+
+
+def test_original_checkpoint_with_its_tower_in_bfloat16(original, tmp_path):
+    """The original code casts its tower to the dtype it trains in."""
+    source, tower = original()
+    file = Path(source) / "pytorch_model.bin"
+    state = torch.load(file, weights_only=True)
+    torch.save({k: x.bfloat16() if "tower" in k else x for k, x in state.items()}, file)
+    vision = str(hf.save(tower, tmp_path / "vision"))
+    import_model(source, tmp_path / "a", vision=vision)
+    kept = load(tmp_path / "a")[1]["vision"]["positions"]
+    table = tower.embeddings.position_embedding.weight
+    np.testing.assert_array_equal(kept, table.detach().numpy())
 
 
 def test_original_sparse_checkpoint(

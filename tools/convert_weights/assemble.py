@@ -9,11 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from moddistill.data.conversation import TEMPLATES
-from moddistill.model_folder import new_folder, write_description
+from moddistill.model_folder import write_description
 from moddistill.models.vlm import ModelConfig
+from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
+from tools.convert_weights.chat_template import FILE, stored_template
 from tools.convert_weights.hub import local_folder
-from tools.convert_weights.pickled import read_pickled
 from tools.convert_weights.rules import (
     Index,
     Piece,
@@ -26,7 +27,7 @@ from tools.convert_weights.rules import (
 from tools.convert_weights.shards import Planned, create_file, write
 from tools.convert_weights.sources import Source, read_source
 from tools.convert_weights.store import ArraySpec, Writer
-from tools.convert_weights.tensors import Tensor, read_safetensors
+from tools.convert_weights.tensors import Tensor, read_file
 
 POOLING = "pooling.safetensors"  # in a model folder
 Placed = list[tuple[Piece, Tensor]]
@@ -63,15 +64,24 @@ def import_model(
         sources.append(_tower(vision, sources[0], layer))
     config = _architecture(sources, template, projector)
     placed = _place_all(sources, config, projector)
-    with new_folder(out, overwrite, keep=[source.folder for source in sources]) as aside:
+    read = [source.folder for source in sources] + ([Path(projector)] if projector else [])
+    with new_folder(out, overwrite, keep=read) as aside:
         fresh = _new_projector(config, placed, seed)
         _write_params(aside / "params", config, placed, fresh)
         _carry_pooling(sources[-1], aside / POOLING)
+        # Of a language model alone, a template has no place for pictures; the original code's
+        # checkpoints bring one that they were not trained with.
+        if len(sources) == 1 and sources[0].template == config.template == "chatml":
+            _carry_template(sources[0].folder, aside)
         description = {
             "imported": {
                 "from": [str(source.folder) for source in sources],
                 "spelling": sources[0].spelling,
                 "new": sorted(fresh),
+                # A repetition of the embedding, written again by the export.
+                "context": sources[0].context,
+                "stored_head": config.decoder.tied_head
+                and sources[0].tied in sources[0].checkpoint,
             }
         }
         write_description(aside, config, sources[0].tokenizer, description)
@@ -114,7 +124,7 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
 def _place_all(sources: Sequence[Source], config: ModelConfig, projector: str) -> Placed:
     """All arrays of all parts; one ValueError with what is wrong with any of them."""
     placed, wrong = [], []
-    steps = [functools.partial(_place, source, config) for source in sources]
+    steps = [functools.partial(place, source, config) for source in sources]
     if projector:
         steps.append(functools.partial(_place_projector, Path(projector), config))
     for step in steps:
@@ -142,18 +152,25 @@ def _check_tower(language: Source, tower: Source) -> None:
         given = tower.checkpoint.get(inner) or tower.checkpoint.get(
             inner.removeprefix("vision_model.")
         )
-        same = given is not None and np.array_equal(
-            tensor.read().astype(np.float32), given.read().astype(np.float32)
-        )
-        if not same:
+        if given is None or not _is_cast_of(tensor, given):
             raise ValueError(
                 f"{language.folder} has a tower of its own, whose {name} is not that of "
                 f"{tower.folder}; accepted: the tower it was trained with, as --vision"
             )
 
 
-def _place(source: Source, config: ModelConfig) -> Placed:
-    """The arrays of a source's parts and where their bytes are, checked to be all of them."""
+def _is_cast_of(tensor: Tensor, given: Tensor) -> bool:
+    """Whether it is the given one in its own dtype, to which a trainer may have cast its tower."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(tensor.read(), given.read().astype(tensor.dtype))
+
+
+def place(source: Source, config: ModelConfig) -> Placed:
+    """The arrays of a source's parts and where their bytes are.
+
+    Raises:
+      ValueError: listing every one that is missing, unexpected or of another shape.
+    """
     found = pieces(config, source.rules, source.parts)
     ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
     ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
@@ -180,7 +197,7 @@ def _place_projector(file: Path, config: ModelConfig) -> Placed:
     """A projector saved by itself, under any of the names the original code gives it."""
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; accepted: mm_projector.bin or safetensors")
-    checkpoint = (read_safetensors if file.suffix == ".safetensors" else read_pickled)(file)
+    checkpoint = read_file(file)
     pattern = r"(model\.)?(mm_projector\.)?(image_spatial_proj\.)?"
     prefixes = sorted({re.match(pattern, name)[0] for name in checkpoint})
     if len(prefixes) != 1:
@@ -251,6 +268,12 @@ def _carry_pooling(source: Source, file: Path) -> None:
         places = create_file(file, [Planned(name, x.dtype, x.shape) for name, x in head.items()])
         for name, place in places.items():
             write(place, head[name].read())
+
+
+def _carry_template(source: Path, folder: Path) -> None:
+    """The source's own chat template stays for the way back, until a stage trains."""
+    if template := stored_template(source):
+        (folder / FILE).write_text(template, encoding="utf-8")
 
 
 def _with_progress(placed: Placed) -> Iterator[tuple[Piece, Tensor]]:

@@ -25,7 +25,11 @@ def imported(name: str) -> Path:
     folder = root / "moddistill" / f"{source.name}-{_digest(source)}"
     if is_first() and not folder.is_dir():
         LOG.info("importing %s into %s", source, folder)
-        import_model(str(source), folder)
+        try:
+            import_model(str(source), folder)
+        except ValueError:
+            if not folder.is_dir():  # another process was faster
+                raise
     wait_for_all(f"importing {folder}")
     return folder
 

@@ -1,6 +1,11 @@
 """Conversation formats as Jinja templates, which render what training saw."""
 
+from pathlib import Path
+
 from moddistill.data.conversation import CHATML_SYSTEM, VICUNA_SYSTEM, end_token
+from tools.convert_weights.hub import read_json
+
+FILE = "chat_template.jinja"
 
 # A picture stands before what follows it, on a line of its own, as in LLaVA's records.
 _TEXT = """\
@@ -48,6 +53,19 @@ _PLAIN = """\
   {%- endif -%}
 {%- endfor -%}
 """
+
+
+def stored_template(folder: Path) -> str:
+    """The chat template that a Hugging Face folder brings; empty if it has none, or several."""
+    file = folder / FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name).get("chat_template")
+            if isinstance(found, str):
+                return found
+    return ""
 
 
 def chat_template(template: str) -> str:

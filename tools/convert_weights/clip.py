@@ -4,8 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from moddistill.models.vision import VisionConfig
+from tools.convert_weights.hub import check_numbers
 from tools.convert_weights.rules import FLAT, PATCHES, Rule, Rules, matrix
 
+NUMBERS = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_norm_eps",
+)
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 
 
@@ -68,6 +78,7 @@ def vision_config(
         raise ValueError(
             f"{origin}: hidden_act is {activation!r}; accepted: {', '.join(ACTIVATIONS)}"
         )
+    check_numbers(hf, NUMBERS, origin)
     return VisionConfig(
         image_size=hf["image_size"],
         patch_size=hf["patch_size"],

@@ -1,32 +1,40 @@
 """What a folder holds: parameters, dtypes, layer plan, tokenizer, and what to do with it."""
 
 import collections
+import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.model_folder import abstract_params, parameter_counts, read_model_config
 from moddistill.models.layer_plan import Segment
+from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 from moddistill.sharding import unbox
 from moddistill.tree import flatten
+from tools.convert_weights.assemble import place
+from tools.convert_weights.export import exported_pieces
 from tools.convert_weights.hub import local_folder
 from tools.convert_weights.rules import slots
-from tools.convert_weights.sources import read_source
+from tools.convert_weights.sources import Source, read_source
 from tools.convert_weights.store import Reader
+from tools.convert_weights.tensors import Checkpoint, read_file
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Facts of a model folder, or of a Hugging Face folder, as one JSON object.
+    """Facts of a model folder, a Hugging Face folder or a projector's file, as one JSON object.
 
     Raises:
-      ValueError: if it is neither.
+      ValueError: if it is none of these.
     """
     folder = Path(name)
     if (folder / "model.json").is_file():
         return _model_folder(folder)
+    if folder.is_file():
+        return _file(folder)
     return _hugging_face(local_folder(name))
 
 
@@ -36,36 +44,85 @@ def _model_folder(folder: Path) -> dict[str, Any]:
     dtypes: collections.Counter[str] = collections.Counter()
     for path, leaf in flatten(unbox(abstract_params(config))).items():
         dtypes[reader.dtype(path).name] += leaf.size
-    uses = ["train (student or teacher)", "generate", "evaluate", "export"]
     return {
         "kind": "model folder",
         "dtypes": dict(dtypes),
+        **_sizes(config),
+        **_activated(config),
         **_architecture(config),
         "tokenizer": _tokenizer(load_tokenizer(str(folder))),
-        "uses": uses + (["upcycle"] if config.decoder.moe is None else []),
+        **_with_export(folder, config),
     }
+
+
+def _with_export(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    uses = _uses(config) + (["upcycle"] if config.decoder.moe is None else [])
+    try:
+        exported_pieces(config, folder)
+    except ValueError as error:
+        return {"uses": uses, "not exported": str(error)}
+    return {"uses": [*uses, "export"]}
+
+
+def _uses(config: ModelConfig) -> list[str]:
+    """What every complete model is good for; questions of evaluation are about pictures."""
+    return ["train", "generate"] + (["evaluate"] if config.vision else [])
 
 
 def _hugging_face(folder: Path) -> dict[str, Any]:
     source = read_source(folder)
-    dtypes: collections.Counter[str] = collections.Counter()
-    for tensor in source.checkpoint.values():
-        dtypes[tensor.dtype.name] += math.prod(tensor.shape)
-    uses = ["import"] if source.decoder else ["import as --vision"]
-    facts = {
-        "kind": "Hugging Face folder",
-        "tensors": len(source.checkpoint),
-        "dtypes": dict(dtypes),
-        "holds": list(source.parts),
-    }
+    config = _config(source)
+    facts = _tensors("Hugging Face folder", source.checkpoint)
+    facts |= {"holds": list(source.parts)} | _sizes(config, source.parts)
+    is_whole = source.decoder is not None and (source.vision is None) == (source.projector is None)
+    if is_whole:
+        facts |= _activated(config)
     if source.decoder is not None:
-        kind = source.projector or "linear"
-        image = source.tokenizer.image_id
-        config = ModelConfig(source.decoder, source.vision, kind, source.template, image)
-        facts |= _architecture(config) | {"tokenizer": _tokenizer(source.tokenizer)}
+        shown = dataclasses.replace(config, vision=source.vision)
+        facts |= _architecture(shown) | {"tokenizer": _tokenizer(source.tokenizer)}
     elif source.vision is not None:
         facts["image"] = _image(source.vision)
-    return facts | {"uses": uses}
+    try:
+        place(source, config)
+    except ValueError as error:
+        return facts | {"uses": [], "not imported": str(error).splitlines()}
+    if is_whole:
+        return facts | {"uses": ["import", *_uses(config)]}
+    return facts | {"uses": ["import with --vision" if source.decoder else "import as --vision"]}
+
+
+def _config(source: Source) -> ModelConfig:
+    """A model with the source's parts, and the smallest ones in place of those it does not have."""
+    vision = source.vision
+    if vision is None and source.projector is not None:
+        [first] = [rule.name for rule in source.rules if rule.path == "projector/linear_0/kernel"]
+        width = source.checkpoint[first].shape[-1] if first in source.checkpoint else 8
+        vision = VisionConfig(
+            image_size=1, patch_size=1, width=width, mlp=1, layers=1, heads=1, select_layer=-1
+        )
+    decoder = source.decoder or DecoderConfig(
+        vocab_size=1, real_vocab=1, width=2, mlp=1, layers=1, heads=1, kv_heads=1, head_dim=2
+    )
+    image = source.tokenizer.image_id if source.tokenizer else 0
+    return ModelConfig(decoder, vision, source.projector or "linear", source.template, image)
+
+
+def _file(file: Path) -> dict[str, Any]:
+    checkpoint = read_file(file)
+    facts = _tensors("projector", checkpoint)
+    total = sum(facts["dtypes"].values())
+    return facts | {
+        "parameters": total,
+        "parts": {"projector": total},
+        "uses": ["import as --projector"],
+    }
+
+
+def _tensors(kind: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    dtypes: collections.Counter[str] = collections.Counter()
+    for tensor in checkpoint.values():
+        dtypes[tensor.dtype.name] += math.prod(tensor.shape)
+    return {"kind": kind, "tensors": len(checkpoint), "dtypes": dict(dtypes)}
 
 
 def _part(path: str) -> str:
@@ -83,16 +140,23 @@ def _part(path: str) -> str:
     return next((part for key, part in names.items() if key in path), "norms")
 
 
-def _architecture(config: ModelConfig) -> dict[str, Any]:
-    decoder, vision = config.decoder, config.vision
-    total, activated = parameter_counts(config)
+def _sizes(
+    config: ModelConfig, parts: Sequence[str] = ("decoder", "vision", "projector")
+) -> dict[str, Any]:
     sizes: collections.Counter[str] = collections.Counter()
     for path, slot in slots(config).items():
-        sizes[_part(path)] += math.prod(slot.shape)
-    facts = {
-        "parameters": total,
-        "activated": activated,
-        "parts": dict(sizes),
+        if path.split("/")[0] in parts:
+            sizes[_part(path)] += math.prod(slot.shape)
+    return {"parameters": sizes.total(), "parts": dict(sizes)}
+
+
+def _activated(config: ModelConfig) -> dict[str, int]:
+    return {"activated": parameter_counts(config)[1]}
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    decoder, vision = config.decoder, config.vision
+    facts: dict[str, Any] = {
         "template": config.template,
         "layers": decoder.layers,
         "width": decoder.width,

@@ -1,5 +1,6 @@
 """A model folder out: weights, tokenizer, processor and chat template for `transformers`."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -9,18 +10,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moddistill.data.conversation import end_token
 from moddistill.data.images import preprocessor_config
-from moddistill.data.tokenizer import load_tokenizer
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.model_folder import (
     as_model_folder,
-    new_folder,
     read_model_config,
     read_source,
 )
 from moddistill.models.vlm import ModelConfig
+from moddistill.new_folder import new_folder
 from tools.convert_weights import llava, qwen
 from tools.convert_weights.assemble import POOLING
-from tools.convert_weights.chat_template import chat_template, end_of_answer
+from tools.convert_weights.chat_template import FILE, chat_template, end_of_answer, stored_template
 from tools.convert_weights.rules import Piece, Rules, pieces, prefixed
 from tools.convert_weights.shards import Planned, create_shards, write
 from tools.convert_weights.store import Reader
@@ -44,10 +46,9 @@ def export_model(
     Raises:
       ValueError: for a model that no class of `transformers` computes.
     """
-    model = as_model_folder(model)
+    given, model = model, as_model_folder(model)
     config = read_model_config(model)
-    _check_exportable(config)
-    found = pieces(config, _rules(config, model))
+    found = exported_pieces(config, model)
     reader = Reader(model / "params")
     stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
     planned = [
@@ -56,11 +57,13 @@ def export_model(
     pooling = _pooling(model)
     planned += _shared_expert(config, planned, _spelling(model)[0])
     planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
-    fields = hf_config(config) | {"dtype": _common_dtype(planned)}
+    fields = _hf_config(config) | {"dtype": _common_dtype(planned)}
+    if context := read_source(model).get("imported", {}).get("context"):
+        fields.get("text_config", fields)["max_position_embeddings"] = context
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
-    with new_folder(out, overwrite, keep=(model,)) as aside:
+    with new_folder(out, overwrite, keep=(given, model)) as aside:
         places = create_shards(aside, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(found, places, reader)
         for name, tensor in pooling.items():
@@ -70,7 +73,7 @@ def export_model(
     return fields
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
+def _hf_config(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json`, without dtypes."""
     if config.vision is None:
         return qwen.text_config(config.decoder)
@@ -92,6 +95,22 @@ def _rules(config: ModelConfig, model: Path) -> Rules:
     if config.vision is None:
         return (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD)
     return llava.rules_for(_spelling(model), llava.tower_family(config.vision))
+
+
+def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
+    """All arrays of a model folder's export; a tied head too, if the source had stored one.
+
+    Raises:
+      ValueError: for a model that no class of `transformers` computes.
+    """
+    _check_exportable(config)
+    found = pieces(config, _rules(config, model))
+    _hf_config(config)
+    if not read_source(model).get("imported", {}).get("stored_head"):
+        return found
+    head = ("" if config.vision is None else _spelling(model)[1]) + "lm_head.weight"
+    [table] = [piece for piece in found if piece.slot.path == "decoder/embedding"]
+    return [*found, dataclasses.replace(table, name=head)]
 
 
 def _spelling(model: Path) -> tuple[str, str, str, str]:
@@ -153,11 +172,12 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"eos_token": end}
     _write_json(path, settings)
-    (folder / "chat_template.jinja").write_text(chat_template(config.template))
+    template = stored_template(model) or chat_template(config.template)
+    (folder / FILE).write_text(template, encoding="utf-8")
     # Rows of the padded vocabulary are no tokens, but `transformers` does not know.
     padded = range(config.decoder.real_vocab, config.decoder.vocab_size)
     generation = {
-        "eos_token_id": tokenizer.special(end),
+        "eos_token_id": _end_ids(tokenizer, config.template),
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
     }
@@ -166,6 +186,13 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     _write_json(folder / "generation_config.json", generation)
     if config.vision is not None:
         _write_processor(folder, config)
+
+
+def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
+    """Ids at any of which generation ends; a format that ends in text has the general one too."""
+    general = tokenizer.special(end_of_answer(template))
+    end = end_token(template)
+    return [general, *tokenizer.encode(end)] if end.isspace() else general
 
 
 def _write_processor(folder: Path, config: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ def local_folder(name: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    # What its transport raises, behind a proxy that refuses for one, changes with its releases.
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(
             f"{name!r} is no folder here, and the hub cannot be asked for it ({reason}); accepted: "
             "a folder, or a hub name where there is a network"
@@ -40,11 +41,29 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{str(file.parent)!r} has no {file.name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
     return value
+
+
+def part_of(fields: Mapping[str, Any], name: str, origin: str) -> dict[str, Any]:
+    """An object inside a config, empty if it is absent; ValueError if it is something else."""
+    part = fields.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{origin}: {name} is {part!r}; accepted: an object")
+    return part
+
+
+def check_numbers(fields: Mapping[str, Any], names: Sequence[str], origin: str) -> None:
+    """Raises ValueError for fields that are no numbers above 0, or whole ones unless `*_eps`."""
+    for name in names:
+        value = fields.get(name)
+        accepted = (int, float) if name.endswith("_eps") else (int,)
+        if type(value) not in accepted or value <= 0:
+            kind = "a" if float in accepted else "a whole"
+            raise ValueError(f"{origin}: {name} is {value!r}; accepted: {kind} number above 0")
 
 
 def with_defaults(fields: dict[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Whole multimodal checkpoints: Hugging Face's LLaVA, and the original code's."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moddistill.models.projector import projector_depth
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 from tools.convert_weights import clip, qwen, siglip
-from tools.convert_weights.rules import Rule, Rules, matrix, prefixed
+from tools.convert_weights.rules import Rule, Rules, matrix, pattern, prefixed
 
 TOWERS = {
     "clip_vision_model": clip,
@@ -68,15 +69,14 @@ def rules_for(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
     )
 
 
-def find_spelling(names: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """The first spelling whose tower and decoder occur; the published one if none does."""
-    for spelling in SPELLINGS:
-        decoder, _, vision, _ = spelling
-        if f"{decoder}norm.weight" in names and any(
-            name.startswith(f"{vision}embeddings.") for name in names
-        ):
-            return spelling
-    return SPELLINGS[0]
+def find_spelling(names: Iterable[str], tower: Any) -> tuple[str, str, str, str]:
+    """The spelling that most names have; `tower` is the family of the tower."""
+
+    def found(spelling: tuple[str, str, str, str]) -> int:
+        known = [re.compile(pattern(rule.name)) for rule in rules_for(spelling, tower)]
+        return sum(any(name.fullmatch(x) for name in known) for x in names)
+
+    return max(SPELLINGS, key=found)
 
 
 def tower_family(vision: VisionConfig) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from moddistill.config import MoeConfig
 from moddistill.models.qwen import DecoderConfig
+from tools.convert_weights.hub import check_numbers, part_of
 from tools.convert_weights.rules import FLAT, Rule, Rules, matrix
 
 # Below `model.`; the head stands beside it.
@@ -83,19 +84,19 @@ SHARED_EXPERT = r"layers\.\d+\.mlp\.shared_expert(_gate|\..*_proj)\.weight"
 SHARED_WIDTH = 64
 
 
-# What a config has to state to be read without the defaults of `transformers`.
-NEEDED = (
+_NUMBERS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "hidden_act",
     "rms_norm_eps",
-    "rope_theta",
-    "tie_word_embeddings",
 )
+_EXPERT_NUMBERS = ("num_experts_per_tok", "moe_intermediate_size")
+_NEEDED = (*_NUMBERS, "hidden_act", "rope_theta", "tie_word_embeddings")
+# What a config has to state to be read without the defaults of `transformers`.
+NEEDED = {"qwen2": _NEEDED, "qwen3": (*_NEEDED, "head_dim")}
 
 
 def decoder_config(hf: Mapping[str, Any], real_vocab: int, origin: str) -> DecoderConfig:
@@ -114,8 +115,8 @@ def decoder_config(hf: Mapping[str, Any], real_vocab: int, origin: str) -> Decod
             f"{origin}: text model {kind!r} is unknown; accepted: "
             + ", ".join(DENSE_TYPES + SPARSE_TYPES)
         )
-    scaling = hf.get("rope_scaling") or {}
-    rope = hf.get("rope_parameters") or {
+    scaling = part_of(hf, "rope_scaling", origin)
+    rope = part_of(hf, "rope_parameters", origin) or {
         "rope_theta": hf.get("rope_theta"),
         "rope_type": scaling.get("rope_type") or scaling.get("type", "default"),
     }
@@ -129,6 +130,9 @@ def decoder_config(hf: Mapping[str, Any], real_vocab: int, origin: str) -> Decod
     for field, (value, accepted) in checks.items():
         if value not in accepted:
             raise ValueError(f"{origin}: {field} is {value!r}; accepted: {accepted[0]!r}")
+    check_numbers(hf, _NUMBERS + (_EXPERT_NUMBERS if kind in SPARSE_TYPES else ()), origin)
+    if type(rope.get("rope_theta")) not in (int, float):
+        raise ValueError(f"{origin}: rope_theta is {rope.get('rope_theta')!r}; accepted: a number")
     if real_vocab > hf["vocab_size"]:
         raise ValueError(
             f"{origin}: the tokenizer has {real_vocab} ids, the embedding {hf['vocab_size']} rows"

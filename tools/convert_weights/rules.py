@@ -22,6 +22,7 @@ from tools.convert_weights.store import blocks
 from tools.convert_weights.tensors import Checkpoint
 
 Shape = tuple[int, ...]
+Index = tuple[int | slice, ...]
 
 
 class Transform(NamedTuple):
@@ -83,15 +84,19 @@ def prefixed(rules: Iterable[Rule], prefix: str) -> Rules:
     return tuple(rule._replace(name=prefix + rule.name) for rule in rules)
 
 
-Index = tuple[int | slice, ...]
-
-
 class Slot(NamedTuple):
     """A place for one array: a slice of a parameter."""
 
     path: str
     index: Shape
     shape: Shape
+
+    def parts(self, itemsize: int) -> list[Index]:
+        """Where its blocks lie in the parameter: a large matrix has several."""
+        if self.index or len(self.shape) != 2:
+            return [self.index]
+        axis, cuts = blocks(self.shape, itemsize)
+        return [(slice(None),) * axis + (cut,) for cut in cuts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +114,10 @@ class Piece:
 
     def parts(self, itemsize: int) -> list[tuple[Index, slice]]:
         """Where each block of the parameter lies there, and its rows in the checkpoint."""
-        slot = self.slot
-        if slot.index or len(slot.shape) != 2:
-            return [(slot.index, slice(None))]
-        axis, cuts = blocks(slot.shape, itemsize)
-        if axis != self.transform.rows or len(cuts) == 1:
-            return [((), slice(None))]
-        return [((slice(None),) * axis + (cut,), cut) for cut in cuts]
+        parts = self.slot.parts(itemsize)
+        if len(parts) == 1 or len(parts[0]) - 1 != self.transform.rows:
+            return [(self.slot.index, slice(None))]
+        return [(part, part[-1]) for part in parts]
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
@@ -161,12 +163,12 @@ def pieces(
     Raises:
       ValueError: naming the parameters that the format has no place for.
     """
-    patterns = [(re.compile(_pattern(rule.path)), rule) for rule in rules]
+    patterns = [(re.compile(pattern(rule.path)), rule) for rule in rules]
     found, without = [], []
     for path, slot in slots(config).items():
         if path.split("/")[0] not in parts:
             continue
-        hits = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(path))]
+        hits = [(match, rule) for name, rule in patterns if (match := name.fullmatch(path))]
         if not hits:
             without.append(path)
             continue
@@ -180,7 +182,8 @@ def pieces(
     return found
 
 
-def _pattern(path: str) -> str:
+def pattern(path: str) -> str:
+    """The regular expression of a rule's name or path."""
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(path))
 
 

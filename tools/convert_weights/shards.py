@@ -100,7 +100,8 @@ def create_file(file: Path, tensors: Sequence[Planned]) -> dict[str, Tensor]:
     start = 8 + len(text)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        os.truncate(stream.fileno(), start + position)
+        # A page of a file with holes that a full disk cannot back kills the process.
+        os.posix_fallocate(stream.fileno(), 0, start + position)
     return {
         tensor.name: Tensor(
             file, start + header[tensor.name]["data_offsets"][0], tensor.dtype, tensor.shape

@@ -5,6 +5,7 @@ from typing import Any
 
 from moddistill.models.vision import VisionConfig
 from tools.convert_weights import clip
+from tools.convert_weights.hub import check_numbers
 from tools.convert_weights.rules import PATCHES, Rule, Rules
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -25,6 +26,7 @@ def vision_config(
     activation = hf["hidden_act"]
     if activation != "gelu_pytorch_tanh":
         raise ValueError(f"{origin}: hidden_act is {activation!r}; accepted: 'gelu_pytorch_tanh'")
+    check_numbers(hf, clip.NUMBERS, origin)
     return VisionConfig(
         image_size=hf["image_size"],
         patch_size=hf["patch_size"],

@@ -10,7 +10,7 @@ from moddistill.models.projector import projector_depth
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from tools.convert_weights import llava, qwen
-from tools.convert_weights.hub import read_json, with_defaults
+from tools.convert_weights.hub import part_of, read_json, with_defaults
 from tools.convert_weights.rules import Rules, prefixed
 from tools.convert_weights.tensors import Checkpoint, open_checkpoint
 
@@ -30,6 +30,7 @@ class Source:
       tied: name of a head that must equal the embedding, if it is stored at all.
       pooling: what the names of the tower's pooling head begin with; it is carried along.
       select_layer: hidden state of a tower beside it that the config asks for.
+      context: positions that the language model was made for.
       spelling: of a multimodal checkpoint's parts.
     """
 
@@ -46,6 +47,7 @@ class Source:
     tokenizer: Tokenizer | None = None
     template: str = "chatml"
     select_layer: int | None = None
+    context: int | None = None
     spelling: tuple[str, str, str, str] = llava.SPELLINGS[0]
 
     @property
@@ -70,8 +72,7 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
     if not isinstance(kind, str):
         raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r}; accepted: a name")
     if kind in qwen.DENSE_TYPES + qwen.SPARSE_TYPES:
-        needed = qwen.NEEDED if kind in qwen.DENSE_TYPES else ()
-        return _language_model(folder, with_defaults(fields, needed))
+        return _language_model(folder, with_defaults(fields, qwen.NEEDED.get(kind, ())))
     if kind in llava.WITH_TOWER or kind in llava.TOWERS:
         return _tower(folder, fields, SELECT_LAYER if select_layer is None else select_layer)
     if kind == "llava":
@@ -96,6 +97,7 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         zero=rf"model\.{qwen.SHARED_EXPERT}",
         tied="lm_head.weight",
         decoder=qwen.decoder_config(hf, tokenizer.vocab_size, origin),
+        context=hf.get("max_position_embeddings"),
         tokenizer=tokenizer,
     )
 
@@ -105,7 +107,7 @@ def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
     origin = str(folder / "config.json")
     if kind in llava.WITH_TOWER:
         kind = llava.WITH_TOWER[kind]
-        fields = {**(fields.get("vision_config") or {}), "model_type": kind}
+        fields = {**part_of(fields, "vision_config", origin), "model_type": kind}
     family = llava.TOWERS[kind]
     checkpoint = open_checkpoint(folder)
     nested = any(name.startswith("vision_model.") for name in checkpoint)
@@ -125,7 +127,7 @@ def _check_parts(fields: dict[str, Any], origin: str) -> None:
     """Raises ValueError for a text or vision model that is not known."""
     known = {"text_config": qwen.DENSE_TYPES + qwen.SPARSE_TYPES, "vision_config": llava.TOWERS}
     for part, accepted in known.items():
-        kind = (fields.get(part) or {}).get("model_type")
+        kind = part_of(fields, part, origin).get("model_type")
         if kind not in accepted:
             raise ValueError(
                 f"{origin}: {part} is of type {kind!r}; accepted: {', '.join(accepted)}"
@@ -146,7 +148,7 @@ def _llava(
             f"{tokenizer.image_id} in the tokenizer; accepted: the same id"
         )
     checkpoint = open_checkpoint(folder)
-    spelling = llava.find_spelling(checkpoint)
+    spelling = llava.find_spelling(checkpoint, family)
     decoder, head, vision, _ = spelling
     layer = llava.select_layer(hf, origin) if select_layer is None else select_layer
     text = hf["text_config"] | {"tie_word_embeddings": _tied(stated, head, checkpoint)}
@@ -158,6 +160,7 @@ def _llava(
         zero=re.escape(decoder) + qwen.SHARED_EXPERT,
         tied=f"{head}lm_head.weight",
         decoder=qwen.decoder_config(text, tokenizer.vocab_size, origin),
+        context=text.get("max_position_embeddings"),
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
@@ -205,6 +208,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
         tokenizer=tokenizer,
         template="vicuna",
         select_layer=fields.get("mm_vision_select_layer"),
+        context=text.get("max_position_embeddings"),
     )
 
 

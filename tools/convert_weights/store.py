@@ -20,6 +20,7 @@ from moddistill.tree import unflatten
 _ITEM = "state"  # where Orbax keeps the arrays of a checkpoint that is one tree
 _IN_FLIGHT = 128 * 2**20  # bytes
 _BLOCK = 32 * 2**20  # bytes
+_CACHE = 128 * 2**20  # bytes of chunks that two blocks share
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> tuple[int, list[slice]]:
@@ -77,11 +78,15 @@ class Writer:
 class Reader:
     """Arrays of `params/`, whoever wrote them, best read array by array.
 
-    A stage writes the stacks of its layers whole. Such a stack is read once and kept until another
-    array is asked for.
+    Most are in chunks, of which those are read that an index touches. One that is not is read once
+    and kept until another array is asked for.
     """
 
     def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise ValueError(
+                f"{str(folder.parent)!r} has no params folder; accepted: a whole model folder"
+            )
         self.folder = folder
         self.opened: tuple[str, Any] = ("", None)
 
@@ -132,4 +137,5 @@ def _create(folder: Path, path: str, spec: ArraySpec) -> Any:
 
 def _open(folder: Path, path: str) -> Any:
     spec = {"driver": "zarr3", "kvstore": _kvstore(folder, path)}
-    return ts.open(spec, open=True, read=True).result()
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+    return ts.open(spec, open=True, read=True, context=context).result()

@@ -74,35 +74,40 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
       ValueError: no weight file, a shard that is missing, corrupt, cut off or outside the folder.
     """
-    # Later, for the readers of both formats are in files that import this one's `Tensor`.
-    from tools.convert_weights.pickled import read_pickled  # noqa: PLC0415
-
-    for stem, ending, read in (
-        ("model", "safetensors", read_safetensors),
-        ("pytorch_model", "bin", read_pickled),
-    ):
-        index = folder / f"{stem}.{ending}.index.json"
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_file(folder / name)  # also beside an index, as `transformers` does
+        index = folder / f"{name}.index.json"
         if index.is_file():
-            return _read_shards(index, read)
-        file = folder / f"{stem}.{ending}"
-        if file.is_file():
-            return read(file)
+            return _read_shards(index)
     raise ValueError(
         f"{str(folder)!r} has no weights; accepted: model.safetensors or pytorch_model.bin, whole "
         "or in shards with their index"
     )
 
 
-def _read_shards(index: Path, read: Any) -> Checkpoint:
+def read_file(file: Path) -> Checkpoint:
+    """The tensors of one file; safetensors by its name, otherwise a `.bin`."""
+    # Later, for that file imports this one's `Tensor`.
+    from tools.convert_weights.pickled import read_pickled  # noqa: PLC0415
+
+    return (read_safetensors if file.suffix == ".safetensors" else read_pickled)(file)
+
+
+def _read_shards(index: Path) -> Checkpoint:
     places = _weight_map(index)
-    shards = {}
-    for name in sorted(set(places.values())):
+    names = sorted(set(places.values()))
+    for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise ValueError(f"{index} names {name!r}, which is outside of its folder")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name!r}, which is missing")
-        shards[name] = read(index.parent / name)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index} names {len(missing)} of {len(names)} files that are missing: "
+            + ", ".join(missing)
+        )
+    shards = {name: read_file(index.parent / name) for name in names}
     lost = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
     if lost:
         raise ValueError(
@@ -119,7 +124,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         places = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(item, str) for pair in places.items() for item in pair):
             raise TypeError("names are texts")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of shards: {error!r}") from None
     return places
 
@@ -143,7 +148,7 @@ def read_safetensors(file: Path) -> Checkpoint:
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(file, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: broken header at offset 8: {error}") from None
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -161,6 +166,9 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> Tensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']!r} is unknown; accepted: {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
+    for number in (begin, end, *entry["shape"]):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} in a shape or an offset; accepted: a whole number from 0")
     tensor = Tensor(file, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     if end - begin != tensor.nbytes:
         raise ValueError(f"{end - begin} bytes for shape {tensor.shape} of {entry['dtype']}")

@@ -13,17 +13,20 @@ from moddistill.config import MoeConfig
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.model_folder import (
     as_model_folder,
-    new_folder,
     read_model_config,
     read_source,
     write_description,
 )
-from moddistill.models.upcycle import upcycle_config, upcycle_layer
+from moddistill.models.upcycle import upcycle_config, upcycle_expert, upcycle_router
 from moddistill.models.vlm import ModelConfig
+from moddistill.new_folder import new_folder
 from moddistill.tree import flatten, unflatten
 from tools.convert_weights.assemble import POOLING, array_specs
+from tools.convert_weights.chat_template import FILE
 from tools.convert_weights.rules import Slot, slots
 from tools.convert_weights.store import Reader, Writer
+
+_expert = jax.jit(upcycle_expert, static_argnames="moe")
 
 
 def upcycle_model(
@@ -34,12 +37,12 @@ def upcycle_model(
     Raises:
       ValueError: if the model is sparse already, or `moe` does not fit it.
     """
-    model = as_model_folder(model)
+    given, model = model, as_model_folder(model)
     dense = read_model_config(model)
     sparse = upcycle_config(dense, moe)
     reader = Reader(model / "params")
     before, after = slots(dense), slots(sparse)
-    with new_folder(out, overwrite, keep=(model,)) as aside:
+    with new_folder(out, overwrite, keep=(given, model)) as aside:
         kept = {path: reader.dtype(before[path].path) for path in before}
         dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
         with Writer(aside / "params", array_specs(sparse, dtypes)) as writer:
@@ -48,17 +51,21 @@ def upcycle_model(
                 _copy(reader, before[path], writer, after[path])
             key = jax.random.key(seed)
             for layer in tqdm(sparse.decoder.moe_layers, desc="upcycle", unit="layer"):
-                new = upcycle_layer(
-                    _read_layer(reader, before, layer),
-                    sparse.decoder.moe,
-                    jax.random.fold_in(key, layer),
-                )
-                _write_layer(new, writer, after, layer)
+                rng = jax.random.fold_in(key, layer)
+                mlp = _read_mlp(reader, before, layer)
+                prefix = f"decoder/layers/{layer}/moe/"
+                for name, array in flatten(upcycle_router(mlp, sparse.decoder.moe, rng)).items():
+                    _write(writer, after[prefix + name], array)
+                for number in range(sparse.decoder.moe.num_experts):
+                    expert = _expert(mlp, sparse.decoder.moe, rng, number)
+                    for name, array in expert.items():
+                        _write(writer, after[f"{prefix}{name}/{number}"], array)
         source = {"upcycled": {"from": str(model), "seed": seed}}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
         write_description(aside, sparse, load_tokenizer(str(model)), source)
-        if (model / POOLING).is_file():
-            shutil.copy(model / POOLING, aside)
+        for name in (POOLING, FILE):
+            if (model / name).is_file():
+                shutil.copy(model / name, aside)
     return sparse
 
 
@@ -72,28 +79,22 @@ def _dtype(path: str, kept: dict[str, np.dtype]) -> np.dtype:
 
 
 def _copy(reader: Reader, source: Slot, writer: Writer, target: Slot) -> None:
-    writer.write(target.path, target.index, reader.read(source.path, source.index))
+    for part in source.parts(reader.dtype(source.path).itemsize):
+        # Layers move to another place in their stack; large matrices are in none.
+        index = target.index if source.index else part
+        writer.write(target.path, index, reader.read(source.path, part))
 
 
-def _read_layer(reader: Reader, places: dict[str, Slot], layer: int) -> dict:
+def _read_mlp(reader: Reader, places: dict[str, Slot], layer: int) -> dict:
     prefix = f"decoder/layers/{layer}/mlp/"
     return unflatten(
         {
-            path.removeprefix(f"decoder/layers/{layer}/"): jnp.asarray(
-                reader.read(slot.path, slot.index)
-            )
+            path.removeprefix(prefix): jnp.asarray(reader.read(slot.path, slot.index))
             for path, slot in places.items()
             if path.startswith(prefix)
         }
     )
 
 
-def _write_layer(params: dict, writer: Writer, places: dict[str, Slot], layer: int) -> None:
-    for name, array in flatten(params).items():
-        path = f"decoder/layers/{layer}/{name}"
-        if path in places:
-            writer.write(places[path].path, places[path].index, np.asarray(array))
-        else:
-            for expert, part in enumerate(np.asarray(array)):
-                place = places[f"{path}/{expert}"]
-                writer.write(place.path, place.index, part)
+def _write(writer: Writer, place: Slot, array: jax.Array) -> None:
+    writer.write(place.path, place.index, np.asarray(array))
