@@ -28,6 +28,7 @@ def start(tmp_path):
 
     def make(workdir, *extra, devices, processes=1):
         env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+        env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
         command = [sys.executable, "-m", "moddistill.train", "--config", "experiments/d2s.py:tiny"]
         command += ["--workdir", str(workdir), "--config.remat=none", *extra]
         joined = ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
