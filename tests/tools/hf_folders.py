@@ -107,6 +107,20 @@ def llava(text, vision, image_token):
     return randomise(LlavaForConditionalGeneration(config))
 
 
+def multimodal(name, image_token):
+    """The LLaVA that a name such as `SigLIP and Qwen2, three heads` describes."""
+    sizes = {}
+    if "seven queries" in name:
+        sizes = {"width": 56, "heads": 14}
+    if "three heads" in name:
+        sizes = {"width": 24, "heads": 3, "kv_heads": 3}
+    text = Text(tied="untied" not in name, head_dim=16 if "Qwen3" in name else 0, **sizes)
+    vision = clip_config()
+    if "SigLIP" in name:
+        vision = siglip_config(vision_use_head="pooling" in name)
+    return llava(text.config(), vision, image_token)
+
+
 def sparse_text(text: Text, **changes):
     """A Qwen2-MoE config whose middle layer is dense."""
     return Qwen2MoeConfig(

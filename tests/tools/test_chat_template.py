@@ -19,6 +19,15 @@ CONVERSATIONS = {
 }
 
 
+# As published with Qwen2-Instruct (Apache-2.0).
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
@@ -67,6 +76,23 @@ def test_generation_prompt(template, turns, qwen, tmp_path):
     asked = messages([*history, (question, answer)])[:-1]
     ids = loaded.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
     assert ids["input_ids"] == ids_of(qwen, prompt(template, history, question))
+
+
+@pytest.mark.parametrize("name", ["without a picture", "code and spaces"])
+def test_chatml_is_what_qwen_itself_was_tuned_with(name, qwen, tmp_path):
+    turns = CONVERSATIONS[name]
+    loaded = theirs(qwen, "chatml", tmp_path)
+    said = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    published = loaded.apply_chat_template(said, tokenize=False, chat_template=QWEN2)
+    assert published == "".join(piece.text for piece in render("chatml", turns))
+    asked = loaded.apply_chat_template(
+        said[:-1], tokenize=False, chat_template=QWEN2, add_generation_prompt=True
+    )
+    assert asked == "".join(piece.text for piece in prompt("chatml", turns[:-1], turns[-1][0]))
 
 
 def test_plain_template(qwen, tmp_path):

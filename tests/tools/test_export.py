@@ -51,7 +51,8 @@ def sparse(tmp_path_factory, small_tokenizer):
     def make(name):
         if name not in made:
             root = tmp_path_factory.mktemp("sparse")
-            text = hf.Text(layers=4, head_dim=16 if "Qwen3" in name else 0)
+            # A head of its own, since one that is the embedding repeats the last token.
+            text = hf.Text(layers=4, tied=False, head_dim=16 if "Qwen3" in name else 0)
             vision = hf.siglip_config() if "SigLIP" in name else hf.clip_config()
             model = hf.llava(text.config(), vision, small_tokenizer.image_id)
             source = hf.save(model, root / "hf", small_tokenizer)
@@ -107,7 +108,7 @@ def test_greedy_answers_are_the_same(name, sparse, small_tokenizer, tmp_path):
         end = model.generation_config.eos_token_id
         theirs = ids.tolist()
         assert (theirs[: theirs.index(end)] if end in theirs else theirs) == mine.token_ids
-        assert len(mine.token_ids) > 3
+        assert len(set(mine.token_ids)) > 3
 
 
 def test_language_model_loads_in_transformers(

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -24,19 +23,13 @@ LANGUAGE_MODELS = {f"Qwen2, {name}": text for name, text in hf.QWEN2.items()}
 LANGUAGE_MODELS |= {f"Qwen3, {name}": text for name, text in hf.QWEN3.items()}
 
 
-def multimodal(name, image_token):
-    text = hf.Text(tied="untied" not in name, head_dim=16 if "Qwen3" in name else 0)
-    vision = hf.clip_config()
-    if "SigLIP" in name:
-        vision = hf.siglip_config(vision_use_head="pooling" in name)
-    return hf.llava(text.config(), vision, image_token)
-
-
 MULTIMODAL = (
     "CLIP and Qwen2",
     "CLIP and Qwen2, untied",
+    "CLIP and Qwen2, seven queries a key",
     "CLIP and Qwen3",
     "SigLIP and Qwen2",
+    "SigLIP and Qwen2, three heads",
     "SigLIP with its pooling head and Qwen2",
 )
 
@@ -72,7 +65,9 @@ def test_language_model_in_and_out(
 @pytest.mark.parametrize("whole", [False, True], ids=["language model", "LLaVA"])
 def test_stored_head_that_repeats_the_embedding_comes_back(whole, tmp_path, small_tokenizer):
     """As Qwen1.5 has been published."""
-    model = multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
+    model = (
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
+    )
     source = hf.save(model, tmp_path / "hf", small_tokenizer)
     state = {name: np.array(x) for name, x in tensors(source).items()}
     outer = "language_model." if whole else ""
@@ -97,7 +92,7 @@ def test_heads_of_qwen3_are_128_wide_if_nothing_is_said(tmp_path, small_tokenize
 def test_multimodal_model_in_and_out(
     name, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
-    model = multimodal(name, small_tokenizer.image_id)
+    model = hf.multimodal(name, small_tokenizer.image_id)
     source = hf.save(model, tmp_path / "hf", small_tokenizer)
     config = import_model(str(source), tmp_path / "ours")
     tokens, images = random_inputs(config)
@@ -117,7 +112,7 @@ QWEN2_TEMPLATE = (
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
 def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_path, small_tokenizer):
     source = hf.save(
-        multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
     )
     fields = json.loads((source / "config.json").read_text())
     fields["text_config"]["max_position_embeddings"] = 4321
@@ -150,7 +145,9 @@ def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_pat
     "name", ["CLIP and Qwen2, untied", "SigLIP with its pooling head and Qwen2"]
 )
 def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_tokenizer):
-    source = hf.save(multimodal(name, small_tokenizer.image_id), tmp_path / "hf", small_tokenizer)
+    source = hf.save(
+        hf.multimodal(name, small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
     tower = siglip if "SigLIP" in name else clip
     before = llava.find_spelling(open_checkpoint(source), tower)
     renamed = {}
@@ -169,7 +166,7 @@ def test_names_come_back_as_they_were_spelt(name, spelling, tmp_path, small_toke
 @pytest.mark.parametrize("lost", ["language_model.model.norm.weight", "vision_tower.embeddings."])
 def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small_tokenizer):
     source = hf.save(
-        multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
     )
     state = tensors(source)
     kept = {name: np.array(x) for name, x in state.items() if not name.startswith(lost)}
@@ -215,7 +212,7 @@ def test_parts_make_the_model_they_came_from(
     tower, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
     """Language model, tower and projector, saved one by one, give the logits of the whole."""
-    whole = multimodal(f"{tower} and Qwen2", small_tokenizer.image_id)
+    whole = hf.multimodal(f"{tower} and Qwen2", small_tokenizer.image_id)
     language = hf.Text().model()
     language.load_state_dict(
         {f"model.{name}": x for name, x in whole.model.language_model.state_dict().items()},
@@ -258,147 +255,27 @@ def test_projector_that_nobody_gave_is_new(tmp_path, small_tokenizer):
     assert len(described["source"]["imported"]["new"]) == 4
 
 
-def original_names(state):
-    """Hugging Face's LLaVA names as the original code has them."""
-    renamed = {}
-    for name, x in state.items():
-        name = name.replace("model.language_model.", "model.")
-        name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
-        name = name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
-        name = name.replace("model.vision_tower.", "model.image_tower.image_tower.vision_model.")
-        renamed[name] = x
-    return renamed
-
-
-ORIGINAL_CONFIG = {
-    "model_type": "moe_llava_qwen2",
-    "image_projector_type": "mlp2x_gelu",
-    "mm_image_tower": "openai/clip-vit-large-patch14-336",
-}
-
-
-def original_config(text):
-    fields = text.to_dict()
-    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
-            "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
-    return {key: fields[key] for key in keep} | {"rope_theta": 1e6} | ORIGINAL_CONFIG
-
-
-def test_original_dense_checkpoint(
-    tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
-):
-    whole = multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
-    source = hf.save_original(
-        original_names(whole.state_dict()),
-        original_config(whole.config.text_config),
-        tmp_path / "original",
-        small_tokenizer,
-    )
-    tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
-    vision = hf.save(tower, tmp_path / "vision")
-    config = import_model(str(source), tmp_path / "ours", vision=str(vision))
-    assert config.template == "vicuna"
-    tokens, images = random_inputs(config)
-    theirs = torch_logits(whole, tokens, images, config)
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
-
-
-@pytest.fixture
-def original(tmp_path, small_tokenizer):
-    """`original(**fields)`: a checkpoint of the original code with these in its config; a tower."""
-    whole = multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
-    tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
-
-    def make(**fields):
-        source = hf.save_original(
-            original_names(whole.state_dict()),
-            original_config(whole.config.text_config) | fields,
-            tmp_path / "original",
-            small_tokenizer,
-        )
-        return str(source), tower
-
-    return make
-
-
-def test_original_checkpoint_selects_its_layer(original, tmp_path):
-    source, tower = original(mm_vision_select_layer=-1)
-    vision = str(hf.save(tower, tmp_path / "vision"))
-    assert import_model(source, tmp_path / "a", vision=vision).vision.select_layer == -1
-    chosen = import_model(source, tmp_path / "b", vision=vision, select_layer=-2)
-    assert chosen.vision.select_layer == -2
-
-
-@pytest.mark.parametrize(
-    "fields", [{"mm_use_im_start_end": True}, {"mm_vision_select_feature": "cls_patch"}]
-)
-def test_settings_of_the_original_code_that_are_not_built(original, fields, tmp_path):
-    source, tower = original(**fields)
-    [(name, value)] = fields.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; accepted"):
-        import_model(source, tmp_path / "a", vision=str(hf.save(tower, tmp_path / "vision")))
-
-
-def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp_path):
-    source, tower = original()
-    with torch.no_grad():
-        next(tower.parameters())[0] += 1
-    vision = str(hf.save(tower, tmp_path / "vision"))
-    with pytest.raises(ValueError, match=r"has a tower of its own, whose .* is not that of"):
-        import_model(source, tmp_path / "a", vision=vision)
-
-
-def test_original_checkpoint_with_its_tower_in_bfloat16(original, tmp_path):
-    """The original code casts its tower to the dtype it trains in."""
-    source, tower = original()
-    file = Path(source) / "pytorch_model.bin"
-    state = torch.load(file, weights_only=True)
-    torch.save({k: x.bfloat16() if "tower" in k else x for k, x in state.items()}, file)
-    vision = str(hf.save(tower, tmp_path / "vision"))
-    import_model(source, tmp_path / "a", vision=vision)
-    kept = load(tmp_path / "a")[1]["vision"]["positions"]
-    table = tower.embeddings.position_embedding.weight
-    np.testing.assert_array_equal(kept, table.detach().numpy())
-
-
-def test_original_sparse_checkpoint(
-    tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
-):
-    """DeepSpeed's names; the same weights in Qwen2-MoE, whose shared expert is nought."""
-    text = hf.sparse_text(hf.Text(tied=False))
-    whole = hf.clear_shared_expert(
-        hf.llava(text, hf.clip_config(), image_token=small_tokenizer.image_id)
-    )
-    state = {}
-    for name, x in original_names(whole.state_dict()).items():
-        layer, _, rest = name.partition(".mlp.")
-        if rest == "gate.weight":
-            state[f"{layer}.mlp.deepspeed_moe.gate.wg.weight"] = x
-        elif rest == "experts.down_proj":
-            state |= {expert(layer, i, "down"): part.clone() for i, part in enumerate(x)}
-        elif rest == "experts.gate_up_proj":
-            for i, part in enumerate(x):
-                gate, up = part.chunk(2)
-                state |= {
-                    expert(layer, i, "gate"): gate.clone(),
-                    expert(layer, i, "up"): up.clone(),
-                }
-        elif "shared_expert" not in rest:
-            state[name] = x
-    fields = original_config(text) | {"moe": {"top_k_experts": 2, "num_experts": [4]}}
-    source = hf.save_original(state, fields, tmp_path / "original", small_tokenizer)
-    tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
-    vision = hf.save(tower, tmp_path / "vision")
-    config = import_model(str(source), tmp_path / "ours", vision=str(vision))
-    assert config.decoder.moe_layers == (0, 2)
-    assert (config.decoder.moe.num_experts, config.decoder.moe.top_k) == (4, 2)
-    tokens, images = random_inputs(config)
-    theirs = torch_logits(whole, tokens, images, config)
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
-
-
-def expert(layer, number, name):
-    return f"{layer}.mlp.deepspeed_moe.experts.deepspeed_experts.{number}.{name}_proj.weight"
+def test_pickled_shards_with_their_index(tmp_path, small_tokenizer):
+    """The same model from two `.bin` files as from one `.safetensors`."""
+    model = hf.Text().model()
+    whole = hf.save(model, tmp_path / "whole", small_tokenizer)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for file in whole.iterdir():
+        if file.suffix == ".json":
+            (shards / file.name).write_bytes(file.read_bytes())
+    state = {name: x for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    places = {}
+    for number, names in enumerate((sorted(state)[::2], sorted(state)[1::2]), start=1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: state[name] for name in names}, shards / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": places}
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    imported = {}
+    for folder in (whole, shards):
+        import_model(str(folder), tmp_path / f"{folder.name}-ours")
+        imported[folder.name] = flatten(load(tmp_path / f"{folder.name}-ours")[1])
+    assert imported["shards"].keys() == imported["whole"].keys()
+    for path, x in imported["whole"].items():
+        np.testing.assert_array_equal(imported["shards"][path], x, err_msg=path)

@@ -100,8 +100,11 @@ def create_file(file: Path, tensors: Sequence[Planned]) -> dict[str, Tensor]:
     start = 8 + len(text)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        # A page of a file with holes that a full disk cannot back kills the process.
-        os.posix_fallocate(stream.fileno(), 0, start + position)
+        if hasattr(os, "posix_fallocate"):
+            # A page of a file with holes that a full disk cannot back kills the process.
+            os.posix_fallocate(stream.fileno(), 0, start + position)
+        else:  # macOS
+            stream.truncate(start + position)
     return {
         tensor.name: Tensor(
             file, start + header[tensor.name]["data_offsets"][0], tensor.dtype, tensor.shape
