@@ -91,7 +91,7 @@ def ours(folder: Path) -> Callable[[], None]:
         dtype="float32",
         batch_size=ROWS,
         optim=OptimConfig(lr=RATE, warmup_ratio=0.0),
-        loss=LossConfig(balance_weight=BALANCE, chunk=128),
+        loss=LossConfig(balance_weight=BALANCE, chunk=64),
     )
     mesh = make_mesh(config.mesh)
     program = make_program(config, student, teacher, mesh)
