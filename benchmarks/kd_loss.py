@@ -21,13 +21,13 @@ def arrays() -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * shape[0] ** -0.5
+        return rng.standard_normal(shape, np.float32)
 
     labels = rng.integers(0, VOCABULARY, POSITIONS)
     supervised = np.arange(POSITIONS) % 4 == 0
-    hidden = normal(STUDENT, POSITIONS).T * STUDENT**0.5, normal(STUDENT, VOCABULARY)
-    teacher = normal(TEACHER, POSITIONS).T * TEACHER**0.5, normal(TEACHER, VOCABULARY)
-    return (*map(np.ascontiguousarray, (*hidden, *teacher)), labels, supervised)
+    student = normal(POSITIONS, STUDENT), normal(VOCABULARY, STUDENT) * STUDENT**-0.5
+    teacher = normal(POSITIONS, TEACHER), normal(VOCABULARY, TEACHER) * TEACHER**-0.5
+    return *student, *teacher, labels, supervised
 
 
 def ours(_: Path) -> Callable[[], None]:
@@ -66,9 +66,9 @@ def theirs(_: Path) -> Callable[[], None]:
 
     def run() -> None:
         hidden.grad = head.grad = None
-        logits = hidden @ head
+        logits = hidden @ head.T
         with torch.no_grad():
-            target = torch.softmax(taught @ teacher_head, -1)
+            target = torch.softmax(taught @ teacher_head.T, -1)
         align = -torch.nan_to_num(target * torch.log_softmax(logits, -1)).sum(-1)
         ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         ((align + ce) * supervised).sum().div(supervised.sum()).backward()

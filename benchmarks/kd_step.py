@@ -99,7 +99,7 @@ def ours(folder: Path) -> Callable[[], None]:
         load_params(folder / "student", student)
     )
     frozen = without_tower(load_params(folder / "teacher", teacher))
-    batch = put_batch(mesh, records())
+    batch = jax.block_until_ready((state, frozen, put_batch(mesh, records())))[2]
 
     def run() -> None:
         nonlocal state

@@ -28,9 +28,9 @@ class Heads(NamedTuple):
     """
 
     hidden: Float[Array, "T D"]
-    head: Float[Array, "D V"]
+    head: Float[Array, "V D"]
     teacher_hidden: Float[Array, "T W"] | None = None
-    teacher_head: Float[Array, "W Y"] | None = None
+    teacher_head: Float[Array, "Y W"] | None = None
 
 
 TokenFn = Callable[[Array, Array | None, Array], dict[str, Array]]
@@ -55,10 +55,10 @@ def rows(hidden: Float[Array, "B T D"]) -> Float[Array, "B*T D"]:
 
 
 def logits_of(
-    hidden: Float[Array, "*T D"], head: Float[Array, "D V"], real_vocab: int
+    hidden: Float[Array, "*T D"], head: Float[Array, "V D"], real_vocab: int
 ) -> Float[Array, "*T V"]:
     """float32 logits; vocabulary rows from `real_vocab` on can never be chosen."""
-    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(logits.shape[-1]) < real_vocab, logits, _MASKED)
 
 

@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         context: Context,
         cache: list[list[Cache]] | None,
     ) -> tuple[
-        Float[Array, "B T D"], Float[Array, "D V"], RouterStats | None, list[list[Cache]] | None
+        Float[Array, "B T D"], Float[Array, "V D"], RouterStats | None, list[list[Cache]] | None
     ]:
         config = self.config
         shape = (config.vocab_size, config.width)
@@ -170,9 +170,9 @@ class Decoder(nn.Module):
             new_cache.append(segment_cache)
         hidden = RMSNorm(config.norm_eps, name="norm")(hidden)
         if config.tied_head:
-            head = table.T
+            head = table
         else:
-            head = self.param("head", init_normal("embed", "vocab"), shape[::-1], jnp.float32)
+            head = self.param("head", init_normal("vocab", "embed"), shape, jnp.float32)
         router = jax.tree.map(lambda *x: jnp.concatenate(x), *stats) if stats else None
         return hidden, head.astype(self.dtype), router, new_cache if cache else None
 

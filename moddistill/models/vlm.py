@@ -42,7 +42,7 @@ class Output:
     """Final hidden states and the head; `features` are those of the tower, if it saw images."""
 
     hidden: Float[Array, "B T D"]
-    head: Float[Array, "D V"]
+    head: Float[Array, "V D"]
     router: RouterStats | None
     cache: list[list[Cache]] | None
     features: Float[Array, "U X W"] | None
@@ -103,7 +103,7 @@ class Vlm(nn.Module):
         For tests and single positions: they take B * T * V floats.
         """
         return jnp.einsum(
-            "BTD,DV->BTV", output.hidden, output.head, preferred_element_type=jnp.float32
+            "BTD,VD->BTV", output.hidden, output.head, preferred_element_type=jnp.float32
         )
 
 

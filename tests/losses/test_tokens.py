@@ -33,9 +33,9 @@ def arrays(share, seed=0):
 
     heads = Heads(
         normal(POSITIONS, WIDTH),
-        normal(WIDTH, VOCAB),
+        normal(VOCAB, WIDTH),
         normal(POSITIONS, TEACHER_WIDTH),
-        normal(TEACHER_WIDTH, TEACHER_VOCAB),
+        normal(TEACHER_VOCAB, TEACHER_WIDTH),
     )
     labels = jnp.asarray(rng.integers(0, REAL, POSITIONS), jnp.int32)
     chosen = rng.permutation(POSITIONS) < round(share * POSITIONS)
@@ -48,8 +48,8 @@ def arrays(share, seed=0):
 
 def plain(heads, labels, weights):
     """The same sum from all logits at once, vocabularies cut to the real ids."""
-    student = jax.nn.log_softmax((heads.hidden @ heads.head)[:, :REAL])
-    teacher = jax.nn.log_softmax((heads.teacher_hidden @ heads.teacher_head)[:, :REAL])
+    student = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, :REAL])
+    teacher = jax.nn.log_softmax((heads.teacher_hidden @ heads.teacher_head.T)[:, :REAL])
     kd = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
     ce = -jnp.sum(jax.nn.one_hot(labels, REAL) * student, axis=-1)
     return jnp.sum(weights["kd"] * kd + weights["ce"] * ce)
@@ -90,7 +90,7 @@ def test_value_and_gradients_are_those_of_full_logits(chunk, share):
 def test_values_stand_at_their_positions():
     heads, labels, weights = arrays(share=0.4)
     _, values = weighted_sum(kd_and_ce, heads, labels, weights, chunk=8, real_vocab=REAL)
-    logp = jax.nn.log_softmax((heads.hidden @ heads.head)[:, :REAL])
+    logp = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, :REAL])
     expected = -np.asarray(logp)[np.arange(POSITIONS), labels]
     np.testing.assert_allclose(values["ce"], np.where(weights["ce"] != 0, expected, 0.0), atol=1e-5)
 
@@ -132,8 +132,8 @@ def test_padded_vocabulary_has_no_probability_and_no_gradient():
 def test_padding_rows_do_not_change_the_loss():
     heads, labels, weights = arrays(share=1.0)
     other = heads._replace(
-        head=heads.head.at[:, REAL:].set(50.0),
-        teacher_head=heads.teacher_head.at[:, REAL:].set(-50.0),
+        head=heads.head.at[REAL:].set(50.0),
+        teacher_head=heads.teacher_head.at[REAL:].set(-50.0),
     )
     assert chunked(other, labels, weights) == chunked(heads, labels, weights)
 
@@ -182,9 +182,9 @@ def test_memory_at_full_size():
 
     heads = Heads(
         shape(positions, width),
-        shape(width, vocab),
+        shape(vocab, width),
         shape(positions, teacher_width),
-        shape(teacher_width, vocab),
+        shape(vocab, teacher_width),
     )
     labels = shape(positions, dtype=jnp.int32)
     weights = {"kd": shape(positions), "ce": shape(positions)}
@@ -215,12 +215,12 @@ def test_sharded_heads_are_gathered_before_the_loop_over_chunks():
     def shape(*size, spec, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
 
-    rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("fsdp", "tensor")
+    rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("tensor", "fsdp")
     heads = Heads(
         shape(64, WIDTH, spec=rows),
-        shape(WIDTH, VOCAB, spec=head),
+        shape(VOCAB, WIDTH, spec=head),
         shape(64, TEACHER_WIDTH, spec=rows),
-        shape(TEACHER_WIDTH, TEACHER_VOCAB + 1, spec=head),
+        shape(TEACHER_VOCAB + 1, TEACHER_WIDTH, spec=head),
     )
     weight = shape(64, spec=rows)
     labels = shape(64, spec=rows, dtype=jnp.int32)

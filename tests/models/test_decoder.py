@@ -56,7 +56,7 @@ def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
     x = np.asarray(x) / np.sqrt(mean_square + config.norm_eps) * np.asarray(params["norm"]["scale"])
 
     np.testing.assert_allclose(hidden, x, atol=1e-4)
-    np.testing.assert_array_equal(head, params["embedding"].T)
+    np.testing.assert_array_equal(head, params["embedding"])
     assert cache is None
     if placement is None:
         assert router is None
@@ -113,5 +113,5 @@ def test_an_untied_head_is_a_parameter_of_its_own():
     decoder = Decoder(config, jnp.float32, "none")
     params = draw.params(decoder, *inputs)
     _, head, _, _ = draw.apply(decoder, params, *inputs)
-    chex.assert_shape(head, (8, 23))
+    chex.assert_shape(head, (23, 8))
     np.testing.assert_array_equal(head, params["head"])

@@ -72,7 +72,7 @@ def decoder_params(state, heads, config: DecoderConfig):
         **stack(layers, config.plan),
     }
     if not config.tied_head:
-        params["head"] = jnp.asarray(heads["lm_head.weight"].T)
+        params["head"] = jnp.asarray(heads["lm_head.weight"])
     return params
 
 

@@ -53,7 +53,7 @@ RULES: Rules = (
         for name in ("gate", "up", "down")
     ),
 )
-HEAD: Rules = (Rule("lm_head.weight", "decoder/head", matrix()),)
+HEAD: Rules = (Rule("lm_head.weight", "decoder/head"),)
 
 
 def expert_rules(router: str, expert: str) -> Rules:
