@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from moddistill import accelerators, sharding
+from moddistill.collectives import collectives
 from moddistill.command import parse_flags, plain_errors
 from moddistill.config import TrainConfig, from_config_dict
 from moddistill.flops import work_of
@@ -39,10 +40,6 @@ from moddistill.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 _RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
 
 
 def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
@@ -158,21 +155,6 @@ def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
         return collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError:
         return None
-
-
-def collectives(program: str) -> dict[str, dict[str, int]]:
-    """Number and bytes of each kind of collective in a compiled program.
-
-    One inside a loop counts once, and its bytes are those of its result on one chip.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for result, kind in _COLLECTIVE.findall(program):
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            size = math.prod(int(n) for n in dims.split(",") if n)
-            entry["bytes"] += size * _BYTES.get(dtype, 0)
-    return found
 
 
 def argument_bytes(program: Program, batch: Any) -> dict[str, int]:

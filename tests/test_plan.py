@@ -62,18 +62,6 @@ def test_report_for_people(report):
     assert "teacher" in text
 
 
-def test_collectives_of_a_program():
-    text = """
-  %a = f32[8,4]{1,0} all-reduce(f32[8,4]{1,0} %x), channel_id=1
-  %b = (bf16[16]{0}, bf16[16]{0}) all-gather-start(bf16[8]{0} %y)
-  %c = f32[2]{0} add(f32[2]{0} %p, f32[2]{0} %q)
-"""
-    assert plan.collectives(text) == {
-        "all-reduce": {"count": 1, "bytes": 128},
-        "all-gather": {"count": 1, "bytes": 64},
-    }
-
-
 def test_models_that_do_not_exist_stand_for_their_preset(tiny_config):
     config = dataclasses.replace(
         tiny_config("d2s"), student="runs/qwen2-0.5b/d2d/model", teacher="runs/qwen2-7b/sft/model"
