@@ -24,12 +24,14 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     computations = {found[1]: found[0] for found in _COMPUTATION.finditer(program)}
     turns = _turns(computations)
     found: dict[tuple[str, str], tuple[int, int]] = {}
-    for name, text in computations.items():
+    running = {name: text for name, text in computations.items() if turns[name]}
+    for name, text in running.items():
         for number, (result, kind, channel) in enumerate(_COLLECTIVE.findall(text)):
-            # Compilers may spread one operation over several computations, under one channel.
+            # A compiler may spread one operation, under one channel, over work that it runs beside,
+            # even over a loop that it does not belong to.
             key = kind, channel or f"{name} {number}"
             seen = turns[name], turns[name] * _bytes(result)
-            found[key] = max(seen, found.get(key, (0, 0)))
+            found[key] = min(seen, found.get(key, seen))
     total: dict[str, dict[str, int]] = {}
     for (kind, _), (count, size) in found.items():
         entry = total.setdefault(kind, {"count": 0, "bytes": 0})

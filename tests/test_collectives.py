@@ -61,6 +61,13 @@ def test_each_turn_of_a_loop_counts_and_fusions_of_one_operation_do_not():
     assert collectives(LOOP) == {"all-gather": {"count": 12, "bytes": 12 * 32}}
 
 
+def test_an_operation_that_only_runs_beside_a_loop_counts_once():
+    begun_before = LOOP.replace(
+        "  %w = (s32", "  %a0 = bf16[16]{0} all-gather(%x), channel_id=7\n  %w = (s32"
+    )
+    assert collectives(begun_before) == {"all-gather": {"count": 1, "bytes": 32}}
+
+
 def test_a_loop_of_unknown_length_counts_once():
     assert collectives(LOOP.replace("constant(12)", "parameter(1)"))["all-gather"]["count"] == 1
 
