@@ -113,6 +113,15 @@ def devices_of(topology: str) -> list[Any]:
         ) from None
 
 
+def compiler_options(topology: str) -> dict[str, Any]:
+    """What the compiler is told where it cannot try things out.
+
+    Without a GPU, Triton's products keep their first tiles, which some shapes refuse.
+    """
+    name, _ = parse(topology)
+    return {"xla_gpu_enable_triton_gemm": False} if name in GPUS else {}
+
+
 def _tpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
     # What the compiler would otherwise ask a cloud for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

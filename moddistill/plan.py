@@ -60,7 +60,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         program = program._replace(teacher=without_tower(program.teacher))
     batch = abstract_batch(config, student, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        compiled = _compile(program.step.lower(state, program.teacher, batch))
+        compiled = _compile(program.step.lower(state, program.teacher, batch), topology)
     memory = compiled.memory_analysis() if compiled else None
     report = {
         "topology": topology,
@@ -136,14 +136,18 @@ def _device_peak(memory: Any) -> int:
     return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
 
 
-def _compile(lowered: Any) -> Any:
+def _compile(lowered: Any, topology: str) -> Any:
     """The compiled program; None if the compiler finds that it cannot fit."""
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=accelerators.compiler_options(topology))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        LOG.warning("%s", str(error).splitlines()[0])
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in reason:
+            raise ValueError(
+                f"the compiler for {topology!r} refuses this step: {reason}; accepted: settings "
+                "that it knows how to build there"
+            ) from error
+        LOG.warning("%s", reason)
         return None
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen.spmd import RulesFallback
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from moddistill.config import MeshConfig, nearest
 
@@ -111,6 +113,16 @@ def unbox(boxed: Any) -> Any:
         return isinstance(x, nn.LogicallyPartitioned)
 
     return jax.tree.map(lambda x: x.value if is_boxed(x) else x, boxed, is_leaf=is_boxed)
+
+
+def by_sample(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The same, whole samples on each device.
+
+    Said at the entry of every layer: a compiler left to itself may cut widths as the kernels are
+    cut, and then adds up the activations of all samples on all devices.
+    """
+    axes = ("act_batch", "act_seq", "act_embed")
+    return nn.with_logical_constraint(hidden, axes, fallback=RulesFallback.RAISE_ERROR)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,20 +1,26 @@
 import dataclasses
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
 from moddistill import sharding
+from moddistill.collectives import collectives
 from moddistill.config import MeshConfig, MoeConfig
 from moddistill.initial import student_tokenizer
 from moddistill.model_folder import abstract_params
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
+from moddistill.program import place
 from moddistill.sharding import (
     MESH_AXES,
+    batch_sharding,
     device_kind,
     make_mesh,
     param_shardings,
@@ -103,6 +109,27 @@ def test_samples_are_spread_over_all_devices():
     for name, array in placed.items():
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
         np.testing.assert_array_equal(array, batch[name])
+
+
+def test_a_tower_gathers_its_kernels_and_nothing_of_its_samples():
+    """With 64 samples on 8 devices along `fsdp`; activations are larger than any kernel."""
+    config = VisionConfig(image_size=56, patch_size=14, width=64, mlp=128, layers=3, heads=2)
+    tower = Vision(config, jnp.float32, "full")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
+    images = jax.ShapeDtypeStruct((64, 56, 56, 3), jnp.uint8, sharding=batch_sharding(mesh))
+    boxed = jax.eval_shape(tower.init, jax.random.key(0), images)
+    params = place(sharding.unbox(boxed), param_shardings(mesh, boxed))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        found = collectives(jax.jit(tower.apply).lower(params, images).compile().as_text())
+    assert found.keys() == {"all-gather"}
+    assert found["all-gather"]["bytes"] == 4 * sum(
+        math.prod(x.shape) for path, x in flatten(params["params"]).items() if is_cut(path, x)
+    )
+
+
+def is_cut(path, x):
+    computed = not path.startswith(NEVER_COMPUTED)
+    return computed and x.sharding.shard_shape(x.shape) != x.shape
 
 
 def one_device_mesh():

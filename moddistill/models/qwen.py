@@ -13,7 +13,6 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.spmd import RulesFallback
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import MoeConfig
@@ -22,6 +21,7 @@ from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
 from moddistill.models.moe import MoE, RouterStats
 from moddistill.models.packing import unpack
+from moddistill.sharding import by_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +108,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, context, caches):
-        hidden = nn.with_logical_constraint(
-            hidden, ("act_batch", "act_seq", "act_embed"), fallback=RulesFallback.RAISE_ERROR
-        )
+        hidden = by_sample(hidden)
         all_stats = []
         new_caches = []
         for j, has_experts in enumerate(self.pattern):

@@ -18,6 +18,7 @@ from moddistill.models.layers import (
     rematerialised,
     tanh_gelu,
 )
+from moddistill.sharding import by_sample
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu, "gelu_tanh": tanh_gelu}
 
@@ -83,6 +84,7 @@ class VisionBlock(nn.Module):
         self, hidden: Float[Array, "B T D"], _: None
     ) -> tuple[Float[Array, "B T D"], None]:
         config = self.config
+        hidden = by_sample(hidden)
         head_dim = config.width // config.heads
         attention = Attention(
             config.heads, config.heads, head_dim, None, True, self.dtype, name="attention"
