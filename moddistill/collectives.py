@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
 # An operation in two parts has the shape of its result in the second.
@@ -12,6 +13,7 @@ _LOOP = re.compile(
     r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)(?:.*known_trip_count\D*(\d+))?"
 )
 _CALL = re.compile(r"(?:calls|to_apply|\w+_computation)=%?([\w.-]+)|branch_computations=\{(.*?)\}")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
@@ -23,29 +25,27 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     """
     computations = {found[1]: found[0] for found in _COMPUTATION.finditer(program)}
     turns = _turns(computations)
-    found: dict[tuple[str, str], tuple[int, int]] = {}
-    running = {name: text for name, text in computations.items() if turns[name]}
-    for name, text in running.items():
-        for number, (result, kind, channel) in enumerate(_COLLECTIVE.findall(text)):
-            # A compiler may spread one operation, under one channel, over work that it runs beside,
-            # even over a loop that it does not belong to.
-            key = kind, channel or f"{name} {number}"
-            seen = turns[name], turns[name] * _bytes(result)
-            found[key] = min(seen, found.get(key, seen))
+    seen: dict[tuple[Any, ...], list[tuple[int, str]]] = {}
+    for name, text in computations.items():
+        for result, kind, channel in _COLLECTIVE.findall(text) if turns[name] else ():
+            seen.setdefault((kind, channel, *_SHAPE.findall(result)), []).append(
+                (turns[name], name)
+            )
     total: dict[str, dict[str, int]] = {}
-    for (kind, _), (count, size) in found.items():
+    for (kind, _, *shapes), places in seen.items():
+        # The compiler for TPUs spreads an operation over all that it runs beside, even over loops
+        # that it does not belong to.
+        is_spread = any(name.startswith("async_collective_fusion") for _, name in places)
+        count = (min if is_spread else sum)(times for times, _ in places)
         entry = total.setdefault(kind, {"count": 0, "bytes": 0})
         entry["count"] += count
-        entry["bytes"] += size
+        entry["bytes"] += count * sum(map(_bytes, shapes))
     return total
 
 
-def _bytes(shapes: str) -> int:
-    sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    return sum(
-        _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in sizes
-    )
+def _bytes(shape: tuple[str, str]) -> int:
+    dtype, dims = shape
+    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _turns(computations: dict[str, str]) -> dict[str, int]:

@@ -42,12 +42,12 @@ LOOP = """
   ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
 
-%begin (x: bf16[4]) -> bf16[16] {
+%async_collective_fusion.3 (x: bf16[4]) -> bf16[16] {
   %a1 = bf16[16]{0:T(8,128)} all-gather(%x), channel_id=7
 }
 
 %body (c: (s32[], bf16[4])) -> (s32[], bf16[4]) {
-  %s = bf16[16] fusion(%x), kind=kCustom, calls=%begin
+  %s = bf16[16] fusion(%x), kind=kCustom, calls=%async_collective_fusion.3
   %a2 = bf16[16]{0:T(8,128)} all-gather(%x), channel_id=7
 }
 
@@ -66,6 +66,13 @@ def test_an_operation_that_only_runs_beside_a_loop_counts_once():
         "  %w = (s32", "  %a0 = bf16[16]{0} all-gather(%x), channel_id=7\n  %w = (s32"
     )
     assert collectives(begun_before) == {"all-gather": {"count": 1, "bytes": 32}}
+
+
+def test_operations_of_one_channel_are_several_where_none_is_spread():
+    """As those of a `shard_map` are, which all have the first."""
+    assert (
+        collectives(LOOP.replace("async_collective_fusion", "fusion"))["all-gather"]["count"] == 24
+    )
 
 
 def test_a_loop_of_unknown_length_counts_once():
