@@ -128,8 +128,12 @@ def _tpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip, so plans need not queue
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name}-{math.prod(sizes)}")
-    one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
-    return {"platform": "tpu", "topology_name": f"{name}:{'x'.join(map(str, sizes))}"} | one
+    options = {"platform": "tpu", "topology_name": f"{name}:{'x'.join(map(str, sizes))}"}
+    if math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+    return options
 
 
 def _gpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
@@ -169,6 +173,12 @@ gpu_device_info {{
         "topology": f"1x{math.prod(machines)}x{gpus}",
         "target_config": target,
     }
+
+
+def devices_per_chip(topology: str) -> int:
+    """How many devices the compiler sees in one chip."""
+    name, _ = parse(topology)
+    return CHIPS[name].devices if name in CHIPS else 1
 
 
 def _host_devices(count: int) -> list[Any]:

@@ -61,16 +61,14 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     batch = abstract_batch(config, student, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         compiled = _compile(program.step.lower(state, program.teacher, batch), topology)
-    memory = compiled.memory_analysis() if compiled else None
+    cores = accelerators.devices_per_chip(topology)
     report = {
         "topology": topology,
-        "chips": len(devices),
+        "chips": len(devices) // cores,
         "shared_tower": shared,
         "micro_batch": config.batch_size // config.accumulate,
-        "peak_bytes_per_chip": _device_peak(memory) if memory else None,
-        "argument_bytes_per_chip": memory.argument_size_in_bytes if memory else None,
-        "temp_bytes_per_chip": memory.temp_size_in_bytes if memory else None,
-        "arguments": argument_bytes(program, batch),
+        **_memory(compiled, cores),
+        "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
     work = work_of(config, student, teacher, set(program.state.params), shared)
@@ -79,9 +77,20 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
 
 
 def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
-    """The plan with the fewest micro-batches of equal size that fits; the last one if none does."""
-    smallest = config.batch_size
-    for accumulate in (n for n in range(1, smallest + 1) if smallest % n == 0):
+    """The plan with the largest micro-batch that fits; the smallest one's if none does.
+
+    Micro-batches are of equal size and give each device at least one sample.
+    """
+    if accelerators.parse(topology)[0] == "cpu":
+        raise ValueError(
+            f"nobody knows how much memory {topology!r} has left; accepted with --fit: a topology "
+            f"of {', '.join(accelerators.CHIPS)}"
+        )
+    mesh = sharding.make_mesh(config.mesh, accelerators.devices_of(topology))
+    places = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    size = config.batch_size
+    counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % places == 0]
+    for accumulate in counts or [1]:
         candidate = dataclasses.replace(config, accumulate=accumulate)
         report = plan(candidate, topology, utilisation)
         if report["fits"]:
@@ -94,6 +103,8 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
     stage = stage_of(config)
     student = _architecture(config.student)
     student = dataclasses.replace(student, template=config.data.template)
+    if config.vision:
+        student = dataclasses.replace(student, vision=_architecture(config.vision).vision)
     makes_experts = stage.sparse or (config.stage == "preference" and not student.decoder.moe)
     if makes_experts:
         student = upcycle_config(student, config.moe)
@@ -107,8 +118,8 @@ def _architecture(spec: str) -> ModelConfig:
     names = [part for part in re.split(r"[/:]", spec) if part in PRESETS]
     if not names:
         raise ValueError(
-            f"{spec!r} is not there and names no preset; accepted: a model folder, or a path with "
-            f"one of {', '.join(PRESETS)}"
+            f"{spec!r} is not there and names no preset; accepted: a model folder, random:PRESET, "
+            f"or a path with one of {', '.join(PRESETS)}"
         )
     return preset(names[0])
 
@@ -131,9 +142,18 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dic
     return batch
 
 
-def _device_peak(memory: Any) -> int:
-    """Peak bytes of the device alone; the compiler counts what lies in host memory with them."""
-    return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+def _memory(compiled: Any, cores: int) -> dict[str, int | None]:
+    """What the compiler says of one device, for a chip of so many; None without a program."""
+    memory = compiled.memory_analysis() if compiled else None
+    if memory is None:
+        return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
+    # The peak counts what lies in host memory, too.
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    return {
+        "peak_bytes_per_chip": cores * peak,
+        "argument_bytes_per_chip": cores * memory.argument_size_in_bytes,
+        "temp_bytes_per_chip": cores * memory.temp_size_in_bytes,
+    }
 
 
 def _compile(lowered: Any, topology: str) -> Any:
@@ -142,7 +162,7 @@ def _compile(lowered: Any, topology: str) -> Any:
         return lowered.compile(compiler_options=accelerators.compiler_options(topology))
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        if "RESOURCE_EXHAUSTED" not in reason:
+        if "RESOURCE_EXHAUSTED" not in reason or "vmem" in reason.lower():
             raise ValueError(
                 f"the compiler for {topology!r} refuses this step: {reason}; accepted: settings "
                 "that it knows how to build there"
@@ -162,7 +182,7 @@ def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
 
 
 def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
-    """Bytes of one chip by what they are for."""
+    """Bytes of one device by what they are for; those of a teacher in host memory apart."""
     state = place(program.state, program.places)
     parts = {
         "trained": state.params,
@@ -171,13 +191,12 @@ def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
         "teacher": program.teacher,
         "batch": batch,
     }
-    return {
-        name: sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(part)
-        )
-        for name, part in parts.items()
-    }
+    sizes = dict.fromkeys((*parts, "host"), 0)
+    for name, part in parts.items():
+        for x in jax.tree.leaves(part):
+            where = "host" if x.sharding.memory_kind == "pinned_host" else name
+            sizes[where] += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sizes
 
 
 def _verdict(
@@ -187,9 +206,9 @@ def _verdict(
     if name == "cpu":
         return {"fits": None}
     chip = accelerators.CHIPS[name]
-    allowed = round(chip.memory / chip.devices * _RESERVED)
+    allowed = round(chip.memory * _RESERVED)
     flops = report["model_flops_per_step"] + report["teacher_flops_per_step"]
-    speed = chip.flops / chip.devices * report["chips"] * utilisation
+    speed = chip.flops * report["chips"] * utilisation
     return {
         "allowed_bytes_per_chip": allowed,
         "fits": report["peak_bytes_per_chip"] is not None
@@ -207,11 +226,11 @@ def describe(report: dict[str, Any]) -> str:
         if key.endswith("per_chip")
     }
     lines = [
-        f"{report['topology']}: {report['chips']} devices, {report['micro_batch']} samples at once",
-        f"peak       {gib['peak_bytes_per_chip']:8.2f} GiB a device",
+        f"{report['topology']}: {report['chips']} chips, {report['micro_batch']} samples at once",
+        f"peak       {gib['peak_bytes_per_chip']:8.2f} GiB a chip",
         f"arguments  {gib['argument_bytes_per_chip']:8.2f} GiB",
     ]
-    for name, size in report["arguments"].items():
+    for name, size in ((name, size) for name, size in report["arguments"].items() if size):
         lines.append(f"  {name:<9}{size / 2**30:8.2f} GiB")
     lines.append(f"temporary  {gib['temp_bytes_per_chip']:8.2f} GiB")
     if report["collectives"] is None:
@@ -230,10 +249,18 @@ def describe(report: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point of `python -m moddistill.plan`."""
     values = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
-    topology = flags.DEFINE_string("topology", None, "Such as v5p:2x2x1.", required=True)
+    topology = flags.DEFINE_string(
+        "topology", None, "Such as v5p:2x2x1, h100:4x8 or cpu:8.", required=True
+    )
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object.")
     largest = flags.DEFINE_bool("fit", False, "Look for the largest micro-batch that fits.")
-    utilisation = flags.DEFINE_float("utilisation", 0.4, "Share of the peak speed, for the days.")
+    utilisation = flags.DEFINE_float(
+        "utilisation",
+        0.4,
+        "Share of the peak speed, for the days.",
+        lower_bound=0.01,
+        upper_bound=1,
+    )
 
     def run(_: Any) -> None:
         jax.config.update("jax_platforms", "cpu")

@@ -6,6 +6,7 @@ import pytest
 from experiments import d2s
 from moddistill import plan
 from moddistill.config import MeshConfig, TrainConfig, from_config_dict
+from moddistill.models.presets import PRESETS
 from moddistill.program import make_program
 from moddistill.sharding import make_mesh
 
@@ -58,7 +59,7 @@ def test_a_chip_holds_its_share_of_parameters_and_moments(mesh):
 
 def test_report_for_people(report):
     text = plan.describe(report)
-    assert text.startswith("cpu:8: 8 devices, 8 samples at once\npeak ")
+    assert text.startswith("cpu:8: 8 chips, 8 samples at once\npeak ")
     assert "teacher" in text
 
 
@@ -73,15 +74,30 @@ def test_models_that_do_not_exist_stand_for_their_preset(tiny_config):
         plan.architectures(dataclasses.replace(config, student="runs/x/model"))
 
 
-def test_largest_micro_batch(tiny_config, monkeypatch):
-    """The fewest micro-batches that fit; here all but the whole batch do."""
-    config = tiny_config("d2s", mesh=dataclasses.asdict(MeshConfig()))
+@pytest.mark.parametrize(("fitting", "tried"), [(2, [1, 2]), (8, [1, 2, 4])])
+def test_largest_micro_batch(tiny_config, monkeypatch, fitting, tried):
+    """Of 32 samples on 8 devices, which take no fewer than 8 at once."""
+    config = tiny_config("d2s", batch_size=32, mesh=dataclasses.asdict(MeshConfig()))
     seen = []
 
     def pretend(candidate, *_):
         seen.append(candidate.accumulate)
-        return {"fits": candidate.accumulate >= 2}
+        return {"fits": candidate.accumulate >= fitting}
 
     monkeypatch.setattr(plan, "plan", pretend)
-    assert plan.fit(config, "cpu:8") == {"fits": True}
-    assert seen == [1, 2]
+    monkeypatch.setattr(plan.accelerators, "devices_of", lambda _: jax.devices())
+    assert plan.fit(config, "v5e:2x4") == {"fits": fitting <= 4}
+    assert seen == tried
+
+
+def test_no_largest_micro_batch_where_memory_is_unknown(tiny_config):
+    with pytest.raises(ValueError, match="how much memory 'cpu:8' has left"):
+        plan.fit(tiny_config("d2s"), "cpu:8")
+
+
+def test_a_tower_from_elsewhere_belongs_to_the_student(tiny_config):
+    config = dataclasses.replace(
+        tiny_config("init"), student="random:demo-language", vision="random:demo-teacher"
+    )
+    student, _ = plan.architectures(config)
+    assert student.vision == PRESETS["demo-teacher"].vision
