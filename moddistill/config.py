@@ -87,7 +87,7 @@ class MoeConfig:
     norm_topk_prob: bool | None = None  # None: renormalise for top_k >= 2, raw for 1
     dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: float = 1.5
-    # How rows travel between devices with different experts; ragged on TPU and GPU alone.
+    # How rows travel between devices with different experts, in any stage; ragged on TPU and GPU.
     transport: Literal["ring", "all_to_all", "ragged"] = "ring"
     residual: bool = False
     # copy | noise: added to each copy | drop: part of each copy is drawn anew
@@ -124,6 +124,7 @@ class TrainConfig:
     # What layers keep for the gradient: all | their matrix products | their inputs alone.
     remat: Literal["none", "products", "full"] = "full"
     scan: bool = True  # layers as a loop; False: compiles longer, runs faster where they are few
+    donate: bool = True  # a step takes over the memory of parameters and moments
     # Of the teacher's layers: int8 halves them; host memory holds those that fit nowhere else.
     teacher_weights: Literal["dtype", "int8"] = "dtype"
     teacher_memory: Literal["device", "host"] = "device"

@@ -3,6 +3,7 @@
 Training fills it with parameters; planning compiles it for a device that nobody owns.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ def make_program(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
 ) -> Program:
     """Everything of a stage that its architectures decide."""
+    student, teacher = (_over(config.moe.transport, x) for x in (student, teacher))
     dtype = jnp.dtype(config.dtype)
     how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
     model = Vlm(student, **how)
@@ -69,11 +71,19 @@ def make_program(
     loss = stage_of(config).loss(model, teacher_model, config.loss)
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
-        donate_argnums=0,
+        donate_argnums=(0,) if config.donate else (),
         out_shardings=(places, everywhere),
     )
     frozen = None if teacher is None else _teacher_shapes(config, teacher, mesh)
     return Program(model, loss, step, make, state, places, frozen)
+
+
+def _over(transport: str, model: ModelConfig | None) -> ModelConfig | None:
+    """The architecture, its experts' rows moved as this run says and not as an earlier one did."""
+    if model is None or model.decoder.moe is None:
+        return model
+    moe = dataclasses.replace(model.decoder.moe, transport=transport)
+    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
 
 
 def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:

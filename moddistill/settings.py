@@ -75,10 +75,10 @@ def check_settings(config: TrainConfig) -> None:
         value = operator.attrgetter(name)(config)
         if value not in accepted:
             raise ValueError(f"config.{name} is {value}; accepted: {accepted}")
-    if not stage.sparse and config.moe != MoeConfig():
+    if not stage.sparse and config.moe != MoeConfig(transport=config.moe.transport):
         raise ValueError(
             f"config.moe is set, but stage {config.stage!r} makes no experts; accepted: its "
-            "defaults, since the student brings its own"
+            "defaults and any moe.transport, since the student brings its own"
         )
     if bool(config.heldout_steps) != bool(config.data.heldout.path):
         raise ValueError(

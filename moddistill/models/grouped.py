@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 Experts = dict[str, Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 _PIECES = (8, 4, 2, 1)  # blocks that are multiplied at one time, largest first
-_TILE = 1024  # columns of a tile of the kernel
+_TILE = 2048  # bytes of a row of a tile of the kernel: what fits into the memory of all TPU cores
 
 
 def form(platform: str) -> str:
@@ -147,13 +147,13 @@ def _grouped(
     dtype: Any = None,
 ) -> Array:
     """[G, C, in] with [E, in, out], or [E, out, in] transposed, to [G, C, out]."""
-    block = x.shape[1]
+    block, tile = x.shape[1], _TILE // x.dtype.itemsize
     product = gmm(
         x.reshape(-1, x.shape[2]),
         kernels,
         blocks * block,
         dtype or x.dtype,
-        (block, _TILE, _TILE),
+        (block, tile, tile),
         transpose_rhs=transposed,
         interpret=interpret,
     )
@@ -162,13 +162,13 @@ def _grouped(
 
 def _grouped_outer(x: Array, y: Array, blocks: Array, interpret: bool) -> Array:
     """[G, C, in] and [G, C, out] to the sums over each expert's rows [E, in, out]."""
-    block = x.shape[1]
+    block, tile = x.shape[1], _TILE // x.dtype.itemsize
     return tgmm(
         x.reshape(-1, x.shape[2]).T,
         y.reshape(-1, y.shape[2]),
         blocks * block,
         jnp.float32,
-        (block, _TILE // 2, _TILE),  # float32 results take twice the room
+        (block, 512, tile),  # results are float32
         interpret=interpret,
     )
 

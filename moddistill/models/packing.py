@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from moddistill.tree import flatten, unflatten
 
-_LAYERS = re.compile(r"decoder/segment_\d+/.*")
 _KERNELS = re.compile(r"decoder/segment_\d+/.*/(kernel|experts_(gate|up|down))")
+_LARGE = re.compile(rf"{_KERNELS.pattern}(/int8)?")
 
 
 def pack(kernels: Float[Array, "..."], axis: int) -> dict[str, Array]:
@@ -53,14 +53,15 @@ def packed_shapes(shapes: dict[str, Any], weights: str, memory: str) -> dict[str
     Args:
       shapes: of all parameters, on the device.
       weights: `int8` for the matrices of the decoder's layers; others as they are.
-      memory: `host` for the decoder's layers; `device`.
+      memory: `host` for these matrices; `device`. The compiler for TPUs refuses some of the
+        vectors that are cut from host memory, and they are small.
     """
     flat = flatten(shapes)
     if weights == "int8":
         packed = {path: _packed_shape(path, x) for path, x in flat.items() if _is_kernel(path)}
         flat = flatten(unflatten(flat | packed))
     if memory == "host":
-        flat |= {path: _on_host(x) for path, x in flat.items() if _LAYERS.fullmatch(path)}
+        flat |= {path: _on_host(x) for path, x in flat.items() if _LARGE.fullmatch(path)}
     return unflatten(flat)
 
 
