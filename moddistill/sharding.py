@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.linen.spmd import RulesFallback
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -137,4 +138,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This process's samples (numpy arrays) as parts of global arrays."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(x: np.ndarray) -> jax.Array:
+        # Said, since JAX takes samples of two processes for one where they share a place.
+        whole = (len(x) * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(put, batch)
