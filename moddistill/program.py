@@ -48,11 +48,15 @@ class Program(NamedTuple):
 def make_program(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
 ) -> Program:
-    """Everything of a stage that its architectures decide."""
+    """Everything of a stage that its architectures decide.
+
+    Raises:
+      ValueError: for a mesh that cannot cut the parameters.
+    """
     dtype = jnp.dtype(config.dtype)
     how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
     model = Vlm(student, **how)
-    boxed = abstract_params(student)
+    boxed = _abstract_params(student, mesh, "student")
     params = sharding.unbox(boxed)
     trainable = trainable_paths(config, list(flatten(params)))
     optimizer = make_optimizer(config.optim, config.steps)
@@ -76,8 +80,15 @@ def make_program(
     return Program(model, loss, step, make, state, places, frozen)
 
 
+def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
+    """`abstract_params`; ValueError unless the mesh can cut them."""
+    boxed = abstract_params(config)
+    sharding.check_cuts(mesh, boxed, whose)
+    return boxed
+
+
 def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    boxed = abstract_params(teacher)
+    boxed = _abstract_params(teacher, mesh, "teacher")
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
     shapes = place(shapes, sharding.param_shardings(mesh, boxed))

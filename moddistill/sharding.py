@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moddistill.config import MeshConfig, nearest
+from moddistill.tree import flatten
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # along which samples are spread
@@ -102,6 +103,26 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+def check_cuts(mesh: Mesh, boxed: Any, whose: str) -> None:
+    """Raises ValueError for a parameter that cannot be cut into equal parts along the mesh.
+
+    Args:
+      boxed: an abstract init whose leaves carry logical names.
+      whose: the model, for the message.
+    """
+    names, shapes = flatten(nn.get_partition_spec(boxed)), flatten(unbox(boxed))
+    for path, spec in names.items():
+        for name, axes, size in zip(spec, resolve(spec), shapes[path].shape, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            pieces = math.prod(mesh.shape[axis] for axis in axes)
+            if size % pieces:
+                said = " * ".join(f"mesh.{axis}" for axis in axes)
+                raise ValueError(
+                    f"{said} is {pieces}, along which the {whose}'s {path} has {size} {name}; "
+                    f"accepted: a divisor of {size}"
+                )
 
 
 def unbox(boxed: Any) -> Any:
