@@ -51,7 +51,7 @@ def make_program(
     """Everything of a stage that its architectures decide.
 
     Raises:
-      ValueError: for a mesh that cannot cut the parameters.
+      ValueError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
     """
     dtype = jnp.dtype(config.dtype)
     how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
@@ -81,10 +81,21 @@ def make_program(
 
 
 def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
-    """`abstract_params`; ValueError unless the mesh can cut them."""
+    """`abstract_params`; ValueError unless the mesh can hold the model."""
+    _check_transport(config, mesh, whose)
     boxed = abstract_params(config)
     sharding.check_cuts(mesh, boxed, whose)
     return boxed
+
+
+def _check_transport(config: ModelConfig, mesh: Mesh, whose: str) -> None:
+    moe = config.decoder.moe
+    platform = mesh.devices.flat[0].platform
+    if moe and moe.transport == "ragged" and platform == "cpu" and mesh.size > 1:
+        raise ValueError(
+            f"moe.transport of the {whose} is 'ragged', which CPUs do not have, and the mesh has "
+            f"{mesh.size}; accepted: ring, all_to_all"
+        )
 
 
 def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import pytest
 
 from moddistill.config import MeshConfig, MoeConfig
@@ -28,3 +29,10 @@ def test_mesh_that_cannot_cut_the_teacher(tiny_config, tiny_architecture):
     mesh = make_mesh(MeshConfig(tensor=4))
     with pytest.raises(ValueError, match=r"mesh\.tensor is 4, .* the teacher's .* has 2 kv_heads"):
         make_program(tiny_config("d2d"), student, teacher, mesh)
+
+
+def test_ragged_transport_between_cpus(tiny_config, tiny_architecture):
+    config, student = tiny_config("sft"), tiny_architecture("tiny", MoeConfig(transport="ragged"))
+    make_program(config, student, None, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(ValueError, match=r"moe\.transport of the student is 'ragged'.*: ring, all"):
+        make_program(config, student, None, make_mesh(MeshConfig()))
