@@ -48,8 +48,8 @@ def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:
     coordinator = flags.DEFINE_string(
         "coordinator", "", "HOST:PORT of process 0, or auto under Slurm and on TPU pods."
     )
-    processes = flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.")
-    process = flags.DEFINE_integer("process", 0, "Index of this process, with --coordinator.")
+    processes = flags.DEFINE_integer("processes", None, "Number of processes, with HOST:PORT.")
+    process = flags.DEFINE_integer("process", None, "Index of this process, with HOST:PORT.")
 
     def run(_: Sequence[str]) -> None:
         with plain_errors():

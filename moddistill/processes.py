@@ -10,18 +10,27 @@ from jax.experimental import multihost_utils
 _SILENCE = 60  # seconds after which a process counts as dead
 
 
-def join(coordinator: str, count: int, index: int) -> None:
+def join(coordinator: str, count: int | None, index: int | None) -> None:
     """Makes this process one of several; must come before anything else that uses devices.
 
     Args:
       coordinator: empty for a process alone; `auto` under Slurm, Open MPI, on a TPU pod or GKE,
         which say the rest themselves; otherwise HOST:PORT of the first process.
-      count: number of processes.
-      index: of this process, from 0.
+      count: number of processes, with HOST:PORT alone.
+      index: of this process, from 0; likewise.
 
     Raises:
-      ValueError: for a coordinator without the other two, or an index outside of the count.
+      ValueError: for HOST:PORT without the other two, for those without it, or an index outside of
+        the count.
     """
+    needed = coordinator not in ("", "auto")
+    if (count is not None, index is not None) != (needed, needed):
+        given = {"coordinator": coordinator or None, "processes": count, "process": index}
+        said = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+        raise ValueError(
+            f"flags are {said}; accepted: --coordinator HOST:PORT with both --processes and "
+            "--process, --coordinator auto alone, or none of them"
+        )
     if not coordinator:
         return
     if coordinator == "auto":

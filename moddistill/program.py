@@ -49,12 +49,16 @@ class Program(NamedTuple):
 def make_program(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
 ) -> Program:
-    """Everything of a stage that its architectures decide."""
+    """Everything of a stage that its architectures decide.
+
+    Raises:
+      ValueError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
+    """
     student, teacher = (_over(config.moe.transport, x) for x in (student, teacher))
     dtype = jnp.dtype(config.dtype)
     how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
     model = Vlm(student, **how)
-    boxed = abstract_params(student)
+    boxed = _abstract_params(student, mesh, "student")
     params = sharding.unbox(boxed)
     trainable = trainable_paths(config, list(flatten(params)))
     optimizer = make_optimizer(config.optim, config.steps)
@@ -86,8 +90,26 @@ def _over(transport: str, model: ModelConfig | None) -> ModelConfig | None:
     return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
 
 
+def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
+    """`abstract_params`; ValueError unless the mesh can hold the model."""
+    _check_transport(config, mesh, whose)
+    boxed = abstract_params(config)
+    sharding.check_cuts(mesh, boxed, whose)
+    return boxed
+
+
+def _check_transport(config: ModelConfig, mesh: Mesh, whose: str) -> None:
+    moe = config.decoder.moe
+    platform = mesh.devices.flat[0].platform
+    if moe and moe.transport == "ragged" and platform == "cpu" and mesh.size > 1:
+        raise ValueError(
+            f"moe.transport of the {whose} is 'ragged', which CPUs do not have, and the mesh has "
+            f"{mesh.size}; accepted: ring, all_to_all"
+        )
+
+
 def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    boxed = abstract_params(teacher)
+    boxed = _abstract_params(teacher, mesh, "teacher")
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
     shapes = place(shapes, sharding.param_shardings(mesh, boxed))

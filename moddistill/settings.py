@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import operator
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,6 +150,7 @@ def _check_losses(config: TrainConfig) -> None:
 
 def check_spread(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ValueError unless the samples and positions can be spread over the devices."""
+    _check_processes(mesh)
     places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if (config.batch_size // config.accumulate) % places:
         raise ValueError(
@@ -160,6 +162,28 @@ def check_spread(config: TrainConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"config.data.max_length is {config.data.max_length}; accepted: a multiple of "
             f"mesh.tensor, {mesh.shape['tensor']}, along which positions meet the vocabulary"
+        )
+
+
+def _check_processes(mesh: Mesh) -> None:
+    """Raises ValueError unless each process alone has its samples, as many as the others.
+
+    Each reads its own; of two that shared a place, each would put another sample there. Together
+    with whole places for each micro-batch, this spreads `batch_size` evenly over processes too.
+    """
+    tensor = mesh.shape["tensor"]
+    places = mesh.devices.reshape(-1, tensor)  # `tensor` is the last axis
+    owners = [{device.process_index for device in place} for place in places]
+    if max(map(len, owners)) > 1:
+        raise ValueError(
+            f"mesh.tensor is {tensor}, along which lie devices of several processes; accepted: a "
+            "size, such as 1, with all devices of a sample in one process"
+        )
+    held = Counter(owner for [owner] in owners)
+    if len(set(held.values())) > 1:
+        raise ValueError(
+            f"processes have {min(held.values())} to {max(held.values())} places of samples on the "
+            "mesh; accepted: as many in each"
         )
 
 

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.linen.spmd import RulesFallback
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moddistill.config import MeshConfig, nearest
+from moddistill.tree import flatten
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # along which samples are spread
@@ -69,7 +72,9 @@ def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
             "is their number, one of them -1 for what is left"
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(filled), MESH_AXES, axis_types=types, devices=among)
+    # As `jax.make_mesh`, which does not let an axis take a part of a TPU's physical one.
+    placed = mesh_utils.create_device_mesh(filled, among, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def resolve(names: PartitionSpec) -> PartitionSpec:
@@ -101,6 +106,26 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+def check_cuts(mesh: Mesh, boxed: Any, whose: str) -> None:
+    """Raises ValueError for a parameter that cannot be cut into equal parts along the mesh.
+
+    Args:
+      boxed: an abstract init whose leaves carry logical names.
+      whose: the model, for the message.
+    """
+    names, shapes = flatten(nn.get_partition_spec(boxed)), flatten(unbox(boxed))
+    for path, spec in names.items():
+        for name, axes, size in zip(spec, resolve(spec), shapes[path].shape, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            pieces = math.prod(mesh.shape[axis] for axis in axes)
+            if size % pieces:
+                said = " * ".join(f"mesh.{axis}" for axis in axes)
+                raise ValueError(
+                    f"{said} is {pieces}, along which the {whose}'s {path} has {size} {name}; "
+                    f"accepted: a divisor of {size}"
+                )
 
 
 def unbox(boxed: Any) -> Any:
@@ -137,4 +162,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This process's samples (numpy arrays) as parts of global arrays."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(x: np.ndarray) -> jax.Array:
+        # Said, since JAX takes samples of two processes for one where they share a place.
+        whole = (len(x) * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(put, batch)

@@ -185,7 +185,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
         peak = peak_flops(list(mesh.devices.flat))
         with MetricsLog(workdir, start, config.steps, config.stage, run.work, peak) as log:
             for step in range(start + 1, config.steps + 1):
-                with _profiled(step, config, workdir):
+                with _profiled(step, start, config, workdir):
                     batch = sharding.put_batch(mesh, next(records))
                     state, metrics = run.step(state, run.teacher, batch)
                     if step in config.profile_steps:
@@ -204,13 +204,13 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
 
 
 @contextlib.contextmanager
-def _profiled(step: int, config: TrainConfig, workdir: Path) -> Iterator[None]:
-    """The step inside the profiler's trace, if it is one of `profile_steps`.
+def _profiled(step: int, start: int, config: TrainConfig, workdir: Path) -> Iterator[None]:
+    """The step inside the profiler's trace, if it is one of `profile_steps` behind `start`.
 
     The trace lies in `profile/` of the workdir, for TensorBoard or Perfetto.
     """
     first, last = config.profile_steps or (0, 0)
-    if step == first:
+    if step == max(first, start + 1) and step <= last:
         jax.profiler.start_trace(workdir / "profile")
     yield
     if step == last:

@@ -89,3 +89,23 @@ def test_a_process_that_dies_ends_the_other_and_the_run_resumes(tmp_path, start)
 def test_index_outside_of_the_processes():
     with pytest.raises(ValueError, match="--process is 2 of --processes 2; accepted: 0 to"):
         join("localhost:1", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("localhost:1", None, None), "--coordinator localhost:1"),
+        (("localhost:1", 2, None), "--coordinator localhost:1 --processes 2"),
+        (("localhost:1", None, 0), "--coordinator localhost:1 --process 0"),
+        (("", 2, 1), "--processes 2 --process 1"),
+        (("", None, 0), "--process 0"),
+        (("auto", 2, 1), "--coordinator auto --processes 2 --process 1"),
+    ],
+)
+def test_flags_that_would_leave_a_process_alone(given, said):
+    with pytest.raises(ValueError, match=f"^flags are {said}; accepted: --coordinator HOST"):
+        join(*given)
+
+
+def test_a_process_alone():
+    join("", None, None)

@@ -1,10 +1,13 @@
+import dataclasses
 import importlib
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from experiments import llava_mod
 from moddistill.config import RecipeConfig, SourceConfig, TrainConfig, from_config_dict
-from moddistill.settings import Range, check_settings
+from moddistill.settings import Range, check_settings, check_spread
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
 
@@ -70,3 +73,40 @@ def test_settings_of_the_recipe_are_accepted(size):
     config = from_config_dict(RecipeConfig, llava_mod.get_config(size).to_dict())
     for stage in config.stages.values():
         check_settings(stage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+def spread_over(processes, **axes):
+    """A mesh whose device i belongs to process `processes[i]`."""
+    shape = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | axes
+    devices = np.array([Device(i, process) for i, process in enumerate(processes)])
+    return Mesh(devices.reshape(*shape.values()), tuple(shape))
+
+
+@pytest.mark.parametrize(
+    ("processes", "axes"),
+    [
+        ((0, 0, 1, 1), {"data": 2, "tensor": 2}),
+        ((0, 1, 0, 1), {"fsdp": 2, "expert": 2}),  # in any order, as on a torus
+    ],
+)
+def test_processes_that_have_their_samples_to_themselves(tiny_config, processes, axes):
+    check_spread(tiny_config("sft"), spread_over(processes, **axes))
+
+
+@pytest.mark.parametrize(
+    ("processes", "axes", "message"),
+    [
+        ((0, 1), {"tensor": 2}, r"mesh\.tensor is 2, along which lie devices of several .*; acce"),
+        ((0, 1, 0, 1), {"data": 2, "tensor": 2}, r"mesh\.tensor is 2"),
+        ((0, 1, 1, 1), {"data": 4}, r"processes have 1 to 3 places of samples .*; accepted"),
+    ],
+)
+def test_processes_that_do_not(tiny_config, processes, axes, message):
+    with pytest.raises(ValueError, match=message):
+        check_spread(tiny_config("sft"), spread_over(processes, **axes))

@@ -295,3 +295,11 @@ def test_profiled_steps_leave_a_trace(tiny_config, tmp_path):
     train.train(config, tmp_path)
     [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("profiled", "traced"), [((1, 3), True), ((1, 2), False)])
+def test_profiled_steps_of_a_run_resumed_at_the_second(finished, tmp_path, profiled, traced):
+    config, workdir = finished("sft")
+    shutil.copytree(workdir / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
+    train.train(dataclasses.replace(config, profile_steps=profiled), tmp_path)
+    assert (tmp_path / "profile").exists() == traced
