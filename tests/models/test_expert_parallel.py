@@ -45,7 +45,7 @@ def output_and_gradients(mix, trained, chosen, keep):
     return jax.tree.map(np.asarray, (output, gradients))
 
 
-def exchange_as_documented(operand, output, starts, sizes, places, _, *, axis_name):
+def exchange_as_documented(operand, output, starts, sizes, places, received, *, axis_name):
     """What `ragged_all_to_all` does, from what all devices have; CPUs do not have it."""
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
     operands, starts, sizes, places = map(gather, (operand, starts, sizes, places))
@@ -54,7 +54,7 @@ def exchange_as_documented(operand, output, starts, sizes, places, _, *, axis_na
     for sender in range(len(operands)):
         offset = row - places[sender, me]
         theirs = operands[sender][jnp.clip(starts[sender, me] + offset, 0, len(operand) - 1)]
-        is_theirs = (offset >= 0) & (offset < sizes[sender, me])
+        is_theirs = (offset >= 0) & (offset < jnp.minimum(sizes[sender, me], received[sender]))
         output = jnp.where(is_theirs.reshape(-1, *[1] * (output.ndim - 1)), theirs, output)
     return output
 

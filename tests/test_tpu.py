@@ -1,0 +1,50 @@
+"""What the compiler for TPUs makes of the largest parts; it needs no TPU, but Linux on x86."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moddistill import accelerators, plan
+from moddistill.config import MeshConfig
+from moddistill.models.expert_parallel import mix_experts
+from moddistill.sharding import make_mesh
+
+pytest.importorskip("libtpu")
+
+EXPERTS, TOP_K, WIDTH, MLP = 4, 2, 896, 4864  # of Qwen2-0.5B
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+def test_an_expert_layer_takes_few_operations_beyond_those_of_its_active_experts(topology):
+    """1,024 tokens, forward and backward: three products a row and kernel."""
+    mesh = make_mesh(MeshConfig(), accelerators.devices_of(topology)[:1])
+    where = NamedSharding(mesh, PartitionSpec())
+
+    def shape(*size, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=where)
+
+    def loss(tokens, weights, experts, chosen, keep):
+        output = mix_experts(tokens, weights, chosen, keep, experts)
+        return jnp.sum(output.astype(jnp.float32) ** 2)
+
+    tokens = 1024
+    experts = {name: shape(EXPERTS, WIDTH, MLP) for name in ("gate", "up")}
+    experts["down"] = shape(EXPERTS, MLP, WIDTH)
+    inputs = (
+        *(shape(tokens, WIDTH), shape(tokens, TOP_K, dtype=jnp.float32), experts),
+        *(shape(tokens, TOP_K, dtype=dtype) for dtype in (jnp.int32, bool)),
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
+    ideal = 3 * 3 * 2 * tokens * TOP_K * WIDTH * MLP
+    assert 1 <= compiled.cost_analysis()["flops"] / ideal <= 1.25
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "tpu7x:2x2x1"])
+def test_a_step_is_planned_for_every_kind_of_chip(tiny_config, topology):
+    config = tiny_config("d2s", batch_size=16, mesh={"fsdp": 2})
+    report = plan.plan(config, topology)
+    assert report["chips"] == 4
+    assert report["fits"]
+    assert report["collectives"]["all-gather"]["bytes"] > 0
