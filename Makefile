@@ -1,13 +1,14 @@
 # make demo   the whole recipe on real pictures, about ten minutes on two CPU cores
 # make test   all tests
 # make lint   style and format
+# make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
 # Each makes the virtual environment .venv and installs what it needs, once.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint tpu clean
 
 # Huge pages spare a quarter of the time on Linux, where each step allocates its buffers anew.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -22,6 +23,10 @@ lint: $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Behind the others: with this compiler installed, JAX looks for TPUs whenever it starts, and says so.
+tpu: $(VENV)/tpu.installed
+	$(BIN)/python -m pytest tests/test_tpu.py
+
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
@@ -33,6 +38,10 @@ $(VENV)/demo.installed: setup.cfg pyproject.toml
 
 $(VENV)/lint.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,lint]'
+	touch $@
+
+$(VENV)/tpu.installed: $(VENV)/test.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,tpu]'
 	touch $@
 
 $(VENV)/test.installed: $(VENV)/demo.installed

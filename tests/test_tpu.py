@@ -1,4 +1,4 @@
-"""What the compiler for TPUs makes of the largest parts; it needs no TPU, but Linux on x86."""
+"""What the compiler for TPUs makes of the largest parts; `make tpu` installs it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from moddistill.config import MeshConfig
 from moddistill.models.expert_parallel import mix_experts
 from moddistill.sharding import make_mesh
 
-pytest.importorskip("libtpu")
+pytest.importorskip("libtpu", reason="needs the compiler for TPUs: make tpu")
 
 EXPERTS, TOP_K, WIDTH, MLP = 4, 2, 896, 4864  # of Qwen2-0.5B
 
