@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging as absl_logging
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -232,12 +233,19 @@ def measure(
     rng = jax.random.key(config.seed)
     metrics = []
     for _ in range(config.heldout_steps):
-        batch = sharding.put_batch(mesh, next(records))
-        metrics.append(loss(state.params, state.frozen, run.teacher, batch, rng)[1])
+        for part in _micro_batches(next(records), config.accumulate):
+            batch = sharding.put_batch(mesh, part)
+            metrics.append(loss(state.params, state.frozen, run.teacher, batch, rng)[1])
     means = weighted_means(jax.device_get(metrics))
     means = {f"heldout_{name}": mean for name, mean in means.items()}
     LOG.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     return means
+
+
+def _micro_batches(batch: Any, count: int) -> Iterator[Any]:
+    """Equal parts of a batch: what fits while training fits here."""
+    for i in range(count):
+        yield jax.tree.map(lambda x, i=i: np.split(x, count)[i], batch)
 
 
 def _last_good(checkpoints: ocp.training.Checkpointer) -> str:
@@ -246,9 +254,9 @@ def _last_good(checkpoints: ocp.training.Checkpointer) -> str:
 
 
 def start_logging() -> None:
-    """Our own messages from INFO on, those of libraries from WARNING on."""
+    """Our own messages from INFO on in the first process; all others from WARNING on."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(logging.INFO if is_first() else logging.WARNING)
 
 
 def main(values: ConfigDict, workdir: str) -> None:

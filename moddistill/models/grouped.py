@@ -17,8 +17,9 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 Experts = dict[str, Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
+_LANES = 128  # of a TPU's registers
 _PIECES = (8, 4, 2, 1)  # blocks that are multiplied at one time, largest first
-_TILE = 2048  # bytes of a row of a tile of the kernel: what fits into the memory of all TPU cores
+_TILE = 2048  # most bytes of a row of a tile: what fits into the memory of all TPU cores
 
 
 def form(platform: str) -> str:
@@ -147,13 +148,14 @@ def _grouped(
     dtype: Any = None,
 ) -> Array:
     """[G, C, in] with [E, in, out], or [E, out, in] transposed, to [G, C, out]."""
-    block, tile = x.shape[1], _TILE // x.dtype.itemsize
+    block, most = x.shape[1], _TILE // x.dtype.itemsize
+    inputs, outputs = kernels.shape[:0:-1] if transposed else kernels.shape[1:]
     product = gmm(
         x.reshape(-1, x.shape[2]),
         kernels,
         blocks * block,
         dtype or x.dtype,
-        (block, tile, tile),
+        (block, tile(inputs, most), tile(outputs, most)),
         transpose_rhs=transposed,
         interpret=interpret,
     )
@@ -162,15 +164,31 @@ def _grouped(
 
 def _grouped_outer(x: Array, y: Array, blocks: Array, interpret: bool) -> Array:
     """[G, C, in] and [G, C, out] to the sums over each expert's rows [E, in, out]."""
-    block, tile = x.shape[1], _TILE // x.dtype.itemsize
+    block, inputs, outputs = *x.shape[1:], y.shape[2]
+    # Results are float32, so one side of their tiles is half as wide.
+    tiles = [(tile(inputs, 1024), tile(outputs, 512)), (tile(inputs, 512), tile(outputs, 1024))]
     return tgmm(
         x.reshape(-1, x.shape[2]).T,
         y.reshape(-1, y.shape[2]),
         blocks * block,
         jnp.float32,
-        (block, 512, tile),  # results are float32
+        (block, *min(tiles, key=lambda t: padded(inputs, t[0]) * padded(outputs, t[1]))),
         interpret=interpret,
     )
+
+
+def tile(size: int, most: int) -> int:
+    """Width of the tiles, in whole lanes, with which the least beyond `size` is computed.
+
+    At least half of `most`: smaller ones wait for memory.
+    """
+    widths = range(most // 2, most + 1, _LANES)
+    return min(widths, key=lambda width: (padded(size, width), -width))
+
+
+def padded(size: int, width: int) -> int:
+    """`size` in whole tiles of that width."""
+    return -(-size // width) * width
 
 
 def _inner(gate: Array, up: Array) -> Array:

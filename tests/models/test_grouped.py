@@ -94,3 +94,14 @@ def test_low_precision_keeps_weight_gradients_in_float32(form):
     d_tokens, d_scales, d_kernels = backward(tokens, scales, outer, gate, up, kernels, count)
     assert d_tokens.dtype == jnp.bfloat16 and d_scales.dtype == jnp.float32
     assert {x.dtype for x in d_kernels.values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("size", [896, 1536, 2048, 2816, 4864, 5504, 8960])
+def test_tiles_of_the_kernel_compute_little_beyond_a_width(size):
+    """Widths of the Qwen students; beside it, blocks add an eighth."""
+    assert grouped.padded(size, grouped.tile(size, 1024)) <= 1.1 * size
+
+
+@pytest.mark.parametrize(("size", "most", "expected"), [(896, 1024, 896), (8, 512, 256)])
+def test_a_tile_is_the_widest_that_computes_least(size, most, expected):
+    assert grouped.tile(size, most) == expected
