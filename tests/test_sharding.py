@@ -13,7 +13,7 @@ from moddistill import sharding
 from moddistill.collectives import collectives
 from moddistill.config import MeshConfig, MoeConfig
 from moddistill.initial import student_tokenizer
-from moddistill.model_folder import abstract_params
+from moddistill.model_folder import abstract_params, save_model
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
@@ -151,13 +151,26 @@ def first_steps(config, mesh, workdir):
 
 
 @pytest.fixture(scope="module")
-def steps(tiny_config, tmp_path_factory):
+def sparse_student(tiny_architecture, init, tokenizer, tmp_path_factory):
+    """What `d2s` leaves to `preference`."""
+    folder = tmp_path_factory.mktemp("student") / "model"
+    config = tiny_architecture("tiny", MoeConfig())
+    save_model(folder, config, init(config), tokenizer, {})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def steps(tiny_config, sparse_student, tmp_path_factory):
     """`steps(stage, mesh)`: two steps. A large eps, since Adam turns rounding into whole steps."""
 
     def run(stage, mesh):
         config = tiny_config(
             stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64}
         )
+        if stage == "preference":
+            config = dataclasses.replace(
+                config, student=sparse_student, tokenizer="", trainable="paper"
+            )
         data = dataclasses.replace(config.data, template="chatml", max_length=96)
         config = dataclasses.replace(config, data=data)
         return first_steps(config, mesh, tmp_path_factory.mktemp("run"))
@@ -190,6 +203,6 @@ def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
         np.testing.assert_allclose(
             value, expected_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name
         )
-    if stage == "d2s":
+    if stage in ("d2s", "preference"):
         [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
         assert experts == "expert"

@@ -66,12 +66,15 @@ def packed_shapes(shapes: dict[str, Any], weights: str, memory: str) -> dict[str
 
 
 def unpacked_shapes(kept: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Shapes in which parameters are read that `pack_all` then brings to those `kept`."""
+    """Shapes in which parameters are read that `pack_all` then brings to those `kept`.
+
+    What will be packed is read into host memory: unpacked, it may not fit on the device.
+    """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
         if not is_packed(x):
             return x
-        where = x["int8"].sharding.with_memory_kind("device")
+        where = x["int8"].sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(x["int8"].shape, dtype, sharding=where)
 
     return jax.tree.map(shape, kept, is_leaf=is_packed)
@@ -86,6 +89,7 @@ def pack_all(params: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             flat[path] = jax.device_put(flat[path], places[path].sharding)
             continue
         kernels = flat.pop(path)
+        kernels = jax.device_put(kernels, kernels.sharding.with_memory_kind("device"))
         packed = jax.jit(functools.partial(pack, axis=_line(path)))(kernels)
         for name, x in packed.items():
             flat[f"{path}/{name}"] = jax.device_put(x, places[f"{path}/{name}"].sharding)

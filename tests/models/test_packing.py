@@ -49,7 +49,10 @@ def test_matrices_of_the_layers_are_packed_and_nothing_else(shapes):
         if path.startswith("decoder/segment") and path.endswith("/kernel")
     }
     assert packed == expected
-    chex.assert_trees_all_equal(unpacked_shapes(kept, jnp.float32), plain)
+    read = unpacked_shapes(kept, jnp.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(read, plain)
+    on_host = {p for p, x in flatten(read).items() if x.sharding.memory_kind == "pinned_host"}
+    assert on_host == packed, "what will be packed is read into host memory"
 
 
 def test_matrices_of_layers_go_to_the_host_and_the_rest_stays(shapes):
