@@ -18,7 +18,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, 
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
-    """Number and bytes a step of each kind of collective, of one chip.
+    """Number and bytes a step of each kind of collective, of one device.
 
     Bytes are those of results. What lies in a loop counts once for every turn, where the number of
     turns is fixed, and once where it depends on data.
