@@ -87,7 +87,7 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
             f"of {', '.join(accelerators.CHIPS)}"
         )
     mesh = sharding.make_mesh(config.mesh, accelerators.devices_of(topology))
-    places = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    places = sharding.sample_places(mesh)
     size = config.batch_size
     counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % places == 0]
     for accumulate in counts or [1]:

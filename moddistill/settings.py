@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moddistill.config import LossConfig, MoeConfig, TrainConfig
 from moddistill.processes import is_first
-from moddistill.sharding import BATCH_AXES
+from moddistill.sharding import BATCH_AXES, sample_places
 from moddistill.stages import STAGES, stage_of
 from moddistill.tree import flatten
 
@@ -151,7 +151,7 @@ def _check_losses(config: TrainConfig) -> None:
 def check_spread(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ValueError unless the samples and positions can be spread over the devices."""
     _check_processes(mesh)
-    places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    places = sample_places(mesh)
     if (config.batch_size // config.accumulate) % places:
         raise ValueError(
             f"config.batch_size is {config.batch_size} in {config.accumulate} micro-batches; "

@@ -159,6 +159,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
 
 
+def sample_places(mesh: Mesh) -> int:
+    """Among how many groups of devices samples are spread."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This process's samples (numpy arrays) as parts of global arrays."""
     sharding = batch_sharding(mesh)
