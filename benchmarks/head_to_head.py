@@ -2,7 +2,8 @@
 
 A benchmark module has `SIDES`, from a name to a function that prepares the work in a folder and
 returns what is timed; `make_files(folder)`, if there is one, first writes what the sides read.
-Machines are noisy, so sides alternate and medians are compared.
+Machines are noisy, so sides alternate and medians are compared. What is timed returns figures of
+its result; in every round all sides that have a figure must agree on it.
 
 Peaks are those of the resident memory of a whole process while it runs, behind one run that is not
 counted: neither the making of weights and inputs nor compilation is in them. The peak of the work
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+_AGREE = 1e-5  # relative difference that rounding explains
 
 
 def serve(module: str, side: str, folder: str) -> None:
@@ -37,8 +39,8 @@ def serve(module: str, side: str, folder: str) -> None:
     print("ready", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
-        run()
-        print(time.perf_counter() - began, flush=True)
+        figures = run()
+        print(json.dumps([time.perf_counter() - began, figures]), flush=True)
     print(resident_bytes("VmHWM"), ready)
 
 
@@ -70,10 +72,13 @@ def _compare(module: str, rounds: int, folder: Path) -> dict[str, Any]:
     children = {side: _start(module, side, folder) for side in benchmark.SIDES}
     seconds: dict[str, list[float]] = {side: [] for side in children}
     for _ in range(rounds):
+        figures = {}
         for side, child in children.items():
             child.stdin.write("run\n")
             child.stdin.flush()
-            seconds[side].append(float(child.stdout.readline()))
+            taken, figures[side] = json.loads(child.stdout.readline())
+            seconds[side].append(taken)
+        check_agreement(figures)
     result = {}
     for side, child in children.items():
         with child:
@@ -86,6 +91,15 @@ def _compare(module: str, rounds: int, folder: Path) -> dict[str, Any]:
             "peak_bytes_of_the_work": peak - ready,
         }
     return result
+
+
+def check_agreement(figures: dict[str, dict[str, float]]) -> None:
+    """Raises RuntimeError unless all sides that have a figure have it alike."""
+    for name in sorted(set().union(*figures.values())):
+        values = {side: found[name] for side, found in figures.items() if name in found}
+        first = next(iter(values.values()))
+        if not all(abs(value - first) <= _AGREE * abs(first) for value in values.values()):
+            raise RuntimeError(f"sides disagree on {name}: {values}")
 
 
 def _start(module: str, side: str, folder: Path) -> subprocess.Popen:

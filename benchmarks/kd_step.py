@@ -6,9 +6,11 @@ Teacher: CLIP, projector and a Qwen2 of width 1,024; student: the same tower and
 512 with 4 experts, top 2, in every second layer. Real vocabulary of 151,936, 4 rows of 512
 positions, a quarter of them supervised, 64 of them a picture. KL, cross entropy and balance loss;
 AdamW of experts, routers and projector; float32. Ours rematerialises its layers, as all experiments
-of full size do; the torch side holds all logits, as the reference does.
+of full size do, and takes logits of 64 positions at a time, a quarter of the default; the torch
+side holds all logits, as the reference does.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -68,14 +70,17 @@ def make_files(folder: Path) -> None:
     from tools.convert_weights.export import export_model
 
     tokenizer = train_bpe(["a small tokenizer"], 300)
+    tower = {}
     for name, config, seed in zip(("student", "teacher"), architectures(), (0, 1), strict=True):
         init = jax.jit(lambda rng, config=config: Vlm(config).init(rng, dummy_batch(config)))
         params = unbox(init(jax.random.key(seed)))["params"]
+        tower = tower or {"vision": params["vision"]}
+        params |= tower
         save_model(folder / name, config, params, tokenizer, {})
         export_model(folder / name, folder / f"{name}-hf", max_shard_size=10**10)
 
 
-def ours(folder: Path) -> Callable[[], None]:
+def ours(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
     from moddistill.config import LossConfig, OptimConfig, TrainConfig
@@ -101,22 +106,23 @@ def ours(folder: Path) -> Callable[[], None]:
     frozen = without_tower(load_params(folder / "teacher", teacher))
     batch = jax.block_until_ready((state, frozen, put_batch(mesh, records())))[2]
 
-    def run() -> None:
+    def run() -> dict[str, float]:
         nonlocal state
-        state, metrics = program.step(state, frozen, batch)
-        jax.block_until_ready(metrics)
+        state, metrics = jax.block_until_ready(program.step(state, frozen, batch))
+        return {name: float(np.divide(*metrics[name])) for name in ("ce", "balance")}
 
     return run
 
 
-def theirs(folder: Path) -> Callable[[], None]:
+def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
     from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
     from transformers import AutoModelForImageTextToText
 
     def load(name: str) -> torch.nn.Module:
         load = AutoModelForImageTextToText.from_pretrained
-        return load(folder / f"{name}-hf", dtype=torch.float32).train()
+        model = load(folder / f"{name}-hf", dtype=torch.float32).train()
+        return copy.deepcopy(model)  # in memory, not in a file
 
     student, teacher = load("student"), load("teacher").eval()
     routers = []
@@ -138,22 +144,23 @@ def theirs(folder: Path) -> Callable[[], None]:
     supervised = torch.from_numpy(batch["loss_mask"][:, 1:].copy())
     labels = tokens[:, 1:]
 
-    def run() -> None:
+    def run() -> dict[str, float]:
         routers.clear()
         logits = student(**inputs, use_cache=False).logits[:, :-1]
         with torch.no_grad():
             target = softmax(teacher(**inputs, use_cache=False).logits[:, :-1], -1)
         mimic = -(target * log_softmax(logits, -1)).sum(-1)
         ce = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        loss = ((mimic + ce) * supervised).sum() / supervised.sum()
+        mimic, ce = ((x * supervised).sum() / supervised.sum() for x in (mimic, ce))
+        balance = 0.0
         for scores, _, chosen in routers:
             first = one_hot(chosen[:, 0], scores.shape[1]).float().mean(0)
-            balance = scores.shape[1] * (first * softmax(scores, -1).mean(0)).sum()
-            loss = loss + BALANCE * balance
-        loss.backward()
+            balance += scores.shape[1] * (first * softmax(scores, -1).mean(0)).sum()
+        (mimic + ce + BALANCE * balance).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return {"ce": ce.item(), "balance": balance.item() / len(routers)}
 
     return run
 

@@ -8,6 +8,7 @@ experts. float32.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,12 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
-def ours(_: Path) -> Callable[[], None]:
+def figures(gradients: dict[str, Any]) -> dict[str, float]:
+    """Lengths of gradients, of the first expert alone where there are several."""
+    return {name: float(np.linalg.norm(np.asarray(x[0]))) for name, x in gradients.items()}
+
+
+def ours(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -48,10 +54,10 @@ def ours(_: Path) -> Callable[[], None]:
         return jnp.sum(mix_experts(params["tokens"], weights, chosen, keep, experts) ** 2)
 
     step = jax.jit(jax.grad(loss))
-    return lambda: jax.block_until_ready(step(params))
+    return lambda: figures(jax.block_until_ready(step(params)))
 
 
-def dense(_: Path) -> Callable[[], None]:
+def dense(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -61,15 +67,20 @@ def dense(_: Path) -> Callable[[], None]:
     tokens = jnp.asarray(arrays()["tokens"])[None]
     params = jax.jit(layer.init)(jax.random.key(0), tokens)
     step = jax.jit(jax.grad(lambda p, x: jnp.sum(layer.apply(p, x) ** 2), argnums=(0, 1)))
-    return lambda: jax.block_until_ready(step(params, tokens))
+
+    def run() -> dict[str, float]:
+        jax.block_until_ready(step(params, tokens))
+        return {}  # other weights than the experts'
+
+    return run
 
 
-def theirs(_: Path) -> Callable[[], None]:
+def theirs(_: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     params = {name: torch.from_numpy(x).requires_grad_() for name, x in arrays().items()}
 
-    def run() -> None:
+    def run() -> dict[str, float]:
         for x in params.values():
             x.grad = None
         tokens = params["tokens"]
@@ -83,6 +94,7 @@ def theirs(_: Path) -> Callable[[], None]:
             y = (hidden @ params["down"][e]) * weights[rows, choice, None]
             out = out.index_add(0, rows, y)
         (out**2).sum().backward()
+        return figures({name: x.grad for name, x in params.items()})
 
     return run
 

@@ -1,9 +1,10 @@
 import time
 
 import numpy as np
+import pytest
 
 from benchmarks import convert
-from benchmarks.head_to_head import compare
+from benchmarks.head_to_head import check_agreement, compare
 from tools.convert_weights.sources import read_source
 
 MIB = 2**20
@@ -14,7 +15,7 @@ def make_files(folder):
 
 
 def nothing(_):
-    return lambda: None
+    return lambda: {"size": 64.0}
 
 
 def slow_and_large(folder):
@@ -22,7 +23,7 @@ def slow_and_large(folder):
 
     def run():
         time.sleep(0.02)
-        np.ones(size, np.uint8)
+        return {"size": np.ones(size, np.uint8).sum() / MIB, "mine": 1.0}
 
     return run
 
@@ -35,6 +36,13 @@ def test_sides_are_timed_and_weighed():
     assert result["nothing"]["seconds"] < 0.02 < result["slow"]["seconds"]
     assert result["slow"]["peak_bytes_of_the_work"] > 60 * MIB
     assert result["nothing"]["peak_bytes_of_the_work"] < 30 * MIB
+
+
+@pytest.mark.parametrize("other", [1.00002, -1.0, float("nan")])
+def test_sides_that_do_other_work(other):
+    check_agreement({"ours": {"loss": 1.0}, "dense": {}, "theirs": {"loss": 1.000005}})
+    with pytest.raises(RuntimeError, match="sides disagree on loss"):
+        check_agreement({"ours": {"loss": 1.0}, "theirs": {"loss": other}})
 
 
 def test_checkpoint_that_is_converted(tmp_path):
