@@ -170,7 +170,7 @@ def test_blocks_of_queries_give_the_same_values_and_gradients(monkeypatch):
     [
         ((2, 12, 4, 64), jnp.bfloat16, True, True),
         ((2, 576, 4, 64), jnp.bfloat16, False, True),
-        ((2, 577, 4, 64), jnp.bfloat16, False, False),  # a tower with its class token
+        ((2, 577, 4, 64), jnp.bfloat16, False, True),  # a tower with its class token
         ((2, 577, 4, 64), jnp.bfloat16, True, False),
         ((2, 12, 4, 64), jnp.float32, True, False),
         ((2, 12, 4, 20), jnp.bfloat16, True, False),
@@ -189,3 +189,24 @@ def test_gpus_attend_with_cudnn_where_it_has_a_kernel(monkeypatch, shape, dtype,
 
     lowered = jax.jit(jax.grad(loss)).trace(query).lower(lowering_platforms=("cuda",))
     assert ("__cudnn$fmha" in lowered.as_text()) == fused
+
+
+def test_the_position_that_makes_a_length_even_changes_nothing(monkeypatch):
+    plain = jax.nn.dot_product_attention
+    lengths = []
+
+    def anywhere(query, *rest, implementation, **options):
+        assert implementation == "cudnn"
+        lengths.append(query.shape[1])
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(module, "_cudnn_serves", lambda *_: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
+    arrays = [draw.normal(2, 7, 3, 8, seed=seed) for seed in range(3)]
+
+    def loss(function):
+        return jax.value_and_grad(lambda *x: jnp.sum(function(*x) ** 2), argnums=(0, 1, 2))(*arrays)
+
+    filled = loss(lambda *x: module.attend(*x, None))
+    chex.assert_trees_all_close(filled, loss(plain), atol=1e-5)
+    assert lengths == [8]
