@@ -20,7 +20,7 @@ from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from moddistill.sharding import param_shardings, unbox
-from moddistill.stages import Stage
+from moddistill.stages import stage_of
 from moddistill.state import cast_frozen
 from moddistill.tree import Flat, flatten
 
@@ -55,22 +55,28 @@ def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def student_architectures(
-    config: TrainConfig, stage: Stage, tokenizer: Tokenizer
+    config: TrainConfig, tokenizer: Tokenizer
 ) -> tuple[ModelConfig, ModelConfig]:
-    """What `config.student` holds, and what the stage trains: with its tower, its experts."""
+    """What `config.student` holds, and what the stage trains."""
     base = architecture(config.student, tokenizer)
+    if not config.vision:
+        return base, trained_architecture(config, base, None)
+    if base.vision is not None:
+        raise ValueError(
+            f"config.vision is {config.vision!r}, but the student {config.student!r} has a tower "
+            "already; accepted: an empty string"
+        )
+    return base, trained_architecture(config, base, architecture(config.vision, tokenizer))
+
+
+def trained_architecture(
+    config: TrainConfig, base: ModelConfig, tower: ModelConfig | None
+) -> ModelConfig:
+    """The student with the stage's template, the tower of another model, and its experts."""
     target = dataclasses.replace(base, template=config.data.template)
-    if config.vision:
-        if base.vision is not None:
-            raise ValueError(
-                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
-                "tower already; accepted: an empty string"
-            )
-        tower = architecture(config.vision, tokenizer).vision
-        target = dataclasses.replace(target, vision=tower)
-    if stage.sparse:
-        target = upcycle_config(target, config.moe)
-    return base, target
+    if tower is not None:
+        target = dataclasses.replace(target, vision=tower.vision)
+    return upcycle_config(target, config.moe) if stage_of(config).sparse else target
 
 
 def student_params(

@@ -30,6 +30,7 @@ from moddistill.collectives import collectives
 from moddistill.command import parse_flags, plain_errors
 from moddistill.config import TrainConfig, from_config_dict
 from moddistill.flops import work_of
+from moddistill.initial import check_teacher, trained_architecture
 from moddistill.model_folder import as_model_folder, read_model_config
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
@@ -100,15 +101,16 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
 
 def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]:
     """Student, with its experts, and teacher of an experiment whose models may not exist yet."""
-    stage = stage_of(config)
     student = _architecture(config.student)
-    student = dataclasses.replace(student, template=config.data.template)
-    if config.vision:
-        student = dataclasses.replace(student, vision=_architecture(config.vision).vision)
-    makes_experts = stage.sparse or (config.stage == "preference" and not student.decoder.moe)
-    if makes_experts:
-        student = upcycle_config(student, config.moe)
-    return student, _architecture(config.teacher) if config.teacher else None
+    if config.stage == "preference" and not student.decoder.moe:
+        student = upcycle_config(student, config.moe)  # a preset for what `d2s` made of it
+    tower = _architecture(config.vision) if config.vision else None
+    student = trained_architecture(config, student, tower)
+    if not config.teacher:
+        return student, None
+    teacher = _architecture(config.teacher)
+    check_teacher(teacher, student, config.teacher)
+    return student, teacher
 
 
 def _architecture(spec: str) -> ModelConfig:

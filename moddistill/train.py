@@ -109,7 +109,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
 
 def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
     """The compiled step's function, the state before the first step, the teacher's parameters."""
-    base, target = student_architectures(config, stage_of(config), tokenizer)
+    base, target = student_architectures(config, tokenizer)
     teacher = teacher_architecture(config, target, tokenizer)
     program = make_program(config, target, teacher, mesh)
     teacher_params = None
@@ -139,7 +139,7 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
 
 def open_streams(config: TrainConfig, tokenizer: Tokenizer, workdir: Path) -> Streams:
     """Opens all records of a run, before any model takes time to load."""
-    _, target = student_architectures(config, stage_of(config), tokenizer)
+    _, target = student_architectures(config, tokenizer)
     training = _batches(config, config.data, target, tokenizer, workdir)
     if not config.heldout_steps:
         return Streams(training, None)

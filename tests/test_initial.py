@@ -14,7 +14,6 @@ from moddistill.data.tokenizer import Tokenizer, train_bpe
 from moddistill.model_folder import load, save_model
 from moddistill.program import make_program
 from moddistill.sharding import make_mesh
-from moddistill.stages import STAGES
 from moddistill.tree import flatten
 
 
@@ -33,7 +32,7 @@ def start(tokenizer, mesh):
     """`start(config)`: what a stage trains, before the first step."""
 
     def make(config):
-        base, target = initial.student_architectures(config, STAGES[config.stage], tokenizer)
+        base, target = initial.student_architectures(config, tokenizer)
         return target, initial.student_params(config, base, target, mesh)
 
     return make
@@ -99,7 +98,7 @@ def test_student_that_does_not_fit(tiny_config, tiny_models, fields, message):
     config = tiny_config("d2s", **fields)
     with pytest.raises(ValueError, match=message):
         tokenizer = initial.student_tokenizer(config)
-        initial.student_architectures(config, STAGES["d2s"], tokenizer)
+        initial.student_architectures(config, tokenizer)
 
 
 def changed(config, **fields):
