@@ -15,10 +15,31 @@ pytestmark = pytest.mark.slow
 PATIENCE = 400  # seconds; two processes share the machine with whatever else runs
 
 
-def free_port():
+def free_port(port=0):
+    """A port that nobody listens on: this one, or any; None if this one is taken."""
     with socket.socket() as listener:
-        listener.bind(("localhost", 0))
+        try:
+            listener.bind(("localhost", port))
+        except OSError:
+            return None
         return listener.getsockname()[1]
+
+
+def by_flags(processes):
+    """Arguments and environment of each process that is told everything by flags."""
+    flags = ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
+    return [([*flags, "--process", str(index)], {}) for index in range(processes)]
+
+
+def by_slurm(processes):
+    """As `srun` starts them, on one node; JAX makes the port of the job's number."""
+    job = next(job for job in range(os.getpid(), 2**30) if free_port(61440 + job % 4096))
+    env = {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": processes}
+    places = [{"PROCID": index, "LOCALID": index} for index in range(processes)]
+    return [
+        (["--coordinator", "auto"], {f"SLURM_{k}": str(v) for k, v in (env | place).items()})
+        for place in places
+    ]
 
 
 @pytest.fixture
@@ -26,23 +47,25 @@ def start(tmp_path):
     """`start(workdir, ...)`: runs of the smallest d2s stage; none outlives its test."""
     running = []
 
-    def make(workdir, *extra, devices, processes=1):
+    def make(workdir, *extra, devices, told=(([], {}),)):
         env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
         env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
         command = [sys.executable, "-m", "moddistill.train", "--config", "experiments/d2s.py:tiny"]
         command += ["--workdir", str(workdir), "--config.remat=none", *extra]
-        joined = ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
         started = []
-        for index in range(processes):
-            whole = command + (joined + ["--process", str(index)] if processes > 1 else [])
+        for flags, more in told:
             with said(tmp_path, len(running)).open("w") as errors:
-                started.append(subprocess.Popen(whole, env=env, stderr=errors))
+                started.append(subprocess.Popen(command + flags, env=env | more, stderr=errors))
             running.append(started[-1])
         return started
 
     def finish(*args, **kwargs):
-        for run in make(*args, **kwargs):
-            assert run.wait(PATIENCE) == 0, said(tmp_path, running.index(run)).read_text()
+        """Runs to the end; what each process wrote to its standard error."""
+        started = make(*args, **kwargs)
+        texts = [said(tmp_path, running.index(run)) for run in started]
+        for run, text in zip(started, texts, strict=True):
+            assert run.wait(PATIENCE) == 0, text.read_text()
+        return [text.read_text() for text in texts]
 
     make.finish = finish
     yield make
@@ -61,29 +84,36 @@ def losses(workdir):
 
 
 def test_two_processes_are_one_run(tmp_path, start):
-    start.finish(tmp_path / "one", devices=8)
-    start.finish(tmp_path / "two", devices=4, processes=2)
+    """Experts and kernels lie across both, an eighth on a device; the first alone says anything."""
+    wide = [f"--config.{x}" for x in ("mesh.data=1", "mesh.expert=8", "moe.num_experts=8")]
+    [alone] = start.finish(tmp_path / "one", *wide, devices=8)
+    first, second = start.finish(tmp_path / "two", *wide, devices=4, told=by_flags(2))
     assert len(losses(tmp_path / "two")) == 4
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
     written = {path.name for path in (tmp_path / "two" / "model").iterdir()}
     assert written == {path.name for path in (tmp_path / "one" / "model").iterdir()}
+    for text in (alone, first):
+        assert "experts are computed by a loop over pieces of one expert" in text
+    assert "experts are computed by" not in second and "step" not in second
 
 
 def test_a_process_that_dies_ends_the_other_and_the_run_resumes(tmp_path, start):
+    """First the one that does not coordinate, then the one that does; told by Slurm."""
     run = tmp_path / "run"
-    first, second = start(run, "--config.steps=30", devices=4, processes=2)
-    until = time.monotonic() + PATIENCE
-    while len(losses(run)) < 5:
-        assert time.monotonic() < until
-        assert first.poll() is None, said(tmp_path, 0).read_text()
-        time.sleep(0.2)
-    second.kill()
-    assert first.wait(240) != 0
-    assert not (run / "model").exists()
-    done = len(losses(run))
-    start.finish(run, "--config.steps=30", devices=4, processes=2)
+    for victim, done in ((1, 5), (0, 8)):
+        processes = start(run, "--config.steps=30", devices=4, told=by_slurm(2))
+        survivor = processes[1 - victim]
+        until = time.monotonic() + PATIENCE
+        while len(losses(run)) < done:
+            assert time.monotonic() < until
+            assert all(process.poll() is None for process in processes), "see stderr-*.txt"
+            time.sleep(0.2)
+        processes[victim].kill()
+        assert survivor.wait(240) != 0
+        assert not (run / "model").exists()
+        assert len(losses(run)) < 30
+    start.finish(run, "--config.steps=30", devices=4, told=by_slurm(2))
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 31))
-    assert done < 30
 
 
 def test_index_outside_of_the_processes():

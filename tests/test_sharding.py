@@ -163,9 +163,9 @@ def sparse_student(tiny_architecture, init, tokenizer, tmp_path_factory):
 def steps(tiny_config, sparse_student, tmp_path_factory):
     """`steps(stage, mesh)`: two steps. A large eps, since Adam turns rounding into whole steps."""
 
-    def run(stage, mesh):
+    def run(stage, mesh, **more):
         config = tiny_config(
-            stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64}
+            stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64}, **more
         )
         if stage == "preference":
             config = dataclasses.replace(
@@ -192,17 +192,28 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("stage", STAGES)
-def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
-    (params, metrics), state = steps(stage, make_mesh(MESHES[mesh]))
-    expected_params, expected_metrics = one_device(stage)
+def check_same(got, expected):
+    (params, metrics), (expected_params, expected_metrics) = got, expected
     for path, value in params.items():
         np.testing.assert_allclose(value, expected_params[path], atol=1e-5, err_msg=path)
     for name, value in metrics.items():
         np.testing.assert_allclose(
             value, expected_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name
         )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
+    got, state = steps(stage, make_mesh(MESHES[mesh]))
+    check_same(got, one_device(stage))
     if stage in ("d2s", "preference"):
         [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
         assert experts == "expert"
+
+
+def test_nor_do_micro_batches_with_a_packed_teacher_and_rows_sent_all_to_all(steps):
+    more = {"accumulate": 2, "teacher_weights": "int8"}
+    got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), moe={"transport": "all_to_all"}, **more)
+    expected, _ = steps("d2s", one_device_mesh(), **more)
+    check_same(got, expected)

@@ -5,12 +5,14 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moddistill import sharding, train
 from moddistill.metrics import read_metrics
 from moddistill.model_folder import load, save_model
+from moddistill.state import State
 from moddistill.tree import flatten
 
 TIMING = ("seconds", "tokens_per_second", "student_tflops", "teacher_tflops")
@@ -199,6 +201,24 @@ def test_held_out_records_are_measured_at_the_end(finished, tmp_path):
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last.keys() >= {"step", "heldout_loss", "heldout_reward_accuracy"}
     assert 0 <= last["heldout_reward_accuracy"] <= 1
+
+
+def test_held_out_batches_are_measured_in_micro_batches(tiny_config):
+    """Two batches of sixteen samples in halves; a mean over all of them."""
+    sizes = []
+
+    class Loss:
+        def __call__(self, params, frozen, teacher, batch, rng):
+            sizes.append(batch["x"].shape)
+            return 0.0, {"x": (batch["x"].sum(), batch["x"].size)}
+
+    config = tiny_config("sft", batch_size=16, accumulate=2, heldout_steps=2)
+    state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
+    records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
+    run = train.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, work=None)
+    means = train.measure(config, run, state, records, sharding.make_mesh(config.mesh))
+    assert means == {"heldout_x": 15.0}
+    assert sizes == [(8,)]  # compiled once
 
 
 def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_path, monkeypatch):
