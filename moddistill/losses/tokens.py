@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.sharding import MESH_AXES, is_distributed
+from moddistill.sharding import BATCH_AXES, MESH_AXES, is_distributed
 
 _MASKED = -1e30  # a logit that can never be chosen; finite, so that 0 * log 0 stays 0
 
@@ -102,20 +102,33 @@ def _over_devices(summed: Callable) -> Callable:
 
     The heads are gathered once, before the loop; their gradients are added up once, behind it.
     Positions are spread along `tensor` too: shards of two vocabularies with different padding would
-    not meet each other.
+    not meet each other. They are dealt out in turn, since the supervised ones of a sample lie
+    together.
     """
-    rows, whole = PartitionSpec(MESH_AXES), PartitionSpec()
+    hands = jax.sharding.get_abstract_mesh().shape["tensor"]
+    dealt, whole = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec()
 
-    def share(heads: Heads, labels: Array, weights: dict[str, Array]) -> tuple[Array, Any]:
-        total, values = summed(heads, labels, weights)
-        return jax.lax.psum(total, MESH_AXES), values
+    def share(*arguments: Any) -> tuple[Array, Any]:
+        total, values = summed(*_of_positions(lambda x: x[:, 0], *arguments))
+        return jax.lax.psum(total, MESH_AXES), jax.tree.map(lambda x: x[:, None], values)
 
-    return jax.shard_map(
-        share,
-        in_specs=(Heads(rows, whole, rows, whole), rows, rows),
-        out_specs=(whole, rows),
-        check_vma=False,
-    )
+    def over(*arguments: Any) -> tuple[Array, Any]:
+        total, values = jax.shard_map(
+            share,
+            in_specs=(Heads(dealt, whole, dealt, whole), dealt, dealt),
+            out_specs=(whole, dealt),
+            check_vma=False,
+        )(*_of_positions(lambda x: x.reshape(-1, hands, *x.shape[1:]), *arguments))
+        return total, jax.tree.map(lambda x: x.reshape(-1), values)
+
+    return over
+
+
+def _of_positions(change: Callable, heads: Heads, labels: Array, weights: Any) -> tuple[Any, ...]:
+    """The same arguments of a sum, all arrays of positions changed."""
+    arrays = (heads.hidden, heads.teacher_hidden, labels, weights)
+    hidden, teacher_hidden, *rest = jax.tree.map(change, arrays)
+    return heads._replace(hidden=hidden, teacher_hidden=teacher_hidden), *rest
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -239,3 +239,33 @@ def test_sharded_heads_are_gathered_before_the_loop_over_chunks():
     collective = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(")
     assert "all-gather" in {kind for kind, _ in collective.findall(outside)}
     assert not collective.findall(inside)
+
+
+def test_supervised_positions_are_dealt_out_along_tensor():
+    """Eight at the end of 32, on four devices: two for each, one chunk of two."""
+    chunks = []
+
+    def token_fn(logits, _, labels):
+        place = jax.lax.axis_index("tensor")
+        jax.debug.callback(
+            lambda place, labels: chunks.append((int(place), *labels)), place, labels
+        )
+        return {"ce": cross_entropy(logits, labels)}
+
+    rng = np.random.default_rng(0)
+    heads = Heads(*(jnp.asarray(rng.normal(size=(n, WIDTH)), jnp.float32) for n in (64, VOCAB)))
+    labels = jnp.arange(64, dtype=jnp.int32) % 32
+    weights = {"ce": (labels >= 24).astype(jnp.float32)}
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
+        summed = jax.jit(lambda *x: weighted_sum(token_fn, *x, chunk=2, real_vocab=VOCAB))
+        total, values = jax.block_until_ready(summed(heads, labels, weights))
+    jax.effects_barrier()
+    assert sorted(chunks) == sorted(2 * [(i, 24 + i, 28 + i) for i in range(4)])
+    expected, in_order = weighted_sum(
+        lambda logits, _, labels: {"ce": cross_entropy(logits, labels)},
+        *(heads, labels, weights),
+        chunk=64,
+        real_vocab=VOCAB,
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(values["ce"], in_order["ce"], rtol=1e-5)
