@@ -6,6 +6,7 @@ tokenizer.json, tokenizer_config.json, preprocessor_config.json
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -146,6 +147,7 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
+@functools.cache  # tracing a model takes part of a second, and many ask
 def abstract_params(config: ModelConfig) -> Any:
     """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
     model = Vlm(config)

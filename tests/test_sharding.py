@@ -13,7 +13,7 @@ from moddistill import sharding
 from moddistill.collectives import collectives
 from moddistill.config import MeshConfig, MoeConfig
 from moddistill.initial import student_tokenizer
-from moddistill.model_folder import abstract_params, save_model
+from moddistill.model_folder import abstract_params
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
@@ -151,25 +151,27 @@ def first_steps(config, mesh, workdir):
 
 
 @pytest.fixture(scope="module")
-def sparse_student(tiny_architecture, init, tokenizer, tmp_path_factory):
-    """What `d2s` leaves to `preference`."""
-    folder = tmp_path_factory.mktemp("student") / "model"
-    config = tiny_architecture("tiny", MoeConfig())
-    save_model(folder, config, init(config), tokenizer, {})
-    return str(folder)
+def steps(tiny_config, tiny_models, tmp_path_factory):
+    """`steps(stage, mesh)`: two steps, `sft` from new parameters, the others from saved ones.
 
-
-@pytest.fixture(scope="module")
-def steps(tiny_config, sparse_student, tmp_path_factory):
-    """`steps(stage, mesh)`: two steps. A large eps, since Adam turns rounding into whole steps."""
+    A large eps, since Adam turns rounding into whole steps.
+    """
+    teacher = str(tiny_models["teacher"])
+    saved = {"init": ("dense", ""), "d2d": ("dense", teacher), "d2s": ("dense", teacher)}
+    saved |= {"preference": ("sparse", teacher)}
 
     def run(stage, mesh, **more):
         config = tiny_config(
             stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64}, **more
         )
-        if stage == "preference":
+        if stage in saved:
+            student, teacher = saved[stage]
             config = dataclasses.replace(
-                config, student=sparse_student, tokenizer="", trainable="paper"
+                config,
+                student=str(tiny_models[student]),
+                teacher=teacher,
+                tokenizer="",
+                trainable="paper",
             )
         data = dataclasses.replace(config.data, template="chatml", max_length=96)
         config = dataclasses.replace(config, data=data)
