@@ -44,6 +44,9 @@ CHIPS = {
     "b200": Chip("NVIDIA B200", 180 * 10**9, 2250e12),
 }
 
+# In which the chips of a TPU lie.
+_DIRECTIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -88,7 +91,14 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
             f"topology {topology!r} states no sizes; accepted: such as v5e:4x4, v5p:2x2x1, h100:8 "
             "or cpu:8"
         )
-    return name, tuple(int(size) for size in sizes.split("x"))
+    counts = tuple(int(size) for size in sizes.split("x"))
+    directions = _DIRECTIONS.get(name, len(counts))
+    if len(counts) != directions:
+        raise ValueError(
+            f"topology {topology!r} has {len(counts)} sizes; accepted: {directions}, as chips of "
+            f"{name} lie in so many directions, such as {name}:{'x'.join('2' * directions)}"
+        )
+    return name, counts
 
 
 def devices_of(topology: str) -> list[Any]:

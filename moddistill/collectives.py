@@ -14,7 +14,7 @@ _LOOP = re.compile(
 )
 _CALL = re.compile(r"(?:calls|to_apply|\w+_computation)=%?([\w.-]+)|branch_computations=\{(.*?)\}")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES = {"pred": 1, "token": 0}  # of types without their bits in the name
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
@@ -45,7 +45,9 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
 
 def _bytes(shape: tuple[str, str]) -> int:
     dtype, dims = shape
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+    bits = re.search(r"\d+", dtype)
+    size = int(bits[0]) // 8 if bits else _BYTES[dtype]
+    return size * math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _turns(computations: dict[str, str]) -> dict[str, int]:

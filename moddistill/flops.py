@@ -80,20 +80,23 @@ def step_flops(config: ModelConfig, tokens: Tokens, trained: set[str]) -> float:
     """Of a student's forward and backward pass, in which only `trained` paths get a gradient.
 
     The gradient of activations costs as much as the forward pass wherever something below trains,
-    that of weights as much again where they train. A frozen tower is below everything.
+    that of weights as much again where they train. Attention multiplies activations with each
+    other, whose gradients are two. A frozen tower is below everything.
     """
     share = _trained_share(config, trained)
     tower_trains = any(path.startswith("vision/") for path in trained)
     tower = tokens.images * tower_flops(config.vision) if config.vision else 0.0
-    rest = forward_flops(config, tokens) - tower
-    return tower * (3.0 if tower_trains else 1.0) + rest * (2.0 + share)
+    decoder = config.decoder
+    scores = tokens.rows * tokens.length * decoder.layers * _score_flops(decoder, tokens.length)
+    rest = forward_flops(config, tokens) - tower - scores
+    return tower * (3.0 if tower_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
 
 
 def decoder_flops(decoder: DecoderConfig, length: int) -> float:
     """Of all layers, for one token of a sequence of that length."""
     heads = decoder.heads * decoder.head_dim
     projections = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim)
-    attention = 2.0 * projections + 4.0 * length * heads
+    attention = 2.0 * projections + _score_flops(decoder, length)
     dense = 6.0 * decoder.width * decoder.mlp
     sparse = dense
     if decoder.moe is not None:
@@ -103,6 +106,11 @@ def decoder_flops(decoder: DecoderConfig, length: int) -> float:
         sparse += dense if decoder.moe.residual else 0.0
     experts = len(decoder.moe_layers)
     return decoder.layers * attention + experts * sparse + (decoder.layers - experts) * dense
+
+
+def _score_flops(decoder: DecoderConfig, length: int) -> float:
+    """Of one layer's queries with keys and weights with values, for one token."""
+    return 4.0 * length * decoder.heads * decoder.head_dim
 
 
 def tower_flops(vision: VisionConfig) -> float:

@@ -52,6 +52,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     check_settings(config)
     student, teacher = architectures(config)
     devices = accelerators.devices_of(topology)
+    _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     check_spread(config, mesh)
     # Outside of the mesh, whose devices cannot run even the smallest operation.
@@ -68,13 +69,15 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "chips": len(devices) // cores,
         "shared_tower": shared,
         "micro_batch": config.batch_size // config.accumulate,
-        **_memory(compiled, cores),
+        "steps": config.steps,
+        "samples": config.steps * config.batch_size,
+        **_memory(compiled, topology),
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
     work = work_of(config, student, teacher, set(program.state.params), shared)
     report |= {"model_flops_per_step": work.student, "teacher_flops_per_step": work.teacher}
-    return report | _verdict(report, topology, config.steps, utilisation)
+    return report | _verdict(report, topology, utilisation)
 
 
 def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
@@ -144,17 +147,30 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dic
     return batch
 
 
-def _memory(compiled: Any, cores: int) -> dict[str, int | None]:
-    """What the compiler says of one device, for a chip of so many; None without a program."""
+def _check_memory(config: TrainConfig, topology: str) -> None:
+    name, _ = accelerators.parse(topology)
+    if config.teacher_memory == "host" and name in accelerators.GPUS:
+        raise ValueError(
+            f"config.teacher_memory is 'host', which a GPU that is only described, as "
+            f"{topology!r}, does not have; accepted: 'device', or a TPU"
+        )
+
+
+def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
+    """What the compiler says of a chip; None without a program."""
     memory = compiled.memory_analysis() if compiled else None
     if memory is None:
         return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
-    # The peak counts what lies in host memory, too.
-    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    if accelerators.parse(topology)[0] == "cpu":  # whose peak is without what is temporary
+        peak = arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    else:  # which counts what lies in host memory, too
+        peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    cores = accelerators.devices_per_chip(topology)
     return {
         "peak_bytes_per_chip": cores * peak,
-        "argument_bytes_per_chip": cores * memory.argument_size_in_bytes,
-        "temp_bytes_per_chip": cores * memory.temp_size_in_bytes,
+        "argument_bytes_per_chip": cores * arguments,
+        "temp_bytes_per_chip": cores * temporary,
     }
 
 
@@ -201,9 +217,7 @@ def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
     return sizes
 
 
-def _verdict(
-    report: dict[str, Any], topology: str, steps: int, utilisation: float
-) -> dict[str, Any]:
+def _verdict(report: dict[str, Any], topology: str, utilisation: float) -> dict[str, Any]:
     name, _ = accelerators.parse(topology)
     if name == "cpu":
         return {"fits": None}
@@ -215,7 +229,7 @@ def _verdict(
         "allowed_bytes_per_chip": allowed,
         "fits": report["peak_bytes_per_chip"] is not None
         and report["peak_bytes_per_chip"] <= allowed,
-        "days": steps * flops / speed / 86400,
+        "days": report["steps"] * flops / speed / 86400,
         "utilisation": utilisation,
     }
 
@@ -244,18 +258,22 @@ def describe(report: dict[str, Any]) -> str:
     if report["fits"] is not None:
         word = "fits" if report["fits"] else "does not fit"
         lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
-        lines.append(f"{report['days']:.2f} days at {report['utilisation']:.0%} utilisation")
+        lines.append(
+            f"{report['days']:.2f} days at {report['utilisation']:.0%} utilisation, "
+            f"for {report['steps']:,} steps or {report['samples']:,} samples"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Entry point of `python -m moddistill.plan`."""
     values = config_flags.DEFINE_config_file("config", help_string="Experiment file.")
+    flags.mark_flag_as_required("config")
     topology = flags.DEFINE_string(
         "topology", None, "Such as v5p:2x2x1, h100:4x8 or cpu:8.", required=True
     )
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object.")
-    largest = flags.DEFINE_bool("fit", False, "Look for the largest micro-batch that fits.")
+    largest = flags.DEFINE_bool("fit", False, "Look for the largest part of batch_size that fits.")
     utilisation = flags.DEFINE_float(
         "utilisation",
         0.4,

@@ -18,6 +18,8 @@ def test_topologies():
         ("v5x:2x2", r"unknown accelerator; accepted: v4, v5e, .*did you mean 'v5"),
         ("v5e", r"states no sizes; accepted: such as v5e:4x4"),
         ("v5e:0x4", r"states no sizes"),
+        ("v6e:2x2x2", r"has 3 sizes; accepted: 2, .* such as v6e:2x2"),
+        ("v5p:8", r"has 1 sizes; accepted: 3, .* such as v5p:2x2x2"),
         ("cpu:512", r"needs 512 devices, there are 8"),
     ],
 )

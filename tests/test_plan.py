@@ -28,6 +28,8 @@ def test_what_a_plan_says(report):
     assert report["chips"] == 8
     assert report["argument_bytes_per_chip"] >= sum(report["arguments"].values()) * 0.99
     assert report["collectives"]["all-reduce"]["bytes"] > 0
+    assert report["peak_bytes_per_chip"] > report["temp_bytes_per_chip"] > 0
+    assert (report["steps"], report["samples"]) == (4, 32)
     assert report["fits"] is None  # nobody knows this machine's other programs
 
 
@@ -103,6 +105,20 @@ def test_largest_micro_batch(tiny_config, monkeypatch, fitting, tried):
 def test_no_largest_micro_batch_where_memory_is_unknown(tiny_config):
     with pytest.raises(ValueError, match="how much memory 'cpu:8' has left"):
         plan.fit(tiny_config("d2s"), "cpu:8")
+
+
+def test_a_described_gpu_has_no_host_memory(tiny_config, monkeypatch):
+    monkeypatch.setattr(plan.accelerators, "devices_of", lambda _: jax.devices())
+    with pytest.raises(ValueError, match=r"teacher_memory is 'host'.*'h100:8'.*accepted: 'device'"):
+        plan.plan(tiny_config("d2s", teacher_memory="host"), "h100:8")
+
+
+def test_a_teacher_that_does_not_fit(tiny_config):
+    config = dataclasses.replace(
+        tiny_config("d2s"), student="random:qwen2-0.5b", teacher="random:tiny-teacher"
+    )
+    with pytest.raises(ValueError, match="teacher 'random:tiny-teacher' does not fit: tokenizer"):
+        plan.architectures(config)
 
 
 def test_a_tower_from_elsewhere_belongs_to_the_student(tiny_config):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import d2s
+from experiments import d2d, d2s
 from moddistill import accelerators, plan
 from moddistill.config import MeshConfig, TrainConfig, from_config_dict
 from moddistill.models.expert_parallel import mix_experts
@@ -52,14 +52,23 @@ def test_a_step_is_planned_for_every_kind_of_chip(tiny_config, topology):
     assert report["collectives"]["all-gather"]["bytes"] > 0
 
 
+SMALL = "student=qwen2-0.5b,teacher=qwen2-7b"
+
+
 @pytest.mark.parametrize(
-    ("models", "topology", "most"),
-    [("student=qwen2-0.5b,teacher=qwen2-7b", "v6e:1x1", 29), (None, "v5p:1x1x1", 60)],
-    ids=["Qwen2-0.5B from Qwen2-7B", "Qwen1.5-1.8B from Qwen1.5-7B"],
+    ("experiment", "models", "trainable", "topology", "most"),
+    [
+        (d2s, SMALL, "paper", "v6e:1x1", 29),
+        (d2s, None, "paper", "v5p:1x1x1", 60),
+        (d2d, None, (".*",), "v5p:1x1x1", 80),
+    ],
+    ids=["0.5B from 7B", "1.8B from 7B", "1.8B from 7B, dense, all parameters"],
 )
-def test_sparse_distillation_of_the_papers_size_fits_one_chip(models, topology, most):
+def test_distillation_of_the_papers_size_fits_one_chip(
+    experiment, models, trainable, topology, most
+):
     """GiB at the peak of a step of 8 samples of 2,048 positions, the teacher beside the student."""
-    config = from_config_dict(TrainConfig, d2s.get_config(models).to_dict())
-    report = plan.plan(dataclasses.replace(config, batch_size=8), topology)
+    config = from_config_dict(TrainConfig, experiment.get_config(models).to_dict())
+    report = plan.plan(dataclasses.replace(config, batch_size=8, trainable=trainable), topology)
     assert report["fits"]
     assert report["peak_bytes_per_chip"] <= most * 2**30
