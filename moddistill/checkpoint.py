@@ -4,6 +4,7 @@ Frozen parameters are not among them; they are made again from what the config n
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ def restore(checkpoints: ocp.training.Checkpointer, state: State, position: Any)
     """The newest saved state, with the frozen parameters of `state`; sets `position` back to it.
 
     Raises:
-      ValueError: if the checkpoint is of another architecture, optimizer or trainable set.
+      ValueError: if the checkpoint is of another architecture, optimizer or trainable set, or of
+        another number of processes, each of which has its own position.
     """
     step = checkpoints.latest.step
+    _check_processes(Path(checkpoints.directory) / str(step))
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
     )
@@ -47,6 +50,16 @@ def restore(checkpoints: ocp.training.Checkpointer, state: State, position: Any)
     check_same(_by_path(found), _by_path(abstract), origin)
     loaded = checkpoints.load_checkpointables(step, {"state": abstract, "data": position})
     return state.replace(**loaded["state"])
+
+
+def _check_processes(folder: Path) -> None:
+    names = (re.search(r"-of-(\d+)", file.name) for file in (folder / "data").iterdir())
+    counts = {int(name[1]) for name in names if name}
+    if counts - {jax.process_count()}:
+        raise ValueError(
+            f"checkpoint {folder} is of {max(counts)} processes, and now there are "
+            f"{jax.process_count()}; accepted: as many as before"
+        )
 
 
 def _by_path(tree: Any) -> Flat:

@@ -59,14 +59,8 @@ def student_architectures(
 ) -> tuple[ModelConfig, ModelConfig]:
     """What `config.student` holds, and what the stage trains."""
     base = architecture(config.student, tokenizer)
-    if not config.vision:
-        return base, trained_architecture(config, base, None)
-    if base.vision is not None:
-        raise ValueError(
-            f"config.vision is {config.vision!r}, but the student {config.student!r} has a tower "
-            "already; accepted: an empty string"
-        )
-    return base, trained_architecture(config, base, architecture(config.vision, tokenizer))
+    tower = architecture(config.vision, tokenizer) if config.vision else None
+    return base, trained_architecture(config, base, tower)
 
 
 def trained_architecture(
@@ -75,6 +69,11 @@ def trained_architecture(
     """The student with the stage's template, the tower of another model, and its experts."""
     target = dataclasses.replace(base, template=config.data.template)
     if tower is not None:
+        if base.vision is not None:
+            raise ValueError(
+                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
+                "tower already; accepted: an empty string"
+            )
         target = dataclasses.replace(target, vision=tower.vision)
     return upcycle_config(target, config.moe) if stage_of(config).sparse else target
 

@@ -120,13 +120,14 @@ def _architecture(spec: str) -> ModelConfig:
     folder = Path(spec)
     if not spec.startswith("random:") and folder.exists():
         return read_model_config(as_model_folder(folder))
-    names = [part for part in re.split(r"[/:]", spec) if part in PRESETS]
-    if not names:
+    names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
+    if len(names) != 1:
         raise ValueError(
-            f"{spec!r} is not there and names no preset; accepted: a model folder, random:PRESET, "
-            f"or a path with one of {', '.join(PRESETS)}"
+            f"{spec!r} is not there and names {' and '.join(sorted(names)) or 'no preset'}; "
+            "accepted: a model folder, random:PRESET, or a path with one of "
+            f"{', '.join(PRESETS)}"
         )
-    return preset(names[0])
+    return preset(names.pop())
 
 
 def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dict[str, Any]:

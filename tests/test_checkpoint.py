@@ -63,3 +63,13 @@ def test_checkpoint_of_another_architecture(folder):
     ):
         checkpoint.restore(checkpoints, state_at(0, shape=(2, 4)), records())
     assert "projector/kernel has shape (2, 3), expected (2, 4)" in str(error.value)
+
+
+def test_checkpoint_of_another_number_of_processes(folder):
+    for file in (folder / "3" / "data").iterdir():
+        file.rename(file.with_name(file.name.replace("-of-1", "-of-2")))
+    with (
+        checkpoint.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"3 is of 2 processes, and now there are 1; accepted: as"),
+    ):
+        checkpoint.restore(checkpoints, state_at(0), records())

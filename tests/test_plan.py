@@ -84,6 +84,8 @@ def test_models_that_do_not_exist_stand_for_their_preset(tiny_config):
     assert teacher.decoder.width == 3584
     with pytest.raises(ValueError, match="'runs/x/model' is not there and names no preset"):
         plan.architectures(dataclasses.replace(config, student="runs/x/model"))
+    with pytest.raises(ValueError, match=r"names qwen2-0\.5b and qwen2-7b; accepted: a model"):
+        plan.architectures(dataclasses.replace(config, student="qwen2-7b/qwen2-0.5b/model"))
 
 
 @pytest.mark.parametrize(("fitting", "tried"), [(2, [1, 2]), (8, [1, 2, 4])])

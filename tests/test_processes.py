@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from moddistill.metrics import read_metrics
@@ -114,6 +115,40 @@ def test_a_process_that_dies_ends_the_other_and_the_run_resumes(tmp_path, start)
         assert len(losses(run)) < 30
     start.finish(run, "--config.steps=30", devices=4, told=by_slurm(2))
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 31))
+
+
+def test_processes_with_other_settings_do_not_begin(tmp_path, start):
+    told = by_flags(2)
+    told[1][0].append("--config.seed=5")
+    for run in start(tmp_path / "run", devices=4, told=told):
+        assert run.wait(PATIENCE) != 0
+    message = "settings of process 1 are not those of process 0; accepted: the same command"
+    assert any(message in said(tmp_path, index).read_text() for index in range(2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_tasks_that_would_be_alone(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    join("", None, None)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ValueError, match=f"empty, but {name} is 4; accepted: --coordinator auto"):
+        join("", None, None)
+
+
+@pytest.mark.parametrize("coordinator", ["foo", "foo:bar", ":80", "AUTO"])
+def test_coordinator_of_another_form(coordinator):
+    with pytest.raises(ValueError, match=f"--coordinator is '{coordinator}'; accepted: HOST:PORT"):
+        join(coordinator, 2, 0)
+
+
+def test_nothing_that_tells_of_other_processes(monkeypatch):
+    def undefined(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", undefined)
+    with pytest.raises(ValueError, match=r"'auto', but nothing here.*defined\.\); accepted: auto"):
+        join("auto", None, None)
 
 
 def test_index_outside_of_the_processes():
