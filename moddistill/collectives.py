@@ -46,8 +46,8 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
 def _bytes(shape: tuple[str, str]) -> int:
     dtype, dims = shape
     bits = re.search(r"\d+", dtype)
-    size = int(bits[0]) // 8 if bits else _BYTES[dtype]
-    return size * math.prod(int(n) for n in dims.split(",") if n)
+    size = int(bits[0]) / 8 if bits else _BYTES[dtype]
+    return math.ceil(size * math.prod(int(n) for n in dims.split(",") if n))
 
 
 def _turns(computations: dict[str, str]) -> dict[str, int]:

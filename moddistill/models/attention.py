@@ -117,7 +117,7 @@ def _by_cudnn(query: Array, key: Array, value: Array, mask: Array | None) -> Arr
     length = query.shape[1]
     if mask is not None or length % 2 == 0:
         return fused(query, key, value, mask=mask)
-    seen = jnp.full(len(query), length, jnp.int32)
+    seen = jnp.full(len(query), length, jnp.int32)  # devices get it whole, so all must be equal
     filled = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
     return fused(*filled, query_seq_lengths=seen, key_value_seq_lengths=seen)[:, :length]
 
