@@ -64,14 +64,14 @@ def test_each_form_is_the_plain_one(form, blocks, unused):
     d_tokens, d_scales, d_kernels = jax.grad(weighted, (0, 1, 2))(tokens, scales, kernels)
     got = jax.jit(backward)(tokens, scales, outer, gate, up, kernels, count)
     chex.assert_trees_all_close(
-        (got[0][:used], got[1][:used]), (d_tokens[:used], d_scales[:used]), atol=1e-5, rtol=1e-4
+        (got[0][:used], got[1][:used]), (d_tokens[:used], d_scales[:used]), atol=1e-5, rtol=1e-5
     )
     present = [i for i, n in enumerate(blocks) if n]
     chex.assert_trees_all_close(
         jax.tree.map(lambda x: x[jnp.asarray(present)], got[2]),
         jax.tree.map(lambda x: x[jnp.asarray(present)], d_kernels),
-        atol=1e-4,
-        rtol=1e-4,
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
