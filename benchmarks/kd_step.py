@@ -10,14 +10,13 @@ of full size do, and takes logits of 64 positions at a time, a quarter of the de
 side holds all logits, as the reference does.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import head_to_head
+from benchmarks import head_to_head, models
 
 ROWS, LENGTH, VOCABULARY, IMAGE = 4, 512, 151_936, 151_900
 BALANCE, RATE = 0.01, 1e-4
@@ -60,24 +59,12 @@ def records() -> dict[str, np.ndarray]:
 
 
 def make_files(folder: Path) -> None:
-    """Random weights in our format and, exported, in that of `transformers`."""
-    import jax
-
-    from moddistill.data.tokenizer import train_bpe
-    from moddistill.model_folder import save_model
-    from moddistill.models.vlm import Vlm, dummy_batch
-    from moddistill.sharding import unbox
-    from tools.convert_weights.export import export_model
-
-    tokenizer = train_bpe(["a small tokenizer"], 300)
-    tower = {}
-    for name, config, seed in zip(("student", "teacher"), architectures(), (0, 1), strict=True):
-        init = jax.jit(lambda rng, config=config: Vlm(config).init(rng, dummy_batch(config)))
-        params = unbox(init(jax.random.key(seed)))["params"]
-        tower = tower or {"vision": params["vision"]}
-        params |= tower
-        save_model(folder / name, config, params, tokenizer, {})
-        export_model(folder / name, folder / f"{name}-hf", max_shard_size=10**10)
+    """Both have the student's tower, which ours then runs once."""
+    student, teacher = architectures()
+    params = models.random_params(student, 0)
+    models.save_both(folder, "student", student, params)
+    taught = models.random_params(teacher, 1) | {"vision": params["vision"]}
+    models.save_both(folder, "teacher", teacher, taught)
 
 
 def ours(folder: Path) -> Callable[[], dict[str, float]]:
@@ -117,14 +104,9 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
 def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
     from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
-    from transformers import AutoModelForImageTextToText
 
-    def load(name: str) -> torch.nn.Module:
-        load = AutoModelForImageTextToText.from_pretrained
-        model = load(folder / f"{name}-hf", dtype=torch.float32).train()
-        return copy.deepcopy(model)  # in memory, not in a file
-
-    student, teacher = load("student"), load("teacher").eval()
+    student = models.load_in_torch(folder, "student").train()
+    teacher = models.load_in_torch(folder, "teacher").eval()
     routers = []
     for name, module in student.named_modules():
         if name.endswith("mlp.gate"):
@@ -137,10 +119,7 @@ def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     batch = records()
     tokens = torch.from_numpy(batch["tokens"]).long()
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    pixels = (torch.from_numpy(batch["images"][:, 0]) / 255 - mean) / std
-    inputs = {"input_ids": tokens, "pixel_values": pixels.permute(0, 3, 1, 2).contiguous()}
+    inputs = {"input_ids": tokens, "pixel_values": models.clip_pixels(batch["images"][:, 0])}
     supervised = torch.from_numpy(batch["loss_mask"][:, 1:].copy())
     labels = tokens[:, 1:]
 

@@ -6,13 +6,12 @@ Both begin with pictures in uint8 and end with the patches of the layer before t
 The last layer, which `transformers` would compute, is taken from its tower.
 """
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import head_to_head
+from benchmarks import head_to_head, models
 
 IMAGES, SIZE, IMAGE = 2, 336, 299
 
@@ -37,20 +36,8 @@ def architecture():
 
 
 def make_files(folder: Path) -> None:
-    """Random weights in our format and, exported, in that of `transformers`."""
-    import jax
-
-    from moddistill.data.tokenizer import train_bpe
-    from moddistill.model_folder import save_model
-    from moddistill.models.vlm import Vlm, dummy_batch
-    from moddistill.sharding import unbox
-    from tools.convert_weights.export import export_model
-
     config = architecture()
-    init = jax.jit(lambda rng: Vlm(config).init(rng, dummy_batch(config)))
-    params = unbox(init(jax.random.key(0)))["params"]
-    save_model(folder / "model", config, params, train_bpe(["a small tokenizer"], 300), {})
-    export_model(folder / "model", folder / "hf", max_shard_size=10**10)
+    models.save_both(folder, "model", config, models.random_params(config, 0))
 
 
 def ours(folder: Path) -> Callable[[], dict[str, float]]:
@@ -70,18 +57,14 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
 
 def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
-    from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder / "hf", dtype=torch.float32)
-    tower = copy.deepcopy(model.model.vision_tower).eval()  # in memory, not in a file
+    tower = models.load_in_torch(folder, "model").model.vision_tower.eval()
     del tower.encoder.layers[-1]
-    images = torch.from_numpy(pictures())
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    images = pictures()
 
     def run() -> dict[str, float]:
         with torch.no_grad():
-            pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+            pixels = models.clip_pixels(images)
             states = tower(pixels, output_hidden_states=True).hidden_states
         return figures(states[-1][:, 1:].numpy())
 

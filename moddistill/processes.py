@@ -72,7 +72,7 @@ def _check_alone() -> None:
             )
 
 
-def check_same(what: str, text: str) -> None:
+def check_same_everywhere(what: str, text: str) -> None:
     """Raises ValueError unless all processes bring the same text; all must call it."""
     if jax.process_count() == 1:
         return

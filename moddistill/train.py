@@ -45,7 +45,7 @@ from moddistill.model_folder import save_model
 from moddistill.models.grouped import form
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import schedule
-from moddistill.processes import check_same, is_first, wait_for_all
+from moddistill.processes import check_same_everywhere, is_first, wait_for_all
 from moddistill.program import make_program, shares_tower, without_tower
 from moddistill.settings import check_settings, check_spread, check_workdir, write_settings
 from moddistill.stages import stage_of
@@ -84,7 +84,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
       FloatingPointError: when a metric is no longer finite.
     """
     check_settings(config)
-    check_same("settings", repr((config, workdir)))
+    check_same_everywhere("settings", repr((config, workdir)))
     result = workdir / "model"
     check_workdir(config, workdir)
     if result.exists():
