@@ -41,7 +41,7 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     layers = max(1, round((gigabytes - 0.6) / 0.0986))
     decoder = DecoderConfig(
         vocab_size=151_936,
-        real_vocab=tokenizer.vocab_size,
+        real_ids=tokenizer.real_ids,
         width=2048,
         mlp=5504,
         layers=layers,

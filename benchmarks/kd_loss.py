@@ -57,7 +57,9 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     def loss(hidden, head, taught, teacher_head):
         heads = Heads(hidden, head, taught, teacher_head)
         weights = {"kd": weight, "ce": weight}
-        return weighted_sum(token_fn, heads, labels, weights, chunk=128, real_vocab=VOCABULARY)[0]
+        return weighted_sum(
+            token_fn, heads, labels, weights, chunk=128, real_ids=((0, VOCABULARY),)
+        )[0]
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 

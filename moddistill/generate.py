@@ -87,7 +87,7 @@ def decode(
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
     def next_token(output: Any, hidden: Array, step: Array) -> Array:
-        logits = logits_of(hidden[:, 0], output.head, decoder.real_vocab)
+        logits = logits_of(hidden[:, 0], output.head, decoder.real_ids)
         return choose_token(logits, sampling, jax.random.fold_in(rng, step))
 
     def unfinished(carry: Any) -> Bool[Array, ""]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
-from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.data.tokenizer import CONTROLS, Tokenizer, load_tokenizer
 from moddistill.model_folder import (
     abstract_params,
     as_model_folder,
@@ -19,6 +19,7 @@ from moddistill.models.packing import pack_all, unpacked_shapes
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
+from moddistill.models.vocabulary import IdRanges, id_ranges
 from moddistill.sharding import param_shardings, unbox
 from moddistill.stages import stage_of
 from moddistill.state import cast_frozen
@@ -50,7 +51,7 @@ def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
     """The architecture of a model folder, a Hugging Face folder or `random:PRESET`."""
     if spec.startswith(RANDOM):
         config = preset(spec.removeprefix(RANDOM))
-        return with_vocabulary(config, tokenizer.vocab_size, tokenizer.image_id)
+        return with_vocabulary(config, tokenizer.real_ids, tokenizer.image_id)
     return read_model_config(as_model_folder(spec))
 
 
@@ -73,6 +74,12 @@ def trained_architecture(
             raise ValueError(
                 f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
                 "tower already; accepted: an empty string"
+            )
+        if base.image_token >= base.decoder.vocab_size:
+            raise ValueError(
+                f"config.student is {config.student!r}, in which <image> is id {base.image_token} "
+                f"and the embedding has {base.decoder.vocab_size} rows; accepted: a student that "
+                "was imported with --vision, which adds the row"
             )
         target = dataclasses.replace(target, vision=tower.vision)
     return upcycle_config(target, config.moe) if stage_of(config).sparse else target
@@ -125,14 +132,19 @@ def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, 
 def teacher_architecture(
     config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer
 ) -> ModelConfig | None:
-    """The teacher's architecture, if there is one; ValueError if it does not fit the student."""
+    """The teacher's architecture, if there is one; ValueError if it does not fit the student.
+
+    Its `real_ids` are those that it shares with the student.
+    """
     if not config.teacher:
         return None
     teacher = architecture(config.teacher, tokenizer)
     check_teacher(teacher, student, config.teacher)
     if not config.teacher.startswith(RANDOM):
         theirs = load_tokenizer(str(as_model_folder(config.teacher)))
-        _check_vocabulary(theirs, tokenizer, config.teacher)
+        shared = _shared_ids(theirs, tokenizer, config.teacher)
+        decoder = dataclasses.replace(teacher.decoder, real_ids=shared)
+        teacher = dataclasses.replace(teacher, decoder=decoder)
     return teacher
 
 
@@ -167,7 +179,6 @@ def same_tower(student: Flat, teacher: dict[str, Any]) -> bool:
 def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
     """Raises ValueError unless both models read the same tokens and images of the same size."""
     pairs = {
-        "tokenizer ids": (teacher.decoder.real_vocab, student.decoder.real_vocab),
         "image token": (teacher.image_token, student.image_token),
     }
     if student.vision is not None and teacher.vision is None:
@@ -183,15 +194,27 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> No
             )
 
 
-def _check_vocabulary(teacher: Tokenizer, student: Tokenizer, origin: str) -> None:
-    """Raises ValueError unless all ids that the student may produce mean the same tokens."""
+def _shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
+    """Ids of the tokens that both have; losses compare the two models on these.
+
+    A control token that no template uses may be missing on one side: no sample contains it.
+
+    Raises:
+      ValueError: if another token is missing on one side, or one has two ids.
+    """
     theirs, ours = teacher.backend.get_vocab(), student.backend.get_vocab()
-    size = student.vocab_size
-    real = {token for vocab in (theirs, ours) for token, i in vocab.items() if i < size}
-    different = [token for token in real if theirs.get(token) != ours.get(token)]
+    optional = (teacher.special_tokens | student.special_tokens) - set(CONTROLS)
+    one_sided = {token for token in optional if token not in theirs or token not in ours}
+    different = [
+        token
+        for token in (theirs.keys() | ours.keys()) - one_sided
+        if theirs.get(token) != ours.get(token)
+    ]
     if different:
         token = min(different)
         raise ValueError(
             f"teacher {origin!r} has another vocabulary: token {token!r} is {theirs.get(token)} "
             f"there and {ours.get(token)} in the student; accepted: equal token ids"
         )
+    same = {i for token, i in ours.items() if theirs.get(token) == i}
+    return id_ranges(same - {student.image_id})

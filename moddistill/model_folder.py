@@ -29,7 +29,7 @@ from moddistill.processes import is_first
 from moddistill.sharding import unbox
 from moddistill.tree import check_same, flatten, unflatten
 
-VERSION = 1
+VERSION = 2
 _BLOCK = 32 * 2**20  # bytes
 
 

@@ -86,7 +86,7 @@ def tiny_architecture(tokenizer):
     """`tiny_architecture(preset, moe=None)`: a preset with the tokenizer's ids, sparse by `moe`."""
 
     def make(name="tiny", moe=None):
-        config = with_vocabulary(preset(name), tokenizer.vocab_size, tokenizer.image_id)
+        config = with_vocabulary(preset(name), tokenizer.real_ids, tokenizer.image_id)
         return config if moe is None else upcycle_config(config, moe)
 
     return make
@@ -114,7 +114,7 @@ def random_batch():
     def make(config, rows, length, seed=0):
         rng = np.random.default_rng(seed)
         patches = config.vision.patches if config.vision else 0
-        tokens = rng.integers(0, config.decoder.real_vocab, (rows, length), np.int32)
+        tokens = rng.integers(0, config.decoder.real_ids[-1][1], (rows, length), np.int32)
         tokens[:, 1 : 1 + patches] = config.image_token
         real = rng.integers(patches + 4, length + 1, (rows, 1))
         answers = rng.integers(1, 4, (rows, 1)) + (np.arange(rows) % 2)[:, None] * 2

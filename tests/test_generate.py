@@ -61,7 +61,7 @@ def decoded(model, batch, end_id=-1, sampling=GREEDY, seed=0):
 def decoded_without_cache(model, batch):
     """The likeliest token after the whole sequence so far, again and again."""
     module, params = model
-    real = module.config.decoder.real_vocab
+    real = module.config.decoder.real_ids[-1][1]
     lengths = (batch["segments"] > 0).sum(axis=1)
     rows, length = batch["tokens"].shape
     tokens = np.pad(batch["tokens"], ((0, 0), (0, NEW)))

@@ -115,7 +115,6 @@ def changed(config, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"real_vocab": 290}, "tokenizer ids 290"),
         ({"image_token": 5}, "image token 5"),
         ({"patch_size": 7}, "positions an image 16, the student's 4"),
         ({"image_size": 56, "patch_size": 28}, "image size 56, the student's 28"),
@@ -136,8 +135,8 @@ def test_teacher_may_have_more_padding_rows(tiny_architecture):
 
 def test_teacher_with_other_words(tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path):
     """As many ids, but not the same ones."""
-    other = train_bpe(random_words(), tokenizer.vocab_size)
-    assert other.vocab_size == tokenizer.vocab_size
+    other = train_bpe(random_words(), tokenizer.image_id)
+    assert other.real_ids == tokenizer.real_ids
     params = load(tiny_models["teacher"])[1]
     save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, other, {})
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
@@ -154,23 +153,25 @@ def with_token(tokenizer, token):
 
 
 @pytest.mark.parametrize("more", ["teacher", "student", "both"])
-def test_tokens_that_the_student_never_produces_may_differ(
+def test_control_token_of_one_side_is_masked_on_both(
     more, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
 ):
     theirs = tokenizer if more == "student" else with_token(tokenizer, "<pad>")
     ours = tokenizer if more == "teacher" else with_token(tokenizer, "<video>")
-    params = load(tiny_models["teacher"])[1]
-    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, theirs, {})
-    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    accepted = initial.teacher_architecture(config, tiny_architecture(), ours)
-    assert accepted == tiny_architecture("tiny-teacher")
+    config = tiny_architecture("tiny-teacher")
+    decoder = dataclasses.replace(config.decoder, real_ids=theirs.real_ids)
+    config = dataclasses.replace(config, decoder=decoder)
+    save_model(tmp_path / "teacher", config, load(tiny_models["teacher"])[1], theirs, {})
+    settings = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    accepted = initial.teacher_architecture(settings, tiny_architecture(), ours)
+    assert accepted.decoder.real_ids == ((0, tokenizer.image_id),)
 
 
 @pytest.mark.parametrize("where", ["teacher", "student"])
-def test_a_token_that_the_student_produces_is_named_with_both_ids(
+def test_token_with_two_ids_is_named_with_both(
     where, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
 ):
-    """The last token has an id behind `<image>` on one side, and another token its own."""
+    """The last token is after `<image>` on one side, which has another token in its place."""
     vocab = json.loads(tokenizer.backend.to_str())
     last = tokenizer.image_id - 1
     [token] = [token for token in vocab["added_tokens"] if token["id"] == last]
@@ -179,13 +180,37 @@ def test_a_token_that_the_student_produces_is_named_with_both_ids(
     name = tokenizer.decode([last], skip_special=False)
     other = with_token(renamed, name)
     theirs, ours = (other, tokenizer) if where == "teacher" else (tokenizer, other)
-    params = load(tiny_models["teacher"])[1]
-    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, theirs, {})
+    save_model(
+        tmp_path / "teacher",
+        tiny_architecture("tiny-teacher"),
+        load(tiny_models["teacher"])[1],
+        theirs,
+        {},
+    )
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    ids = (last, None) if where == "teacher" else (None, last)
-    message = f"token '<other>' is {ids[0]} there and {ids[1]} in the student; accepted: equal"
+    ids = (last + 2, last) if where == "teacher" else (last, last + 2)
+    message = rf"token '<\|im_end\|>' is {ids[0]} there and {ids[1]} in the student; accepted: eq"
     with pytest.raises(ValueError, match=message):
         initial.teacher_architecture(config, tiny_architecture(), ours)
+
+
+def test_word_of_one_side_is_refused(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    """Text of the samples may become it, unlike a control token."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_tokens(["<tool_call>"])
+    save_model(
+        tmp_path / "teacher",
+        tiny_architecture("tiny-teacher"),
+        load(tiny_models["teacher"])[1],
+        tokenizer,
+        {},
+    )
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    message = rf"token '<tool_call>' is None there and {tokenizer.image_id + 1} in the student"
+    with pytest.raises(ValueError, match=message):
+        initial.teacher_architecture(config, tiny_architecture(), Tokenizer(backend))
 
 
 def test_teacher_is_kept_in_the_frozen_dtype(

@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE in Qwen's format, with `<image>` as the id after the vocabulary.
+"""The tokenizer: byte-level BPE in Qwen's format, and `<image>`, which may have any id.
 
 Text and control tokens are encoded by different methods, so that text can never turn into control.
 """
@@ -14,12 +14,17 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
+from moddistill.models.vocabulary import IdRanges, id_ranges
 
 # How Qwen cuts text into words before merging bytes.
 WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+# Those that templates and samples are made of.
+CONTROLS = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +37,10 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        for token in (END_OF_TEXT, IMAGE):
-            if self.special(token) in self.encode(token):
+        required = {END_OF_TEXT, IMAGE}
+        for token in CONTROLS:
+            exists = token in required or self.backend.token_to_id(token) is not None
+            if exists and self.special(token) in self.encode(token):
                 raise ValueError(f"text {token!r} is read as a control token by this tokenizer")
 
     def encode(self, text: str) -> list[int]:
@@ -63,10 +70,16 @@ class Tokenizer:
     def pad_id(self) -> int:
         return self.special(END_OF_TEXT)
 
+    @functools.cached_property
+    def real_ids(self) -> IdRanges:
+        """Ids that a language model may produce: those of all tokens but `<image>`."""
+        return id_ranges(set(self.backend.get_vocab().values()) - {self.image_id})
+
     @property
-    def vocab_size(self) -> int:
-        """Number of ids that a language model may produce: those below `image_id`."""
-        return self.image_id
+    def special_tokens(self) -> set[str]:
+        """Control tokens, which no text becomes."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return {token.content for token in added if token.special}
 
     def save(self, folder: str) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads."""
@@ -95,6 +108,9 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
 
 def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a local folder; `<image>` is appended when it has none.
+
+    Control tokens that a release does not mark as special are marked here, since text could forge
+    turns otherwise.
 
     Raises:
       ValueError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`.
@@ -160,8 +176,15 @@ def _with_controls(backend: tokenizers.Tokenizer, names: Sequence[str]) -> token
 
 
 def _with_image(backend: tokenizers.Tokenizer) -> Tokenizer:
-    if backend.token_to_id(IMAGE) is None:
-        _with_controls(backend, [IMAGE])
+    used = set(backend.get_vocab().values())
+    is_new = backend.token_to_id(IMAGE) is None
+    present = [token for token in CONTROLS if backend.token_to_id(token) is not None]
+    _with_controls(backend, [*present, IMAGE] if is_new else present)
+    if is_new and (image_id := backend.token_to_id(IMAGE)) in used:
+        raise ValueError(
+            f"the tokenizer has no token {IMAGE!r}, and its next id, {image_id}, is taken; "
+            "accepted: ids without gaps, or a tokenizer with the token"
+        )
     return Tokenizer(backend)
 
 

@@ -11,6 +11,7 @@ from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.router import add_router_losses
 from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
 from moddistill.models.vlm import Vlm, batch_for_teacher
+from moddistill.models.vocabulary import common_ids
 from moddistill.tree import merge
 
 
@@ -65,12 +66,12 @@ def token_loss(
         output = student.apply({"params": merge(params, frozen)}, batch)
         labels = next_token(batch["tokens"], batch["loss_mask"])[0]
         heads = Heads(rows(output.hidden), output.head)
-        real_vocab = student.config.decoder.real_vocab
+        real_ids = student.config.decoder.real_ids
         if "kd" in terms:
             theirs = batch_for_teacher(batch, output, teacher_params)
             target = jax.lax.stop_gradient(teacher.apply({"params": teacher_params}, theirs))
             heads = Heads(*heads[:2], rows(target.hidden), target.head)
-            real_vocab = min(real_vocab, teacher.config.decoder.real_vocab)
+            real_ids = common_ids(real_ids, teacher.config.decoder.real_ids)
         weights = counted(batch)
         total, values = weighted_sum(
             token_fn,
@@ -78,7 +79,7 @@ def token_loss(
             labels.reshape(-1),
             {name: weight * (coefficient[name] / totals[name]) for name, weight in weights.items()},
             chunk=config.chunk,
-            real_vocab=real_vocab,
+            real_ids=real_ids,
         )
         metrics = {
             name: (jnp.sum(values[name] * weights[name]), jnp.sum(weights[name])) for name in terms

@@ -17,6 +17,7 @@ from moddistill.losses.kd import cross_entropy
 from moddistill.losses.router import add_router_losses
 from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
 from moddistill.models.vlm import Vlm, batch_for_teacher
+from moddistill.models.vocabulary import common_ids
 from moddistill.tree import merge
 
 KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
@@ -87,7 +88,7 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
             _log_likelihood,
             labels=labels.reshape(-1),
             chunk=config.chunk,
-            real_vocab=min(m.config.decoder.real_vocab for m in (student, teacher)),
+            real_ids=common_ids(*(m.config.decoder.real_ids for m in (student, teacher))),
         )
 
         def log_likelihoods(heads: Heads) -> Array:

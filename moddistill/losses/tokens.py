@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from moddistill.models.vocabulary import IdRanges, token_mask
 from moddistill.sharding import BATCH_AXES, MESH_AXES, is_distributed
 
 _MASKED = -1e30  # a logit that can never be chosen; finite, so that 0 * log 0 stays 0
@@ -55,11 +56,11 @@ def rows(hidden: Float[Array, "B T D"]) -> Float[Array, "B*T D"]:
 
 
 def logits_of(
-    hidden: Float[Array, "*T D"], head: Float[Array, "V D"], real_vocab: int
+    hidden: Float[Array, "*T D"], head: Float[Array, "V D"], real_ids: IdRanges
 ) -> Float[Array, "*T V"]:
-    """float32 logits; vocabulary rows from `real_vocab` on can never be chosen."""
+    """float32 logits; vocabulary rows outside `real_ids` can never be chosen."""
     logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(logits.shape[-1]) < real_vocab, logits, _MASKED)
+    return jnp.where(token_mask(real_ids, logits.shape[-1]), logits, _MASKED)
 
 
 def weighted_sum(
@@ -69,7 +70,7 @@ def weighted_sum(
     weights: dict[str, Float[Array, "T"]],
     *,
     chunk: int,
-    real_vocab: int,
+    real_ids: IdRanges,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "T"]]]:
     """`sum_n sum_t weights[n][t] * value[n][t]`, and the values: `token_fn` at each position.
 
@@ -80,9 +81,9 @@ def weighted_sum(
       token_fn: from student logits [C, V], teacher logits [C, V] or None and labels [C] to one
         array [C] for each name in `weights`.
       chunk: number of positions whose logits exist at one time.
-      real_vocab: ids below this one are real; both vocabularies are cut there.
+      real_ids: ids that are tokens; rows of all others are masked on both sides.
     """
-    summed = functools.partial(_device_sum, token_fn, chunk, real_vocab)
+    summed = functools.partial(_device_sum, token_fn, chunk, real_ids)
     if is_distributed():
         summed = _over_devices(summed)
     total, values = summed(heads, labels, weights)
@@ -91,10 +92,10 @@ def weighted_sum(
     return total, jax.lax.stop_gradient(values)
 
 
-def _device_sum(token_fn, chunk, real_vocab, heads, labels, weights):
+def _device_sum(token_fn, chunk, real_ids, heads, labels, weights):
     rest = (heads.teacher_hidden, heads.teacher_head, labels, weights)
     chunk = min(chunk, len(labels))
-    return _sum(token_fn, chunk, real_vocab, heads.hidden, heads.head, rest)
+    return _sum(token_fn, chunk, real_ids, heads.hidden, heads.head, rest)
 
 
 def _over_devices(summed: Callable) -> Callable:
@@ -132,8 +133,8 @@ def _of_positions(change: Callable, heads: Heads, labels: Array, weights: Any) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sum(token_fn, chunk, real_vocab, hidden, head, rest):
-    value = functools.partial(_chunk_value, token_fn, real_vocab)
+def _sum(token_fn, chunk, real_ids, hidden, head, rest):
+    value = functools.partial(_chunk_value, token_fn, real_ids)
 
     def body(i, carry):
         total, values = carry
@@ -146,11 +147,11 @@ def _sum(token_fn, chunk, real_vocab, hidden, head, rest):
     return total, _restore(values, order, len(hidden))
 
 
-def _sum_forward(token_fn, chunk, real_vocab, hidden, head, rest):
+def _sum_forward(token_fn, chunk, real_ids, hidden, head, rest):
     head_trains = head.perturbed
     hidden, head = hidden.value, head.value
     rest = jax.tree.map(lambda x: x.value, rest, is_leaf=lambda x: hasattr(x, "perturbed"))
-    value = functools.partial(_chunk_value, token_fn, real_vocab)
+    value = functools.partial(_chunk_value, token_fn, real_ids)
     gradient = jax.value_and_grad(value, argnums=(0, 1) if head_trains else (0,), has_aux=True)
 
     def body(i, carry):
@@ -174,7 +175,7 @@ def _sum_forward(token_fn, chunk, real_vocab, hidden, head, rest):
     return (total, values), (d_hidden, d_head, jnp.zeros((), head.dtype))
 
 
-def _sum_backward(token_fn, chunk, real_vocab, residuals, cotangent):
+def _sum_backward(token_fn, chunk, real_ids, residuals, cotangent):
     d_hidden, d_head, like = residuals
     scale = cotangent[0]
     if isinstance(scale, SymbolicZero):
@@ -232,11 +233,11 @@ def _chunk_arguments(order, chunk, i, hidden, head, rest):
     )
 
 
-def _chunk_value(token_fn, real_vocab, hidden, head, teacher_hidden, teacher_head, labels, weights):
-    logits = logits_of(hidden, head, real_vocab)
+def _chunk_value(token_fn, real_ids, hidden, head, teacher_hidden, teacher_head, labels, weights):
+    logits = logits_of(hidden, head, real_ids)
     teacher_logits = None
     if teacher_hidden is not None:
-        teacher_logits = logits_of(teacher_hidden, teacher_head, real_vocab)
+        teacher_logits = logits_of(teacher_hidden, teacher_head, real_ids)
         width = min(logits.shape[1], teacher_logits.shape[1])
         logits, teacher_logits = logits[:, :width], teacher_logits[:, :width]
     values = token_fn(logits, teacher_logits, labels)

@@ -1,7 +1,7 @@
 """Named architectures: published Qwen sizes with CLIP ViT-L/14-336; those of tests and demo.
 
-A published decoder has ids of its tokenizer below `real_vocab`, more embedding rows than that, and
-`<image>` as the first id in between.
+A published decoder has more embedding rows than its tokenizer has tokens; `<image>` is the first id
+after them.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from moddistill.config import nearest
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
+from moddistill.models.vocabulary import IdRanges
 
 QWEN_VOCAB = 151_646  # Qwen1.5 and Qwen2
 QWEN2_5_VOCAB = 151_665
@@ -27,11 +28,11 @@ def _qwen(
     tied_head: bool,
     vocab_size: int = 151_936,
     rope_theta: float = 1e6,
-    real_vocab: int = QWEN_VOCAB,
+    tokens: int = QWEN_VOCAB,
 ) -> ModelConfig:
     decoder = DecoderConfig(
         vocab_size=vocab_size,
-        real_vocab=real_vocab,
+        real_ids=((0, tokens),),
         width=width,
         mlp=mlp,
         layers=layers,
@@ -41,12 +42,12 @@ def _qwen(
         rope_theta=rope_theta,
         tied_head=tied_head,
     )
-    return ModelConfig(decoder, CLIP_L_336, "mlp2x_gelu", "vicuna", image_token=real_vocab)
+    return ModelConfig(decoder, CLIP_L_336, "mlp2x_gelu", "vicuna", image_token=tokens)
 
 
 def _qwen3(*sizes: int, tied_head: bool) -> ModelConfig:
     """As `_qwen`, with heads of one width and their norms in place of biases."""
-    config = _qwen(*sizes, tied_head=tied_head, real_vocab=QWEN3_VOCAB)
+    config = _qwen(*sizes, tied_head=tied_head, tokens=QWEN3_VOCAB)
     decoder = dataclasses.replace(config.decoder, head_dim=128, qkv_bias=False, qk_norm=True)
     return dataclasses.replace(config, decoder=decoder)
 
@@ -54,11 +55,11 @@ def _qwen3(*sizes: int, tied_head: bool) -> ModelConfig:
 def _small(
     decoder: tuple[int, int, int, int, int], vision: VisionConfig | None, vocab: int
 ) -> ModelConfig:
-    """A model for tests and the demo; `real_vocab` and the image token come from its tokenizer."""
+    """A model for tests and the demo; ids come from its tokenizer."""
     width, mlp, layers, heads, kv_heads = decoder
     config = DecoderConfig(
         vocab_size=vocab,
-        real_vocab=vocab,
+        real_ids=((0, vocab),),
         width=width,
         mlp=mlp,
         layers=layers,
@@ -84,10 +85,10 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2-0.5b": _qwen(896, 4864, 24, 14, 2, tied_head=True),
     "qwen2-1.5b": _qwen(1536, 8960, 28, 12, 2, tied_head=True),
     "qwen2-7b": _qwen(3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064),
-    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2, tied_head=True, real_vocab=QWEN2_5_VOCAB),
-    "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2, tied_head=True, real_vocab=QWEN2_5_VOCAB),
+    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2, tied_head=True, tokens=QWEN2_5_VOCAB),
+    "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2, tied_head=True, tokens=QWEN2_5_VOCAB),
     "qwen2.5-7b": _qwen(
-        3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064, real_vocab=QWEN2_5_VOCAB
+        3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064, tokens=QWEN2_5_VOCAB
     ),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied_head=True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied_head=True),
@@ -109,12 +110,13 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
-def with_vocabulary(config: ModelConfig, real_vocab: int, image_token: int) -> ModelConfig:
-    """The architecture fitted to a tokenizer; ValueError if it has more ids than embedding rows."""
-    if real_vocab > config.decoder.vocab_size:
+def with_vocabulary(config: ModelConfig, real_ids: IdRanges, image_token: int) -> ModelConfig:
+    """The architecture fitted to a tokenizer; ValueError if one of its ids has no embedding row."""
+    ids = real_ids[-1][1]
+    if ids > config.decoder.vocab_size:
         raise ValueError(
-            f"the tokenizer has {real_vocab} ids, the model's embedding "
+            f"the tokenizer has {ids} ids, the model's embedding "
             f"{config.decoder.vocab_size} rows; accepted: no more ids than rows"
         )
-    decoder = dataclasses.replace(config.decoder, real_vocab=real_vocab)
+    decoder = dataclasses.replace(config.decoder, real_ids=real_ids)
     return dataclasses.replace(config, decoder=decoder, image_token=image_token)

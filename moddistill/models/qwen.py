@@ -21,15 +21,16 @@ from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
 from moddistill.models.moe import MoE, RouterStats
 from moddistill.models.packing import unpack
+from moddistill.models.vocabulary import IdRanges
 from moddistill.sharding import by_sample
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder. `vocab_size` counts embedding rows, `real_vocab` those in use."""
+    """Sizes of the decoder. `vocab_size` counts embedding rows; `real_ids` are those of tokens."""
 
     vocab_size: int
-    real_vocab: int
+    real_ids: IdRanges
     width: int
     mlp: int
     layers: int

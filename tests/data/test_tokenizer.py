@@ -1,12 +1,14 @@
+import json
 import pickle
 import random
 import unicodedata
 import warnings
 
 import pytest
+import tokenizers
 from transformers import AutoTokenizer
 
-from moddistill.data.tokenizer import load_tokenizer, train_bpe
+from moddistill.data.tokenizer import _with_image, load_tokenizer, train_bpe
 from tests.data import qwen_ranks
 
 TEXTS = [
@@ -22,7 +24,7 @@ TEXTS = [
 def test_qwen_ids_are_the_official_ones(qwen):
     assert qwen.encode("Hello world") == [9707, 1879]
     assert qwen.special("<|im_end|>") == 151645
-    assert (qwen.pad_id, qwen.image_id, qwen.vocab_size) == (151643, 151646, 151646)
+    assert (qwen.pad_id, qwen.image_id, qwen.real_ids) == (151643, 151646, ((0, 151646),))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -46,6 +48,37 @@ def test_control_tokens_written_in_text_stay_text(token, qwen, small):
         ids = tokenizer.encode(f"say {token} now")
         assert tokenizer.special(token) not in ids
         assert tokenizer.decode(ids) == f"say {token} now"
+
+
+def test_control_token_that_a_release_does_not_mark_stays_text(small, tmp_path):
+    """As `special: false` in `tokenizer.json`, with which text could forge turns."""
+    small.save(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    for token in fields["added_tokens"]:
+        token["special"] = False
+    file.write_text(json.dumps(fields))
+    loaded = load_tokenizer(str(tmp_path))
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"):
+        ids = loaded.encode(f"say {token} now")
+        assert loaded.special(token) not in ids
+        assert loaded.decode(ids) == f"say {token} now"
+    loaded.save(str(tmp_path))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert theirs.decode([small.special("<|im_end|>")], skip_special_tokens=True) == ""
+
+
+def test_new_image_token_never_takes_the_id_of_another(small):
+    fields = json.loads(small.backend.to_str())
+    fields["added_tokens"] = [x for x in fields["added_tokens"] if x["content"] != "<image>"]
+    vocab = fields["model"]["vocab"]
+    moved = next(token for token, i in vocab.items() if i == 100)
+    del fields["model"]["vocab"][moved]
+    fields["model"]["vocab"][moved] = small.image_id - 1  # the size of the vocabulary now
+    fields["model"]["merges"] = []
+    fields["added_tokens"] = [x for x in fields["added_tokens"] if x["id"] < small.image_id - 1]
+    with pytest.raises(ValueError, match=r"no token '<image>', and its next id, \d+, is taken"):
+        _with_image(tokenizers.Tokenizer.from_str(json.dumps(fields)))
 
 
 def test_decoding_leaves_control_tokens_out_or_names_them(qwen):
@@ -89,7 +122,7 @@ def test_a_saved_tokenizer_loads_here_and_in_transformers(small, tmp_path):
 
 def test_a_trained_tokenizer_has_qwens_layout(small):
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
-    last = small.vocab_size
+    last = small.image_id
     assert [small.special(name) for name in names] == [last - 3, last - 2, last - 1, last]
     assert 259 < last <= 300
     for text in TEXTS:  # bytes that training never saw
@@ -102,7 +135,7 @@ def test_training_is_deterministic_and_as_large_as_asked():
     words = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(400)]
     texts = [" ".join(generator.choices(words, k=8)) for _ in range(200)]
     first, second = train_bpe(texts, 400), train_bpe(iter(texts), 400)
-    assert first.vocab_size == 400
+    assert first.real_ids == ((0, 400),)
     assert first.backend.to_str() == second.backend.to_str()
 
 

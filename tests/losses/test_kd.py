@@ -91,7 +91,7 @@ def setting(tiny_architecture, init, random_batch):
 def direct(student, teacher, params, teacher_params, batch, config, terms):
     """The loss from all logits, position by position."""
     output = student.apply({"params": params}, batch)
-    real = student.config.decoder.real_vocab
+    real = student.config.decoder.real_ids[-1][1]
     logits = Vlm.logits(output)[:, :-1, :real]
     target = Vlm.logits(teacher.apply({"params": teacher_params}, batch))[:, :-1, :real]
     logp, teacher_logp = jax.nn.log_softmax(logits), jax.nn.log_softmax(target)

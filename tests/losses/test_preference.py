@@ -93,7 +93,7 @@ def models(tiny_architecture, init, random_batch):
 def log_likelihoods(model, params, side, images):
     """Summed over the answer's tokens, from all logits."""
     output = model.apply({"params": params}, side | {"images": images})
-    real = model.config.decoder.real_vocab
+    real = model.config.decoder.real_ids[-1][1]
     logp = jax.nn.log_softmax(Vlm.logits(output)[:, :-1, :real])
     labels = jnp.minimum(side["tokens"][:, 1:, None], real - 1)
     chosen = jnp.take_along_axis(logp, labels, -1)[..., 0]

@@ -11,9 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moddistill.config import LossConfig, MeshConfig
 from moddistill.losses.kd import cross_entropy, forward_kl
 from moddistill.losses.tokens import Heads, logits_of, next_token, weighted_sum
+from moddistill.models.vocabulary import token_mask
 from moddistill.sharding import BATCH_AXES, make_mesh
 
-POSITIONS, WIDTH, TEACHER_WIDTH, VOCAB, TEACHER_VOCAB, REAL = 37, 8, 12, 22, 25, 20
+POSITIONS, WIDTH, TEACHER_WIDTH, VOCAB, TEACHER_VOCAB = 37, 8, 12, 22, 25
+REAL = ((0, 7), (8, 20))  # `<image>` is 7
+IDS = np.flatnonzero(token_mask(REAL, VOCAB))
 
 
 def kd_and_ce(logits, teacher_logits, labels):
@@ -37,7 +40,7 @@ def arrays(share, seed=0):
         normal(POSITIONS, TEACHER_WIDTH),
         normal(TEACHER_VOCAB, TEACHER_WIDTH),
     )
-    labels = jnp.asarray(rng.integers(0, REAL, POSITIONS), jnp.int32)
+    labels = jnp.asarray(rng.choice(IDS, POSITIONS), jnp.int32)
     chosen = rng.permutation(POSITIONS) < round(share * POSITIONS)
     weights = {
         name: jnp.asarray(chosen * rng.uniform(0.1, 1.0, POSITIONS), jnp.float32)
@@ -48,16 +51,16 @@ def arrays(share, seed=0):
 
 def plain(heads, labels, weights):
     """The same sum from all logits at once, vocabularies cut to the real ids."""
-    student = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, :REAL])
-    teacher = jax.nn.log_softmax((heads.teacher_hidden @ heads.teacher_head.T)[:, :REAL])
+    student = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, IDS])
+    teacher = jax.nn.log_softmax((heads.teacher_hidden @ heads.teacher_head.T)[:, IDS])
     kd = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    ce = -jnp.sum(jax.nn.one_hot(labels, REAL) * student, axis=-1)
+    ce = -jnp.sum((labels[:, None] == IDS[None]) * student, axis=-1)
     return jnp.sum(weights["kd"] * kd + weights["ce"] * ce)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "token_fn"))
 def chunked(heads, labels, weights, chunk=8, token_fn=kd_and_ce):
-    return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_vocab=REAL)[0]
+    return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_ids=REAL)[0]
 
 
 def gradients(fn, heads, *rest):
@@ -89,9 +92,9 @@ def test_value_and_gradients_are_those_of_full_logits(chunk, share):
 
 def test_values_stand_at_their_positions():
     heads, labels, weights = arrays(share=0.4)
-    _, values = weighted_sum(kd_and_ce, heads, labels, weights, chunk=8, real_vocab=REAL)
-    logp = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, :REAL])
-    expected = -np.asarray(logp)[np.arange(POSITIONS), labels]
+    _, values = weighted_sum(kd_and_ce, heads, labels, weights, chunk=8, real_ids=REAL)
+    logp = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, IDS])
+    expected = -np.asarray(logp)[np.arange(POSITIONS), np.searchsorted(IDS, labels)]
     np.testing.assert_allclose(values["ce"], np.where(weights["ce"] != 0, expected, 0.0), atol=1e-5)
 
 
@@ -123,17 +126,17 @@ def test_frozen_head_gives_the_same_gradient_of_hidden_states():
 def test_padded_vocabulary_has_no_probability_and_no_gradient():
     heads, labels, weights = arrays(share=1.0)
     probs = jax.nn.softmax(logits_of(heads.hidden, heads.head, REAL))
-    assert not np.any(probs[:, REAL:])
+    assert not np.any(np.delete(probs, IDS, axis=1))
     d_head = gradients(chunked, heads, labels, weights)[1][1]
-    assert np.all(np.any(d_head[:, :REAL], axis=0))
-    assert not np.any(d_head[:, REAL:])
+    assert np.all(np.any(d_head[IDS], axis=1))
+    assert not np.any(np.delete(d_head, IDS, axis=0))
 
 
 def test_padding_rows_do_not_change_the_loss():
     heads, labels, weights = arrays(share=1.0)
     other = heads._replace(
-        head=heads.head.at[REAL:].set(50.0),
-        teacher_head=heads.teacher_head.at[REAL:].set(-50.0),
+        head=jnp.full_like(heads.head, 50.0).at[IDS].set(heads.head[IDS]),
+        teacher_head=jnp.full_like(heads.teacher_head, -50.0).at[IDS].set(heads.teacher_head[IDS]),
     )
     assert chunked(other, labels, weights) == chunked(heads, labels, weights)
 
@@ -169,7 +172,7 @@ def test_no_array_of_positions_by_vocabulary_exists(fn, expected):
     heads, labels, weights = arrays(share=1.0)
     jaxpr = jax.make_jaxpr(lambda *args: gradients(fn, *args))(heads, labels, weights).jaxpr
     shapes = set(shapes_within(jaxpr))
-    full = {s for s in shapes if len(s) >= 2 and s[0] >= POSITIONS and max(s[1:]) >= REAL}
+    full = {s for s in shapes if len(s) >= 2 and s[0] >= POSITIONS and max(s[1:]) >= len(IDS)}
     assert bool(full) == expected
 
 
@@ -192,9 +195,9 @@ def test_memory_at_full_size():
 
     def loss(hidden, head, heads, labels, weights):
         heads = heads._replace(hidden=hidden, head=head)
-        return weighted_sum(kd_and_ce, heads, labels, weights, chunk=chunk, real_vocab=vocab - 290)[
-            0
-        ]
+        return weighted_sum(
+            kd_and_ce, heads, labels, weights, chunk=chunk, real_ids=((0, vocab - 290),)
+        )[0]
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*heads[:2], heads, labels, weights).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.7 * 2**30
@@ -227,7 +230,7 @@ def test_sharded_heads_are_gathered_before_the_loop_over_chunks():
 
     def loss(hidden, head, heads, labels, weights):
         heads = heads._replace(hidden=hidden, head=head)
-        return weighted_sum(kd_and_ce, heads, labels, weights, chunk=4, real_vocab=REAL)[0]
+        return weighted_sum(kd_and_ce, heads, labels, weights, chunk=4, real_ids=REAL)[0]
 
     places = (heads.hidden.sharding, heads.head.sharding)
     with jax.set_mesh(mesh):
@@ -257,7 +260,7 @@ def test_supervised_positions_are_dealt_out_along_tensor():
     labels = jnp.arange(64, dtype=jnp.int32) % 32
     weights = {"ce": (labels >= 24).astype(jnp.float32)}
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
-        summed = jax.jit(lambda *x: weighted_sum(token_fn, *x, chunk=2, real_vocab=VOCAB))
+        summed = jax.jit(lambda *x: weighted_sum(token_fn, *x, chunk=2, real_ids=((0, VOCAB),)))
         total, values = jax.block_until_ready(summed(heads, labels, weights))
     jax.effects_barrier()
     assert sorted(chunks) == sorted(2 * [(i, 24 + i, 28 + i) for i in range(4)])
@@ -265,7 +268,7 @@ def test_supervised_positions_are_dealt_out_along_tensor():
         lambda logits, _, labels: {"ce": cross_entropy(logits, labels)},
         *(heads, labels, weights),
         chunk=64,
-        real_vocab=VOCAB,
+        real_ids=((0, VOCAB),),
     )
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     np.testing.assert_allclose(values["ce"], in_order["ce"], rtol=1e-5)

@@ -34,7 +34,7 @@ def text(config, rows, length, seed=1):
     """A batch of real tokens of a decoder config, without images."""
     rng = np.random.default_rng(seed)
     return {
-        "tokens": jnp.asarray(rng.integers(0, config.real_vocab, (rows, length)), jnp.int32),
+        "tokens": jnp.asarray(rng.integers(0, config.real_ids[-1][1], (rows, length)), jnp.int32),
         "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
         "segments": jnp.ones((rows, length), jnp.int32),
     }

@@ -14,7 +14,7 @@ from moddistill.models.qwen import Block, Context, Decoder, DecoderConfig
 from tests.models import draw
 
 DENSE = DecoderConfig(
-    vocab_size=23, real_vocab=20, width=8, mlp=12, layers=4, heads=2, kv_heads=1, head_dim=4
+    vocab_size=23, real_ids=((0, 20),), width=8, mlp=12, layers=4, heads=2, kv_heads=1, head_dim=4
 )
 STACKS = {
     "dense": (None, 4),

@@ -73,7 +73,9 @@ def test_tower_and_projector_are_added_and_the_last_layer_is_never_activated(nam
 def test_an_image_is_the_first_id_after_those_of_the_published_tokenizer(family, ids):
     configs = [config for name, config in PRESETS.items() if name.split("-")[0] == family]
     assert configs
-    assert {(config.decoder.real_vocab, config.image_token) for config in configs} == {(ids, ids)}
+    assert {(config.decoder.real_ids, config.image_token) for config in configs} == {
+        (((0, ids),), ids)
+    }
 
 
 def test_qwen3_has_norms_of_query_and_key_in_place_of_biases():
@@ -99,7 +101,7 @@ def test_sizes_of_a_preset_fit_each_other(name):
     decoder, tower = config.decoder, config.vision
     assert decoder.head_dim == (128 if decoder.qk_norm else decoder.width / decoder.heads)
     assert decoder.heads % decoder.kv_heads == 0
-    assert decoder.real_vocab <= decoder.vocab_size
+    assert decoder.real_ids[-1][1] <= decoder.vocab_size
     if tower is not None:
         assert tower.width % tower.heads == 0
         assert tower.image_size % tower.patch_size == 0
@@ -110,13 +112,15 @@ def test_an_unknown_preset_is_named_with_the_nearest():
         preset("qwen2-0.5")
 
 
-def test_a_vocabulary_is_taken_from_the_tokenizer():
-    config = with_vocabulary(preset("tiny"), 300, 299)
-    assert (config.decoder.real_vocab, config.decoder.vocab_size) == (300, 320)
-    assert config.image_token == 299
-    assert with_vocabulary(preset("tiny"), 320, 319).decoder.real_vocab == 320
+def test_a_vocabulary_is_that_of_the_tokenizer():
+    ids = ((0, 3), (4, 300))
+    config = with_vocabulary(preset("tiny"), ids, 3)
+    assert (config.decoder.real_ids, config.decoder.vocab_size) == (ids, 320)
+    assert config.image_token == 3
+    full = ((0, 320),)
+    assert with_vocabulary(preset("tiny"), full, 320).decoder.real_ids == full
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused():
     with pytest.raises(ValueError, match="tokenizer has 321 ids, the model's embedding 320 rows"):
-        with_vocabulary(preset("tiny"), 321, 0)
+        with_vocabulary(preset("tiny"), ((1, 321),), 0)

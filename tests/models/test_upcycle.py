@@ -15,7 +15,7 @@ from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from tests.models import draw
 
 DECODER = DecoderConfig(
-    vocab_size=23, real_vocab=20, width=8, mlp=12, layers=5, heads=2, kv_heads=1, head_dim=4
+    vocab_size=23, real_ids=((0, 20),), width=8, mlp=12, layers=5, heads=2, kv_heads=1, head_dim=4
 )
 TOWER = VisionConfig(image_size=8, patch_size=4, width=6, mlp=8, layers=2, heads=2)
 DENSE = ModelConfig(DECODER, TOWER, "linear", "vicuna", image_token=20)

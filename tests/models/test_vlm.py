@@ -17,7 +17,7 @@ from tests.models import draw
 
 IMAGE = 20
 DECODER = DecoderConfig(
-    vocab_size=23, real_vocab=20, width=8, mlp=12, layers=3, heads=2, kv_heads=1, head_dim=4
+    vocab_size=23, real_ids=((0, 20),), width=8, mlp=12, layers=3, heads=2, kv_heads=1, head_dim=4
 )
 TOWER = VisionConfig(image_size=8, patch_size=4, width=6, mlp=8, layers=2, heads=2)
 DENSE = ModelConfig(DECODER, TOWER, "mlp2x_gelu", "vicuna", IMAGE)

@@ -22,7 +22,7 @@ SIGLIP = dataclasses.replace(
     TWO_BY_TWO, image_size=13, patch_size=6, width=24, mlp=48, layers=3, heads=3
 )
 DECODER = DecoderConfig(
-    vocab_size=97, real_vocab=96, width=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8
+    vocab_size=97, real_ids=((0, 96),), width=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8
 )
 
 

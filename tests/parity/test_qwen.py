@@ -12,7 +12,7 @@ from moddistill.models.vlm import ModelConfig, Vlm
 from tests.parity.convert import model_params, numpy_state, randomise
 
 BASE = DecoderConfig(
-    vocab_size=97, real_vocab=90, width=32, mlp=48, layers=3, heads=4, kv_heads=4, head_dim=8
+    vocab_size=97, real_ids=((0, 90),), width=32, mlp=48, layers=3, heads=4, kv_heads=4, head_dim=8
 )
 DECODERS = {
     "every head its own keys": BASE,

@@ -55,7 +55,7 @@ def random_inputs():
 
     def make(config, length=9):
         rng = np.random.default_rng(0)
-        tokens = rng.integers(0, config.decoder.real_vocab, (2, length), np.int32)
+        tokens = rng.integers(0, config.decoder.real_ids[-1][1], (2, length), np.int32)
         if config.vision is None:
             return tokens, None
         patches = np.full((2, config.vision.patches), config.image_token, np.int32)

@@ -138,8 +138,8 @@ def test_whole_file_beside_an_old_index(copied):
     [
         ("[]", r"holds \[\]; accepted: a JSON object"),
         (DEEP, "is not JSON: .*recursion"),
-        ('{"version": 1}', "architecture is None; accepted: an object"),
-        ('{"version": 1, "architecture": {}, "source": 3}', "source is 3; accepted: an object"),
+        ('{"version": 2}', "architecture is None; accepted: an object"),
+        ('{"version": 2, "architecture": {}, "source": 3}', "source is 3; accepted: an object"),
     ],
     ids=["list", "deep", "empty", "source"],
 )

@@ -168,7 +168,7 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
     monkeypatch.setattr(model_folder, "_BLOCK", 2**20)
     monkeypatch.setattr(store, "_BLOCK", 2**20)
     decoder = dataclasses.replace(
-        tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_vocab=296
+        tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_ids=((0, 296),)
     )
     config = dataclasses.replace(tiny_architecture(), decoder=decoder, vision=None)
     params = init(config)
@@ -241,7 +241,7 @@ def test_padded_rows_are_never_answered(sparse):
     _, out, config = sparse("CLIP and Qwen2")
     settings = json.loads((out / "generation_config.json").read_text())
     first, last = settings["suppress_tokens"][0], settings["suppress_tokens"][-1]
-    assert (first, last) == (config.decoder.real_vocab, config.decoder.vocab_size - 1)
+    assert (first, last) == (config.decoder.real_ids[-1][1], config.decoder.vocab_size - 1)
 
 
 def test_tokenizer_of_the_export(sparse, small_tokenizer):

@@ -15,6 +15,7 @@ from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
 from tools.convert_weights.chat_template import FILE, stored_template
 from tools.convert_weights.hub import local_folder
+from tools.convert_weights.image_row import pad_rows, with_image_row
 from tools.convert_weights.rules import (
     Index,
     Piece,
@@ -112,12 +113,14 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
         )
     if template and template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; accepted: {', '.join(TEMPLATES)}")
-    return ModelConfig(
-        language.decoder,
-        vision,
-        kind,
-        template or language.template,
-        language.tokenizer.image_id,
+    return with_image_row(
+        ModelConfig(
+            language.decoder,
+            vision,
+            kind,
+            template or language.template,
+            language.tokenizer.image_id,
+        )
     )
 
 
@@ -175,13 +178,15 @@ def place(source: Source, config: ModelConfig) -> Placed:
     ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
     ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
     names = {piece.name for piece in found}
-    check_complete(found, source.checkpoint, ignored, str(source.folder))
+    rows = source.decoder.vocab_size if source.decoder else 0
+    checkpoint = pad_rows(source.checkpoint, found, rows)
+    check_complete(found, checkpoint, ignored, str(source.folder))
     for name, tensor in source.checkpoint.items():
         if source.zero and re.fullmatch(source.zero, name) and np.any(tensor.read()):
             raise ValueError(f"{source.folder}: {name} is not zero; its expert is not built here")
     if source.tied in source.checkpoint and source.tied not in names:
         _check_tied(source, found)
-    return [(piece, source.checkpoint[piece.name]) for piece in found]
+    return [(piece, checkpoint[piece.name]) for piece in found]
 
 
 def _check_tied(source: Source, found: Sequence[Piece]) -> None:

@@ -13,6 +13,7 @@ from moddistill.models.layer_plan import Segment
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
+from moddistill.models.vocabulary import num_ids
 from moddistill.sharding import unbox
 from moddistill.tree import flatten
 from tools.convert_weights.assemble import place
@@ -101,7 +102,7 @@ def _config(source: Source) -> ModelConfig:
             image_size=1, patch_size=1, width=width, mlp=1, layers=1, heads=1, select_layer=-1
         )
     decoder = source.decoder or DecoderConfig(
-        vocab_size=1, real_vocab=1, width=2, mlp=1, layers=1, heads=1, kv_heads=1, head_dim=2
+        vocab_size=1, real_ids=((0, 1),), width=2, mlp=1, layers=1, heads=1, kv_heads=1, head_dim=2
     )
     image = source.tokenizer.image_id if source.tokenizer else 0
     return ModelConfig(decoder, vision, source.projector or "linear", source.template, image)
@@ -185,4 +186,8 @@ def _image(vision: VisionConfig) -> dict[str, int]:
 
 
 def _tokenizer(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"ids": tokenizer.vocab_size, "image": tokenizer.image_id, "pad": tokenizer.pad_id}
+    return {
+        "ids": num_ids(tokenizer.real_ids),
+        "image": tokenizer.image_id,
+        "pad": tokenizer.pad_id,
+    }

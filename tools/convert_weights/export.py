@@ -19,6 +19,7 @@ from moddistill.model_folder import (
     read_source,
 )
 from moddistill.models.vlm import ModelConfig
+from moddistill.models.vocabulary import token_mask
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava, qwen
 from tools.convert_weights.assemble import POOLING
@@ -174,15 +175,15 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     _write_json(path, settings)
     template = stored_template(model) or chat_template(config.template)
     (folder / FILE).write_text(template, encoding="utf-8")
-    # Rows of the padded vocabulary are no tokens, but `transformers` does not know.
-    padded = range(config.decoder.real_vocab, config.decoder.vocab_size)
+    # Rows without a token, and that of `<image>`, which `transformers` would generate.
+    masked = np.flatnonzero(~token_mask(config.decoder.real_ids, config.decoder.vocab_size))
     generation = {
         "eos_token_id": _end_ids(tokenizer, config.template),
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
     }
-    if padded:
-        generation["suppress_tokens"] = list(padded)
+    if len(masked):
+        generation["suppress_tokens"] = masked.tolist()
     _write_json(folder / "generation_config.json", generation)
     if config.vision is not None:
         _write_processor(folder, config)

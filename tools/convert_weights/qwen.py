@@ -6,6 +6,7 @@ from typing import Any
 
 from moddistill.config import MoeConfig
 from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vocabulary import IdRanges
 from tools.convert_weights.hub import check_numbers, part_of
 from tools.convert_weights.rules import FLAT, Rule, Rules, matrix
 
@@ -99,12 +100,12 @@ _NEEDED = (*_NUMBERS, "hidden_act", "rope_theta", "tie_word_embeddings")
 NEEDED = {"qwen2": _NEEDED, "qwen3": (*_NEEDED, "head_dim")}
 
 
-def decoder_config(hf: Mapping[str, Any], real_vocab: int, origin: str) -> DecoderConfig:
+def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> DecoderConfig:
     """The architecture that a text config states.
 
     Args:
       hf: fields with their defaults, as `transformers` gives them.
-      real_vocab: ids of the tokenizer.
+      real_ids: ids of the tokenizer, without `<image>`.
 
     Raises:
       ValueError: for another model type, or a field whose effect is not built.
@@ -133,14 +134,15 @@ def decoder_config(hf: Mapping[str, Any], real_vocab: int, origin: str) -> Decod
     check_numbers(hf, _NUMBERS + (_EXPERT_NUMBERS if kind in SPARSE_TYPES else ()), origin)
     if type(rope.get("rope_theta")) not in (int, float):
         raise ValueError(f"{origin}: rope_theta is {rope.get('rope_theta')!r}; accepted: a number")
-    if real_vocab > hf["vocab_size"]:
+    if real_ids[-1][1] > hf["vocab_size"]:
         raise ValueError(
-            f"{origin}: the tokenizer has {real_vocab} ids, the embedding {hf['vocab_size']} rows"
+            f"{origin}: the tokenizer has {real_ids[-1][1]} ids, the embedding "
+            f"{hf['vocab_size']} rows"
         )
     heads = hf["num_attention_heads"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
-        real_vocab=real_vocab,
+        real_ids=real_ids,
         width=hf["hidden_size"],
         mlp=hf["intermediate_size"],
         layers=hf["num_hidden_layers"],

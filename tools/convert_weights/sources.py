@@ -96,7 +96,7 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD),
         zero=rf"model\.{qwen.SHARED_EXPERT}",
         tied="lm_head.weight",
-        decoder=qwen.decoder_config(hf, tokenizer.vocab_size, origin),
+        decoder=qwen.decoder_config(hf, tokenizer.real_ids, origin),
         context=hf.get("max_position_embeddings"),
         tokenizer=tokenizer,
     )
@@ -159,7 +159,7 @@ def _llava(
         pooling=f"{vision}head.",
         zero=re.escape(decoder) + qwen.SHARED_EXPERT,
         tied=f"{head}lm_head.weight",
-        decoder=qwen.decoder_config(text, tokenizer.vocab_size, origin),
+        decoder=qwen.decoder_config(text, tokenizer.real_ids, origin),
         context=text.get("max_position_embeddings"),
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
@@ -186,7 +186,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
     text = with_defaults(
         fields | {"model_type": "qwen3" if "qwen3" in fields["model_type"] else "qwen2"}
     )
-    decoder = qwen.decoder_config(text, tokenizer.vocab_size, origin)
+    decoder = qwen.decoder_config(text, tokenizer.real_ids, origin)
     llava.check_original(fields, origin)
     kind = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
     inner = "image_spatial_proj."
