@@ -162,17 +162,20 @@ def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
     memory = compiled.memory_analysis() if compiled else None
     if memory is None:
         return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    if accelerators.parse(topology)[0] == "cpu":  # whose peak is without what is temporary
-        peak = arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    else:  # which counts what lies in host memory, too
-        peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     cores = accelerators.devices_per_chip(topology)
     return {
-        "peak_bytes_per_chip": cores * peak,
-        "argument_bytes_per_chip": cores * arguments,
-        "temp_bytes_per_chip": cores * temporary,
+        "peak_bytes_per_chip": cores * peak_bytes(memory, accelerators.parse(topology)[0]),
+        "argument_bytes_per_chip": cores * memory.argument_size_in_bytes,
+        "temp_bytes_per_chip": cores * memory.temp_size_in_bytes,
     }
+
+
+def peak_bytes(memory: Any, name: str) -> int:
+    """Peak bytes of one device from a program's `memory_analysis()`; `name` is "cpu" for CPUs."""
+    if name != "cpu":  # host memory is counted in the peak, too
+        return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # not in the peak of CPUs
+    return sizes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _compile(lowered: Any, topology: str) -> Any:

@@ -1,0 +1,110 @@
+"""Inputs of `benchmarks.device`: one device as a mesh, random parameters, states and batches."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from moddistill import sharding
+from moddistill.config import MeshConfig, TrainConfig
+from moddistill.flops import SUPERVISED
+from moddistill.models.vlm import ModelConfig
+from moddistill.plan import abstract_batch
+from moddistill.state import State
+
+
+def say(message: str) -> None:
+    """Prints progress at once, apart from the table on stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def on(device: Any, precision: str | None = None) -> Iterator[Mesh]:
+    """The mesh of this one device, in context; `precision` is that of float32 matmuls."""
+    mesh = sharding.make_mesh(MeshConfig(), [device])
+    matmuls = jax.default_matmul_precision(precision)
+    rules = nn.logical_axis_rules(tuple(sharding.RULES.items()))
+    with jax.default_device(device), jax.set_mesh(mesh), rules, matmuls:
+        yield mesh
+
+
+def random_leaves(shapes: Any, seed: int) -> Any:
+    """Random parameters in the shapes, dtypes and shardings of `shapes`.
+
+    Norm scales are 1, biases 0, all else is normal with standard deviation 0.02. Leaves are made
+    one by one: a 7B model initialised in float32 would take twice the memory that it has here.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    arrays = []
+    for number, (path, x) in enumerate(leaves):
+        kind = str(path[-1].key).rsplit("/", 1)[-1]
+        make = _maker(kind, x.shape, jnp.dtype(x.dtype), x.sharding)
+        arrays.append(make(jax.random.fold_in(jax.random.key(seed), number)))
+    return jax.tree_util.tree_unflatten(structure, arrays)
+
+
+@functools.cache  # layers share shapes
+def _maker(kind: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+    def make(rng: jax.Array) -> jax.Array:
+        if kind in ("scale", "bias"):
+            return jnp.full(shape, float(kind == "scale"), dtype)
+        return (0.02 * jax.random.normal(rng, shape, dtype)).astype(dtype)
+
+    return jax.jit(make, out_shardings=place)
+
+
+def random_state(shapes: State, seed: int) -> State:
+    """A state before its first step, with random parameters; `shapes` have shardings."""
+
+    def zeros(x: Any) -> jax.Array:
+        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+    empty = jax.tree.map(zeros, (shapes.step, shapes.opt_state))
+    params = random_leaves({"params": shapes.params, "frozen": shapes.frozen}, seed)
+    return State(empty[0], params["params"], params["frozen"], empty[1])
+
+
+def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bool) -> Any:
+    """A batch of random tokens and images as numpy arrays; each row ends with supervised tokens.
+
+    Args:
+      full: rows without padding, as `moddistill.flops` counts them; else of different lengths.
+    """
+    rng = np.random.default_rng(0)
+
+    def fill(shape: Any) -> Any:
+        if "tokens" in shape:
+            return _rows(student, *shape["tokens"].shape, full, rng)
+        return {name: fill(side) for name, side in shape.items()}
+
+    shapes = abstract_batch(config, student, mesh)
+    images = shapes.pop("images", None)
+    batch = fill(shapes)
+    if images is not None:
+        batch["images"] = rng.integers(0, 256, images.shape, np.uint8)
+    return batch
+
+
+def _rows(
+    student: ModelConfig, rows: int, length: int, full: bool, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    patches = student.vision.patches if student.vision else 0
+    answer = round(length * SUPERVISED)
+    tokens = rng.integers(0, student.decoder.real_vocab, (rows, length), np.int32)
+    tokens[:, 1 : 1 + patches] = student.image_token
+    shortest = length if full else 1 + patches + answer
+    ends = rng.integers(shortest, length + 1, (rows, 1))
+    place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return {
+        "tokens": tokens,
+        "positions": place,
+        "segments": (place < ends).astype(np.int32),
+        "loss_mask": (place < ends) & (place >= ends - answer),
+    }

@@ -1,0 +1,243 @@
+"""Operations that `benchmarks.device` checks, each next to a plain form of the same mathematics.
+
+Plain forms have all logits at once, whole attention matrices, and a Python loop over experts.
+Inputs are float32 numbers that bfloat16 represents exactly, so both dtypes have one reference and
+no router is near a tie in only one of them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array
+
+from moddistill.config import MoeConfig
+from moddistill.losses.kd import cross_entropy, forward_kl
+from moddistill.losses.preference import KINDS, preference_losses
+from moddistill.losses.tokens import Heads, weighted_sum
+from moddistill.models import attention
+from moddistill.models.moe import MoE, check_moe
+
+Arrays = dict[str, Any]
+
+
+class Operation(NamedTuple):
+    """Two forms of one operation and what both compute on.
+
+    Attributes:
+      ours: `(inputs, constants, dtype)` to one array.
+      plain: `(inputs, constants)` to the same array, in float32.
+      inputs: differentiated.
+      constants: not differentiated.
+      dtypes: in which `ours` computes.
+    """
+
+    name: str
+    ours: Callable[[Arrays, Arrays, Any], Array]
+    plain: Callable[[Arrays, Arrays], Array]
+    inputs: Arrays
+    constants: Arrays
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+def operations(tiny: bool) -> list[Operation]:
+    """All operations, at widths of real models unless `tiny`."""
+    decoder, tower = ((2, 24, 4, 2, 8), (2, 25, 4, 4, 8)) if tiny else _ATTENTION
+    experts = (64, 16, 32) if tiny else (1024, 512, 1408)
+    token = (96, 32, 48, 300) if tiny else (1024, 2048, 4096, 16_000)
+    return [
+        token_losses(*token),
+        pair_losses(),
+        decoder_attention(*decoder),
+        tower_attention(*tower),
+        expert_layer("dropless", *experts),
+        expert_layer("capacity", *experts),
+    ]
+
+
+_ATTENTION = ((2, 1024, 16, 4, 128), (2, 577, 16, 16, 64))
+
+
+def _normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
+    drawn = scale * rng.standard_normal(shape, np.float32)
+    return drawn.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def token_losses(positions: int, width: int, teacher_width: int, real: int) -> Operation:
+    """KL and cross entropy in chunks; vocabularies of both models have different padding."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "hidden": _normal(rng, positions, width),
+        "head": _normal(rng, real + 10, width, scale=width**-0.5),
+    }
+    supervised = np.arange(positions) % 4 == 0
+    constants = {
+        "teacher_hidden": _normal(rng, positions, teacher_width),
+        "teacher_head": _normal(rng, real + 20, teacher_width, scale=teacher_width**-0.5),
+        "labels": rng.integers(0, real, positions).astype(np.int32),
+        "kd": supervised * rng.uniform(0.5, 1.0, positions).astype(np.float32),
+        "ce": supervised * rng.uniform(0.5, 1.0, positions).astype(np.float32),
+    }
+
+    def token_fn(logits: Array, teacher_logits: Array, labels: Array) -> dict[str, Array]:
+        return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+
+    def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
+        arrays = inputs | constants
+        names = ("hidden", "head", "teacher_hidden", "teacher_head")
+        heads = Heads(*(arrays[name].astype(dtype) for name in names))
+        weights = {name: constants[name] for name in ("kd", "ce")}
+        chunk = positions // 16 + 1  # the last of several chunks is not full
+        labels = constants["labels"]
+        return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_vocab=real)[0]
+
+    def plain(inputs: Arrays, constants: Arrays) -> Array:
+        student = jax.nn.log_softmax((inputs["hidden"] @ inputs["head"].T)[:, :real])
+        logits = constants["teacher_hidden"] @ constants["teacher_head"].T
+        teacher = jax.nn.log_softmax(logits[:, :real])
+        kd = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+        ce = -jnp.sum(jax.nn.one_hot(constants["labels"], real) * student, axis=-1)
+        return jnp.sum(constants["kd"] * kd + constants["ce"] * ce)
+
+    return Operation("KL and cross entropy", ours, plain, inputs, constants)
+
+
+def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> Operation:
+    """All losses of the preference stage, in float32 as there."""
+    rng = np.random.default_rng(1)
+    inputs = {name: _normal(rng, pairs, scale=3.0) for name in ("chosen", "rejected")}
+
+    def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
+        answers = (inputs[name].astype(dtype) for name in ("chosen", "rejected"))
+        chosen, rejected = answers
+        losses = [preference_losses(chosen, rejected, kind, beta, smoothing) for kind in KINDS]
+        return jnp.stack(losses)
+
+    def plain(inputs: Arrays, _: Arrays) -> Array:
+        chosen, rejected = inputs["chosen"], inputs["rejected"]
+        margin = chosen - rejected
+
+        def log_loss(x: Array) -> Array:
+            return jnp.log(1 + jnp.exp(-beta * x))
+
+        kl = [jnp.maximum(x.mean(), 0) for x in map(jax.lax.stop_gradient, (chosen, rejected))]
+        keep = 1 / (1 + jnp.exp(beta * (chosen - kl[1])))
+        avoid = 1 / (1 + jnp.exp(beta * (kl[0] - rejected)))
+        losses = {
+            "sigmoid": (1 - smoothing) * log_loss(margin) + smoothing * log_loss(-margin),
+            "hinge": jnp.where(beta * margin < 1, 1 - beta * margin, 0.0),
+            "ipo": (margin - 0.5 / beta) ** 2,
+            "kto_pair": 0.5 * keep + 0.5 * avoid,
+        }
+        return jnp.stack([losses[kind] for kind in KINDS])
+
+    return Operation("preference losses", ours, plain, inputs, {}, dtypes=("float32",))
+
+
+def decoder_attention(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
+    """Causal and grouped, over packed samples and padding."""
+    segments = np.ones((rows, length), np.int32)
+    segments[0, length * 3 // 4 :] = 0
+    segments[1:, length // 2 :] = 2
+    visible = segments[:, :, None] == segments[:, None]
+    visible &= np.tri(length, dtype=bool) & (segments > 0)[:, None]
+    visible |= np.eye(length, dtype=bool)  # padding sees itself, which keeps its softmax finite
+
+    def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
+        mask = attention.causal_mask(constants["segments"])
+        return attention.attend(*_heads(inputs, dtype), mask).astype(jnp.float32)
+
+    inputs = _attention_inputs(rows, length, heads, kv_heads, width)
+    constants = {"segments": segments, "visible": visible}
+    return Operation("attention of the decoder", ours, _plain_attention, inputs, constants)
+
+
+def tower_attention(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
+    """Without a mask, over an odd number of positions."""
+
+    def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
+        return attention.attend(*_heads(inputs, dtype), None).astype(jnp.float32)
+
+    inputs = _attention_inputs(rows, length, heads, kv_heads, width)
+    constants = {"visible": np.ones((rows, length, length), bool)}
+    return Operation("attention of the tower", ours, _plain_attention, inputs, constants)
+
+
+def _attention_inputs(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Arrays:
+    rng = np.random.default_rng(2)
+    names = {"query": heads, "key": kv_heads, "value": kv_heads}
+    return {name: _normal(rng, rows, length, count, width) for name, count in names.items()}
+
+
+def _heads(inputs: Arrays, dtype: Any) -> list[Array]:
+    return [inputs[name].astype(dtype) for name in ("query", "key", "value")]
+
+
+def _plain_attention(inputs: Arrays, constants: Arrays) -> Array:
+    query, key, value = _heads(inputs, jnp.float32)
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / math.sqrt(query.shape[-1])
+    scores = jnp.where(constants["visible"][:, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+
+def expert_layer(dispatch: str, tokens: int, width: int, mlp: int) -> Operation:
+    """Four experts, two for each token; no token chooses the last one, and some are padding."""
+    rng = np.random.default_rng(3)
+    config = check_moe(MoeConfig(num_experts=4, top_k=2, dispatch=dispatch, capacity_factor=1.0))
+    hidden, router = _normal(rng, tokens, width), _normal(rng, width, 4, scale=width**-0.5)
+    hidden[:, 0], router[0] = 1.0, (0.0, 0.0, 0.0, -64.0)
+    inputs = {
+        "hidden": hidden,
+        "router": router,
+        "experts_gate": _normal(rng, 4, width, mlp, scale=width**-0.5),
+        "experts_up": _normal(rng, 4, width, mlp, scale=width**-0.5),
+        "experts_down": _normal(rng, 4, mlp, width, scale=mlp**-0.5),
+    }
+    valid = np.arange(tokens) < tokens * 7 // 8
+    chosen = np.argsort(-(hidden.astype(np.float64) @ router), axis=-1)[:, : config.top_k]
+    slots = math.ceil(valid.sum() * config.top_k / 4) if dispatch == "capacity" else tokens
+    constants = {"valid": valid, "chosen": chosen, "keep": _kept(chosen, valid, slots)}
+
+    def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
+        params = {name: x for name, x in inputs.items() if name != "hidden"}
+        hidden, valid = inputs["hidden"].astype(dtype)[None], constants["valid"][None]
+        layer = MoE(config, mlp, dtype)
+        mixed, _ = layer.apply({"params": params}, hidden, valid, jnp.zeros_like(valid))
+        return mixed[0].astype(jnp.float32)
+
+    return Operation(f"expert layer, {dispatch}", ours, _plain_experts, inputs, constants)
+
+
+def _kept(chosen: np.ndarray, valid: np.ndarray, slots: int) -> np.ndarray:
+    """Assignments that find a slot: all first choices before all second ones, in token order."""
+    free = dict.fromkeys(range(4), slots)
+    keep = np.zeros(chosen.shape, bool)
+    for choice in range(chosen.shape[1]):
+        for token in np.flatnonzero(valid):
+            expert = int(chosen[token, choice])
+            keep[token, choice] = free[expert] > 0
+            free[expert] -= 1
+    return keep
+
+
+def _plain_experts(inputs: Arrays, constants: Arrays) -> Array:
+    hidden, chosen = inputs["hidden"], constants["chosen"]
+    probs = jax.nn.softmax(hidden @ inputs["router"])
+    weights = jnp.take_along_axis(probs, chosen, axis=-1) * constants["keep"]
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    mixed = jnp.zeros_like(hidden)
+    for e in range(4):
+        gate, up, down = (inputs[f"experts_{name}"][e] for name in ("gate", "up", "down"))
+        gated = hidden @ gate
+        output = (gated / (1 + jnp.exp(-gated)) * (hidden @ up)) @ down
+        mixed += jnp.where(chosen == e, weights, 0.0).sum(axis=-1, keepdims=True) * output
+    return mixed

@@ -1,0 +1,291 @@
+"""Measurements of `benchmarks.device`: what the device can do, and what it does with our layers.
+
+Each figure is a median of several rounds after one that is not counted; a round ends when the
+device has finished (`block_until_ready`). Weights are random, dtypes those of training.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.device_inputs import on, random_batch, random_leaves, random_state, say
+from moddistill import sharding
+from moddistill.accelerators import peak_flops
+from moddistill.config import DataConfig, MoeConfig, TrainConfig
+from moddistill.flops import work_of
+from moddistill.generate import Sampling, decode
+from moddistill.model_folder import abstract_params
+from moddistill.models.layers import SwiGLU
+from moddistill.models.moe import MoE, check_moe
+from moddistill.models.presets import preset
+from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vlm import Vlm
+from moddistill.plan import abstract_batch, architectures, peak_bytes
+from moddistill.program import make_program, place, shares_tower, without_tower
+from moddistill.state import cast_frozen
+
+GIB = 2**30
+_STEPS = 10
+_ROUNDS = 5
+_WORDS = 64  # of a prompt besides its image, and of an answer
+
+Left = Callable[[], float]  # seconds that remain
+
+
+class Pair(NamedTuple):
+    """Student and teacher presets, samples of a step, and the device memory to try it with."""
+
+    student: str
+    teacher: str
+    batch: int
+    needs: float
+
+
+# Largest first. The first is that of the paper's ablations.
+PAIRS = (
+    Pair("qwen1.5-1.8b", "qwen1.5-7b", 8, 46 * GIB),
+    Pair("qwen2-0.5b", "qwen2-7b", 8, 28 * GIB),
+    Pair("qwen1.5-0.5b", "qwen1.5-1.8b", 4, 14 * GIB),
+)
+_TINY = Pair("tiny", "tiny-teacher", 4, 0)
+
+
+def median_seconds(run: Callable[[], Any], inner: int) -> float:
+    """Seconds of one call of `run`: `inner` of them are queued in a round."""
+    jax.block_until_ready(run())
+    rounds = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(inner)])
+        rounds.append((time.perf_counter() - began) / inner)
+    return statistics.median(rounds)
+
+
+def ceilings(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
+    """What large matmuls in bfloat16 and a pass over memory reach."""
+    size, words = (256, 2**16) if tiny else (8192, 2**29)
+    with on(device):
+        # Constant data would draw less power, and clocks would be higher than in training.
+        x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+        multiply = jax.jit(lambda x: x @ x)
+        matmul = 2 * size**3 / median_seconds(lambda: multiply(x), 10)
+        y = jnp.zeros(words, jnp.bfloat16)
+        add = jax.jit(lambda y: y + 1)
+        copy = 2 * y.nbytes / median_seconds(lambda: add(y), 3)
+    peak = peak_flops([device])
+    share = f", {matmul / peak:.0%} of the stated peak" if peak else ""
+    table = [
+        [f"bfloat16 matmul of {size:,} x {size:,}", f"{matmul / 1e12:.1f} TFLOP/s{share}"],
+        ["memory, reading and writing", f"{copy / 1e9:,.0f} GB/s"],
+    ]
+    return {"matmul_flops": matmul, "copy_bytes_per_second": copy, "peak": peak, "table": table}
+
+
+def paper_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
+    """The step of sparse distillation with the largest pair that fits, the paper's if it can be."""
+    fitting = [pair for pair in PAIRS if pair.needs <= _memory_limit(device)]
+    if not (tiny or fitting):
+        least = PAIRS[-1].needs / GIB
+        return {"status": "skipped", "reason": f"less than {least:.0f} GiB of device memory"}
+    return _d2s(_TINY if tiny else fitting[0], device, 64 if tiny else 2048, left)
+
+
+def second_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
+    """The same of the next smaller pair."""
+    fitting = [pair for pair in PAIRS if pair.needs <= _memory_limit(device)]
+    if len(fitting) < 2 or tiny:
+        return {"status": "skipped", "reason": "there is no second pair for this device"}
+    return _d2s(fitting[1], device, 2048, left)
+
+
+def _memory_limit(device: Any) -> float:
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", 0)
+
+
+def _peak_in_use(device: Any) -> int:
+    return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
+    config = TrainConfig(
+        stage="d2s",
+        student=f"random:{pair.student}",
+        teacher=f"random:{pair.teacher}",
+        batch_size=pair.batch,
+        data=DataConfig(max_length=length),
+    )
+    with on(device) as mesh:
+        student, teacher = architectures(config)
+        program = make_program(config, student, teacher, mesh)
+        shapes = place(program.state, program.places)
+        taught = program.teacher
+        if shared := shares_tower(student, teacher, program.state):
+            taught = without_tower(taught)
+        say(f"  compiling {pair.student} from {pair.teacher}")
+        began = time.perf_counter()
+        lowered = program.step.lower(shapes, taught, abstract_batch(config, student, mesh))
+        step = lowered.compile()
+        compiling = time.perf_counter() - began
+        planned = peak_bytes(step.memory_analysis(), device.platform)
+        say(f"  compiled in {compiling:.0f} s, takes {planned / GIB:.2f} GiB; making parameters")
+        earlier = _peak_in_use(device)
+        taught = random_leaves(taught, 1)
+        state = random_state(shapes, 0)
+        batch = random_batch(config, student, mesh, full=True)
+        seconds, losses = _run(step, state, taught, sharding.put_batch(mesh, batch), left)
+        measured = _peak_in_use(device)
+    work = work_of(config, student, teacher, set(program.state.params), shared)
+    figures = {
+        "student": pair.student,
+        "teacher": pair.teacher,
+        "batch": pair.batch,
+        "length": length,
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "losses": losses,
+        "compile_seconds": compiling,
+        "tokens": int(np.sum(batch["segments"] > 0)),
+        "student_flops": work.student,
+        "teacher_flops": work.teacher,
+        "planned_peak_bytes": planned,
+        # Earlier sections may have taken more.
+        "measured_peak_bytes": measured if measured > earlier else None,
+    }
+    return figures | {"table": [_describe_step(figures, peak_flops([device]))]}
+
+
+def _run(
+    step: Any, state: Any, taught: Any, batch: Any, left: Left
+) -> tuple[list[float], list[float]]:
+    """Seconds and losses of steps after two that are not counted; at least three."""
+    seconds, losses = [], []
+    for number in range(2 + _STEPS):
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, taught, batch))
+        taken = time.perf_counter() - began
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        say(f"  step {number}: {1000 * taken:.1f} ms, loss {losses[-1]:.4f}")
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"loss is {losses[-1]} in step {number}")
+        seconds += [taken] if number >= 2 else []
+        if len(seconds) >= 3 and left() <= 0:
+            break
+    return seconds, losses
+
+
+def _describe_step(figures: dict[str, Any], peak: float | None) -> list[str]:
+    speed = (figures["student_flops"] + figures["teacher_flops"]) / figures["seconds"]
+    share = f" ({speed / peak:.1%} of the stated peak)" if peak else ""
+    measured = figures["measured_peak_bytes"]
+    said = "" if measured is None else f", measured {measured / GIB:.2f}"
+    return [
+        f"d2s step, {figures['student']} (4 experts, top 2) from {figures['teacher']}, "
+        f"{figures['batch']} x {figures['length']:,}, bfloat16",
+        f"{1000 * figures['seconds']:,.1f} ms; {figures['tokens'] / figures['seconds']:,.0f} "
+        f"tokens/s; {speed / 1e12:.1f} TFLOP/s{share}; "
+        f"peak {figures['planned_peak_bytes'] / GIB:.2f} GiB planned{said}; "
+        f"compiled in {figures['compile_seconds']:.0f} s",
+    ]
+
+
+def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
+    """An expert layer of the student against a dense layer of the same FLOPs, both passes."""
+    config = check_moe(MoeConfig())
+    decoder = preset(_TINY.student if tiny else PAIRS[0].student).decoder
+    width, mlp, tokens = decoder.width, decoder.mlp, 256 if tiny else 16_384
+    with on(device):
+        x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
+        flags = (jnp.ones((1, tokens), bool), jnp.zeros((1, tokens), bool))
+        sparse = MoE(config, mlp, jnp.bfloat16)
+        dense = SwiGLU(config.top_k * mlp, jnp.bfloat16)
+        seconds = {}
+        for name, layer, rest in (("experts", sparse, flags), ("dense", dense, ())):
+            params = jax.jit(layer.init)(jax.random.key(1), x, *rest)
+
+            def loss(params: Any, x: Any, layer: Any = layer, rest: Any = rest) -> Any:
+                output = layer.apply(params, x, *rest)
+                output = output[0] if rest else output
+                return jnp.sum(output.astype(jnp.float32) ** 2)
+
+            step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+            seconds[name] = median_seconds(lambda s=step, p=params: s(p, x), 1 if tiny else 4)
+    flops = 18.0 * tokens * width * config.top_k * mlp
+    ratio = seconds["experts"] / seconds["dense"]
+    table = [
+        f"expert layer, {tokens:,} tokens, {width:,} x {mlp:,}, forward and backward",
+        f"{1000 * seconds['experts']:.2f} ms, {flops / seconds['experts'] / 1e12:.1f} TFLOP/s; "
+        f"a dense layer of as many {1000 * seconds['dense']:.2f} ms, "
+        f"{flops / seconds['dense'] / 1e12:.1f} TFLOP/s; ratio {ratio:.2f}",
+    ]
+    return {"seconds": seconds, "flops": flops, "ratio": ratio, "table": [table]}
+
+
+def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
+    """Answers of the sparse and the dense student to prompts with an image, greedily."""
+    dense = preset(_TINY.student if tiny else PAIRS[0].student)
+    models = {"sparse": upcycle_config(dense, MoeConfig()), "dense": dense}
+    results, table = {}, []
+    for name, config in models.items():
+        for rows in (1, 32):
+            key = f"{name}, batch {rows}"
+            if left() <= 0:
+                results[key] = {"skipped": "the section's time is used up"}
+                table.append([f"decoding, {key}", "skipped, the section's time is used up"])
+                continue
+            results[key] = _decode(config, rows, device)
+            table.append(_describe_decoding(key, results[key]))
+            say(f"  {': '.join(table[-1])}")
+    return {"results": results, "table": table}
+
+
+def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
+    """Seconds of the prompt and of each new token; both from answers of two lengths."""
+    model = Vlm(config, dtype=jnp.bfloat16)
+    length = config.vision.patches + _WORDS
+    with on(device) as mesh:
+        shapes = jax.eval_shape(
+            lambda x: cast_frozen(x, jnp.bfloat16), sharding.unbox(abstract_params(config))
+        )
+        everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
+        params = random_leaves(place(shapes, everywhere), 0)
+        settings = TrainConfig(batch_size=rows, data=DataConfig(max_length=length))
+        batch = random_batch(settings, config, mesh, full=True)
+        batch = sharding.put_batch(mesh, batch)
+        seconds = {}
+        for new in (2, _WORDS + 2):
+
+            def run(new: int = new) -> Any:
+                return decode(
+                    model,
+                    params,
+                    batch,
+                    jax.random.key(0),
+                    max_new_tokens=new,
+                    end_id=-1,  # no token: answers never end early
+                    sampling=Sampling(),
+                )
+
+            seconds[new] = median_seconds(run, 1)
+    token = (seconds[_WORDS + 2] - seconds[2]) / _WORDS
+    return {
+        "rows": rows,
+        "prompt_tokens": length,
+        "prefill_seconds": seconds[2] - token,
+        "token_seconds": token,
+        "tokens_per_second": rows / token,
+    }
+
+
+def _describe_decoding(key: str, figures: dict[str, Any]) -> list[str]:
+    return [
+        f"decoding, {key}, {figures['prompt_tokens']} prompt tokens each",
+        f"prefill {1000 * figures['prefill_seconds']:.1f} ms; "
+        f"{figures['tokens_per_second']:,.1f} tokens/s",
+    ]
