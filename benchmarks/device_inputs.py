@@ -97,7 +97,7 @@ def _rows(
 ) -> dict[str, np.ndarray]:
     patches = student.vision.patches if student.vision else 0
     answer = round(length * SUPERVISED)
-    tokens = rng.integers(0, student.decoder.real_vocab, (rows, length), np.int32)
+    tokens = rng.integers(0, student.decoder.real_ids[-1][1], (rows, length), np.int32)
     tokens[:, 1 : 1 + patches] = student.image_token
     shortest = length if full else 1 + patches + answer
     ends = rng.integers(shortest, length + 1, (rows, 1))

@@ -93,7 +93,7 @@ def token_losses(positions: int, width: int, teacher_width: int, real: int) -> O
         weights = {name: constants[name] for name in ("kd", "ce")}
         chunk = positions // 16 + 1  # the last of several chunks is not full
         labels = constants["labels"]
-        return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_vocab=real)[0]
+        return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_ids=((0, real),))[0]
 
     def plain(inputs: Arrays, constants: Arrays) -> Array:
         student = jax.nn.log_softmax((inputs["hidden"] @ inputs["head"].T)[:, :real])
