@@ -3,6 +3,7 @@
 model.json               architecture, layer plan, conversation template, where it came from
 params/                  Orbax
 tokenizer.json, tokenizer_config.json, preprocessor_config.json
+digests.json             of all these files, checked by whatever reads them
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from moddistill.config import from_config_dict
 from moddistill.data.images import preprocessor_config
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.digests import verify
 from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from moddistill.new_folder import new_folder_of_all
@@ -40,8 +42,12 @@ def save_model(
     tokenizer: Tokenizer,
     source: dict[str, Any],
 ) -> None:
-    """Writes a model folder; an interrupted write leaves none."""
-    with new_folder_of_all(Path(folder)) as aside:
+    """Writes a model folder; an interrupted write leaves none.
+
+    Raises:
+      ValueError: if the folder exists.
+    """
+    with new_folder_of_all(Path(folder), "train") as aside:
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _storage
         with context:
@@ -110,15 +116,23 @@ def write_description(
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """The architecture of a model folder; ValueError if it is none, or of another version."""
+    """The architecture of a model folder.
+
+    Raises:
+      ValueError: if it is none, of another version, or its `model.json` is damaged.
+    """
     description = _read_description(folder)
     origin = str(Path(folder) / "model.json")
-    return from_config_dict(ModelConfig, description["architecture"], origin)
+    config = from_config_dict(ModelConfig, description["architecture"], origin)
+    verify(Path(folder), ["model.json"])
+    return config
 
 
 def read_source(folder: str | Path) -> dict[str, Any]:
     """Where a model came from: the settings of its stage, or what it was imported from."""
-    return _read_description(folder)["source"]
+    source = _read_description(folder)["source"]
+    verify(Path(folder), ["model.json"])
+    return source
 
 
 def _read_description(folder: str | Path) -> dict[str, Any]:
@@ -179,17 +193,22 @@ def load_params(
 ) -> dict[str, Any]:
     """Parameters of a model folder, read straight into their sharding and dtype.
 
+    All files of the folder are compared with their digests first.
+
     Args:
       dtype: of the loaded arrays, one or a tree like the parameters; as stored if None.
-      shardings: a tree like the parameters; the first device alone if absent.
+      shardings: a tree like the parameters, with which all processes load together; the first
+        device alone if absent.
       part: first path component to load alone, such as `vision`.
 
     Raises:
-      ValueError: listing every parameter that is missing, unexpected or of another shape.
+      ValueError: naming damaged files, or listing every parameter that is missing, unexpected or of
+        another shape.
     """
     path = Path(folder).resolve() / "params"
     if not path.is_dir():
         raise ValueError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
+    verify(Path(folder), shared=shardings is not None)
     expected = flatten(unbox(abstract_params(config)))
     found = flatten(ocp.metadata(path).metadata)
     check_same(found, expected, str(path))

@@ -1,66 +1,76 @@
-"""Folders that take their name when everything in them is written."""
+"""Folders that get their name, and their digests, when everything in them is written."""
 
 import contextlib
 import errno
+import glob
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moddistill.digests import verify, write_digests
 from moddistill.processes import is_first, wait_for_all
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNFINISHED, _REPLACED = ".partial", ".old"
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, overwrite: bool, keep: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` when everything is written.
+def new_folder(
+    folder: Path, written_by: str, overwrite: bool, keep: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """A folder to write into, which is named `folder` when everything is written.
 
-    Every writer has one of its own. What is not finished is removed, or stays behind as
-    `.NAME.*.partial` if the process is killed.
+    Every writer has one of its own. One that fails is removed; if the process is killed, it remains
+    as `.NAME.*.partial`.
 
     Args:
+      written_by: the command, for `digests.json`, which is written at the end.
+      overwrite: whether to replace a folder that the same command wrote and that is unchanged.
       keep: files and folders that are read; `folder` may not be one of them or hold one.
 
     Raises:
-      ValueError: if `folder` exists, now or at the end, and is not to be overwritten; if it would
-        be overwritten as it is read; if the disk is full.
+      ValueError: if `folder` exists, now or at the end, and may not be replaced; if the disk is
+        full.
     """
     target = folder.resolve()
     _put_back(target)
-    _check_free(target, overwrite)
+    _check_free(target, written_by, overwrite)
     for source in keep:
         if target.exists() and source.exists() and source.resolve().is_relative_to(target):
             raise ValueError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    with _named_when_written(aside, target, overwrite):
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    with _named_when_written(aside, target, written_by, overwrite):
         yield aside
 
 
 @contextlib.contextmanager
-def new_folder_of_all(folder: Path) -> Iterator[Path]:
+def new_folder_of_all(folder: Path, written_by: str) -> Iterator[Path]:
     """As `new_folder`, for all processes of one run, which write into the same one.
 
-    The first process makes and names it. A folder that exists is replaced.
+    The first process makes and names it. An existing folder is an error.
     """
     target = folder.resolve()
-    aside = target.with_name(f".{target.name}.partial")
+    _check_free(target, written_by, overwrite=False)
+    aside = target.with_name(f".{target.name}{_UNFINISHED}")
     with contextlib.ExitStack() as stack:
         if is_first():
-            _put_back(target)
             shutil.rmtree(aside, ignore_errors=True)
-            stack.enter_context(_named_when_written(aside, target, overwrite=True))
+            stack.enter_context(_named_when_written(aside, target, written_by, overwrite=False))
         wait_for_all(f"making {folder}")
         yield aside
         wait_for_all(f"filling {folder}")
 
 
 @contextlib.contextmanager
-def _named_when_written(aside: Path, folder: Path, overwrite: bool) -> Iterator[None]:
+def _named_when_written(
+    aside: Path, folder: Path, written_by: str, overwrite: bool
+) -> Iterator[None]:
     aside.mkdir(parents=True)
     try:
         yield
-        _give_name(aside, folder, overwrite)
+        write_digests(aside, written_by)
+        _give_name(aside, folder, written_by, overwrite)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -71,32 +81,42 @@ def _named_when_written(aside: Path, folder: Path, overwrite: bool) -> Iterator[
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _give_name(new: Path, folder: Path, overwrite: bool) -> None:
-    """Puts `new` in the place of a folder, whose content is never there in part."""
-    _check_free(folder, overwrite)
-    old = _replaced(folder)
+def _give_name(new: Path, folder: Path, written_by: str, overwrite: bool) -> None:
+    """Replaces a folder by `new`; at no time is the folder there in part."""
+    _check_free(folder, written_by, overwrite)
+    old = new.with_suffix(_REPLACED)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
         new.rename(folder)
     except OSError:
         _put_back(folder)
-        _check_free(folder, overwrite=False)  # another process was faster
+        _check_free(folder, written_by, overwrite=False)  # another process was faster
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:
-    """Undoes half an exchange, after which a process was killed."""
-    if not folder.exists() and _replaced(folder).is_dir():
-        _replaced(folder).rename(folder)
+    """Undoes the first of two renames, after which a process was killed."""
+    if folder.exists():
+        return
+    for new in folder.parent.glob(f".{glob.escape(folder.name)}.????????{_UNFINISHED}"):
+        if new.with_suffix(_REPLACED).is_dir():
+            new.with_suffix(_REPLACED).rename(folder)
+            return
 
 
-def _replaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not (overwrite and folder.is_dir()):
+def _check_free(folder: Path, written_by: str, overwrite: bool) -> None:
+    """Raises ValueError if a folder exists, unless it may be overwritten."""
+    if not folder.exists():
+        return
+    if not (overwrite and folder.is_dir()):
         raise ValueError(f"{str(folder)!r} exists; accepted: a new folder, or --overwrite")
+    accepted = f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{str(folder)!r} holds the working directory; accepted: {accepted}")
+    found = verify(folder, accepted=accepted).written_by
+    if found != written_by:
+        raise ValueError(f"{str(folder)!r} was written by {found}; accepted: {accepted}")

@@ -86,6 +86,20 @@ def check_same_everywhere(what: str, text: str) -> None:
         )
 
 
+def any_process(flags: np.ndarray) -> np.ndarray:
+    """Elementwise `or` of every process's boolean array; all must call it."""
+    if jax.process_count() == 1:
+        return flags
+    return multihost_utils.process_allgather(flags).any(axis=0)
+
+
+def from_first(number: int) -> int:
+    """The first process's number, in every process; all must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def is_first() -> bool:
     """Whether this process writes what there is one of."""
     return jax.process_index() == 0

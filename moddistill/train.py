@@ -19,7 +19,6 @@ from absl import logging as absl_logging
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from orbax.checkpoint import v1 as ocp
 
 from moddistill import checkpoint, sharding
 from moddistill.accelerators import peak_flops
@@ -249,9 +248,9 @@ def _micro_batches(batch: Any, count: int) -> Iterator[Any]:
         yield jax.tree.map(lambda x, i=i: np.split(x, count)[i], batch)
 
 
-def _last_good(checkpoints: ocp.training.Checkpointer) -> str:
+def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
     latest = checkpoints.latest
-    return "none yet" if latest is None else str(checkpoints.directory / str(latest.step))
+    return "none yet" if latest is None else str(checkpoints.directory / str(latest))
 
 
 def start_logging() -> None:

@@ -1,10 +1,16 @@
+import contextlib
+import os
+
 import pytest
 
-from moddistill.new_folder import new_folder
+from moddistill.digests import NAME
+from moddistill.new_folder import new_folder, new_folder_of_all
 
 
-def fill(folder, text):
-    (folder / "file").write_text(text)
+def write(folder, text, command="import", overwrite=True):
+    """A folder as a command writes it."""
+    with new_folder(folder, command, overwrite) as aside:
+        (aside / "file").write_text(text)
 
 
 def names(folder):
@@ -14,21 +20,19 @@ def names(folder):
 def test_two_writers_do_not_share_a_folder(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="exists; accepted: a new folder"):  # noqa: SIM117
-        with new_folder(out, overwrite=False) as slow:
-            fill(slow, "slow")
-            with new_folder(out, overwrite=False) as fast:
-                assert names(slow) == ["file"]
-                fill(fast, "fast")
+        with new_folder(out, "import", overwrite=False) as slow:
+            (slow / "file").write_text("slow")
+            write(out, "fast", overwrite=False)
+            assert names(slow) == ["file"]
     assert (out / "file").read_text() == "fast"
     assert names(tmp_path) == ["out"]
 
 
 def test_the_last_of_two_that_overwrite_stays(tmp_path):
     out = tmp_path / "out"
-    with new_folder(out, overwrite=True) as slow:
-        fill(slow, "slow")
-        with new_folder(out, overwrite=True) as fast:
-            fill(fast, "fast")
+    with new_folder(out, "import", overwrite=True) as slow:
+        (slow / "file").write_text("slow")
+        write(out, "fast")
         assert (out / "file").read_text() == "fast"
     assert (out / "file").read_text() == "slow"
     assert names(tmp_path) == ["out"]
@@ -36,27 +40,36 @@ def test_the_last_of_two_that_overwrite_stays(tmp_path):
 
 def test_half_an_exchange_is_undone(tmp_path):
     """The state a process leaves that is killed between its two renames."""
-    old = tmp_path / ".out.old"
-    old.mkdir()
-    fill(old, "before")
-    with pytest.raises(ValueError, match="exists; accepted"):  # noqa: SIM117
-        with new_folder(tmp_path / "out", overwrite=False):
-            pass
-    assert (tmp_path / "out" / "file").read_text() == "before"
-    (tmp_path / "out").rename(old)
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", overwrite=True):
+    out, new, old = (
+        tmp_path / name for name in ("out", ".out.0123abcd.partial", ".out.0123abcd.old")
+    )
+    write(out, "before")
+    out.rename(old)
+    new.mkdir()
+    with pytest.raises(ValueError, match="exists; accepted"):
+        write(out, "after", overwrite=False)
+    assert (out / "file").read_text() == "before"
+    out.rename(old)
+    with pytest.raises(KeyboardInterrupt), new_folder(out, "import", overwrite=True):
         raise KeyboardInterrupt
-    assert (tmp_path / "out" / "file").read_text() == "before"
-    assert names(tmp_path) == ["out"]
+    assert (out / "file").read_text() == "before"
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("neighbour", [".out.old", ".out.0123abcd.old", ".out.partial"])
+def test_hidden_neighbours_are_left_alone(tmp_path, neighbour):
+    """Only what a killed command left in pairs is touched."""
+    (tmp_path / neighbour).mkdir()
+    for text in ("first", "second"):
+        write(tmp_path / "out", text)
+    assert names(tmp_path) == [neighbour, "out"]
 
 
 def test_link_is_followed(tmp_path):
     place = tmp_path / "disk" / "models"
-    place.mkdir(parents=True)
-    fill(place, "before")
+    write(place, "before")
     (tmp_path / "link").symlink_to(place)
-    with new_folder(tmp_path / "link", overwrite=True) as aside:
-        fill(aside, "after")
+    write(tmp_path / "link", "after")
     assert (tmp_path / "link").is_symlink()
     assert (place / "file").read_text() == "after"
     assert names(place.parent) == ["models"]
@@ -64,10 +77,122 @@ def test_link_is_followed(tmp_path):
 
 def test_what_is_read_is_not_replaced(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    fill(out, "read")
+    write(out, "read")
     for source in (out, out / "file"):
         with pytest.raises(ValueError, match="which is being read"):  # noqa: SIM117
-            with new_folder(out, overwrite=True, keep=[source]):
+            with new_folder(out, "import", overwrite=True, keep=[source]):
                 pass
-    assert names(out) == ["file"]
+    assert (out / "file").read_text() == "read"
+
+
+def thesis(folder):
+    folder.mkdir()
+    (folder / "chapter.tex").write_text("years of work")
+    return "has no digests.json"
+
+
+def workdir(folder):
+    thesis(folder)
+    write(folder / "model", "a result", command="train")
+    return "has no digests.json"
+
+
+def parent_of_outputs(folder):
+    write(folder / "one", "imported")
+    return "has no digests.json"
+
+
+def output_with_a_note(folder):
+    write(folder, "imported")
+    (folder / "note.txt").write_text("mine")
+    return "note.txt is not in digests.json"
+
+
+def output_with_a_link(folder):
+    write(folder, "imported")
+    (folder / "link").symlink_to(folder.parent)
+    return "link is not in digests.json"
+
+
+def edited_output(folder):
+    write(folder, "imported")
+    (folder / "file").write_text("improved by hand")
+    return "file does not match digests.json"
+
+
+def output_with_a_file_removed(folder):
+    write(folder, "imported")
+    (folder / "file").unlink()
+    return "file is missing"
+
+
+def output_of_another_command(folder):
+    write(folder, "trained for a week", command="train")
+    return "was written by train"
+
+
+def file(folder):
+    folder.write_text("no folder")
+    return "exists"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        thesis,
+        workdir,
+        parent_of_outputs,
+        output_with_a_note,
+        output_with_a_link,
+        edited_output,
+        output_with_a_file_removed,
+        output_of_another_command,
+        file,
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_overwrite_keeps_what_the_command_did_not_write(tmp_path, make, linked):
+    message = make(tmp_path / "out")
+    given = tmp_path / "out"
+    if linked:
+        given = tmp_path / "link"
+        given.symlink_to(tmp_path / "out")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=f"/out.* {message}.*; accepted: a new folder, or --over"):
+        write(given, "exported")
+    assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/", "~"])
+def test_overwrite_of_a_folder_that_holds_everything(tmp_path, folder):
+    (tmp_path / "here").mkdir()
+    with contextlib.chdir(tmp_path / "here"), pytest.raises(ValueError, match="accepted: a new fo"):
+        write(type(tmp_path)(folder).expanduser(), "exported")
+    assert names(tmp_path) == ["here"]
+
+
+def test_overwrite_of_the_working_directory(tmp_path):
+    """Though the command wrote it, since the shell would be left in a folder that is gone."""
+    write(tmp_path / "out", "before")
+    with contextlib.chdir(tmp_path / "out"):
+        with pytest.raises(ValueError, match="holds the working directory; accepted: a new"):
+            write(type(tmp_path)("."), "after")
+        assert sorted(os.listdir()) == [NAME, "file"]
+
+
+def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
+    write(tmp_path / "out", "before")
+    with pytest.raises(ValueError, match=r"note\.txt is not in digests\.json"):  # noqa: SIM117
+        with new_folder(tmp_path / "out", "import", overwrite=True):
+            (tmp_path / "out" / "note.txt").write_text("mine")
+    assert names(tmp_path / "out") == [NAME, "file", "note.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_folder_of_a_stage_is_never_replaced(tmp_path):
+    with new_folder_of_all(tmp_path / "model", "train") as aside:
+        (aside / "file").write_text("first")
+    with pytest.raises(ValueError, match="exists; accepted"):  # noqa: SIM117
+        with new_folder_of_all(tmp_path / "model", "train"):
+            pass
+    assert (tmp_path / "model" / "file").read_text() == "first"

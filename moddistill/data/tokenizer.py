@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
+from moddistill.digests import verify
 from moddistill.models.vocabulary import IdRanges, id_ranges
 
 # How Qwen cuts text into words before merging bytes.
@@ -113,9 +114,12 @@ def load_tokenizer(folder: str) -> Tokenizer:
     turns otherwise.
 
     Raises:
-      ValueError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`.
+      ValueError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`; or it
+        is a model folder whose tokenizer is damaged.
     """
     file = Path(folder) / "tokenizer.json"
+    if (Path(folder) / "model.json").is_file():
+        verify(Path(folder), [file.name])
     if file.is_file():
         return _with_image(_read(file))
     if not (Path(folder) / "vocab.json").is_file():

@@ -66,7 +66,7 @@ def import_model(
     config = _architecture(sources, template, projector)
     placed = _place_all(sources, config, projector)
     read = [source.folder for source in sources] + ([Path(projector)] if projector else [])
-    with new_folder(out, overwrite, keep=read) as aside:
+    with new_folder(out, "import", overwrite, keep=read) as aside:
         fresh = _new_projector(config, placed, seed)
         _write_params(aside / "params", config, placed, fresh)
         _carry_pooling(sources[-1], aside / POOLING)

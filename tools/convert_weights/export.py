@@ -64,7 +64,7 @@ def export_model(
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
-    with new_folder(out, overwrite, keep=(given, model)) as aside:
+    with new_folder(out, "export", overwrite, keep=(given, model)) as aside:
         places = create_shards(aside, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(found, places, reader)
         for name, tensor in pooling.items():

@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from moddistill.digests import verify
 from moddistill.tree import unflatten
 
 _ITEM = "state"  # where Orbax keeps the arrays of a checkpoint that is one tree
@@ -76,10 +77,11 @@ class Writer:
 
 
 class Reader:
-    """Arrays of `params/`, whoever wrote them, best read array by array.
+    """Arrays of `params/`, best read array by array.
 
-    Most are in chunks, of which those are read that an index touches. One that is not is read once
-    and kept until another array is asked for.
+    All files of the model folder are compared with their digests first. Most arrays are in chunks,
+    of which those are read that an index touches. One that is not is read once and kept until
+    another array is asked for.
     """
 
     def __init__(self, folder: Path):
@@ -87,6 +89,7 @@ class Reader:
             raise ValueError(
                 f"{str(folder.parent)!r} has no params folder; accepted: a whole model folder"
             )
+        verify(folder.parent)
         self.folder = folder
         self.opened: tuple[str, Any] = ("", None)
 

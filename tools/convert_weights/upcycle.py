@@ -42,7 +42,7 @@ def upcycle_model(
     sparse = upcycle_config(dense, moe)
     reader = Reader(model / "params")
     before, after = slots(dense), slots(sparse)
-    with new_folder(out, overwrite, keep=(given, model)) as aside:
+    with new_folder(out, "upcycle", overwrite, keep=(given, model)) as aside:
         kept = {path: reader.dtype(before[path].path) for path in before}
         dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
         with Writer(aside / "params", array_specs(sparse, dtypes)) as writer:
