@@ -123,16 +123,12 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     """
     description = _read_description(folder)
     origin = str(Path(folder) / "model.json")
-    config = from_config_dict(ModelConfig, description["architecture"], origin)
-    verify(Path(folder), ["model.json"])
-    return config
+    return from_config_dict(ModelConfig, description["architecture"], origin)
 
 
 def read_source(folder: str | Path) -> dict[str, Any]:
     """Where a model came from: the settings of its stage, or what it was imported from."""
-    source = _read_description(folder)["source"]
-    verify(Path(folder), ["model.json"])
-    return source
+    return _read_description(folder)["source"]
 
 
 def _read_description(folder: str | Path) -> dict[str, Any]:
@@ -158,6 +154,7 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
                 f"{file}: {part} is {description.get(part)!r}; accepted: an object, as a stage or "
                 "an import writes it"
             )
+    verify(file.parent, [file.name])
     return description
 
 
