@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moddistill import evals
+from moddistill import digests, evals
 from moddistill.command import plain_errors
 from moddistill.config import nearest
 from moddistill.data.records import IMAGE
@@ -50,6 +50,11 @@ def evaluate(folder: str | Path, name: str, data: Path, out: Path) -> dict[str, 
     that each expert got, of `image` and of `text` tokens.
     """
     module = find_benchmark(name)
+    if (out / digests.NAME).exists():
+        raise ValueError(
+            f"--out is {str(out)!r}, a model whose {digests.NAME} lists all its files; accepted: "
+            "another folder"
+        )
     folder = as_model_folder(folder)
     questions = module.questions(data)
     model, params = load(folder)

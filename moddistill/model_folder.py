@@ -45,7 +45,7 @@ def save_model(
     """Writes a model folder; an interrupted write leaves none.
 
     Raises:
-      ValueError: if the folder exists.
+      ValueError: if the folder exists, unless this function wrote it and it is unchanged.
     """
     with new_folder_of_all(Path(folder), "train") as aside:
         context = ocp.Context()

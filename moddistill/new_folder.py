@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moddistill.digests import verify, write_digests
-from moddistill.processes import is_first, wait_for_all
+from moddistill.processes import from_first, is_first, wait_for_all
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFINISHED, _REPLACED = ".partial", ".old"
@@ -46,17 +46,22 @@ def new_folder(
 
 @contextlib.contextmanager
 def new_folder_of_all(folder: Path, written_by: str) -> Iterator[Path]:
-    """As `new_folder`, for all processes of one run, which write into the same one.
+    """As `new_folder` with `overwrite`, for all processes of one run, which share one folder.
 
-    The first process makes and names it. An existing folder is an error.
+    The first process makes and names it. Unfinished ones of earlier runs are removed.
     """
     target = folder.resolve()
-    _check_free(target, written_by, overwrite=False)
-    aside = target.with_name(f".{target.name}{_UNFINISHED}")
+    token = from_first(secrets.randbits(31))
+    aside = target.with_name(f".{target.name}.{token:08x}{_UNFINISHED}")
     with contextlib.ExitStack() as stack:
         if is_first():
-            shutil.rmtree(aside, ignore_errors=True)
-            stack.enter_context(_named_when_written(aside, target, written_by, overwrite=False))
+            _put_back(target)
+            for unfinished in _unfinished(target):
+                shutil.rmtree(unfinished)
+        wait_for_all(f"tidying for {folder}")
+        _check_free(target, written_by, overwrite=True, shared=True)
+        if is_first():
+            stack.enter_context(_named_when_written(aside, target, written_by, overwrite=True))
         wait_for_all(f"making {folder}")
         yield aside
         wait_for_all(f"filling {folder}")
@@ -102,14 +107,22 @@ def _put_back(folder: Path) -> None:
     """Undoes the first of two renames, after which a process was killed."""
     if folder.exists():
         return
-    for new in folder.parent.glob(f".{glob.escape(folder.name)}.????????{_UNFINISHED}"):
+    for new in _unfinished(folder):
         if new.with_suffix(_REPLACED).is_dir():
             new.with_suffix(_REPLACED).rename(folder)
             return
 
 
-def _check_free(folder: Path, written_by: str, overwrite: bool) -> None:
-    """Raises ValueError if a folder exists, unless it may be overwritten."""
+def _unfinished(folder: Path) -> list[Path]:
+    return list(folder.parent.glob(f".{glob.escape(folder.name)}.????????{_UNFINISHED}"))
+
+
+def _check_free(folder: Path, written_by: str, overwrite: bool, shared: bool = False) -> None:
+    """Raises ValueError if a folder exists, unless it may be overwritten.
+
+    Args:
+      shared: whether all processes call this together.
+    """
     if not folder.exists():
         return
     if not (overwrite and folder.is_dir()):
@@ -117,6 +130,6 @@ def _check_free(folder: Path, written_by: str, overwrite: bool) -> None:
     accepted = f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{str(folder)!r} holds the working directory; accepted: {accepted}")
-    found = verify(folder, accepted=accepted).written_by
+    found = verify(folder, accepted=accepted, shared=shared).written_by
     if found != written_by:
         raise ValueError(f"{str(folder)!r} was written by {found}; accepted: {accepted}")

@@ -187,6 +187,21 @@ def _check_processes(mesh: Mesh) -> None:
         )
 
 
+def check_is_workdir(workdir: Path) -> None:
+    """Raises ValueError for a folder with files that a run would overwrite, but did not write."""
+    file = workdir / "config.json"
+    accepted = "accepted: a new --workdir, or that of a run"
+    if file.is_file():
+        try:
+            of_a_run = "stage" in json.loads(file.read_text())
+        except (ValueError, TypeError, RecursionError):
+            of_a_run = False
+        if not of_a_run:
+            raise ValueError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
+    elif (workdir / "metrics.jsonl").exists():
+        raise ValueError(f"--workdir: {workdir} has metrics.jsonl, but no config.json; {accepted}")
+
+
 def check_workdir(config: TrainConfig, workdir: Path) -> None:
     """Raises ValueError if the workdir belongs to a run with other settings."""
     file = workdir / "config.json"

@@ -46,7 +46,13 @@ from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import schedule
 from moddistill.processes import check_same_everywhere, is_first, wait_for_all
 from moddistill.program import make_program, shares_tower, without_tower
-from moddistill.settings import check_settings, check_spread, check_workdir, write_settings
+from moddistill.settings import (
+    check_is_workdir,
+    check_settings,
+    check_spread,
+    check_workdir,
+    write_settings,
+)
 from moddistill.stages import stage_of
 from moddistill.state import State
 from moddistill.tree import count, merge
@@ -85,6 +91,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     check_settings(config)
     check_same_everywhere("settings", repr((config, workdir)))
     result = workdir / "model"
+    check_is_workdir(workdir)
     check_workdir(config, workdir)
     if result.exists():
         LOG.info("%s is finished: %s", config.stage, result)

@@ -1,3 +1,5 @@
+import shutil
+
 import chex
 import grain
 import jax.numpy as jnp
@@ -49,6 +51,72 @@ def test_frozen_parameters_are_not_stored(folder):
 
 def test_only_the_newest_two_are_kept(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+def test_checkpoint_that_was_not_finished_is_removed(folder, caplog):
+    """As a process leaves them that is killed while Orbax writes, or before the digests."""
+    (folder / "3").rename(folder / ".3.partial")
+    (folder / ".4.partial.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == 2
+        assert sorted(path.name for path in folder.iterdir()) == ["2"]
+        state = checkpoint.restore(checkpoints, state_at(0), position := records())
+        checkpoint.save(checkpoints, state.replace(step=jnp.asarray(3)), position)
+    assert "checkpoint " in caplog.text and ".3.partial was not finished" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+def test_kill_before_the_digests_are_written(folder, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_digests", killed)
+    with pytest.raises(KeyboardInterrupt), checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state_at(4), records())
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == 3
+        checkpoint.restore(checkpoints, state_at(0), records())
+
+
+@pytest.mark.parametrize("kept", [("2", "3"), ("3",)])
+def test_damaged_checkpoint_names_the_way_out(folder, kept):
+    for step in {"2", "3"} - set(kept):
+        shutil.rmtree(folder / step)
+    file = next((folder / "3" / "state").rglob("d/*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    start = {2: "resume from step 2", 1: "start from step 0"}[len(kept)]
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        message = f"checkpoints/3 is not as train wrote it: state/.*d/{file.name} does not match .*"
+        message += f"; accepted: an undamaged copy, or to remove this folder and {start}$"
+        with pytest.raises(ValueError, match=message):
+            checkpoint.restore(checkpoints, state_at(0), records())
+    shutil.rmtree(folder / "3")
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == (2 if len(kept) == 2 else None)
+
+
+def test_checkpoint_of_a_release_without_digests(folder):
+    (folder / "3" / "digests.json").unlink()
+    with (
+        checkpoint.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"3 has no digests\.json; accepted: .* resume from step 2"),
+    ):
+        checkpoint.restore(checkpoints, state_at(0), records())
+
+
+def test_folders_of_others_are_not_removed(folder):
+    """Numbered ones too, of another trainer."""
+    (folder / "1").mkdir()
+    (folder / "1" / "model.bin").touch()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state_at(4), records())
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
+
+
+def test_error_of_the_background_ends_the_run(folder):
+    (folder / "4").write_text("in the way")
+    with pytest.raises(OSError), checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state_at(4), records())
 
 
 def test_new_folder_has_none(tmp_path):

@@ -73,3 +73,11 @@ def test_shares_of_the_experts_sum_to_one(results):
 def test_unknown_benchmark():
     with pytest.raises(ValueError, match=r"'easyvqa' is unknown; .*did you mean 'easy_vqa'"):
         evaluate.find_benchmark("easyvqa")
+
+
+def test_results_do_not_go_into_a_model_folder(data, tiny_models):
+    """Another file there would make the model unreadable."""
+    folder = tiny_models["dense"]
+    with pytest.raises(ValueError, match=r"--out is '.*', a model whose digests\.json lists all"):
+        evaluate.evaluate(folder, "easy_vqa", data, folder)
+    assert not (folder / "scores.json").exists()

@@ -189,10 +189,16 @@ def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_folder_of_a_stage_is_never_replaced(tmp_path):
-    with new_folder_of_all(tmp_path / "model", "train") as aside:
-        (aside / "file").write_text("first")
-    with pytest.raises(ValueError, match="exists; accepted"):  # noqa: SIM117
-        with new_folder_of_all(tmp_path / "model", "train"):
-            pass
-    assert (tmp_path / "model" / "file").read_text() == "first"
+def test_folder_of_a_stage_is_replaced_by_a_stage_alone(tmp_path):
+    (tmp_path / ".model.0123abcd.partial").mkdir()  # of a run that was killed
+    for text in ("first", "second"):
+        with new_folder_of_all(tmp_path / "model", "train") as aside:
+            (aside / "file").write_text(text)
+    assert (tmp_path / "model" / "file").read_text() == "second"
+    (tmp_path / "model" / "file").write_text("edited")
+    write(tmp_path / "imported", "imported")
+    for name in ("model", "imported"):
+        with pytest.raises(ValueError, match="--overwrite of an unchanged one that train wrote"):  # noqa: SIM117
+            with new_folder_of_all(tmp_path / name, "train"):
+                pass
+    assert names(tmp_path) == ["imported", "model"]

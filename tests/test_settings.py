@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from experiments import llava_mod
 from moddistill.config import RecipeConfig, SourceConfig, TrainConfig, from_config_dict
-from moddistill.settings import Range, check_settings, check_spread
+from moddistill.settings import Range, check_is_workdir, check_settings, check_spread
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
 
@@ -110,3 +110,27 @@ def test_processes_that_have_their_samples_to_themselves(tiny_config, processes,
 def test_processes_that_do_not(tiny_config, processes, axes, message):
     with pytest.raises(ValueError, match=message):
         check_spread(tiny_config("sft"), spread_over(processes, **axes))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "llava"}', r"config\.json does not hold the settings of a"),
+        ("config.json", "hyper: parameters", r"config\.json does not hold the settings of a run"),
+        ("config.json", "3", r"config\.json does not hold the settings of a run; accepted: a new"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', r"has metrics\.jsonl, but no config\.json"),
+    ],
+)
+def test_workdir_with_files_of_others(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        check_is_workdir(tmp_path)
+
+
+def test_workdir_that_is_new_or_of_a_run(tmp_path):
+    check_is_workdir(tmp_path / "none")
+    (tmp_path / "notes.txt").touch()
+    check_is_workdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"stage": "sft"}')
+    (tmp_path / "metrics.jsonl").touch()
+    check_is_workdir(tmp_path)

@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+from moddistill.model_folder import VERSION
 from moddistill.processes import is_first, wait_for_all
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.hub import local_folder
@@ -35,8 +36,8 @@ def imported(name: str) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Of the path and of every file's name, size and time, so that a changed one is seen."""
-    digest = hashlib.sha256(str(folder).encode())
+    """Of the path, of every file's name, size and time, and of the version that is written."""
+    digest = hashlib.sha256(f"{VERSION} {folder}".encode())
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         state = file.stat()
         digest.update(f"\n{file.name} {state.st_size} {state.st_mtime_ns}".encode())
