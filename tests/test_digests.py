@@ -160,6 +160,14 @@ def test_digests_of_another_kind(folder, content):
         read_digests(folder)
 
 
+def test_device_in_place_of_a_file(folder):
+    """Reading it would not end."""
+    (folder / "a").unlink()
+    (folder / "a").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"a does not match digests\.json; accepted"):
+        verify(folder)
+
+
 def test_digests_are_those_of_sha256sum(folder):
     lines = "".join(f"{digest}  {name}\n" for name, digest in read_digests(folder).files.items())
     done = subprocess.run(
