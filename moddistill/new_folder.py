@@ -128,8 +128,9 @@ def _check_free(folder: Path, written_by: str, overwrite: bool, shared: bool = F
     if not (overwrite and folder.is_dir()):
         raise ValueError(f"{str(folder)!r} exists; accepted: a new folder, or --overwrite")
     accepted = f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
-    if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"{str(folder)!r} holds the working directory; accepted: {accepted}")
+    for name, place in (("working", Path.cwd()), ("home", Path.home())):
+        if place.is_relative_to(folder):
+            raise ValueError(f"{str(folder)!r} holds the {name} directory; accepted: {accepted}")
     found = verify(folder, accepted=accepted, shared=shared).written_by
     if found != written_by:
         raise ValueError(f"{str(folder)!r} was written by {found}; accepted: {accepted}")

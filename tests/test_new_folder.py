@@ -1,10 +1,10 @@
 import contextlib
-import os
+from pathlib import Path
 
 import pytest
 
 from moddistill.digests import NAME
-from moddistill.new_folder import new_folder, new_folder_of_all
+from moddistill.new_folder import _check_free, new_folder, new_folder_of_all
 
 
 def write(folder, text, command="import", overwrite=True):
@@ -163,21 +163,32 @@ def test_overwrite_keeps_what_the_command_did_not_write(tmp_path, make, linked):
     assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
 
-@pytest.mark.parametrize("folder", [".", "..", "/", "~"])
-def test_overwrite_of_a_folder_that_holds_everything(tmp_path, folder):
-    (tmp_path / "here").mkdir()
-    with contextlib.chdir(tmp_path / "here"), pytest.raises(ValueError, match="accepted: a new fo"):
-        write(type(tmp_path)(folder).expanduser(), "exported")
-    assert names(tmp_path) == ["here"]
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_overwrite_of_the_working_directory_or_above_it(tmp_path, folder):
+    """Even if the command wrote it, since the shell would be left in a folder that is gone."""
+    with new_folder(tmp_path / "out", "import", overwrite=False) as aside:
+        (aside / "below").mkdir()
+        (aside / "file").touch()
+    inside = tmp_path / "out" / "below" if folder == ".." else tmp_path / "out"
+    message = "/out' holds the working directory; accepted: a new"
+    with contextlib.chdir(inside), pytest.raises(ValueError, match=message):
+        write(Path(folder), "after")
+    assert names(tmp_path / "out") == ["below", NAME, "file"]
 
 
-def test_overwrite_of_the_working_directory(tmp_path):
-    """Though the command wrote it, since the shell would be left in a folder that is gone."""
-    write(tmp_path / "out", "before")
-    with contextlib.chdir(tmp_path / "out"):
-        with pytest.raises(ValueError, match="holds the working directory; accepted: a new"):
-            write(type(tmp_path)("."), "after")
-        assert sorted(os.listdir()) == [NAME, "file"]
+def test_overwrite_of_the_home_directory_or_above_it(tmp_path, monkeypatch):
+    write(tmp_path / "home", "before")
+    for home in (tmp_path / "home", tmp_path / "home" / "me"):
+        monkeypatch.setenv("HOME", str(home))
+        with pytest.raises(ValueError, match="/home' holds the home directory; accepted: a new"):
+            write(tmp_path / "home", "after")
+    assert (tmp_path / "home" / "file").read_text() == "before"
+
+
+def test_root_directory():
+    """Only the check is called: nothing is written if it fails."""
+    with pytest.raises(ValueError, match="'/' holds the working directory; accepted: a new folder"):
+        _check_free(Path("/"), "import", overwrite=True)
 
 
 def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
