@@ -91,6 +91,10 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_TEXT,
             "pad_token": END_OF_TEXT,
+            # Answers follow the prompt, so the padding of a batch goes before it.
+            "padding_side": "left",
+            # The default of releases before 5 has one more, which decoders refuse.
+            "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
         text = json.dumps(config, indent=2) + "\n"

@@ -3,9 +3,14 @@ import numpy as np
 import pytest
 import torch
 
+from moddistill.config import MoeConfig
 from moddistill.data.tokenizer import train_bpe
-from moddistill.model_folder import load
+from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.models.vlm import Vlm
+from tests.tools import hf_folders as hf
+from tools.convert_weights.assemble import import_model
+from tools.convert_weights.export import export_model
+from tools.convert_weights.upcycle import upcycle_model
 
 
 @pytest.fixture(scope="session")
@@ -62,5 +67,42 @@ def random_inputs():
         size = config.vision.image_size
         images = rng.integers(0, 256, (2, 1, size, size, 3), np.uint8)
         return np.concatenate([tokens[:, :3], patches, tokens[:, 3:]], axis=1), images
+
+    return make
+
+
+def perturb(folder, out, tokenizer):
+    """The model with every parameter a little different, so that experts differ too."""
+    config = read_model_config(folder)
+    params = load(folder)[1]
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    scale = [0.3 * np.std(x) + 0.02 for x in leaves]
+    leaves = [
+        x + s * rng.standard_normal(x.shape, np.float32) for x, s in zip(leaves, scale, strict=True)
+    ]
+    save_model(out, config, jax.tree.unflatten(tree, leaves), tokenizer, {})
+    return config
+
+
+@pytest.fixture(scope="session")
+def sparse(tmp_path_factory, small_tokenizer):
+    """`sparse(name)`: a trained-like sparse student's folder, its export, and its config."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp("sparse")
+            # A head of its own, since one that is the embedding repeats the last token.
+            text = hf.Text(layers=4, tied=False, head_dim=16 if "Qwen3" in name else 0)
+            vision = hf.siglip_config() if "SigLIP" in name else hf.clip_config()
+            model = hf.llava(text.config(), vision, small_tokenizer.image_id)
+            source = hf.save(model, root / "hf", small_tokenizer)
+            import_model(str(source), root / "dense")
+            upcycle_model(root / "dense", root / "copies", MoeConfig())
+            config = perturb(root / "copies", root / "student", small_tokenizer)
+            export_model(root / "student", root / "out", max_shard_size=100_000)
+            made[name] = root / "student", root / "out", config
+        return made[name]
 
     return make

@@ -13,7 +13,7 @@ from moddistill.model_folder import write_description
 from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
-from tools.convert_weights.chat_template import FILE, stored_template
+from tools.convert_weights.carried import carry_pooling, carry_template, imported_from
 from tools.convert_weights.hub import local_folder
 from tools.convert_weights.image_row import pad_rows, with_image_row
 from tools.convert_weights.rules import (
@@ -25,12 +25,10 @@ from tools.convert_weights.rules import (
     prefixed,
     slots,
 )
-from tools.convert_weights.shards import Planned, create_file, write
 from tools.convert_weights.sources import Source, read_source
 from tools.convert_weights.store import ArraySpec, Writer
 from tools.convert_weights.tensors import Tensor, read_file
 
-POOLING = "pooling.safetensors"  # in a model folder
 Placed = list[tuple[Piece, Tensor]]
 
 
@@ -66,25 +64,15 @@ def import_model(
     config = _architecture(sources, template, projector)
     placed = _place_all(sources, config, projector)
     read = [source.folder for source in sources] + ([Path(projector)] if projector else [])
+    fresh = _new_projector(config, placed, seed)
+    description = {"imported": imported_from(sources, config, sorted(fresh))}
     with new_folder(out, "import", overwrite, keep=read) as aside:
-        fresh = _new_projector(config, placed, seed)
         _write_params(aside / "params", config, placed, fresh)
-        _carry_pooling(sources[-1], aside / POOLING)
+        carry_pooling(sources[-1], aside)
         # Of a language model alone, a template has no place for pictures; the original code's
         # checkpoints bring one that they were not trained with.
         if len(sources) == 1 and sources[0].template == config.template == "chatml":
-            _carry_template(sources[0].folder, aside)
-        description = {
-            "imported": {
-                "from": [str(source.folder) for source in sources],
-                "spelling": sources[0].spelling,
-                "new": sorted(fresh),
-                # A repetition of the embedding, written again by the export.
-                "context": sources[0].context,
-                "stored_head": config.decoder.tied_head
-                and sources[0].tied in sources[0].checkpoint,
-            }
-        }
+            carry_template(sources[0].folder, aside)
         write_description(aside, config, sources[0].tokenizer, description)
     return config
 
@@ -260,25 +248,6 @@ def array_specs(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, A
         shape = (*sizes, *slot.shape)
         found[slot.path] = ArraySpec(shape, dtypes[slot.path], len(slot.index))
     return found
-
-
-def _carry_pooling(source: Source, file: Path) -> None:
-    """SigLIP's pooling head, which no feature depends on, stays as it is for the way back."""
-    head = {
-        name.removeprefix(source.pooling): tensor
-        for name, tensor in source.checkpoint.items()
-        if source.pooling and name.startswith(source.pooling)
-    }
-    if head:
-        places = create_file(file, [Planned(name, x.dtype, x.shape) for name, x in head.items()])
-        for name, place in places.items():
-            write(place, head[name].read())
-
-
-def _carry_template(source: Path, folder: Path) -> None:
-    """The source's own chat template stays for the way back, until a stage trains."""
-    if template := stored_template(source):
-        (folder / FILE).write_text(template, encoding="utf-8")
 
 
 def _with_progress(placed: Placed) -> Iterator[tuple[Piece, Tensor]]:

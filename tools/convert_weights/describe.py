@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill import model_folder
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.model_folder import abstract_params, parameter_counts, read_model_config
 from moddistill.models.layer_plan import Segment
@@ -53,7 +54,14 @@ def _model_folder(folder: Path) -> dict[str, Any]:
         **_architecture(config),
         "tokenizer": _tokenizer(load_tokenizer(str(folder))),
         **_with_export(folder, config),
+        **_imported(folder),
     }
+
+
+def _imported(folder: Path) -> dict[str, Any]:
+    """What the import recorded of its source, of which a trained model has no more."""
+    imported = model_folder.read_source(folder).get("imported")
+    return {"imported": imported} if imported else {}
 
 
 def _with_export(folder: Path, config: ModelConfig) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,18 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import token_mask
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava, qwen
-from tools.convert_weights.assemble import POOLING
+from tools.convert_weights.carried import POOLING
 from tools.convert_weights.chat_template import FILE, chat_template, end_of_answer, stored_template
 from tools.convert_weights.rules import Piece, Rules, pieces, prefixed
 from tools.convert_weights.shards import Planned, create_shards, write
+from tools.convert_weights.source_settings import merge_generation
 from tools.convert_weights.store import Reader
 from tools.convert_weights.tensors import DTYPES, Tensor, read_safetensors
 
+LOG = logging.getLogger("moddistill")
+# Without it, `transformers` suspects the tokenizer of the faults of earlier releases.
+_WRITTEN_FOR = {"transformers_version": version("transformers")}
+_DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
 
@@ -56,10 +63,10 @@ def export_model(
         Planned(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape) for piece in found
     ]
     pooling = _pooling(model)
-    planned += _shared_expert(config, planned, _spelling(model)[0])
+    planned += _shared_expert(config, planned)
     planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
-    fields = _hf_config(config) | {"dtype": _common_dtype(planned)}
-    if context := read_source(model).get("imported", {}).get("context"):
+    fields = _hf_config(config) | {"dtype": _common_dtype(planned)} | _WRITTEN_FOR
+    if context := _imported(model).get("context"):
         fields.get("text_config", fields)["max_position_embeddings"] = context
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
@@ -92,10 +99,10 @@ def _check_exportable(config: ModelConfig) -> None:
         )
 
 
-def _rules(config: ModelConfig, model: Path) -> Rules:
+def _rules(config: ModelConfig) -> Rules:
     if config.vision is None:
         return (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD)
-    return llava.rules_for(_spelling(model), llava.tower_family(config.vision))
+    return llava.rules_for(llava.PUBLISHED, llava.tower_family(config.vision))
 
 
 def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
@@ -105,26 +112,25 @@ def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
       ValueError: for a model that no class of `transformers` computes.
     """
     _check_exportable(config)
-    found = pieces(config, _rules(config, model))
+    found = pieces(config, _rules(config))
     _hf_config(config)
-    if not read_source(model).get("imported", {}).get("stored_head"):
+    if not _imported(model).get("stored_head"):
         return found
-    head = ("" if config.vision is None else _spelling(model)[1]) + "lm_head.weight"
+    head = ("" if config.vision is None else _HEAD) + "lm_head.weight"
     [table] = [piece for piece in found if piece.slot.path == "decoder/embedding"]
     return [*found, dataclasses.replace(table, name=head)]
 
 
-def _spelling(model: Path) -> tuple[str, str, str, str]:
-    """How the source spelt its parts, or as published."""
-    return tuple(read_source(model).get("imported", {}).get("spelling", llava.SPELLINGS[0]))
+def _imported(model: Path) -> dict[str, Any]:
+    """What an import recorded; empty once a stage has trained the model."""
+    return read_source(model).get("imported", {})
 
 
 def _pooling(model: Path) -> dict[str, Tensor]:
     """The pooling head that came with an imported SigLIP."""
     if not (model / POOLING).is_file():
         return {}
-    prefix = f"{_spelling(model)[2]}head."
-    return {prefix + name: x for name, x in read_safetensors(model / POOLING).items()}
+    return {f"{_TOWER}head.{name}": x for name, x in read_safetensors(model / POOLING).items()}
 
 
 def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
@@ -133,9 +139,9 @@ def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
     return _DTYPES[wanted] if wanted else stored
 
 
-def _shared_expert(config: ModelConfig, planned: Sequence[Planned], decoder: str) -> list[Planned]:
+def _shared_expert(config: ModelConfig, planned: Sequence[Planned]) -> list[Planned]:
     """The zero expert of Qwen2-MoE, of the dtype that the others have."""
-    prefix = "model." if config.vision is None else decoder
+    prefix = "model." if config.vision is None else _DECODER
     shapes = qwen.shared_expert(config.decoder)
     dtypes = [tensor.dtype for tensor in planned if ".experts." in tensor.name]
     return [Planned(prefix + name, dtypes[0], shape) for name, shape in shapes.items()]
@@ -184,9 +190,12 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     }
     if len(masked):
         generation["suppress_tokens"] = masked.tolist()
-    _write_json(folder / "generation_config.json", generation)
+    generation = merge_generation(generation, _imported(model).get("generation", {}))
+    _write_json(folder / "generation_config.json", generation | _WRITTEN_FOR)
     if config.vision is not None:
         _write_processor(folder, config)
+    if replaced := _imported(model).get("replaced"):
+        LOG.warning("the image processor differs from that of the source: %s", ", ".join(replaced))
 
 
 def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:

@@ -17,14 +17,17 @@ TOWERS = {
 # What holds a tower together with a text encoder, whose tensors are left alone.
 WITH_TOWER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
-# How Hugging Face has spelt the decoder, the head, the tower and the projector.
+# Prefixes of the decoder, the head, the tower and the projector in published checkpoints, which
+# every release of `transformers` loads, and vLLM's LlavaForConditionalGeneration too.
+PUBLISHED = (
+    "language_model.model.",
+    "language_model.",
+    "vision_tower.vision_model.",
+    "multi_modal_projector.",
+)
+# All prefixes under which releases of `transformers` have saved them.
 SPELLINGS = (
-    (
-        "language_model.model.",
-        "language_model.",
-        "vision_tower.vision_model.",
-        "multi_modal_projector.",
-    ),
+    PUBLISHED,
     ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
     (
         "model.language_model.",

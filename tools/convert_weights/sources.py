@@ -12,6 +12,7 @@ from moddistill.models.vision import VisionConfig
 from tools.convert_weights import llava, qwen
 from tools.convert_weights.hub import part_of, read_json, with_defaults
 from tools.convert_weights.rules import Rules, prefixed
+from tools.convert_weights.source_settings import image_processor
 from tools.convert_weights.tensors import Checkpoint, open_checkpoint
 
 # Buffers that old releases saved.
@@ -31,7 +32,6 @@ class Source:
       pooling: what the names of the tower's pooling head begin with; it is carried along.
       select_layer: hidden state of a tower beside it that the config asks for.
       context: positions that the language model was made for.
-      spelling: of a multimodal checkpoint's parts.
     """
 
     folder: Path
@@ -48,7 +48,6 @@ class Source:
     template: str = "chatml"
     select_layer: int | None = None
     context: int | None = None
-    spelling: tuple[str, str, str, str] = llava.SPELLINGS[0]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -164,7 +163,6 @@ def _llava(
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
-        spelling=spelling,
     )
 
 
@@ -214,10 +212,6 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
 
 def _pixels(folder: Path) -> dict[str, tuple[float, ...]]:
     """Mean and deviation of the pixels, where a processor's config states them."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            fields = read_json(folder / name)
-            fields = fields.get("image_processor", fields)
-            if "image_mean" in fields and "image_std" in fields:
-                return {"mean": tuple(fields["image_mean"]), "std": tuple(fields["image_std"])}
-    return {}
+    fields = image_processor(folder)
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {name: tuple(fields[key]) for name, key in names.items() if key in fields}

@@ -21,7 +21,8 @@ from moddistill.models.upcycle import upcycle_config, upcycle_expert, upcycle_ro
 from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from moddistill.tree import flatten, unflatten
-from tools.convert_weights.assemble import POOLING, array_specs
+from tools.convert_weights.assemble import array_specs
+from tools.convert_weights.carried import POOLING
 from tools.convert_weights.chat_template import FILE
 from tools.convert_weights.rules import Slot, slots
 from tools.convert_weights.store import Reader, Writer

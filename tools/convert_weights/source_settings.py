@@ -1,0 +1,92 @@
+"""Generation and image settings of a source: which come back from an export, which are replaced."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moddistill.data.images import preprocessor_config
+from moddistill.models.vision import VisionConfig
+from tools.convert_weights.hub import part_of, read_json
+
+LOG = logging.getLogger("moddistill")
+GENERATION = "generation_config.json"
+# Of the tokenizer, the template and the padded vocabulary, hence of the export.
+_COMPUTED = ("eos_token_id", "pad_token_id", "suppress_tokens")
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """The generation settings of a Hugging Face folder, without its metadata; empty if none.
+
+    Raises:
+      ValueError: if the file is no JSON object.
+    """
+    if not (folder / GENERATION).is_file():
+        return {}
+    fields = read_json(folder / GENERATION)
+    return {
+        name: value
+        for name, value in fields.items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
+
+
+def merge_generation(ours: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation settings of an export whose model came with the settings `source`.
+
+    Sampling settings and lengths are those of the source. More ends of an answer and more
+    suppressed tokens than `ours` are kept; every other difference is logged as replaced.
+    """
+    merged = {**ours, **{name: x for name, x in source.items() if name not in _COMPUTED}}
+    if _ids(ours["eos_token_id"]) <= _ids(source.get("eos_token_id")):
+        merged["eos_token_id"] = source["eos_token_id"]
+    if more := _ids(source.get("suppress_tokens")):
+        merged["suppress_tokens"] = sorted(more | _ids(ours.get("suppress_tokens")))
+    replaced = [
+        f"{name} {source[name]!r} -> {merged.get(name)!r}"
+        for name in _COMPUTED[:2]
+        if source.get(name) not in (None, merged[name])
+    ]
+    if replaced:
+        LOG.warning("generation settings of the source are replaced: %s", ", ".join(replaced))
+    return merged
+
+
+def _ids(value: Any) -> set[int]:
+    """Token ids, of which a setting has one, a list or none; empty for anything else."""
+    values = value if isinstance(value, list) else [value]
+    return set(values) if all(type(x) is int for x in values) else set()
+
+
+def image_processor(folder: Path) -> dict[str, Any]:
+    """Fields of a folder's image processor that states mean and deviation; empty if none does."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            fields = read_json(folder / name)
+            if "image_processor" in fields:
+                fields = part_of(fields, "image_processor", str(folder / name))
+            if "image_mean" in fields and "image_std" in fields:
+                return fields
+    return {}
+
+
+def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:
+    """Settings of a whole model's image processor that training and the export replace.
+
+    Returns:
+      `name old -> new` for each; empty if the source pads images to squares of the same size too,
+      or states nothing.
+    """
+    theirs = image_processor(folder)
+    ours = preprocessor_config(vision.image_size, vision.mean, vision.std)
+    # An alias of the same processor with another backend.
+    if str(theirs.get("image_processor_type")).startswith(ours["image_processor_type"]):
+        theirs |= {"image_processor_type": ours["image_processor_type"]}
+    replaced = [
+        f"{name} {theirs.get(name)!r} -> {value!r}"
+        for name, value in ours.items()
+        if theirs and name != "do_convert_rgb" and theirs.get(name) != value
+    ]
+    # Checkpoints of the original code state it in the config of the model.
+    aspect = read_json(folder / "config.json").get("image_aspect_ratio", "pad")
+    return replaced + ([f"image_aspect_ratio {aspect!r} -> 'pad'"] if aspect != "pad" else [])
