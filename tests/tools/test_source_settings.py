@@ -68,9 +68,12 @@ def warnings_of(caplog):
     return found
 
 
-def test_sampling_settings_come_back_until_a_stage_trains(llava, tmp_path, small_tokenizer):
+def test_sampling_settings_come_back_until_a_stage_trains(llava, tmp_path, small_tokenizer, caplog):
+    caplog.set_level(logging.INFO, "moddistill")
     settings = {**SAMPLING, "transformers_version": "4.41.2", "_from_model_config": True}
     config = import_model(str(llava(generation_config=settings)), tmp_path / "ours")
+    assert "do_sample True, temperature 0.7, top_p 0.8, top_k 20" in caplog.text
+    assert "a trained model is exported with greedy decoding" in caplog.text
     upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
     found = exported(tmp_path / "ours", tmp_path / "out")
     assert found == exported(tmp_path / "sparse", tmp_path / "sparse-out")

@@ -10,6 +10,7 @@ A folder that exists is only replaced with --overwrite; an interrupted command l
 
 import argparse
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from tools.convert_weights.upcycle import upcycle_model
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m tools.convert_weights`."""
     args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("moddistill").setLevel(logging.INFO)
     with plain_errors():
         args.run(args)
 

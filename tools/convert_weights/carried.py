@@ -18,7 +18,7 @@ POOLING = "pooling.safetensors"  # in a model folder
 def imported_from(
     sources: Sequence[Source], config: ModelConfig, new: Sequence[str]
 ) -> dict[str, Any]:
-    """The entry `imported` of `model.json`; logs the image settings that the model replaces.
+    """The entry `imported` of `model.json`; logs settings of the source that are replaced.
 
     Args:
       sources: the language or whole model, then its tower if it came separately.
@@ -40,13 +40,21 @@ def imported_from(
             size,
             ", ".join(replaced),
         )
+    generation = read_generation(model.folder)
+    if generation:
+        LOG.info(
+            "%s: generation settings %s come back from an export until a stage trains the model; "
+            "a trained model is exported with greedy decoding",
+            model.folder,
+            ", ".join(f"{name} {value!r}" for name, value in generation.items()),
+        )
     return {
         "from": [str(source.folder) for source in sources],
         "new": list(new),
         "context": model.context,
         # Whether the head, which is the embedding, was stored a second time.
         "stored_head": config.decoder.tied_head and model.tied in model.checkpoint,
-        "generation": read_generation(model.folder),
+        "generation": generation,
         "replaced": replaced,
     }
 
