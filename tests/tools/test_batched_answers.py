@@ -57,8 +57,8 @@ def assert_batch_is_singles(inputs, model):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(2)
+def image_files(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("image_files"), np.random.default_rng(2)
     paths = [str(folder / f"{number}.png") for number in range(3)]
     for path, shape in zip(paths, [(30, 30), (12, 12), (20, 33)], strict=True):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(path)
@@ -85,12 +85,12 @@ def multimodal(tmp_path_factory, small_tokenizer, sparse):
     "name",
     ["CLIP and Qwen2", "SigLIP and Qwen3", "sparse CLIP and Qwen2", "sparse SigLIP and Qwen2"],
 )
-def test_three_questions_on_pictures(name, multimodal, pictures, small_tokenizer):
+def test_three_questions_on_images(name, multimodal, image_files, small_tokenizer):
     """With nothing but the folder: processor, padding, generation settings."""
     ours, out = multimodal(name)
     processor = AutoProcessor.from_pretrained(out)
     model = AutoModelForImageTextToText.from_pretrained(out).eval()
-    images = [Image.open(path) for path in pictures]
+    images = [Image.open(path) for path in image_files]
 
     def inputs(rows):
         return processor(
@@ -100,13 +100,13 @@ def test_three_questions_on_pictures(name, multimodal, pictures, small_tokenizer
             return_tensors="pt",
         )
 
-    theirs = assert_batch_is_singles(inputs, model)
+    answers = assert_batch_is_singles(inputs, model)
     prompts = [
         Prompt(f"<image>\n{question}", (path,))
-        for question, path in zip(QUESTIONS, pictures, strict=True)
+        for question, path in zip(QUESTIONS, image_files, strict=True)
     ]
-    answers = answer(*load(ours), small_tokenizer, prompts, max_new_tokens=LENGTH)
-    assert theirs == [found.token_ids for found in answers]
+    expected = answer(*load(ours), small_tokenizer, prompts, max_new_tokens=LENGTH)
+    assert answers == [found.token_ids for found in expected]
 
 
 @pytest.mark.parametrize("moe", [None, MoeConfig()], ids=["dense", "sparse"])
@@ -125,14 +125,14 @@ def test_three_questions_to_a_language_model(
         texts = [chat(tokenizer, QUESTIONS[row], 0) for row in rows]
         return tokenizer(texts, padding=True, return_tensors="pt")
 
-    theirs = assert_batch_is_singles(inputs, model)
-    answers = answer(
+    answers = assert_batch_is_singles(inputs, model)
+    expected = answer(
         *load(tmp_path / "ours"),
         small_tokenizer,
         [Prompt(question, ()) for question in QUESTIONS],
         max_new_tokens=LENGTH,
     )
-    assert theirs == [found.token_ids for found in answers]
+    assert answers == [found.token_ids for found in expected]
 
 
 def test_inputs_are_those_that_decoders_take(multimodal):

@@ -76,6 +76,16 @@ def original(tmp_path, small_tokenizer):
     return make
 
 
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_original_checkpoint_that_does_not_pad_its_images_is_reported(
+    aspect, original, tmp_path, caplog
+):
+    source, tower = original(image_aspect_ratio=aspect)
+    vision = hf.save(tower, tmp_path / "vision")
+    import_model(source, tmp_path / "ours", vision=str(vision))
+    assert ("image_aspect_ratio 'square' -> 'pad'" in caplog.text) == (aspect == "square")
+
+
 def test_original_checkpoint_selects_its_layer(original, tmp_path):
     source, tower = original(mm_vision_select_layer=-1)
     vision = str(hf.save(tower, tmp_path / "vision"))

@@ -142,6 +142,13 @@ def test_each_image_setting_that_differs_is_reported(field, value, change, llava
     assert warning.endswith(f"in its image processor, {change}")
 
 
+def test_image_processor_without_colours_is_reported_too(llava, tmp_path, caplog):
+    fields = {name: value for name, value in CROP.items() if not name.startswith("image_")}
+    import_model(str(llava(preprocessor_config=fields)), tmp_path / "ours")
+    [warning] = warnings_of(caplog)
+    assert "do_pad None -> True, image_mean None -> [0.48145466," in warning
+
+
 def test_export_saved_again_by_transformers_is_no_other_processor(llava, tmp_path, caplog):
     import_model(str(llava(preprocessor_config=CROP)), tmp_path / "ours")
     exported(tmp_path / "ours", tmp_path / "out")
@@ -150,15 +157,6 @@ def test_export_saved_again_by_transformers_is_no_other_processor(llava, tmp_pat
     AutoProcessor.from_pretrained(tmp_path / "out").save_pretrained(again)
     assert import_model(str(again), tmp_path / "again").vision.mean == (0.5, 0.4, 0.3)
     assert warnings_of(caplog) == []
-
-
-def test_crop_of_the_original_code_is_reported(llava, tmp_path, caplog):
-    source = llava()
-    fields = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(fields | {"image_aspect_ratio": "square"}))
-    import_model(str(source), tmp_path / "ours")
-    [warning] = warnings_of(caplog)
-    assert warning.endswith("in its image processor, image_aspect_ratio 'square' -> 'pad'")
 
 
 def test_settings_that_are_no_json_are_refused_before_anything_is_written(llava, tmp_path):

@@ -31,20 +31,20 @@ def read_generation(folder: Path) -> dict[str, Any]:
     }
 
 
-def merge_generation(ours: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation settings of an export whose model came with the settings `source`.
+def merge_generation(computed: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation settings of an export whose model was imported with the settings `source`.
 
-    Sampling settings and lengths are those of the source. More ends of an answer and more
-    suppressed tokens than `ours` are kept; every other difference is logged as replaced.
+    Sampling settings and lengths are those of the source. Its ends of an answer are kept if they
+    include the `computed` ones, and its suppressed tokens are added; what is replaced is logged.
     """
-    merged = {**ours, **{name: x for name, x in source.items() if name not in _COMPUTED}}
-    if _ids(ours["eos_token_id"]) <= _ids(source.get("eos_token_id")):
+    merged = {**computed, **{name: x for name, x in source.items() if name not in _COMPUTED}}
+    if _ids(computed["eos_token_id"]) <= _ids(source.get("eos_token_id")):
         merged["eos_token_id"] = source["eos_token_id"]
-    if more := _ids(source.get("suppress_tokens")):
-        merged["suppress_tokens"] = sorted(more | _ids(ours.get("suppress_tokens")))
+    if suppressed := _ids(source.get("suppress_tokens")):
+        merged["suppress_tokens"] = sorted(suppressed | _ids(computed.get("suppress_tokens")))
     replaced = [
-        f"{name} {source[name]!r} -> {merged.get(name)!r}"
-        for name in _COMPUTED[:2]
+        f"{name} {source[name]!r} -> {merged[name]!r}"
+        for name in ("eos_token_id", "pad_token_id")
         if source.get(name) not in (None, merged[name])
     ]
     if replaced:
@@ -59,15 +59,14 @@ def _ids(value: Any) -> set[int]:
 
 
 def image_processor(folder: Path) -> dict[str, Any]:
-    """Fields of a folder's image processor that states mean and deviation; empty if none does."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            fields = read_json(folder / name)
-            if "image_processor" in fields:
-                fields = part_of(fields, "image_processor", str(folder / name))
-            if "image_mean" in fields and "image_std" in fields:
-                return fields
-    return {}
+    """Fields of a folder's image processor, which is a file or a part of one; empty if none."""
+    found: dict[str, Any] = {}
+    for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        if file.is_file():
+            fields = read_json(file)
+            nested = "image_processor" in fields
+            found |= part_of(fields, "image_processor", str(file)) if nested else fields
+    return found
 
 
 def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:
@@ -77,16 +76,16 @@ def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:
       `name old -> new` for each; empty if the source pads images to squares of the same size too,
       or states nothing.
     """
-    theirs = image_processor(folder)
-    ours = preprocessor_config(vision.image_size, vision.mean, vision.std)
-    # An alias of the same processor with another backend.
-    if str(theirs.get("image_processor_type")).startswith(ours["image_processor_type"]):
-        theirs |= {"image_processor_type": ours["image_processor_type"]}
-    replaced = [
-        f"{name} {theirs.get(name)!r} -> {value!r}"
-        for name, value in ours.items()
-        if theirs and name != "do_convert_rgb" and theirs.get(name) != value
-    ]
+    written = preprocessor_config(vision.image_size, vision.mean, vision.std)
+    del written["do_convert_rgb"]  # of every processor
+    source = image_processor(folder)
+    # The same processor with another backend has a suffix.
+    if str(source.get("image_processor_type")).startswith(written["image_processor_type"]):
+        del written["image_processor_type"]
+    differs = [name for name, value in written.items() if source.get(name) != value]
+    if not written.keys() & source.keys():
+        differs = []
+    replaced = [f"{name} {source.get(name)!r} -> {written[name]!r}" for name in differs]
     # Checkpoints of the original code state it in the config of the model.
     aspect = read_json(folder / "config.json").get("image_aspect_ratio", "pad")
     return replaced + ([f"image_aspect_ratio {aspect!r} -> 'pad'"] if aspect != "pad" else [])

@@ -213,5 +213,6 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
 def _pixels(folder: Path) -> dict[str, tuple[float, ...]]:
     """Mean and deviation of the pixels, where a processor's config states them."""
     fields = image_processor(folder)
-    names = {"mean": "image_mean", "std": "image_std"}
-    return {name: tuple(fields[key]) for name, key in names.items() if key in fields}
+    if "image_mean" in fields and "image_std" in fields:
+        return {"mean": tuple(fields["image_mean"]), "std": tuple(fields["image_std"])}
+    return {}
