@@ -1,18 +1,23 @@
 """What entry points share: errors as one line, and the flags of those that take an experiment."""
 
 import contextlib
+import dataclasses
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from moddistill.config import SourceConfig
+from moddistill.errors import is_ours
 from moddistill.processes import join
+from moddistill.setting_names import unknown_setting
 
 _PARSERS = {"absl", "ml_collections"}
-_OURS = ("moddistill", "tools", "experiments")
 
 
 @contextlib.contextmanager
@@ -24,16 +29,9 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError) as error:
-        if _is_ours(error):
+        if is_ours(error):
             sys.exit(f"error: {error}")
         raise
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether code of this project raised it."""
-    raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    root = Path(__file__).parents[1]
-    return raiser.is_relative_to(root) and raiser.relative_to(root).parts[0] in _OURS
 
 
 def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:
@@ -62,8 +60,11 @@ def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """The parser of `absl.app.run`, with one line for a mistake in `--config` and its overrides.
 
-    An error in the code of an experiment keeps its traceback.
+    An override may name a source of records that the experiment does not have, which is added. An
+    error in the code of an experiment keeps its traceback.
     """
+    flag = flags.FLAGS["config"]
+    flag.parser = _ExperimentParser(flag.parser, argv)
     try:
         rest = flags.FLAGS(argv)
         getattr(flags.FLAGS.config, "to_dict", None)  # an experiment that is missing raises here
@@ -74,7 +75,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         # ml_collections keeps it until the config is used.
         message = " ".join(str(error.__cause__ or error).split())
         raise SystemExit(f"error: --config cannot be read: {message}") from None
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, IndexError) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:]
         if not all(_PARSERS & set(Path(frame.filename).parts) for frame in frames):
             raise
@@ -84,11 +85,88 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise SystemExit(f"--config has no such setting: {message}") from None
 
 
+class _ExperimentParser(flags.ArgumentParser):
+    """Loads an experiment by `loader` and gets it ready for the overrides in `argv`."""
+
+    def __init__(self, loader: flags.ArgumentParser, argv: Sequence[str]):
+        super().__init__()
+        self.loader = loader
+        argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+        found = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv)
+        self.overrides = list(dict.fromkeys(match[1] for match in found if match))
+
+    def parse(self, path: str) -> Any:
+        """The experiment's config, with the sources that overrides add.
+
+        Raises:
+          ValueError: for an override of a setting that the experiment does not have.
+        """
+        config = self.loader.parse(path)
+        if isinstance(config, ConfigDict):
+            for name in self.overrides:
+                _add_source(config, name, self.overrides)
+                _check_setting(config, name)
+        return config
+
+
+def _add_source(config: ConfigDict, setting: str, overrides: Sequence[str]) -> None:
+    """Adds the source that `[...]data.sources.NAME.FIELD` is about, if its path is overridden too.
+
+    Raises:
+      ValueError: if there is no such source, and no path that would make it a new one.
+    """
+    match = re.fullmatch(r"((?:.+\.)?data\.sources)\.([^.]+)\.[^.]+", setting)
+    sources = match and _at(config, match[1])
+    if not isinstance(sources, ConfigDict) or match[2] in sources:
+        return
+    source = f"{match[1]}.{match[2]}"
+    if not match[2].isidentifier():
+        raise ValueError(
+            f"config.{source}: {match[2]!r} cannot name a source here; accepted: letters, digits "
+            "and _"
+        )
+    if f"{source}.path" not in overrides:
+        raise ValueError(
+            f"config.{source} is not a source; accepted: {', '.join(sources) or 'none yet'}, or a "
+            f"new one with --config.{source}.path=FILE"
+        )
+    with sources.unlocked():
+        sources[match[2]] = ConfigDict(dataclasses.asdict(SourceConfig()))
+
+
+def _check_setting(config: ConfigDict, setting: str) -> None:
+    """Raises ValueError with the nearest setting if there is none of that dotted name."""
+    if "[" not in setting and _at(config, setting) is _MISSING:
+        raise unknown_setting("config", setting, list(_settings(config)))
+
+
+_MISSING = object()
+
+
+def _at(config: ConfigDict, setting: str) -> Any:
+    """The value at a dotted name, or `_MISSING`."""
+    value: Any = config
+    for part in setting.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value
+
+
+def _settings(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values in a config."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
 def _cause(error: BaseException) -> BaseException:
     """The error of this project that a parser of flags has put its own words around, or `error`."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, ValueError) and _is_ours(inner):
+        if isinstance(inner, ValueError) and is_ours(inner):
             return inner
         inner = inner.__context__
     return error

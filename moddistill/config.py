@@ -10,10 +10,12 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import ml_collections
+
+from moddistill.setting_names import unknown_setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +180,45 @@ def from_config_dict(cls: type, values: Mapping[str, Any], origin: str = "config
       ValueError: for a key that `cls` does not have, a value of another type or none of the
         accepted ones, naming both.
     """
+    for setting in _strays(cls, values):
+        raise unknown_setting(origin, setting, _settings(cls, values))
+    return _build(cls, values, origin)
+
+
+def _children(kind: Any, values: Any) -> dict[str, Any]:
+    """The type of each setting inside a config dataclass or a mapping; none for other types."""
+    for option in _options(kind):
+        if dataclasses.is_dataclass(option):
+            return typing.get_type_hints(option)
+        if typing.get_origin(option) is Mapping and isinstance(values, Mapping):
+            return dict.fromkeys(values, typing.get_args(option)[1])
+    return {}
+
+
+def _settings(kind: Any, values: Any) -> Iterator[str]:
+    """Dotted names of all settings; inside a mapping, those of the keys that `values` has."""
+    for name, child in _children(kind, values).items():
+        inside = values.get(name) if isinstance(values, Mapping) else None
+        below = [f"{name}.{each}" for each in _settings(child, inside)]
+        yield from below or [name]
+
+
+def _strays(kind: Any, values: Any) -> Iterator[str]:
+    """Dotted names of keys in `values` that are not settings."""
+    children = _children(kind, values)
+    for name, value in values.items() if children and isinstance(values, Mapping) else ():
+        if name not in children:
+            yield name
+        else:
+            yield from (f"{name}.{each}" for each in _strays(children[name], value))
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
+
+
+def _build(cls: type, values: Mapping[str, Any], origin: str) -> Any:
     fields = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            raise ValueError(
-                f"{origin}.{key} is not a setting; accepted: {', '.join(fields)}"
-                + nearest(key, fields)
-            )
     required = {
         field.name
         for field in dataclasses.fields(cls)
@@ -198,11 +232,11 @@ def from_config_dict(cls: type, values: Mapping[str, Any], origin: str = "config
 
 
 def _convert(kind: Any, value: Any, origin: str) -> Any:
-    options = typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
+    options = _options(kind)
     if isinstance(value, Mapping):
         for option in options:
             if dataclasses.is_dataclass(option):
-                return from_config_dict(option, value, origin)
+                return _build(option, value, origin)
             if typing.get_origin(option) is Mapping:
                 inner = typing.get_args(option)[1]
                 return {key: _convert(inner, x, f"{origin}.{key}") for key, x in value.items()}

@@ -1,6 +1,7 @@
 """The models a stage begins with: architectures first, then parameters into their shards."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.data.tokenizer import CONTROLS, Tokenizer, load_tokenizer
+from moddistill.errors import at_field
 from moddistill.model_folder import (
     abstract_params,
     as_model_folder,
@@ -25,6 +27,8 @@ from moddistill.stages import stage_of
 from moddistill.state import cast_frozen
 from moddistill.tree import Flat, flatten
 
+LOG = logging.getLogger("moddistill")
+
 RANDOM = "random:"
 
 
@@ -36,15 +40,17 @@ def student_tokenizer(config: TrainConfig) -> Tokenizer:
                 f"config.tokenizer is {config.tokenizer!r}, but the student {config.student!r} "
                 "brings its own; accepted: an empty string"
             )
-        folder = as_model_folder(config.student)
-        read_model_config(folder)
-        return load_tokenizer(str(folder))
+        with at_field("config.student"):
+            folder = as_model_folder(config.student)
+            read_model_config(folder)
+            return load_tokenizer(str(folder))
     if not config.tokenizer:
         raise ValueError(
             f"config.tokenizer is empty; a student with new weights ({config.student!r}) needs a "
             "tokenizer folder"
         )
-    return load_tokenizer(config.tokenizer)
+    with at_field("config.tokenizer"):
+        return load_tokenizer(config.tokenizer)
 
 
 def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -59,8 +65,10 @@ def student_architectures(
     config: TrainConfig, tokenizer: Tokenizer
 ) -> tuple[ModelConfig, ModelConfig]:
     """What `config.student` holds, and what the stage trains."""
-    base = architecture(config.student, tokenizer)
-    tower = architecture(config.vision, tokenizer) if config.vision else None
+    with at_field("config.student"):
+        base = architecture(config.student, tokenizer)
+    with at_field("config.vision"):
+        tower = architecture(config.vision, tokenizer) if config.vision else None
     return base, trained_architecture(config, base, tower)
 
 
@@ -82,7 +90,10 @@ def trained_architecture(
                 "was imported with --vision, which adds the row"
             )
         target = dataclasses.replace(target, vision=tower.vision)
-    return upcycle_config(target, config.moe) if stage_of(config).sparse else target
+    if not stage_of(config).sparse:
+        return target
+    with at_field("config.student" if base.decoder.moe else "config.moe"):
+        return upcycle_config(target, config.moe)
 
 
 def student_params(
@@ -90,18 +101,14 @@ def student_params(
 ) -> dict[str, Any]:
     """The parameters of `target` before the first step, deterministic in `config.seed`."""
     init_rng, tower_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
-    params = spec_params(config.student, base, mesh, init_rng)
+    with at_field("config.student"):
+        params = spec_params(config.student, base, mesh, init_rng)
     if config.vision:
         new = random_params(dataclasses.replace(base, vision=target.vision), mesh, tower_rng)
         params |= {"vision": new["vision"], "projector": new["projector"]}
         if not config.vision.startswith(RANDOM):
-            folder = as_model_folder(config.vision)
-            params |= load_params(
-                folder,
-                source := read_model_config(folder),
-                shardings=param_shardings(mesh, abstract_params(source)),
-                part="vision",
-            )
+            with at_field("config.vision"):
+                params |= _vision_params(config.vision, mesh)
     if target.decoder.moe != base.decoder.moe:
         make = jax.jit(
             lambda params: upcycle(params, target, router_rng),
@@ -109,6 +116,14 @@ def student_params(
         )
         params = make(params)
     return params
+
+
+def _vision_params(spec: str, mesh: Mesh) -> dict[str, Any]:
+    """`{"vision": ...}` of a model folder, as stored."""
+    folder = as_model_folder(spec)
+    config = read_model_config(folder)
+    shardings = param_shardings(mesh, abstract_params(config))
+    return load_params(folder, config, shardings=shardings, part="vision")
 
 
 def spec_params(spec: str, config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
@@ -138,14 +153,41 @@ def teacher_architecture(
     """
     if not config.teacher:
         return None
-    teacher = architecture(config.teacher, tokenizer)
-    check_teacher(teacher, student, config.teacher)
-    if not config.teacher.startswith(RANDOM):
+    with at_field("config.teacher"):
+        teacher = architecture(config.teacher, tokenizer)
+        check_teacher(teacher, student, config.teacher)
+        if config.teacher.startswith(RANDOM):
+            return teacher
+        check_template(config, teacher.template)
         theirs = load_tokenizer(str(as_model_folder(config.teacher)))
         shared = _shared_ids(theirs, tokenizer, config.teacher)
-        decoder = dataclasses.replace(teacher.decoder, real_ids=shared)
-        teacher = dataclasses.replace(teacher, decoder=decoder)
-    return teacher
+    decoder = dataclasses.replace(teacher.decoder, real_ids=shared)
+    return dataclasses.replace(teacher, decoder=decoder)
+
+
+def check_template(config: TrainConfig, trained_with: str) -> None:
+    """Raises ValueError unless records are rendered in the template that the teacher knows.
+
+    In another one its distributions are those of text that it was never trained on.
+    """
+    if config.data.template != trained_with:
+        raise ValueError(
+            f"config.data.template is {config.data.template!r}, but the teacher "
+            f"{config.teacher!r} was trained with {trained_with!r}; accepted: {trained_with!r}"
+        )
+
+
+def warn_of_template(config: TrainConfig, base: ModelConfig) -> None:
+    """Logs a warning if a trained student is distilled in another template than its own."""
+    trained = config.teacher and not config.student.startswith(RANDOM)
+    if trained and base.template != config.data.template:
+        LOG.warning(
+            "config.data.template is %r, but the student %r was trained with %r: it learns the "
+            "other format in this stage, and its model folder will name that",
+            config.data.template,
+            config.student,
+            base.template,
+        )
 
 
 def load_teacher(
@@ -157,12 +199,13 @@ def load_teacher(
         params = random_params(teacher, mesh, jax.random.key(config.seed + 1))
         return pack_all(cast_frozen(params, dtype), shapes)
     read = unpacked_shapes(shapes, dtype)
-    params = load_params(
-        as_model_folder(config.teacher),
-        teacher,
-        dtype=jax.tree.map(lambda x: x.dtype, read),
-        shardings=jax.tree.map(lambda x: x.sharding, read),
-    )
+    with at_field("config.teacher"):
+        params = load_params(
+            as_model_folder(config.teacher),
+            teacher,
+            dtype=jax.tree.map(lambda x: x.dtype, read),
+            shardings=jax.tree.map(lambda x: x.sharding, read),
+        )
     return pack_all(params, shapes)
 
 

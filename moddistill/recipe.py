@@ -17,9 +17,16 @@ from ml_collections import ConfigDict
 from moddistill.command import run_experiment
 from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
 from moddistill.data.records import check_source
+from moddistill.errors import at_field
 from moddistill.evaluate import evaluate, find_benchmark
+from moddistill.initial import RANDOM, check_template
 from moddistill.metrics import read_metrics
-from moddistill.model_folder import parameter_counts, read_model_config
+from moddistill.model_folder import (
+    as_model_folder,
+    parameter_counts,
+    read_model_config,
+    read_source,
+)
 from moddistill.processes import is_first, wait_for_all
 from moddistill.report import format_table, write_report
 from moddistill.settings import check_settings
@@ -37,7 +44,8 @@ def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
     """
     _check(config, workdir)
     for name in config.order:
-        train(config.stages[name], workdir / name)
+        with at_field(f"stage {name!r}"):
+            train(config.stages[name], workdir / name)
         if config.benchmark and name in config.evaluated and is_first():
             _evaluate(config, workdir / name)
         wait_for_all(f"evaluating {name}")
@@ -98,12 +106,13 @@ def write_predictions(config: RecipeConfig, workdir: Path) -> None:
 def _check(config: RecipeConfig, workdir: Path) -> None:
     """Raises ValueError for what would stop a later stage, before the first one takes its time."""
     for name, stage in config.stages.items():
-        try:
+        with at_field(f"stage {name!r}"):
             check_settings(stage)
-            if not (workdir / name / "model").exists():
+            if (workdir / name / "model").exists():
+                _check_steps(stage, workdir / name)
+            else:
                 _check_sources(stage, workdir)
-        except ValueError as error:
-            raise ValueError(f"stage {name!r}: {error}") from None
+                _check_template(config, stage, workdir)
     if sorted(config.order) != sorted(config.stages):
         raise ValueError(
             f"config.order is {config.order}; accepted: each of {tuple(config.stages)} once"
@@ -126,11 +135,39 @@ def _check(config: RecipeConfig, workdir: Path) -> None:
 
 def _check_sources(stage: TrainConfig, workdir: Path) -> None:
     """Files below the workdir are left out, since an earlier stage may make them."""
-    heldout = (stage.data.heldout,) if stage.heldout_steps else ()
-    for source in (*stage.data.sources.values(), *heldout):
+    sources = {f"sources.{name}": source for name, source in stage.data.sources.items()}
+    if stage.heldout_steps:
+        sources["heldout"] = stage.data.heldout
+    for name, source in sources.items():
         paths = (Path(source.path), Path(source.images))
         if not any(path.resolve().is_relative_to(workdir.resolve()) for path in paths):
-            check_source(source.path, source.images)
+            with at_field(f"config.data.{name}"):
+                check_source(source.path, source.images)
+
+
+def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> None:
+    """Compares the stage's template with its teacher's, an earlier stage's model or a folder."""
+    if not stage.teacher or stage.teacher.startswith(RANDOM):
+        return
+    folder = Path(stage.teacher).resolve()
+    if folder.name == "model" and folder.parent.parent == workdir.resolve():
+        maker = config.stages.get(folder.parent.name)
+        if maker is not None:
+            check_template(stage, maker.data.template)
+    elif folder.exists():
+        with at_field("config.teacher"):
+            trained_with = read_model_config(as_model_folder(stage.teacher)).template
+        check_template(stage, trained_with)
+
+
+def _check_steps(stage: TrainConfig, folder: Path) -> None:
+    """Raises ValueError if a finished stage would go on, and leave scores and later stages old."""
+    steps = read_source(folder / "model").get("steps")
+    if steps != stage.steps:
+        raise ValueError(
+            f"config.steps is {stage.steps}, but {folder} is finished with {steps}; accepted: "
+            f"{steps}, since later stages begin with its model, or another --workdir"
+        )
 
 
 def _is_scored(folder: Path) -> bool:

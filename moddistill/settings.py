@@ -6,7 +6,7 @@ import math
 import operator
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -16,8 +16,19 @@ from moddistill.sharding import BATCH_AXES, sample_places
 from moddistill.stages import STAGES, stage_of
 from moddistill.tree import flatten
 
-# Settings that may change between a run and its resumption.
-_FREE = ("log_every", "save_every", "profile_steps")
+# Settings that a run may change when it resumes: of memory, speed and reports, and its length.
+_FREE = (
+    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory", "loss.chunk",
+    "moe.transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
+    "log_every", "save_every", "profile_steps",
+)  # fmt: skip
+
+# What else changes with one of them, for the log.
+_EFFECTS = {
+    "steps": "warm-up and decay are those of the new number from here on",
+    "accumulate": "the balance loss of experts, their capacity and kto_pair's KL are per "
+    "micro-batch, so that losses differ slightly from here on",
+}
 
 
 class Range(NamedTuple):
@@ -176,14 +187,14 @@ def _check_processes(mesh: Mesh) -> None:
     owners = [{device.process_index for device in place} for place in places]
     if max(map(len, owners)) > 1:
         raise ValueError(
-            f"mesh.tensor is {tensor}, along which lie devices of several processes; accepted: a "
-            "size, such as 1, with all devices of a sample in one process"
+            f"config.mesh.tensor is {tensor}, along which lie devices of several processes; "
+            "accepted: a size, such as 1, with all devices of a sample in one process"
         )
     held = Counter(owner for [owner] in owners)
     if len(set(held.values())) > 1:
         raise ValueError(
-            f"processes have {min(held.values())} to {max(held.values())} places of samples on the "
-            "mesh; accepted: as many in each"
+            f"config.mesh: processes have {min(held.values())} to {max(held.values())} places of "
+            "samples on the mesh; accepted: as many in each"
         )
 
 
@@ -202,23 +213,68 @@ def check_is_workdir(workdir: Path) -> None:
         raise ValueError(f"--workdir: {workdir} has metrics.jsonl, but no config.json; {accepted}")
 
 
-def check_workdir(config: TrainConfig, workdir: Path) -> None:
-    """Raises ValueError if the workdir belongs to a run with other settings."""
-    file = workdir / "config.json"
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    if file.is_file():
-        theirs = json.loads(file.read_text())
-        ours, theirs = flatten(ours), flatten(theirs)
-        changed = [
-            f"{key.replace('/', '.')}: {theirs.get(key)!r} there, {ours.get(key)!r} now"
-            for key in ours | theirs
-            if key not in _FREE and theirs.get(key) != ours.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed)}); accepted: the "
-                "same settings to resume it, or another --workdir"
-            )
+def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
+    """Checks that the run in a workdir can be resumed with this config.
+
+    A run that has not written a checkpoint yet has nothing to resume, and any setting may change.
+
+    Returns:
+      A line for each setting that changes, for the log.
+
+    Raises:
+      ValueError: if a setting has changed that would make another result, or `steps` are fewer than
+        the run has made.
+    """
+    file, last = workdir / "config.json", last_step(workdir)
+    finished = (workdir / "model").exists()
+    if not file.is_file() or (last is None and not finished):
+        return []
+    changed = _changed(config, file)
+    fixed = [
+        f"{name}: {then!r} there, {now!r} now"
+        for name, (then, now) in changed.items()
+        if name not in _FREE
+    ]
+    if fixed:
+        raise ValueError(
+            f"{workdir} holds a run with other settings ({'; '.join(fixed)}); accepted: the same "
+            f"settings to resume it, of which {', '.join(_FREE)} may change, or another --workdir"
+        )
+    if last is None and "steps" in changed:
+        raise ValueError(
+            f"config.steps is {config.steps}, but the run in {workdir} is finished with "
+            f"{changed['steps'][0]} and has no checkpoint to go on from; accepted: "
+            f"{changed['steps'][0]}, or another --workdir"
+        )
+    if last is not None and config.steps < last:
+        raise ValueError(
+            f"config.steps is {config.steps}, but the run in {workdir} has made {last}; accepted: "
+            f"at least {last}, or another --workdir"
+        )
+    return [
+        f"config.{name}: {then!r} before, {now!r} now"
+        + (f"; {_EFFECTS[name]}" if name in _EFFECTS else "")
+        for name, (then, now) in changed.items()
+    ]
+
+
+def last_step(workdir: Path) -> int | None:
+    """The step of the newest checkpoint in a workdir, if there is one."""
+    names = (path.name for path in (workdir / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
+    """Settings by their dotted names, with the value in `config.json` and the one in `config`."""
+    try:
+        then = flatten(json.loads(file.read_text()))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}; accepted: the settings of the run, as it wrote them"
+        ) from error
+    now = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    pairs = {key: (then.get(key), now.get(key)) for key in now | then}
+    return {key.replace("/", "."): pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def write_settings(config: TrainConfig, workdir: Path) -> None:
@@ -227,4 +283,6 @@ def write_settings(config: TrainConfig, workdir: Path) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (workdir / "config.json").write_text(text)
+    partial = workdir / ".config.json.partial"
+    partial.write_text(text)
+    partial.replace(workdir / "config.json")

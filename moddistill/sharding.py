@@ -121,7 +121,7 @@ def check_cuts(mesh: Mesh, boxed: Any, whose: str) -> None:
             axes = (axes,) if isinstance(axes, str) else axes or ()
             pieces = math.prod(mesh.shape[axis] for axis in axes)
             if size % pieces:
-                said = " * ".join(f"mesh.{axis}" for axis in axes)
+                said = " * ".join(f"config.mesh.{axis}" for axis in axes)
                 raise ValueError(
                     f"{said} is {pieces}, along which the {whose}'s {path} has {size} {name}; "
                     f"accepted: a divisor of {size}"

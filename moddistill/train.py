@@ -2,11 +2,13 @@
 
     python -m moddistill.train --config experiments/d2d.py --workdir runs/d2d
 
-The same command again resumes a run that was cut off, bit for bit; a finished one is left alone.
+The same command again resumes an interrupted run, bit for bit. Settings of memory and speed may
+change between the two, and `steps`: with more of them, a finished run goes on.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
 from moddistill.data.records import Quarantine
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.errors import at_field
 from moddistill.flops import Work, work_of
 from moddistill.initial import (
     load_teacher,
@@ -37,10 +40,11 @@ from moddistill.initial import (
     student_params,
     student_tokenizer,
     teacher_architecture,
+    warn_of_template,
 )
 from moddistill.losses import Loss
 from moddistill.metrics import MetricsLog, weighted_means
-from moddistill.model_folder import save_model
+from moddistill.model_folder import read_source, save_model
 from moddistill.models.grouped import form
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.optim import schedule
@@ -51,6 +55,7 @@ from moddistill.settings import (
     check_settings,
     check_spread,
     check_workdir,
+    last_step,
     write_settings,
 )
 from moddistill.stages import stage_of
@@ -92,15 +97,18 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     check_same_everywhere("settings", repr((config, workdir)))
     result = workdir / "model"
     check_is_workdir(workdir)
-    check_workdir(config, workdir)
-    if result.exists():
+    changes = check_workdir(config, workdir)
+    if result.exists() and read_source(result).get("steps") == config.steps:
         LOG.info("%s is finished: %s", config.stage, result)
         return result
-    if is_first() and not (workdir / "checkpoints").exists():
-        for name in _NOTED:  # by a run that never began
+    for change in changes:
+        LOG.warning("resumed with another setting: %s", change)
+    if is_first() and last_step(workdir) is None:
+        for name in _NOTED:  # by a run that left no checkpoint
             (workdir / name).unlink(missing_ok=True)
     wait_for_all("reading the workdir")
-    mesh = sharding.make_mesh(config.mesh)
+    with at_field("config.mesh"):
+        mesh = sharding.make_mesh(config.mesh)
     check_spread(config, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
@@ -117,6 +125,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
 def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
     """The compiled step's function, the state before the first step, the teacher's parameters."""
     base, target = student_architectures(config, tokenizer)
+    warn_of_template(config, base)
     teacher = teacher_architecture(config, target, tokenizer)
     program = make_program(config, target, teacher, mesh)
     teacher_params = None
@@ -147,15 +156,22 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
 def open_streams(config: TrainConfig, tokenizer: Tokenizer, workdir: Path) -> Streams:
     """Opens all records of a run, before any model takes time to load."""
     _, target = student_architectures(config, tokenizer)
-    training = _batches(config, config.data, target, tokenizer, workdir)
+    make = functools.partial(_batches, config, model=target, tokenizer=tokenizer, workdir=workdir)
+    training = make(config.data, origin="config.data.sources")
     if not config.heldout_steps:
         return Streams(training, None)
     heldout = dataclasses.replace(config.data, sources={"heldout": config.data.heldout})
-    return Streams(training, _batches(config, heldout, target, tokenizer, workdir))
+    return Streams(training, make(heldout, origin="config.data"))
 
 
 def _batches(
-    config: TrainConfig, data: DataConfig, model: ModelConfig, tokenizer: Tokenizer, workdir: Path
+    config: TrainConfig,
+    data: DataConfig,
+    *,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    origin: str,
 ) -> Iterator[Any]:
     tower = model.vision
     spec = ExampleSpec(
@@ -174,6 +190,7 @@ def _batches(
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
         quarantine_path=str(workdir / "quarantine.jsonl"),
+        origin=origin,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

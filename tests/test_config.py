@@ -27,11 +27,17 @@ def test_configs_are_frozen():
     ("values", "message"),
     [
         ({"stepz": 3}, r"^config\.stepz is not a setting; .*did you mean 'steps'\?"),
-        ({"optim": {"lrr": 3.0}}, r"^config\.optim\.lrr is not a setting; .*did you mean 'lr'\?"),
+        (
+            {"optim": {"lrr": 3.0}},
+            r"^config\.optim\.lrr is not a setting; .*did you mean 'optim\.lr'\?",
+        ),
         (
             {"data": {"sources": {"a": {"pth": "x"}}}},
-            r"^config\.data\.sources\.a\.pth .*did you mean 'path'\?",
+            r"^config\.data\.sources\.a\.pth .*did you mean 'data\.sources\.a\.path'\?",
         ),
+        ({"learning_rate": 1.0}, r"^config\.learning_rate is .*did you mean 'optim\.lr'\?"),
+        ({"moe": {"lr": 1.0}}, r"^config\.moe\.lr is not a setting; did you mean 'optim\.lr'\?"),
+        ({"mesh": {"nodes": 1}}, r"^config\.mesh\.nodes is .*; accepted: data, fsdp, expert, tens"),
         ({"steps": "many"}, r"^config\.steps is 'many'; accepted: a value of type int"),
         ({"steps": 1.5}, r"^config\.steps is 1\.5; .*int"),
         ({"steps": True}, r"^config\.steps is True; .*int"),

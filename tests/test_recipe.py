@@ -63,9 +63,10 @@ def test_records_and_pictures_of_every_stage_are_looked_for_first(tiny_config, t
         stages = {"first": first, "second": second}
         recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
 
-    with pytest.raises(ValueError, match=r"stage 'second': 'gone\.json': no such data file; a \.j"):
+    where = rf"^stage 'second': config\.data\.{'sources.a' if part == 'sources' else 'heldout'}: "
+    with pytest.raises(ValueError, match=where + r"'gone\.json': no such data file; a \.j"):
         run(path="gone.json")
-    with pytest.raises(ValueError, match=r"stage 'second': .*, record 1: has an image, but 'gone'"):
+    with pytest.raises(ValueError, match=where + r".*, record 1: has an image, but 'gone'"):
         run(images="gone")
     assert not workdir.exists()
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -220,9 +220,9 @@ def test_a_source_that_gives_nothing_is_an_error_and_no_endless_search(
 def test_mistakes_in_the_configuration_are_errors(stream, numbered):
     with pytest.raises(ValueError, match=r"'preferences' is unknown; .* mean 'preference'"):
         stream(numbered(1), kind="preferences")
-    with pytest.raises(ValueError, match=r"data.sources is empty"):
+    with pytest.raises(ValueError, match=r"^config.data.sources is empty; .*NAME.path=FILE"):
         stream()
-    with pytest.raises(ValueError, match=r"data.sources.source0.weight is 0.0; it must be pos"):
+    with pytest.raises(ValueError, match=r"data.sources.source0.weight is 0.0; accepted: above 0"):
         stream(numbered(1), weights=[0.0])
 
 

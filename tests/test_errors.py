@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+
+from moddistill.errors import at_field
+from moddistill.model_folder import read_model_config
+
+
+def test_an_error_names_the_setting_that_it_is_about():
+    with (
+        pytest.raises(ValueError, match=r"^config\.student: 'runs/x' is not a model folder"),
+        at_field("config.student"),
+    ):
+        read_model_config("runs/x")
+
+
+def test_settings_and_stages_are_named_once():
+    with (
+        pytest.raises(
+            ValueError, match=r"^stage 'd2d': config\.teacher: 'x' is not a model folder"
+        ),
+        at_field("stage 'd2d'"),
+        at_field("config.data"),
+        at_field("config.teacher"),
+    ):
+        read_model_config("x")
+
+
+def test_errors_of_libraries_stay_as_they_are():
+    with pytest.raises(ValueError, match=r"^operands could not be broadcast"), at_field("config.x"):
+        np.zeros(2) + np.zeros(3)
