@@ -267,11 +267,12 @@ def last_step(workdir: Path) -> int | None:
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
     """Settings by their dotted names, with the value in `config.json` and the one in `config`."""
     try:
-        then = flatten(json.loads(file.read_text()))
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{file} cannot be read: {error}; accepted: the settings of the run, as it wrote them"
-        ) from error
+        then = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        then = None
+    if not isinstance(then, dict):
+        raise ValueError(f"{file} is not JSON; accepted: the settings of a run, as it wrote them")
+    then = flatten(then)
     now = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
     pairs = {key: (then.get(key), now.get(key)) for key in now | then}
     return {key.replace("/", "."): pair for key, pair in pairs.items() if pair[0] != pair[1]}

@@ -85,11 +85,20 @@ def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
     [
         ({"tokenizer": ""}, r"config\.tokenizer is empty; .*'random:tiny'.* needs a tokenizer"),
         ({"student": "DENSE"}, r"config\.tokenizer is .* brings its own; accepted: an empty"),
-        ({"student": "nowhere", "tokenizer": ""}, r"'nowhere' is not a model folder"),
-        ({"student": "random:tinny"}, r"preset 'tinny' is unknown; .*did you mean 'tiny'"),
+        ({"student": "nowhere", "tokenizer": ""}, r"^config\.student: 'nowhere' is not a m"),
+        (
+            {"student": "random:tinny"},
+            r"^config\.student: preset 'tinny' is unknown; .*did you mean 'tiny'",
+        ),
         ({"vision": "DENSE"}, r"config\.vision is .*'random:tiny' has a tower already"),
-        ({"student": "SPARSE", "tokenizer": ""}, r"already has 4 experts in layers \(0, 2\)"),
-        ({"moe": {"top_k": 5}}, r"moe\.top_k is 5; accepted: 1 to moe\.num_experts \(4\)"),
+        (
+            {"student": "SPARSE", "tokenizer": ""},
+            r"^config\.student: .* already has 4 experts in layers \(0, 2\)",
+        ),
+        (
+            {"moe": {"top_k": 5}},
+            r"^config\.moe: moe\.top_k is 5; accepted: 1 to moe\.num_experts \(4\)",
+        ),
     ],
 )
 def test_student_that_does_not_fit(tiny_config, tiny_models, fields, message):
@@ -126,6 +135,47 @@ def test_teacher_that_does_not_fit(tiny_architecture, fields, message):
     initial.check_teacher(student, student, "runs/t")
     with pytest.raises(ValueError, match=f"teacher 'runs/t' .*{message}"):
         initial.check_teacher(changed(student, **fields), student, "runs/t")
+
+
+@pytest.fixture
+def trained_with(tiny_architecture, init, tokenizer, tmp_path):
+    """`trained_with(template, preset)`: the folder of a model that was trained with a template."""
+
+    def save(template, preset="tiny-teacher"):
+        config = dataclasses.replace(tiny_architecture(preset), template=template)
+        save_model(tmp_path / template, config, init(config), tokenizer, {})
+        return str(tmp_path / template)
+
+    return save
+
+
+def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, trained_with):
+    config = tiny_config("d2d", teacher=trained_with("chatml"))
+    student = tiny_architecture()
+    message = (
+        rf"^config\.data\.template is 'vicuna', but the teacher '{config.teacher}' was trained "
+        r"with 'chatml'; accepted: 'chatml'$"
+    )
+    with pytest.raises(ValueError, match=message):
+        initial.teacher_architecture(config, student, tokenizer)
+    data = dataclasses.replace(config.data, template="chatml")
+    same = dataclasses.replace(config, data=data)
+    assert initial.teacher_architecture(same, student, tokenizer).template == "chatml"
+
+
+def test_new_weights_know_no_template(tiny_config, tiny_architecture, tokenizer):
+    config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
+    initial.teacher_architecture(config, tiny_architecture(), tokenizer)
+
+
+@pytest.mark.parametrize(("stage", "warned"), [("init", False), ("sft", False), ("d2d", True)])
+def test_a_student_distilled_in_another_template_is_a_warning(
+    stage, warned, tiny_config, tiny_architecture, trained_with, caplog
+):
+    config = tiny_config(stage, student=trained_with("chatml", "tiny"))
+    base = dataclasses.replace(tiny_architecture(), template="chatml")
+    initial.warn_of_template(config, base)
+    assert ("is 'vicuna', but the student" in caplog.text) == warned
 
 
 def test_teacher_may_have_more_padding_rows(tiny_architecture):

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,7 +26,7 @@ def talk(question, answer, **fields):
 def stream(small, tmp_path):
     """Makes a stream of batches from record files."""
 
-    def make(*paths, workers=0, kind="conversation", weights=None, **options):
+    def make(*paths, workers=0, kind="conversation", weights=None, spec=SPEC, **options):
         sources = {
             f"source{number}": SourceConfig(path, str(tmp_path), weight)
             for number, (path, weight) in enumerate(
@@ -34,7 +36,7 @@ def stream(small, tmp_path):
         config = DataConfig(sources, workers=workers)
         options = {"batch_size": 4, "seed": 0} | options
         path = str(tmp_path / "quarantine.jsonl")
-        return make_dataset(config, SPEC, small, kind=kind, quarantine_path=path, **options)
+        return make_dataset(config, spec, small, kind=kind, quarantine_path=path, **options)
 
     return make
 
@@ -169,6 +171,30 @@ def test_a_position_restores_the_exact_next_batches(workers, stream, spoilt, ans
     assert answers(*expected) == alone
 
 
+def test_a_position_is_the_same_for_any_number_of_workers(stream, spoilt):
+    expected = take(iter(stream(spoilt)), 9)
+    state, read = None, []
+    for workers in (0, 2, 3, 0):
+        iterator = iter(stream(spoilt, workers=workers))
+        if state:
+            iterator.set_state(state)
+        read += take(iterator, 2)
+        state = json.loads(json.dumps(iterator.get_state()))
+        iterator.close()
+    chex.assert_trees_all_equal(read, expected[:8])
+
+
+def test_the_order_of_sources_in_the_settings_changes_nothing(stream, numbered, small, tmp_path):
+    paths = {"a": numbered(10, "a.json"), "b": numbered(10, "b.json", start=100)}
+    orders = []
+    for names in ("ab", "ba"):
+        config = DataConfig({name: SourceConfig(paths[name], str(tmp_path)) for name in names})
+        path = str(tmp_path / "q.jsonl")
+        options = {"kind": "conversation", "batch_size": 4, "seed": 0, "quarantine_path": path}
+        orders.append(take(iter(make_dataset(config, SPEC, small, **options)), 4))
+    chex.assert_trees_all_equal(*orders)
+
+
 def test_the_position_is_one_integer(stream, numbered):
     iterator = iter(stream(numbered(8)))
     take(iterator, 3)
@@ -215,6 +241,45 @@ def test_a_source_that_gives_nothing_is_an_error_and_no_endless_search(
     ):
         take(iterator, 10)
     iterator.close()
+
+
+BLIND = dataclasses.replace(SPEC, image_size=0, image_tokens=0)
+
+
+def test_records_with_images_are_refused_for_a_model_that_cannot_see(stream, numbered):
+    message = (
+        r"^config\.data\.sources\.source1: 4 of 9 records have images, but the model has no vision "
+        r"encoder; accepted: records without images, .*--config\.vision=MODEL"
+    )
+    with pytest.raises(ValueError, match=message):
+        stream(numbered(1), numbered(9, "b.json"), spec=BLIND)
+    with pytest.raises(ValueError, match=r"^config\.data\.source0: 4 of 9 records have images"):
+        stream(numbered(9), spec=BLIND, origin="config.data")
+
+
+def test_a_pair_with_an_image_is_refused_for_a_model_that_cannot_see(stream, data_file, picture):
+    picture()
+    pair = {"question": "q", "chosen": "a", "rejected": "b"}
+    path = data_file([pair | {"image": "a.png"}, pair])
+    with pytest.raises(ValueError, match="source0: 1 of 2 records have images"):
+        stream(path, kind="preference", spec=BLIND)
+
+
+def test_a_model_that_cannot_see_reads_text(stream, numbered):
+    assert "images" not in next(iter(stream(numbered(1), spec=BLIND, batch_size=2)))
+
+
+def test_records_that_cannot_be_used_are_reported_before_the_first_batch(
+    stream, data_file, picture, caplog
+):
+    picture()
+    two = talk("<image> <image>", "x", image=["a.png"] * 2)
+    path = data_file([two, two, talk("q", ""), talk("q", "a")])
+    with caplog.at_level(logging.WARNING, "moddistill"):
+        stream(path)
+    name = "config.data.sources.source0"
+    assert f"{name}: 1 of 4 records break the format and are left out" in caplog.text
+    assert f"{name}: 2 of 4 records have more than 1 images (config.data.max_images)" in caplog.text
 
 
 def test_mistakes_in_the_configuration_are_errors(stream, numbered):
