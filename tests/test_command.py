@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -104,6 +105,17 @@ def test_an_override_of_its_path_adds_a_source(sources):
     mine = "--config.data.sources.mine"
     added = sources("experiments/d2d.py", f"{mine}.images=pics", f"{mine}.path=a.json")
     assert added == {"d2d": ("data/d2d.json", "data/images", 1), "mine": ("a.json", "pics", 1)}
+
+
+def test_a_source_of_the_command_line_is_read_by_the_command(tmp_path):
+    talk = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    experiment = ("--config", "experiments/sft.py:tiny", "--config.steps=1")
+    mine = f"--config.data.sources.mine.path={tmp_path}/mine.jsonl"
+    done = run("train", *experiment, "--workdir", str(tmp_path / "run"), mine)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert set(written["data"]["sources"]) == {"conversations", "mine"}
 
 
 @load_module

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
+from experiments import llava_mod, sft
 from moddistill import recipe, train
-from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
 from moddistill.metrics import read_metrics
 
 ANSWERS = {
@@ -72,6 +74,40 @@ def test_records_and_pictures_of_every_stage_are_looked_for_first(tiny_config, t
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(recipe, "train", interrupt)
         run(path=f"{workdir}/first/made.json")
+
+
+@pytest.mark.parametrize("where", ["folder", "earlier stage"])
+def test_the_template_of_a_teacher_is_compared_before_the_first_stage(
+    where, tiny_config, tiny_models, tmp_path
+):
+    workdir = tmp_path / "run"
+    teacher = {"folder": tiny_models["teacher"], "earlier stage": workdir / "first" / "model"}
+    data = dataclasses.replace(tiny_config("d2d").data, template="chatml")
+    first = tiny_config("sft")
+    second = tiny_config("d2d", teacher=str(teacher[where]), data=data)
+    stages = {"first": first, "second": second}
+    message = r"^stage 'second': config\.data\.template is 'chatml', but .*; accepted: 'vicuna'$"
+    with pytest.raises(ValueError, match=message):
+        recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
+    assert not workdir.exists()
+
+
+def test_templates_of_the_experiments_fit_each_other():
+    """A stage's teacher, if the recipe or `sft` trains it, reads the stage's own template."""
+    for size in ("full", "demo"):
+        config = from_config_dict(RecipeConfig, llava_mod.get_config(size).to_dict())
+        teachers = {config.stages[name].teacher for name in ("d2d", "d2s", "preference")}
+        [teacher] = teachers
+        made = re.fullmatch(r"\{workdir\}/(.+)/model", teacher)
+        maker = config.stages[made[1]] if made else from_sft(teacher)
+        for name in ("d2d", "d2s", "preference"):
+            assert config.stages[name].data.template == maker.data.template
+
+
+def from_sft(folder):
+    """The settings with which `experiments/sft.py` trains the model of that folder."""
+    name = re.fullmatch(r"runs/(.+)/sft/model", folder)[1]
+    return from_config_dict(TrainConfig, sft.get_config(f"student={name}").to_dict())
 
 
 def interrupt(*_):
@@ -160,6 +196,16 @@ def test_predictions_stand_side_by_side(finished):
 def test_report_is_written(finished):
     page = (finished[1] / "report.html").read_text()
     assert "first → second" in page
+
+
+def test_a_finished_stage_does_not_go_on(finished):
+    """Its scores and the stages after it are those of the model that is there."""
+    config, workdir, _ = finished
+    first = dataclasses.replace(config.stages["first"], steps=9)
+    config = dataclasses.replace(config, stages=config.stages | {"first": first})
+    message = r"^stage 'first': config\.steps is 9, but .*/first is finished with 2; accepted: 2"
+    with pytest.raises(ValueError, match=message):
+        recipe.run(config, workdir)
 
 
 def test_finished_recipe_trains_and_asks_nothing_again(finished, monkeypatch):
