@@ -17,17 +17,21 @@ def is_ours(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def at_field(name: str) -> Iterator[None]:
-    """Puts `name: ` before the message of a ValueError that this project raises in the block.
+    """Puts the name of a setting before the message of a ValueError raised here by this project.
 
-    A message that names a setting of the same kind already (`config.x` in `config.y`) stays as it
-    is; so do errors of other libraries.
+    A message that names a setting already (`config.x` in `config.y`) stays as it is; so do errors
+    of other libraries. One that begins with the last part of the name continues it.
 
         with at_field("config.student"):
-            read_model_config(config.student)  # config.student: 'runs/x' is not a model folder: ...
+            read_model_config("runs/x")  # config.student: 'runs/x' is not a model folder: ...
+        with at_field("config.moe"):
+            check_moe(config.moe)  # config.moe.top_k is 5; accepted: ...
     """
     try:
         yield
     except ValueError as error:
-        if not is_ours(error) or str(error).startswith(name.partition(".")[0] + "."):
+        text, (part, _, last) = str(error), name.rpartition(".")
+        if not is_ours(error) or text.startswith(name.partition(".")[0] + "."):
             raise
-        raise ValueError(f"{name}: {error}") from error
+        message = f"{part}.{text}" if text.startswith(f"{last}.") else f"{name}: {text}"
+        raise ValueError(message) from error

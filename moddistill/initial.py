@@ -83,6 +83,11 @@ def trained_architecture(
                 f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
                 "tower already; accepted: an empty string"
             )
+        if tower.vision is None:
+            raise ValueError(
+                f"config.vision is {config.vision!r}, which has no vision encoder; accepted: a "
+                "model with one"
+            )
         if base.image_token >= base.decoder.vocab_size:
             raise ValueError(
                 f"config.student is {config.student!r}, in which <image> is id {base.image_token} "

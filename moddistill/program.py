@@ -103,8 +103,8 @@ def _check_transport(config: ModelConfig, mesh: Mesh, whose: str) -> None:
     platform = mesh.devices.flat[0].platform
     if moe and moe.transport == "ragged" and platform == "cpu" and mesh.size > 1:
         raise ValueError(
-            f"moe.transport of the {whose} is 'ragged', which CPUs do not have, and the mesh has "
-            f"{mesh.size}; accepted: ring, all_to_all"
+            f"config.moe.transport of the {whose} is 'ragged', which CPUs do not have, and the "
+            f"mesh has {mesh.size}; accepted: ring, all_to_all"
         )
 
 

@@ -123,9 +123,11 @@ def _check(config: RecipeConfig, workdir: Path) -> None:
             f"config.evaluated names {unknown}; accepted: stages, {', '.join(config.order)}"
         )
     if config.benchmark:
-        benchmark = find_benchmark(config.benchmark)
+        with at_field("config.benchmark"):
+            benchmark = find_benchmark(config.benchmark)
         if not all(_is_scored(workdir / name) for name in config.evaluated) and is_first():
-            benchmark.questions(Path(config.benchmark_data))
+            with at_field("config.benchmark_data"):
+                benchmark.questions(Path(config.benchmark_data))
     elif config.evaluated:
         raise ValueError(
             f"config.evaluated is {config.evaluated}, but config.benchmark is empty; accepted: a "

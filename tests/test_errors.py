@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+from moddistill.config import MoeConfig
 from moddistill.errors import at_field
 from moddistill.model_folder import read_model_config
+from moddistill.models.moe import check_moe
 
 
 def test_an_error_names_the_setting_that_it_is_about():
@@ -23,6 +25,14 @@ def test_settings_and_stages_are_named_once():
         at_field("config.teacher"),
     ):
         read_model_config("x")
+
+
+def test_the_name_is_continued_by_a_message_that_begins_with_its_last_part():
+    with (
+        pytest.raises(ValueError, match=r"^config\.moe\.top_k is 9; accepted"),
+        at_field("config.moe"),
+    ):
+        check_moe(MoeConfig(top_k=9))
 
 
 def test_errors_of_libraries_stay_as_they_are():

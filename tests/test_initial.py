@@ -97,7 +97,7 @@ def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
         ),
         (
             {"moe": {"top_k": 5}},
-            r"^config\.moe: moe\.top_k is 5; accepted: 1 to moe\.num_experts \(4\)",
+            r"^config\.moe\.top_k is 5; accepted: 1 to moe\.num_experts \(4\)",
         ),
     ],
 )

@@ -41,7 +41,7 @@ def token_loss(
     coefficient = {"kd": config.kd_weight, "ce": config.ce_weight}
     terms = tuple(name for name in terms if coefficient[name])
     if not terms:
-        raise ValueError("loss.kd_weight and loss.ce_weight leave nothing to learn; one is not 0")
+        raise ValueError("config.loss.kd_weight and ce_weight leave nothing to learn; one is not 0")
 
     def token_fn(logits: Array, teacher_logits: Array | None, labels: Array) -> dict[str, Array]:
         values = {"ce": cross_entropy(logits, labels)} if "ce" in terms else {}
