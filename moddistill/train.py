@@ -102,7 +102,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
         LOG.info("%s is finished: %s", config.stage, result)
         return result
     for change in changes:
-        LOG.warning("resumed with another setting: %s", change)
+        LOG.info("resumed with another setting: %s", change)
     if is_first() and last_step(workdir) is None:
         for name in _NOTED:  # by a run that left no checkpoint
             (workdir / name).unlink(missing_ok=True)

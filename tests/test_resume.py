@@ -85,7 +85,7 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
 ):
     _, whole = finished(stage)
     config, workdir = halfway(stage)
-    with caplog.at_level(logging.WARNING, "moddistill"):
+    with caplog.at_level(logging.INFO, "moddistill"):
         train.train(with_fields(config, **changes), workdir)
     for name in changes:
         assert f"resumed with another setting: config.{name}" in caplog.text
@@ -135,7 +135,7 @@ def test_the_first_settings_of_a_run_that_left_no_checkpoint_bind_nothing(
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
-def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch, caplog):
+def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
     config, whole = finished("d2d")
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
@@ -148,8 +148,7 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch,
         patched.setattr(train, "save_model", fail)
         train.train(longer, workdir)
     assert read_source(workdir / "model")["steps"] == 4  # until there is another one
-    with caplog.at_level(logging.WARNING, "moddistill"):
-        train.train(longer, workdir)
+    train.train(longer, workdir)
     assert read_source(workdir / "model")["steps"] == 6
     assert steps(workdir) == [1, 2, 3, 4, 5, 6]
     assert curve(workdir)[:4] == curve(whole)
@@ -166,7 +165,7 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch,
 
 def test_a_change_of_steps_is_logged_with_what_it_means(halfway, caplog):
     config, workdir = halfway("d2d")
-    with caplog.at_level(logging.WARNING, "moddistill"):
+    with caplog.at_level(logging.INFO, "moddistill"):
         train.train(dataclasses.replace(config, steps=3), workdir)
     assert "config.steps: 4 before, 3 now; warm-up and decay are those of the new" in caplog.text
     assert steps(workdir) == [1, 2, 3]
