@@ -25,11 +25,65 @@ EASY_VQA = "data/easy_vqa"
 DEMO_LENGTH = 70  # tokens of the longest question with its picture and answer
 
 
-def parse(arg: str | None) -> dict[str, str]:
-    """`demo`, `tiny`, `student=PRESET` and `teacher=PRESET`, separated by commas.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+    """The models of a full-size recipe, and the format they are trained in.
+
+    Attributes:
+      student: folder or hub name that the first stage starts from.
+      teacher: folder or hub name of the teacher.
+      runs: folder with one workdir a stage.
+      has_projector: the student's projector is trained, so that the recipe starts at `d2d`.
+      template: conversation format, which must be the teacher's.
+      max_length: tokens of a sample, image patches included.
+    """
+
+    student: str
+    teacher: str
+    runs: str
+    has_projector: bool = False
+    template: str = "vicuna"
+    max_length: int = 2048
+
+    def after(self, stage: str) -> str:
+        """The student that `stage` leaves; the published one after an `init` that is not needed."""
+        if stage == "init" and self.has_projector:
+            return self.student
+        return f"{self.runs}/{stage}/model"
+
+    def data(self, file: str) -> DataConfig:
+        """Records of one file in the format of the models."""
+        return DataConfig(sources=source(file), template=self.template, max_length=self.max_length)
+
+
+# Published teachers, each with a student; docs/teachers.md says where they come from.
+PAIRS = {
+    "interleave": Models(
+        student="llava-hf/llava-interleave-qwen-0.5b-hf",
+        teacher="llava-hf/llava-interleave-qwen-7b-hf",
+        runs="runs/llava-interleave-qwen-0.5b-hf",
+        has_projector=True,
+        template="chatml",
+        max_length=2304,  # an image takes 729 of them, which leaves more text than 2,048 with 576
+    ),
+    "long-llava": Models(
+        student="models/qwen2-0.5b",
+        teacher="aws-prototyping/long-llava-qwen2-7b",
+        runs="runs/long-llava/qwen2-0.5b",
+        template="chatml",
+    ),
+}
+
+
+def parse(arg: str | None) -> tuple[str, Models]:
+    """The size and, for `full`, the models that an experiment argument names.
+
+    Args:
+      arg: `demo`, `tiny`, `student=PRESET`, `teacher=PRESET` or `pair=NAME`, separated by commas.
 
     Raises:
-      ValueError: for anything else, or a preset for a smaller size, which has its own models.
+      ValueError: for anything else, for models of a smaller size, which has its own, or for a pair
+        with another student or teacher.
     """
     options = {"size": "full"}
     for item in filter(None, (arg or "").split(",")):
@@ -39,29 +93,56 @@ def parse(arg: str | None) -> dict[str, str]:
         elif key in ("student", "teacher") and value:
             preset(value)
             options[key] = value
+        elif key == "pair" and value:
+            options[key] = _known_pair(value)
         else:
-            known = (*SIZES, "student=PRESET", "teacher=PRESET")
+            known = (*SIZES, "student=PRESET", "teacher=PRESET", *(f"pair={x}" for x in PAIRS))
             raise ValueError(
                 f"experiment argument {item!r} is unknown; accepted: {', '.join(known)}"
                 + nearest(item, known)
             )
-    chosen = sorted({"student", "teacher"} & set(options))
-    if chosen and options["size"] != "full":
+    size = options.pop("size")
+    if options and size != "full":
         raise ValueError(
-            f"experiment argument {arg!r} sets {' and '.join(chosen)}, but {options['size']} has "
+            f"experiment argument {arg!r} sets {' and '.join(sorted(options))}, but {size} has "
             "its own models; accepted: presets at full size, or the size alone"
         )
-    return {"student": STUDENT, "teacher": TEACHER} | options
+    if "pair" in options:
+        return size, _pair(options, arg)
+    return size, presets(**options)
+
+
+def presets(student: str = STUDENT, teacher: str = TEACHER) -> Models:
+    """A student imported to `models/`, and a teacher that stage `sft` has trained."""
+    return Models(
+        student=f"models/{student}", teacher=f"runs/{teacher}/sft/model", runs=f"runs/{student}"
+    )
+
+
+def _known_pair(name: str) -> str:
+    if name not in PAIRS:
+        raise ValueError(
+            f"pair {name!r} is unknown; accepted: {', '.join(PAIRS)}{nearest(name, PAIRS)}"
+        )
+    return name
+
+
+def _pair(options: dict[str, str], arg: str | None) -> Models:
+    if others := sorted(set(options) - {"pair"}):
+        raise ValueError(
+            f"experiment argument {arg!r} sets {' and '.join(others)}, but a pair names both "
+            "models; accepted: a pair alone, or presets"
+        )
+    return PAIRS[options["pair"]]
 
 
 def choose(
-    arg: str | None, *, full: Callable[[str, str], Any], **smaller: Callable[[], Any]
+    arg: str | None, *, full: Callable[[Models], Any], **smaller: Callable[[], Any]
 ) -> ml_collections.ConfigDict:
-    """The config of the size that `arg` names; `full` gets the presets of student and teacher."""
-    options = parse(arg)
-    size = options["size"]
+    """The config of the size that `arg` names; `full` gets the models."""
+    size, models = parse(arg)
     if size == "full":
-        return to_config_dict(full(options["student"], options["teacher"]))
+        return to_config_dict(full(models))
     if size not in smaller:
         raise ValueError(f"there is no size {size!r} here; accepted: full, {', '.join(smaller)}")
     return to_config_dict(smaller[size]())

@@ -2,6 +2,16 @@
 
     python -m moddistill.train --config experiments/d2d.py --workdir runs/qwen1.5-1.8b/d2d
 
+With a teacher and a student that can be downloaded, nothing has to be trained before:
+
+    python -m moddistill.train --config experiments/d2d.py:pair=interleave \\
+        --workdir runs/llava-interleave-qwen-0.5b-hf/d2d
+
+and after stage `init` with the same pair:
+
+    python -m moddistill.train --config experiments/d2d.py:pair=long-llava \\
+        --workdir runs/long-llava/qwen2-0.5b/d2d
+
 Paper: KL to the teacher alone, 2.4M captions and conversations, batch 256, 2e-5, one epoch. The
 reference's script has 128 a step.
 """
@@ -16,14 +26,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return common.choose(arg, full=full, demo=demo, tiny=tiny)
 
 
-def full(student: str, teacher: str) -> TrainConfig:
+def full(models: common.Models) -> TrainConfig:
     return TrainConfig(
         stage="d2d",
-        student=f"runs/{student}/init/model",
-        teacher=f"runs/{teacher}/sft/model",
+        student=models.after("init"),
+        teacher=models.teacher,
         steps=2_400_000 // 256,
         batch_size=256,  # paper; 128 in the reference's script
-        data=DataConfig(sources=common.source("data/d2d.json")),
+        data=models.data("data/d2d.json"),
         optim=OptimConfig(lr=2e-5),
     )
 

@@ -1,6 +1,10 @@
 """Dense to sparse: feed-forward layers become experts, which follow the teacher and the answers.
 
     python -m moddistill.train --config experiments/d2s.py --workdir runs/qwen1.5-1.8b/d2s
+    python -m moddistill.train --config experiments/d2s.py:pair=interleave \\
+        --workdir runs/llava-interleave-qwen-0.5b-hf/d2s
+    python -m moddistill.train --config experiments/d2s.py:pair=long-llava \\
+        --workdir runs/long-llava/qwen2-0.5b/d2s
 
 Paper: KL and cross entropy, 1.4M multi-task records, 4 experts, top 2, every second layer, batch
 256, 2e-5, one epoch; experts, routers and projector train. The reference's script has 128 a step,
@@ -18,14 +22,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return common.choose(arg, full=full, demo=demo, tiny=tiny)
 
 
-def full(student: str, teacher: str) -> TrainConfig:
+def full(models: common.Models) -> TrainConfig:
     return TrainConfig(
         stage="d2s",
-        student=f"runs/{student}/d2d/model",
-        teacher=f"runs/{teacher}/sft/model",
+        student=models.after("d2d"),
+        teacher=models.teacher,
         steps=1_400_000 // 256,
         batch_size=256,  # paper; 128 in the reference's script
-        data=DataConfig(sources=common.source("data/d2s.json")),
+        data=models.data("data/d2s.json"),
         optim=OptimConfig(lr=2e-5),
         moe=MoeConfig(num_experts=4, top_k=2, placement="sparse"),
     )

@@ -1,6 +1,8 @@
 """Initialisation: the projector alone learns to speak to the language model, by cross entropy.
 
     python -m moddistill.train --config experiments/init.py --workdir runs/qwen1.5-1.8b/init
+    python -m moddistill.train --config experiments/init.py:pair=long-llava \\
+        --workdir runs/long-llava/qwen2-0.5b/init
 
 Paper: 0.6M captions (LLaVA-Pretrain), batch 512, 1e-4, one epoch. The reference's script has 1e-3
 and 256 a step. Expected: the loss falls within the first hundred steps and then slowly.
@@ -16,13 +18,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return common.choose(arg, full=full, demo=demo, tiny=tiny)
 
 
-def full(student: str, teacher: str) -> TrainConfig:
+def full(models: common.Models) -> TrainConfig:
+    if models.has_projector:
+        raise ValueError(
+            f"the projector of {models.student!r} is trained already; accepted: its recipe without "
+            "this stage, which starts at d2d"
+        )
     return TrainConfig(
         stage="init",
-        student=f"models/{student}",
+        student=models.student,
         steps=600_000 // 512,
         batch_size=512,  # paper; 256 in the reference's script
-        data=DataConfig(sources=common.source("data/blip_laion_cc_sbu_558k.json")),
+        data=models.data("data/blip_laion_cc_sbu_558k.json"),
         optim=OptimConfig(lr=1e-4),  # paper; 1e-3 in the reference's script
     )
 

@@ -3,7 +3,13 @@
     python -m moddistill.recipe --config experiments/llava_mod.py --workdir runs/qwen1.5-1.8b
 
 Full size needs a teacher, `runs/qwen1.5-7b/sft/model`, and a student with a tower,
-`models/qwen1.5-1.8b`.
+`models/qwen1.5-1.8b`. Of a pair with a published teacher (docs/teachers.md), `interleave` needs
+neither and has no `init`; `long-llava` needs the student, `models/qwen2-0.5b`.
+
+    python -m moddistill.recipe --config experiments/llava_mod.py:pair=interleave \\
+        --workdir runs/llava-interleave-qwen-0.5b-hf
+    python -m moddistill.recipe --config experiments/llava_mod.py:pair=long-llava \\
+        --workdir runs/long-llava/qwen2-0.5b
 
     python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
@@ -25,15 +31,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return common.choose(arg, full=full, demo=demo)
 
 
-def full(student: str, teacher: str) -> RecipeConfig:
+def full(models: common.Models) -> RecipeConfig:
+    stages = {"init": init, "d2d": d2d, "d2s": d2s, "preference": preference}
+    if models.has_projector:
+        del stages["init"]
     return _recipe(
-        {
-            "init": init.full(student, teacher),
-            "d2d": d2d.full(student, teacher),
-            "d2s": d2s.full(student, teacher),
-            "preference": preference.full(student, teacher),
-        },
-        runs=f"runs/{student}/",
+        {name: stage.full(models) for name, stage in stages.items()}, runs=f"{models.runs}/"
     )
 
 

@@ -2,6 +2,10 @@
 
     python -m moddistill.train --config experiments/preference.py \\
         --workdir runs/qwen1.5-1.8b/preference
+    python -m moddistill.train --config experiments/preference.py:pair=interleave \\
+        --workdir runs/llava-interleave-qwen-0.5b-hf/preference
+    python -m moddistill.train --config experiments/preference.py:pair=long-llava \\
+        --workdir runs/long-llava/qwen2-0.5b/preference
 
 Paper: 80k pairs of RLAIF-V (0.8M in the first version), batch 256, 2e-6, one epoch, KTO on pairs
 (`--config.loss.preference=sigmoid` is DPO), beta 0.1; the teacher is the reference model; experts,
@@ -18,14 +22,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return common.choose(arg, full=full, demo=demo, tiny=tiny)
 
 
-def full(student: str, teacher: str) -> TrainConfig:
+def full(models: common.Models) -> TrainConfig:
     return TrainConfig(
         stage="preference",
-        student=f"runs/{student}/d2s/model",
-        teacher=f"runs/{teacher}/sft/model",
+        student=models.after("d2s"),
+        teacher=models.teacher,
         steps=80_000 // 256,
         batch_size=256,  # paper; 128 in the reference's script
-        data=DataConfig(sources=common.source("data/rlaif_v.json")),
+        data=models.data("data/rlaif_v.json"),
         optim=OptimConfig(lr=2e-6),
     )
 

@@ -2,6 +2,10 @@
 
     python -m moddistill.train --config experiments/sft.py:student=qwen1.5-7b \\
         --workdir runs/qwen1.5-7b/sft
+    python -m moddistill.train --config experiments/sft.py:pair=interleave \\
+        --workdir runs/llava-interleave-qwen-0.5b-hf/sft
+
+The second is the baseline of a pair whose teacher can be downloaded (docs/teachers.md).
 
 Full size is LLaVA-1.5's second stage: 665k records, batch 128, 2e-5, one epoch. It starts from a
 model whose projector `init` has trained. `:demo` is the teacher of the demo on its questions.
@@ -17,13 +21,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return common.choose(arg, full=full, demo=demo, tiny=tiny)
 
 
-def full(student: str, teacher: str) -> TrainConfig:
+def full(models: common.Models) -> TrainConfig:
     return TrainConfig(
         stage="sft",
-        student=f"runs/{student}/init/model",
+        student=models.after("init"),
         steps=665_000 // 128,
         batch_size=128,
-        data=DataConfig(sources=common.source("data/llava_v1_5_mix665k.json")),
+        data=models.data("data/llava_v1_5_mix665k.json"),
         optim=OptimConfig(lr=2e-5),
     )
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 
 import jax
@@ -67,6 +68,56 @@ def test_presets_name_the_models(name):
 
 
 @pytest.mark.parametrize(
+    ("stage", "student"),
+    [
+        ("d2d", "llava-hf/llava-interleave-qwen-0.5b-hf"),
+        ("sft", "llava-hf/llava-interleave-qwen-0.5b-hf"),
+        ("d2s", "runs/llava-interleave-qwen-0.5b-hf/d2d/model"),
+        ("preference", "runs/llava-interleave-qwen-0.5b-hf/d2s/model"),
+    ],
+)
+def test_interleave_pair_starts_from_published_models(stage, student):
+    config = config_of(stage, "pair=interleave")
+    teacher = "" if stage == "sft" else "llava-hf/llava-interleave-qwen-7b-hf"
+    assert (config.student, config.teacher) == (student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("stage", "student"),
+    [
+        ("init", "models/qwen2-0.5b"),
+        ("d2d", "runs/long-llava/qwen2-0.5b/init/model"),
+        ("d2s", "runs/long-llava/qwen2-0.5b/d2d/model"),
+        ("preference", "runs/long-llava/qwen2-0.5b/d2s/model"),
+    ],
+)
+def test_long_llava_pair_trains_the_projector_of_its_student_first(stage, student):
+    config = config_of(stage, "pair=long-llava")
+    teacher = "" if stage == "init" else "aws-prototyping/long-llava-qwen2-7b"
+    assert (config.student, config.teacher) == (student, teacher)
+
+
+@pytest.mark.parametrize("name", common.PAIRS)
+@pytest.mark.parametrize("stage", ["d2d", "d2s", "preference"])
+def test_a_pair_changes_models_and_format_only(stage, name):
+    """Records are the paper's, in the teacher's template, with at least as much room for text."""
+    ours, paper = config_of(stage, f"pair={name}"), config_of(stage)
+    assert ours.data.template == "chatml"
+    student, _ = plan.architectures(ours)
+    assert ours.data.max_length - student.vision.patches >= 2048 - 576
+    models = {"student": paper.student, "teacher": paper.teacher}
+    assert dataclasses.replace(ours, **models, data=paper.data) == paper
+    assert ours.data.sources == paper.data.sources
+
+
+def test_interleave_pair_has_no_stage_init():
+    with pytest.raises(ValueError, match=r"projector of 'llava-hf/.*' is trained already; accept"):
+        config_of("init", "pair=interleave")
+    assert recipe_of("pair=interleave").order == ("d2d", "d2s", "preference")
+    assert recipe_of("pair=long-llava").order == ("init", "d2d", "d2s", "preference")
+
+
+@pytest.mark.parametrize(
     ("arg", "message"),
     [
         ("dmeo", r"argument 'dmeo' is unknown; accepted: full, .*did you mean 'demo'"),
@@ -74,6 +125,11 @@ def test_presets_name_the_models(name):
         ("studnet=tiny", r"'studnet=tiny' is unknown"),
         ("tiny,student=qwen2-0.5b", r"sets student, but tiny has its own models; accepted: pre"),
         ("student=tiny,teacher=tiny,demo", r"sets student and teacher, but demo has its own"),
+        ("pair=interleav", r"pair 'interleav' is unknown; .*did you mean 'interleave'"),
+        ("pair=", r"argument 'pair=' is unknown; accepted: .*pair=interleave, pair=long-llava"),
+        ("demo,pair=interleave", r"sets pair, but demo has its own models"),
+        ("pair=interleave,student=tiny", r"sets student, but a pair names both models; accepted"),
+        ("teacher=tiny,pair=long-llava", r"sets teacher, but a pair names both models"),
     ],
 )
 def test_unknown_argument(arg, message):
@@ -86,7 +142,7 @@ def test_recipe_has_no_tiny_size():
         recipe_of("tiny")
 
 
-@pytest.mark.parametrize("arg", [None, "demo"])
+@pytest.mark.parametrize("arg", [None, "demo", "pair=interleave", "pair=long-llava"])
 def test_stages_of_the_recipe_follow_each_other(arg):
     """A model below the recipe's folder was made by an earlier stage; stages are named once."""
     recipe = recipe_of(arg)
@@ -97,6 +153,7 @@ def test_stages_of_the_recipe_follow_each_other(arg):
         stage_of(stage)
         for path in (stage.student, stage.teacher, stage.vision):
             assert not path.startswith("{workdir}") or path in made, f"{name}: {path}"
+        assert not made or stage.student in made or arg == "demo", f"{name}: {stage.student}"
         made.add(f"{{workdir}}/{name}/model")
     assert set(recipe.evaluated) <= set(recipe.order)
 
@@ -111,14 +168,17 @@ def test_tiny_records_are_always_the_same(tmp_path):
     assert common.tiny_data() == common.tiny_data()
 
 
-PAIRS = [("qwen1.5-1.8b", "qwen1.5-7b"), ("qwen2-0.5b", "qwen2-7b")]
+FULL_SIZE = [
+    *((stage, arg) for stage in STAGES for arg in (None, "student=qwen2-0.5b,teacher=qwen2-7b")),
+    *((stage, "pair=interleave") for stage in ("d2d", "d2s", "preference")),
+    ("d2s", "pair=long-llava"),
+]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_full_size_step_fits_together(stage, student, teacher):
+@pytest.mark.parametrize(("stage", "arg"), FULL_SIZE)
+def test_full_size_step_fits_together(stage, arg):
     """State, step and shardings of published sizes, by shapes alone."""
-    config = config_of(stage, f"student={student},teacher={teacher}")
+    config = config_of(stage, arg)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     architecture, reference = plan.architectures(config)
     program = make_program(config, architecture, reference, mesh)

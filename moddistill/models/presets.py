@@ -1,4 +1,4 @@
-"""Named architectures: published Qwen sizes with CLIP ViT-L/14-336; those of tests and demo.
+"""Named architectures: published Qwens with CLIP ViT-L/14-336, whole LLaVAs, tests and demo.
 
 A published decoder has more embedding rows than its tokenizer has tokens; `<image>` is the first id
 after them.
@@ -17,6 +17,23 @@ QWEN2_5_VOCAB = 151_665
 QWEN3_VOCAB = 151_669
 
 CLIP_L_336 = VisionConfig(image_size=336, patch_size=14, width=1024, mlp=4096, layers=24, heads=16)
+# Published without the last of its 27 layers, whose input LLaVA-NeXT selects.
+SIGLIP_SO400M_384 = VisionConfig(
+    image_size=384,
+    patch_size=14,
+    width=1152,
+    mlp=4304,
+    layers=26,
+    heads=16,
+    select_layer=-1,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    class_token=False,
+    pre_norm=False,
+    patch_bias=True,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
 
 
 def _qwen(
@@ -50,6 +67,11 @@ def _qwen3(*sizes: int, tied_head: bool) -> ModelConfig:
     config = _qwen(*sizes, tied_head=tied_head, tokens=QWEN3_VOCAB)
     decoder = dataclasses.replace(config.decoder, head_dim=128, qkv_bias=False, qk_norm=True)
     return dataclasses.replace(config, decoder=decoder)
+
+
+def _llava(language: ModelConfig, vision: VisionConfig = CLIP_L_336) -> ModelConfig:
+    """A published LLaVA: a Qwen with another tower, and the conversation format of Qwen."""
+    return dataclasses.replace(language, vision=vision, template="chatml")
 
 
 def _small(
@@ -93,6 +115,16 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied_head=True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied_head=True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8, tied_head=False),
+    # Named as on the hub, so that a hub name finds them.
+    "llava-interleave-qwen-0.5b-hf": _llava(
+        _qwen(1024, 2816, 24, 16, 16, tied_head=True, vocab_size=152_000), SIGLIP_SO400M_384
+    ),
+    "llava-interleave-qwen-7b-hf": _llava(
+        _qwen(4096, 11008, 32, 32, 32, tied_head=False, vocab_size=152_000), SIGLIP_SO400M_384
+    ),
+    "long-llava-qwen2-7b": _llava(
+        _qwen(3584, 18944, 28, 28, 4, tied_head=False, vocab_size=152_064, rope_theta=1e9)
+    ),
     "tiny": _small((16, 32, 4, 4, 2), _TINY_TOWER, 320),
     "tiny-teacher": _small((32, 64, 2, 4, 2), _TINY_TOWER, 320),
     "demo-teacher": _small((96, 288, 3, 4, 4), _DEMO_TOWER, 512),

@@ -3,9 +3,11 @@ import dataclasses
 import pytest
 
 from moddistill.config import MoeConfig
-from moddistill.model_folder import parameter_counts
+from moddistill.model_folder import abstract_params, parameter_counts
 from moddistill.models.presets import CLIP_L_336, PRESETS, preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config
+from moddistill.sharding import unbox
+from moddistill.tree import flatten
 
 
 def billions(count):
@@ -67,6 +69,29 @@ def test_tower_and_projector_are_added_and_the_last_layer_is_never_activated(nam
 
 
 @pytest.mark.parametrize(
+    ("name", "tower_bytes", "gigabytes"),
+    [
+        ("llava-interleave-qwen-0.5b-hf", 2, 1.73),
+        ("llava-interleave-qwen-7b-hf", 2, 4.98 + 4.92 + 4.95 + 1.43),
+        ("long-llava-qwen2-7b", 4, 5.00 + 4.99 + 4.99 + 1.50),
+    ],
+)
+def test_published_llavas_have_the_size_of_their_files(name, tower_bytes, gigabytes):
+    """Two bytes a parameter, and four for the tower of long-llava."""
+    flat = flatten(unbox(abstract_params(preset(name))))
+    tower = sum(leaf.size for path, leaf in flat.items() if path.startswith("vision/"))
+    total = parameter_counts(preset(name))[0]
+    size = 2 * (total - tower) + tower_bytes * tower
+    assert size / 1e9 == pytest.approx(gigabytes, abs=0.02)
+
+
+def test_interleave_images_are_729_patches_of_all_layers():
+    for name in ("llava-interleave-qwen-0.5b-hf", "llava-interleave-qwen-7b-hf"):
+        tower = preset(name).vision
+        assert (tower.patches, tower.used_layers) == (27 * 27, 26)
+
+
+@pytest.mark.parametrize(
     ("family", "ids"), [("qwen1.5", 151_646), ("qwen2", 151_646), ("qwen2.5", 151_665),
                         ("qwen3", 151_669)]
 )  # fmt: skip
@@ -104,7 +129,8 @@ def test_sizes_of_a_preset_fit_each_other(name):
     assert decoder.real_ids[-1][1] <= decoder.vocab_size
     if tower is not None:
         assert tower.width % tower.heads == 0
-        assert tower.image_size % tower.patch_size == 0
+        # Of SigLIP's 384 pixels the last 6 fill no patch.
+        assert tower.image_size % tower.patch_size == (6 if tower.image_size == 384 else 0)
 
 
 def test_an_unknown_preset_is_named_with_the_nearest():
