@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from moddistill.config import MoeConfig
-from moddistill.data.tokenizer import train_bpe
+from moddistill.data.tokenizer import load_tokenizer, train_bpe
 from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.models.vlm import Vlm
+from tests.data import qwen_ranks
 from tests.tools import hf_folders as hf
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
@@ -17,6 +18,14 @@ from tools.convert_weights.upcycle import upcycle_model
 def small_tokenizer():
     """300 ids or a few fewer, and `<image>` behind them."""
     return train_bpe(["what colour is the shape? a red circle, no triangle. yes no " * 3], 300)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(tmp_path_factory):
+    """The tokenizer of Qwen1.5 and Qwen2 with its real ids, and `<image>` after them."""
+    folder = tmp_path_factory.mktemp("qwen")
+    qwen_ranks.write_tokenizer_json(folder)
+    return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="session")
