@@ -74,9 +74,7 @@ def clip_config(**changes):
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=3,
-        image_size=12,
-        patch_size=6,
-        **changes,
+        **({"image_size": 12, "patch_size": 6} | changes),
     )
 
 
