@@ -27,6 +27,8 @@ from tests.tools import published
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
 
+pytestmark = pytest.mark.slow
+
 LR = 1e-3
 REAL = 151_646  # ids of the tokenizer; rows after them are `<image>` and padding
 
@@ -79,6 +81,7 @@ def stage_config(stage, pair, student):
         steps=2,
         batch_size=8,
         log_every=1,
+        remat="none",
         dtype="float32",
         data=dataclasses.replace(config.data, sources=sources, max_length=64),
         optim=dataclasses.replace(config.optim, lr=LR, warmup_ratio=0.0),
