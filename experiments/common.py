@@ -56,7 +56,7 @@ class Models:
         return DataConfig(sources=source(file), template=self.template, max_length=self.max_length)
 
 
-# Published teachers, each with a student; docs/teachers.md says where they come from.
+# Published teachers, each with a student; docs/teachers.md has their origin and licences.
 PAIRS = {
     "interleave": Models(
         student="llava-hf/llava-interleave-qwen-0.5b-hf",
