@@ -8,9 +8,9 @@ bytes are holes.
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from moddistill.data.tokenizer import Tokenizer
@@ -28,9 +28,9 @@ CONFIGS = {
 # Of language model and tower; the sizes of the files say that long-llava's differ. Its 16 bits are
 # float16 here, so that both kinds are read.
 DTYPES = {
-    INTERLEAVE_7B: (torch.bfloat16, torch.bfloat16),
-    INTERLEAVE_HALF_B: (torch.bfloat16, torch.bfloat16),
-    LONG_LLAVA: (torch.float16, torch.float32),
+    INTERLEAVE_7B: ("bfloat16", "bfloat16"),
+    INTERLEAVE_HALF_B: ("bfloat16", "bfloat16"),
+    LONG_LLAVA: ("float16", "float32"),
 }
 SHARDS = {INTERLEAVE_7B: 4, INTERLEAVE_HALF_B: 1, LONG_LLAVA: 4}
 
@@ -55,7 +55,7 @@ _SPELLING = {
     "model.multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",
 }
-_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_TYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
 def small_config(name: str) -> dict:
@@ -71,14 +71,7 @@ def write(folder: Path, name: str, tokenizer: Tokenizer, seed: int = 0) -> Path:
     """A folder of a small model with random weights, as if it came from the hub."""
     config = small_config(name)
     model = randomise(LlavaForConditionalGeneration(LlavaConfig(**copy.deepcopy(config))), seed)
-    tensors = {key: x.contiguous() for key, x in _published(model, name).items()}
-    folder.mkdir(parents=True)
-    files = _shards(tensors, SHARDS[name])
-    for file, keys in files.items():
-        save_file({key: tensors[key] for key in keys}, folder / file, {"format": "pt"})
-    _write_index(folder, files, tensors)
-    _write_companions(folder, name, config, tokenizer)
-    return folder
+    return _write_folder(folder, name, config, _published(model, name), tokenizer)
 
 
 def write_hollow(folder: Path, name: str, tokenizer: Tokenizer) -> Path:
@@ -86,41 +79,55 @@ def write_hollow(folder: Path, name: str, tokenizer: Tokenizer) -> Path:
     config = CONFIGS[name]
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(**copy.deepcopy(config)))
-    tensors = _published(model, name)
+    return _write_folder(folder, name, config, _published(model, name), tokenizer)
+
+
+def _write_folder(
+    folder: Path, name: str, config: dict, tensors: dict[str, Any], tokenizer: Tokenizer
+) -> Path:
     folder.mkdir(parents=True)
     files = _shards(tensors, SHARDS[name])
     for file, keys in files.items():
-        header, end = {}, 0
-        for key in keys:
-            start, end = end, end + tensors[key].nbytes
-            header[key] = {
-                "dtype": _TYPES[tensors[key].dtype],
-                "shape": list(tensors[key].shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        with (folder / file).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.truncate(8 + len(text) + end)
-    _write_index(folder, files, tensors)
+        _write_file(folder / file, {key: tensors[key] for key in keys})
+    if len(files) > 1:
+        places = {key: file for file, keys in files.items() for key in keys}
+        size = {"total_size": sum(x.nbytes for x in tensors.values())}
+        index = {"metadata": size, "weight_map": places}
+        _write_json(folder / "model.safetensors.index.json", index)
     _write_companions(folder, name, config, tokenizer)
     return folder
 
 
-def _published(model: LlavaForConditionalGeneration, name: str) -> dict[str, torch.Tensor]:
+def _write_file(file: Path, tensors: dict[str, Any]) -> None:
+    """Safetensors; of tensors without storage, a hole of their size."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype = _TYPES[str(tensor.dtype)]
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            if not tensor.is_meta:
+                stream.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        stream.truncate(8 + len(text) + end)
+
+
+def _published(model: LlavaForConditionalGeneration, name: str) -> dict[str, Any]:
     """The state under the published names and in the published dtypes; no tied head."""
     language, tower = DTYPES[name]
     found = {}
     for key, tensor in model.state_dict().items():
         [(old, new)] = [pair for pair in _SPELLING.items() if key.startswith(pair[0])]
         dtype = tower if "vision_tower" in old else language
-        found[new + key.removeprefix(old)] = tensor.to(dtype)
+        found[new + key.removeprefix(old)] = tensor.to(getattr(torch, dtype))
     if CONFIGS[name]["text_config"].get("tie_word_embeddings"):
         del found["language_model.lm_head.weight"]
     return found
 
 
-def _shards(tensors: dict[str, torch.Tensor], count: int) -> dict[str, list[str]]:
+def _shards(tensors: dict[str, Any], count: int) -> dict[str, list[str]]:
     """File names and the names of their tensors, in order, of about the same number of bytes."""
     total = sum(x.nbytes for x in tensors.values())
     shards, seen = [[] for _ in range(count)], 0
@@ -129,16 +136,6 @@ def _shards(tensors: dict[str, torch.Tensor], count: int) -> dict[str, list[str]
         seen += tensor.nbytes
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     return dict(zip(names if count > 1 else ["model.safetensors"], shards, strict=True))
-
-
-def _write_index(
-    folder: Path, files: dict[str, list[str]], tensors: dict[str, torch.Tensor]
-) -> None:
-    if len(files) > 1:
-        places = {key: file for file, keys in files.items() for key in keys}
-        size = {"total_size": sum(x.nbytes for x in tensors.values())}
-        index = {"metadata": size, "weight_map": places}
-        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_companions(folder: Path, name: str, config: dict, tokenizer: Tokenizer) -> None:
