@@ -48,11 +48,14 @@ def is_distributed() -> bool:
 
 
 def device_kind() -> str:
-    """What the backend calls the devices of the mesh of the context, or those of the process."""
+    """The backend's name for the devices of the mesh in context, else for the default device."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.abstract_device is None:
-        return jax.devices()[0].device_kind
-    return mesh.abstract_device.device_kind
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.device_kind
+    default = jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default.device_kind
+    return jax.devices(default)[0].device_kind  # of a platform's name, or of the first backend
 
 
 def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:

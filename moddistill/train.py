@@ -144,7 +144,7 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
         f"{count(state.params):,}",
     )
     if target.decoder.moe is not None:
-        LOG.info("experts are computed by %s", form(mesh.devices.flat[0].platform))
+        LOG.info("experts are computed by %s", form())
     shared = shares_tower(target, teacher, state) and same_tower(state.frozen, teacher_params)
     if shared:
         LOG.info("the teacher takes the features of the student's tower, which is the same")

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,16 @@ def test_kind_of_the_devices_of_a_mesh():
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert device_kind() == jax.devices()[0].device_kind
     assert device_kind() == jax.devices()[0].device_kind
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_device_kind_without_a_mesh_is_that_of_the_default_device(monkeypatch, named):
+    """On a machine with a TPU, programs for its CPU get no kernel for TPUs."""
+    [cpu, *_], tpu = jax.devices(), types.SimpleNamespace(device_kind="TPU v5")
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [cpu if platform == "cpu" else tpu])
+    assert device_kind() == "TPU v5"
+    with jax.default_device("cpu" if named else cpu):
+        assert device_kind() == "cpu"
 
 
 def test_unknown_logical_name():

@@ -2,19 +2,22 @@
 
 Every expert's blocks lie one after the other; those behind the last one in use belong to none, and
 what they give has no meaning. `forward` and `backward` have two forms that agree to rounding. Which
-one a program gets is decided when it is lowered for its backend: on TPU a Pallas kernel multiplies
-all groups of rows, elsewhere a loop takes the blocks in use, some at a time. XLA's own grouped
-product would compute every expert on every row.
+one a program gets is decided when it is traced, by the devices of the mesh in context: on TPU a
+Pallas kernel multiplies all groups of rows, elsewhere a loop takes the blocks in use, some at a
+time. XLA's own grouped product would compute every expert on every row.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
+
+from moddistill.sharding import device_kind
 
 Experts = dict[str, Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 _LANES = 128  # of a TPU's registers
@@ -22,9 +25,18 @@ _PIECES = (8, 4, 2, 1)  # blocks that are multiplied at one time, largest first
 _TILE = 2048  # most bytes of a row of a tile: what fits into the memory of all TPU cores
 
 
-def form(platform: str) -> str:
-    """How rows of several experts are multiplied on this platform, for the log."""
-    return "one Pallas kernel" if platform == "tpu" else "a loop over pieces of one expert"
+def form() -> str:
+    """How rows of several experts are multiplied on the devices in context, for the log."""
+    return "one Pallas kernel" if _on_tpu() else "a loop over pieces of one expert"
+
+
+def _on_tpu() -> bool:
+    return device_kind().startswith("TPU")
+
+
+def _megablox() -> ModuleType:
+    """JAX's Pallas kernels for TPUs, an experimental module that CPUs and GPUs do not import."""
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
 
 def forward(
@@ -35,9 +47,8 @@ def forward(
     Args:
       blocks: number of blocks of each expert.
     """
-    return jax.lax.platform_dependent(
-        tokens, experts, blocks, tpu=forward_by_kernel, default=forward_by_pieces
-    )
+    compute = forward_by_kernel if _on_tpu() else forward_by_pieces
+    return compute(tokens, experts, blocks)
 
 
 def backward(
@@ -50,11 +61,8 @@ def backward(
     blocks: Int[Array, "E"],
 ) -> tuple[Float[Array, "G C D"], Float[Array, "G C"], Experts]:
     """Gradients of `sum(outer * scales * output)`: of tokens, of scales, of experts in float32."""
-    return jax.lax.platform_dependent(
-        *(tokens, scales, outer, gate, up, experts, blocks),
-        tpu=backward_by_kernel,
-        default=backward_by_pieces,
-    )
+    compute = backward_by_kernel if _on_tpu() else backward_by_pieces
+    return compute(tokens, scales, outer, gate, up, experts, blocks)
 
 
 def forward_by_pieces(tokens: Array, experts: Experts, blocks: Array) -> tuple[Array, Array, Array]:
@@ -150,7 +158,7 @@ def _grouped(
     """[G, C, in] with [E, in, out], or [E, out, in] transposed, to [G, C, out]."""
     block, most = x.shape[1], _TILE // x.dtype.itemsize
     inputs, outputs = kernels.shape[:0:-1] if transposed else kernels.shape[1:]
-    product = gmm(
+    product = _megablox().gmm(
         x.reshape(-1, x.shape[2]),
         kernels,
         blocks * block,
@@ -167,7 +175,7 @@ def _grouped_outer(x: Array, y: Array, blocks: Array, interpret: bool) -> Array:
     block, inputs, outputs = *x.shape[1:], y.shape[2]
     # Results are float32, so one side of their tiles is half as wide.
     tiles = [(tile(inputs, 1024), tile(outputs, 512)), (tile(inputs, 512), tile(outputs, 1024))]
-    return tgmm(
+    return _megablox().tgmm(
         x.reshape(-1, x.shape[2]).T,
         y.reshape(-1, y.shape[2]),
         blocks * block,

@@ -1,12 +1,17 @@
 import functools
+import subprocess
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moddistill.models import grouped
+from moddistill.models.expert_parallel import mix_experts
+from moddistill.sharding import MESH_AXES
 from tests.models import draw
 
 WIDTH, MLP, BLOCK = 128, 256, 8
@@ -105,3 +110,55 @@ def test_tiles_of_the_kernel_compute_little_beyond_a_width(size):
 @pytest.mark.parametrize(("size", "most", "expected"), [(896, 1024, 896), (8, 512, 256)])
 def test_a_tile_is_the_widest_that_computes_least(size, most, expected):
     assert grouped.tile(size, most) == expected
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 1, 2, 1)], ids=["one device", "expert mesh"])
+@pytest.mark.parametrize(
+    ("kind", "platform", "kernel"),
+    [
+        ("TPU v5 lite", "tpu", True),
+        ("TPU7x", "tpu", True),
+        ("NVIDIA H100 80GB HBM3", "gpu", False),
+        ("cpu", "cpu", False),
+    ],
+)
+def test_only_programs_for_tpus_have_the_kernel(kind, platform, kernel, sizes):
+    device = AbstractDevice(kind, 1, platform)
+    types = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)
+    shape, half = jax.ShapeDtypeStruct, jnp.bfloat16
+    experts = {name: shape((4, WIDTH, MLP), half) for name in ("gate", "up")}
+    experts["down"] = shape((4, MLP, WIDTH), half)
+
+    def loss(tokens, weights, experts, chosen, keep):
+        return jnp.sum(mix_experts(tokens, weights, chosen, keep, experts).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(
+            shape((64, WIDTH), half),
+            shape((64, 2), jnp.float32),
+            experts,
+            shape((64, 2), jnp.int32),
+            shape((64, 2), bool),
+        )
+    assert ("pallas_call" in str(traced.jaxpr)) == kernel
+    assert ("while" in str(traced.jaxpr)) != kernel
+
+
+_ON_THE_CPU = """
+import sys, jax, jax.numpy as jnp
+import moddistill.train
+from moddistill.models.expert_parallel import mix_experts
+
+experts = {"gate": jnp.ones((2, 4, 8)), "up": jnp.ones((2, 4, 8)), "down": jnp.ones((2, 8, 4))}
+chosen, keep = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool)
+total = lambda tokens: jnp.sum(mix_experts(tokens, jnp.ones((3, 1)), chosen, keep, experts))
+jax.block_until_ready(jax.jit(jax.value_and_grad(total))(jnp.ones((3, 4))))
+print(*[name for name in sys.modules if name.startswith("jax.experimental.pallas")])
+"""
+
+
+def test_training_on_a_cpu_imports_no_kernels_for_tpus():
+    command = [sys.executable, "-c", _ON_THE_CPU]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

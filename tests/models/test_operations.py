@@ -1,17 +1,18 @@
 """Operations that an expert layer carries out, beyond those of the experts that tokens chose."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from moddistill.models import grouped
 from moddistill.models.dispatch import block_size
 
 EXPERTS, TOP_K = 4, 2
+MEGABLOX = grouped._megablox()
 SPREADS = pytest.mark.parametrize("spread", ["random", "wasteful"])
 
 
@@ -49,24 +50,24 @@ def ideal(tokens, width, mlp):
 @pytest.fixture
 def grids(monkeypatch):
     """Of each grouped product that is traced: rows, both widths, tiles, whether empty groups do."""
-    found, gmm, tgmm = [], grouped.gmm, grouped.tgmm
+    found = []
 
     def spy_gmm(x, kernels, sizes, dtype, tiling, transpose_rhs, interpret):
         found.append((len(x), x.shape[1], kernels.shape[1 if transpose_rhs else 2], tiling, False))
-        return gmm(x, kernels, sizes, dtype, tiling, transpose_rhs=transpose_rhs)
+        return MEGABLOX.gmm(x, kernels, sizes, dtype, tiling, transpose_rhs=transpose_rhs)
 
     def spy_tgmm(x, y, sizes, dtype, tiling, interpret):
         found.append((len(y), len(x), y.shape[1], tiling, True))
-        return tgmm(x, y, sizes, dtype, tiling)
+        return MEGABLOX.tgmm(x, y, sizes, dtype, tiling)
 
-    monkeypatch.setattr(grouped, "gmm", spy_gmm)
-    monkeypatch.setattr(grouped, "tgmm", spy_tgmm)
+    spies = types.SimpleNamespace(gmm=spy_gmm, tgmm=spy_tgmm)
+    monkeypatch.setattr(grouped, "_megablox", lambda: spies)
     return found
 
 
 def multiplied(group_sizes, rows, inner, outer, tiling, visit_empty_groups):
     """Operations of all tiles in the grid of a product."""
-    _, visits = make_group_metadata(
+    _, visits = MEGABLOX.make_group_metadata(
         group_sizes=group_sizes,
         m=rows,
         tm=tiling[0],
