@@ -85,9 +85,12 @@ def losses(workdir):
 
 
 def test_two_processes_are_one_run(tmp_path, start):
-    """Experts and kernels lie across both, an eighth on a device; the first alone says anything."""
+    """Experts and kernels lie across both, an eighth on a device; the first alone says anything.
+
+    The one process has the collectives of several, which add up in their own order.
+    """
     wide = [f"--config.{x}" for x in ("mesh.data=1", "mesh.expert=8", "moe.num_experts=8")]
-    [alone] = start.finish(tmp_path / "one", *wide, devices=8)
+    [alone] = start.finish(tmp_path / "one", *wide, devices=8, told=by_flags(1))
     first, second = start.finish(tmp_path / "two", *wide, devices=4, told=by_flags(2))
     assert len(losses(tmp_path / "two")) == 4
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)

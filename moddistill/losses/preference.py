@@ -109,12 +109,13 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
         (value, ratios), d_policy = jax.value_and_grad(pair_loss, has_aux=True)(policy)
         weights = {"logp": (supervised * d_policy[:, None]).reshape(-1)}
         surrogate, _ = summed(heads, weights=weights)
-        total = value + surrogate - jax.lax.stop_gradient(surrogate)
         pairs = jnp.asarray(len(labels) / 2, jnp.float32)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
         metrics["preference"] = (value * totals["pairs"], pairs)
-        total, metrics = add_router_losses(total, metrics, output.router, config, totals["tokens"])
-        metrics["loss"] = (total * totals["pairs"], pairs)
+        value, metrics = add_router_losses(value, metrics, output.router, config, totals["tokens"])
+        metrics["loss"] = (value * totals["pairs"], pairs)
+        # The surrogate only has a gradient: the bracket is 0 to the bit, however large it is.
+        total = value + (surrogate - jax.lax.stop_gradient(surrogate))
         return total, jax.lax.stop_gradient(metrics)
 
     return Loss(totals, share)

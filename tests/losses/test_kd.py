@@ -71,7 +71,11 @@ def test_distilled_positions(config, expected):
 
 @pytest.fixture(scope="module")
 def setting(tiny_architecture, init, random_batch):
-    """Student (dense or sparse) and teacher, both text-only, their parameters, and a batch."""
+    """Student (dense or sparse) and teacher, both text-only, their parameters, and a batch.
+
+    The teacher's logits are scaled up as training would: the KL of two nearly uniform distributions
+    is a difference of nearly equal numbers, with fewer exact digits than the tests compare.
+    """
     made = {}
 
     def make(kind):
@@ -82,7 +86,9 @@ def setting(tiny_architecture, init, random_batch):
                 dataclasses.replace(tiny_architecture(*name), vision=None) for name in names
             )
             batch = jax.tree.map(jnp.asarray, random_batch(student, rows=4, length=20))
-            made[kind] = Vlm(student), Vlm(teacher), init(student, 0), init(teacher, 1), batch
+            teacher_params = init(teacher, 1)
+            teacher_params["decoder"]["norm"]["scale"] *= 8
+            made[kind] = Vlm(student), Vlm(teacher), init(student, 0), teacher_params, batch
         return made[kind]
 
     return make
