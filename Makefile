@@ -3,9 +3,14 @@
 # make lint   style and format
 # make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
 # Each makes the virtual environment .venv and installs what it needs, once.
+# `PYTHON=python3.13 make test` does so with another interpreter, in .venv-3.13.
 
 PYTHON ?= python3
+ifeq ($(origin PYTHON), file)
 VENV ?= .venv
+else
+VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint tpu clean
@@ -17,18 +22,18 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -rs
 
 lint: $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Behind the others: with this compiler installed, JAX looks for TPUs whenever it starts, and says so.
+# Runs last: with libtpu installed, JAX probes for TPUs at start-up and warns.
 tpu: $(VENV)/tpu.installed
 	$(BIN)/python -m pytest tests/test_tpu.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/demo.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moddistill needs Python 3.11 or newer, this is " + sys.version)'

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import importlib.metadata
 import os
+import platform
 import tempfile
 
 import jax
@@ -33,6 +35,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_collection_modifyitems(items):
     """The slowest first, so that no worker is left alone with one of them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line that says what the tests ran on."""
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    names = ("jax", "flax", "orbax-checkpoint", "transformers", "torch")
+    versions = [f"{name} {installed.get(name, 'not installed')}" for name in names]
+    terminalreporter.write_line(", ".join([f"Python {platform.python_version()}", *versions]))
 
 
 @pytest.fixture(scope="session", autouse=True)

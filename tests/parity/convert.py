@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import linen as nn
 
 from moddistill.model_folder import abstract_params
@@ -12,6 +11,7 @@ from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 from moddistill.tree import check_same, flatten
+from tests import torch_or_skip as torch
 
 
 def randomise(model, seed=0):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm
+from tests import torch_or_skip as torch
 from tests.parity.convert import model_params, numpy_state, pixel_values, randomise
 from tests.parity.test_clip import clip_config
 from tests.parity.test_qwen import qwen2_config

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vlm import ModelConfig, Vlm
+from tests import torch_or_skip as torch
 from tests.parity.convert import model_params, numpy_state, randomise
 
 BASE = DecoderConfig(

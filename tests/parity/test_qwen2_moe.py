@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import Qwen2MoeConfig
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+from transformers.models import qwen2_moe
 
 from moddistill.config import MoeConfig
 from moddistill.models.moe import MoE
+from tests import torch_or_skip as torch
 from tests.parity.convert import numpy_state, randomise
 
 WIDTH, MLP = 16, 24
@@ -15,7 +15,7 @@ WIDTH, MLP = 16, 24
 
 def torch_block(num_experts, top_k, norm_topk_prob):
     """The sparse block of Qwen2-MoE, whose shared expert gives nothing."""
-    block = Qwen2MoeSparseMoeBlock(
+    block = qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(
         Qwen2MoeConfig(
             hidden_size=WIDTH,
             moe_intermediate_size=MLP,

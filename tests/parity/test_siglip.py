@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from moddistill.models.vision import Vision, VisionConfig
 from moddistill.tree import count
+from tests import torch_or_skip as torch
 from tests.parity.convert import numpy_state, pixel_values, randomise, vision_params
 
 TWO_BY_TWO = VisionConfig(

@@ -1,12 +1,12 @@
 import jax
 import numpy as np
 import pytest
-import torch
 
 from moddistill.config import MoeConfig
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
 from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.models.vlm import Vlm
+from tests import torch_or_skip as torch
 from tests.data import qwen_ranks
 from tests.tools import hf_folders as hf
 from tools.convert_weights.assemble import import_model
@@ -31,6 +31,7 @@ def qwen_tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def torch_logits():
     """`torch_logits(model, tokens, images, config)`: float32 logits of a torch model."""
+    torch.load_module()
 
     def compute(model, tokens, images=None, config=None):
         inputs = {"input_ids": torch.tensor(tokens).long()}

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -20,7 +19,14 @@ from transformers import (
 )
 
 from moddistill.data.tokenizer import Tokenizer
+from tests import torch_or_skip as torch
 from tests.parity.convert import randomise
+
+
+def random_model(kind, config):
+    """A torch model of a class of `transformers`, with random weights."""
+    torch.load_module()
+    return randomise(kind(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Text:
 
     def model(self):
         kind = Qwen3ForCausalLM if self.head_dim else Qwen2ForCausalLM
-        return randomise(kind(self.config()))
+        return random_model(kind, self.config())
 
 
 QWEN2 = {
@@ -102,7 +108,7 @@ def llava(text, vision, image_token):
         vision_feature_select_strategy="default" if is_clip else "full",
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    return randomise(LlavaForConditionalGeneration(config))
+    return random_model(LlavaForConditionalGeneration, config)
 
 
 def multimodal(name, image_token):
@@ -145,11 +151,11 @@ def clear_shared_expert(model):
 
 
 def clip_tower():
-    return randomise(CLIPVisionModel(clip_config()))
+    return random_model(CLIPVisionModel, clip_config())
 
 
 def siglip_tower(**changes):
-    return randomise(SiglipVisionModel(siglip_config(**changes)))
+    return random_model(SiglipVisionModel, siglip_config(**changes))
 
 
 def save(model, folder: Path, tokenizer: Tokenizer | None = None, **options) -> Path:
@@ -161,7 +167,7 @@ def save(model, folder: Path, tokenizer: Tokenizer | None = None, **options) -> 
 
 
 def save_original(
-    state: dict[str, torch.Tensor], config: dict, folder: Path, tokenizer: Tokenizer
+    state: dict[str, "torch.Tensor"], config: dict, folder: Path, tokenizer: Tokenizer
 ) -> Path:
     """A folder of the original LLaVA code: names and config of its own, weights as `.bin`."""
     folder.mkdir()

@@ -4,7 +4,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from moddistill.generate import Prompt, answer
 from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.tree import flatten
+from tests import torch_or_skip as torch
 from tools.convert_weights import store
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model

@@ -3,12 +3,12 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from moddistill.config import MoeConfig
 from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.tree import flatten
+from tests import torch_or_skip as torch
 from tests.tools import hf_folders as hf
 from tests.tools.published_names import published_name
 from tools.convert_weights import store

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from moddistill.model_folder import load
+from tests import torch_or_skip as torch
 from tests.tools import hf_folders as hf
 from tools.convert_weights.assemble import import_model
 

@@ -4,12 +4,12 @@ import gc
 
 import numpy as np
 import pytest
-import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.model_folder import parameter_counts
 from moddistill.models.presets import preset
+from tests import torch_or_skip as torch
 from tests.data.qwen_ranks import write_tokenizer_json
 from tools.convert_weights.assemble import import_model
 
