@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from moddistill.data.tokenizer import Tokenizer
+from tests import torch_or_skip as torch
 from tests.parity.convert import randomise
 
 INTERLEAVE_7B = "llava-hf/llava-interleave-qwen-7b-hf"

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
 from moddistill.config import MoeConfig
 from moddistill.generate import Prompt, answer
 from moddistill.model_folder import load, save_model
+from tests import torch_or_skip as torch
 from tests.tools import hf_folders as hf
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model

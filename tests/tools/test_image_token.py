@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -20,6 +19,7 @@ from moddistill.losses.preference import preference_loss
 from moddistill.model_folder import load
 from moddistill.models.vlm import Vlm
 from moddistill.tree import flatten
+from tests import torch_or_skip as torch
 from tests.tools import hf_folders as hf
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model

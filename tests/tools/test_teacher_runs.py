@@ -8,7 +8,6 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
@@ -21,6 +20,7 @@ from moddistill.metrics import read_metrics
 from moddistill.model_folder import load, read_model_config
 from moddistill.sharding import make_mesh
 from moddistill.train import open_streams, train
+from tests import torch_or_skip as torch
 from tests.parity.convert import pixel_values, randomise
 from tests.tools import hf_folders as hf
 from tests.tools import published

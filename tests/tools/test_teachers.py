@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from moddistill.data.examples import encode_prompt
 from moddistill.models.presets import preset
 from moddistill.models.vlm import ModelConfig
+from tests import torch_or_skip as torch
 from tests.tools import published
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.chat_template import stored_template
