@@ -53,7 +53,8 @@ def check_operations(device: Any, tiny: bool, left: Callable[[], float]) -> dict
     """
     items = [(x.name, functools.partial(_operation, x, device)) for x in operations(tiny)]
     checks = _in_threads(items, left)
-    experts = grouped.form(device.platform)
+    with on(device):
+        experts = grouped.form()
     return _summary(checks) | {"experts": experts, "table": [*_rows(checks), ["experts", experts]]}
 
 
