@@ -22,7 +22,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n 2 -rs
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/lint.installed
 	$(BIN)/ruff check .

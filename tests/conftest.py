@@ -1,5 +1,6 @@
 """What tests share: eight simulated devices, the smallest configs and models, random batches."""
 
+import collections
 import dataclasses
 import importlib
 import importlib.metadata
@@ -38,11 +39,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """One line that says what the tests ran on."""
+    """What the tests ran on, and a line for each reason for which some were skipped."""
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
     names = ("jax", "flax", "orbax-checkpoint", "transformers", "torch")
     versions = [f"{name} {installed.get(name, 'not installed')}" for name in names]
     terminalreporter.write_line(", ".join([f"Python {platform.python_version()}", *versions]))
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = collections.Counter(report.longrepr[2] for report in skipped)
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session", autouse=True)
