@@ -114,7 +114,7 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
     )
-    found = ocp.checkpointables_metadata(folder).metadata["state"]
+    found = ocp.metadata(folder).metadata  # of the `state`
     check_same(_by_path(found), _by_path(abstract), f"checkpoint {folder}")
     loaded = ocp.load_checkpointables(folder, {"state": abstract, "data": position})
     return state.replace(**loaded["state"])

@@ -35,10 +35,10 @@ def new_folder(
     """
     target = folder.resolve()
     _put_back(target)
-    _check_free(target, written_by, overwrite)
     for source in keep:
         if target.exists() and source.exists() and source.resolve().is_relative_to(target):
             raise ValueError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
+    _check_free(target, written_by, overwrite)
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     with _named_when_written(aside, target, written_by, overwrite):
         yield aside
