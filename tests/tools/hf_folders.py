@@ -23,10 +23,10 @@ from tests import torch_or_skip as torch
 from tests.parity.convert import randomise
 
 
-def random_model(kind, config):
+def random_model(kind, config, seed=0):
     """A torch model of a class of `transformers`, with random weights."""
     torch.load_module()
-    return randomise(kind(config))
+    return randomise(kind(config), seed)
 
 
 @dataclasses.dataclass(frozen=True)

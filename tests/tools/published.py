@@ -14,7 +14,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from moddistill.data.tokenizer import Tokenizer
 from tests import torch_or_skip as torch
-from tests.parity.convert import randomise
+from tests.tools.hf_folders import random_model
 
 INTERLEAVE_7B = "llava-hf/llava-interleave-qwen-7b-hf"
 INTERLEAVE_HALF_B = "llava-hf/llava-interleave-qwen-0.5b-hf"
@@ -70,7 +70,8 @@ def small_config(name: str) -> dict:
 def write(folder: Path, name: str, tokenizer: Tokenizer, seed: int = 0) -> Path:
     """A folder of a small model with random weights, as if it came from the hub."""
     config = small_config(name)
-    model = randomise(LlavaForConditionalGeneration(LlavaConfig(**copy.deepcopy(config))), seed)
+    fields = LlavaConfig(**copy.deepcopy(config))
+    model = random_model(LlavaForConditionalGeneration, fields, seed)
     return _write_folder(folder, name, config, _published(model, name), tokenizer)
 
 

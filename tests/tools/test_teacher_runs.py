@@ -21,7 +21,7 @@ from moddistill.model_folder import load, read_model_config
 from moddistill.sharding import make_mesh
 from moddistill.train import open_streams, train
 from tests import torch_or_skip as torch
-from tests.parity.convert import pixel_values, randomise
+from tests.parity.convert import pixel_values
 from tests.tools import hf_folders as hf
 from tests.tools import published
 from tools.convert_weights.assemble import import_model
@@ -58,7 +58,7 @@ def student_of(hub, tmp_path_factory, qwen_tokenizer):
     root = tmp_path_factory.mktemp("students")
     text = hf.Text(width=16, layers=4, rows=151_936)
     language = hf.save(text.model(), root / "qwen2-0.5b", qwen_tokenizer)
-    tower = randomise(CLIPVisionModel(hf.clip_config(image_size=28, patch_size=14)))
+    tower = hf.random_model(CLIPVisionModel, hf.clip_config(image_size=28, patch_size=14))
     import_model(str(language), root / "ours", vision=str(hf.save(tower, root / "clip")))
     export_model(root / "ours", root / "theirs", max_shard_size=10**9)
     interleave = common.PAIRS["interleave"].student
