@@ -1,6 +1,7 @@
 """What `inspect` says of folders and files."""
 
 import json
+import math
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,7 +14,7 @@ from tools.convert_weights.describe import describe
 
 
 def count(state):
-    return sum(x.size for x in state.values())
+    return sum(math.prod(x.shape) for x in state.values())
 
 
 def test_model_folder(tiny_models):
