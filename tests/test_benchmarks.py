@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import convert
+from benchmarks import convert, digests
 from benchmarks.head_to_head import check_agreement, compare
 from tools.convert_weights.sources import read_source
 
@@ -51,3 +51,11 @@ def test_checkpoint_that_is_converted(tmp_path):
     source = read_source(tmp_path / "hf")
     assert source.decoder.layers == 1
     assert sum(x.nbytes for x in source.checkpoint.values()) > largest > 600 * 10**6
+
+
+def test_digests_of_a_folder_are_timed():
+    result = digests.measure(gigabytes=0.001)
+    assert set(result) == {
+        "read, cold", "read, warm", "write digests", "verify, warm", "verify, cold"
+    }  # fmt: skip
+    assert all(seconds > 0 for seconds in result.values())
