@@ -244,7 +244,7 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
         accepted = typing.get_args(kind)
         if value not in accepted:
             hint = nearest(value, accepted) if isinstance(value, str) else ""
-            raise ValueError(f"{origin} is {value!r}; accepted: {', '.join(accepted)}{hint}")
+            raise ValueError(f"{origin} is {value!r:.200}; accepted: {', '.join(accepted)}{hint}")
         return value
     plain = tuple(typing.get_origin(option) or option for option in options)
     if tuple in plain and isinstance(value, str) and value.startswith("("):
@@ -255,7 +255,7 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
         value = float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         names = ", ".join(option.__name__ for option in plain)
-        raise ValueError(f"{origin} is {value!r}; accepted: a value of type {names}")
+        raise ValueError(f"{origin} is {value!r:.200}; accepted: a value of type {names}")
     if isinstance(value, tuple):
         [element] = {typing.get_args(option)[0] for option in options if typing.get_args(option)}
         return tuple(_convert(element, item, f"{origin}[{i}]") for i, item in enumerate(value))

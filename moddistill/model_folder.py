@@ -21,9 +21,12 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.config import from_config_dict
+from moddistill.data.conversation import TEMPLATES
 from moddistill.data.images import preprocessor_config
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.digests import verify
+from moddistill.json_file import read_json
+from moddistill.models.limits import check_architecture
 from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from moddistill.new_folder import new_folder_of_all
@@ -123,12 +126,38 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     """
     description = _read_description(folder)
     origin = str(Path(folder) / "model.json")
-    return from_config_dict(ModelConfig, description["architecture"], origin)
+    config = from_config_dict(ModelConfig, description["architecture"], origin)
+    check_architecture(config, origin)
+    if config.template not in TEMPLATES:
+        raise ValueError(
+            f"{origin}: template is {config.template!r:.80}; accepted: {', '.join(TEMPLATES)}"
+        )
+    return config
 
 
 def read_source(folder: str | Path) -> dict[str, Any]:
     """Where a model came from: the settings of its stage, or what it was imported from."""
-    return _read_description(folder)["source"]
+    source = _read_description(folder)["source"]
+    _check_imported(source.get("imported", {}), str(Path(folder) / "model.json"))
+    return source
+
+
+def _check_imported(imported: Any, origin: str) -> None:
+    """Raises ValueError unless what an import has noted is of the kind that it writes."""
+    is_names = lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x)  # noqa: E731
+    checks = {
+        "from": (is_names, "a list of names"),
+        "spelling": (lambda x: is_names(x) and len(x) == 4, "four names"),
+        "context": (lambda x: x is None or (type(x) is int and x > 0), "a number above 0"),
+        "stored_head": (lambda x: isinstance(x, bool), "true or false"),
+    }
+    if not isinstance(imported, dict):
+        raise ValueError(f"{origin}: source.imported is {imported!r:.80}; accepted: an object")
+    for name, (is_right, accepted) in checks.items():
+        if name in imported and not is_right(imported[name]):
+            raise ValueError(
+                f"{origin}: source.imported.{name} is {imported[name]!r:.80}; accepted: {accepted}"
+            )
 
 
 def _read_description(folder: str | Path) -> dict[str, Any]:
@@ -138,21 +167,16 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} is not a model folder: it has no model.json; accepted: the `model/` "
             "folder that a stage writes, a Hugging Face folder, or `random:PRESET` for new weights"
         )
-    try:
-        description = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(description, dict):
-        raise ValueError(f"{file} holds {description!r:.40}; accepted: a JSON object")
+    description = read_json(file)
     if description.get("version") != VERSION:
         raise ValueError(
-            f"{file} has version {description.get('version')!r}; this release reads {VERSION}"
+            f"{file} has version {description.get('version')!r:.40}; this release reads {VERSION}"
         )
     for part in ("architecture", "source"):
         if not isinstance(description.get(part), dict):
             raise ValueError(
-                f"{file}: {part} is {description.get(part)!r}; accepted: an object, as a stage or "
-                "an import writes it"
+                f"{file}: {part} is {description.get(part)!r:.40}; accepted: an object, as a stage "
+                "or an import writes it"
             )
     verify(file.parent, [file.name])
     return description
@@ -207,7 +231,11 @@ def load_params(
         raise ValueError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
     verify(Path(folder), shared=shardings is not None)
     expected = flatten(unbox(abstract_params(config)))
-    found = flatten(ocp.metadata(path).metadata)
+    try:
+        found = flatten(ocp.metadata(path).metadata)
+    # Files that are missing or damaged end in errors of many kinds.
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
     check_same(found, expected, str(path))
     single = SingleDeviceSharding(jax.devices()[0])
     places = flatten(shardings) if shardings else dict.fromkeys(expected, single)
@@ -222,8 +250,18 @@ def load_params(
     }
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(part)
-    with context:
-        return ocp.load(path, unflatten(wanted))
+    try:
+        with context:
+            return ocp.load(path, unflatten(wanted))
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{path} cannot be read: {reason:.300}; accepted: params/ as a stage or an import writes it"
+    )
 
 
 def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:

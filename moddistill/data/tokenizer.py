@@ -3,11 +3,13 @@
 Text and control tokens are encoded by different methods, so that text can never turn into control.
 """
 
+import collections
 import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,7 +17,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
 from moddistill.digests import verify
+from moddistill.json_file import read_json, read_text
 from moddistill.models.vocabulary import IdRanges, id_ranges
+
+_LARGEST_FILE = 128 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
+_LARGEST_ID = 10_000_000
 
 # How Qwen cuts text into words before merging bytes.
 WORD = (
@@ -124,24 +130,69 @@ def load_tokenizer(folder: str) -> Tokenizer:
     file = Path(folder) / "tokenizer.json"
     if (Path(folder) / "model.json").is_file():
         verify(Path(folder), [file.name])
-    if file.is_file():
-        return _with_image(_read(file))
-    if not (Path(folder) / "vocab.json").is_file():
+    if not file.is_file():
+        file = Path(folder) / "vocab.json"
+    if not file.is_file():
         raise ValueError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
-    # Seconds to import, and most folders do not need it.
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    return _with_image(AutoTokenizer.from_pretrained(folder).backend_tokenizer)
+    backend = (_read if file.name == "tokenizer.json" else _read_vocabulary)(file)
+    try:
+        return _with_image(backend)
+    # A model that cannot encode raises the library's own kind of error.
+    except Exception as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _read(file: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        fields = read_json(file, _LARGEST_FILE)
+        backend = tokenizers.Tokenizer.from_file(str(file))
     # All its errors are of this one type.
     except Exception as error:
         raise ValueError(
             f"{file} is no tokenizer: {error}; accepted: what the tokenizers library writes"
         ) from None
+    _check_ids(file, fields.get("model", {}).get("vocab"), fields.get("added_tokens") or [])
+    return backend
+
+
+def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of `vocab.json` and `merges.txt`, as `transformers` reads them."""
+    _check_ids(file, read_json(file, _LARGEST_FILE), [])
+    read_text(file.with_name("merges.txt"), _LARGEST_FILE)
+    # Seconds to import, and most folders do not need it.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        # The code that a folder may bring is never run, nor asked about.
+        loaded = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
+        return loaded.backend_tokenizer
+    # It raises errors of many kinds for settings that it does not understand.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file.parent} holds no tokenizer that transformers reads: {reason:.200}; accepted: "
+            "vocab.json, merges.txt and tokenizer_config.json as Qwen publishes them"
+        ) from None
+
+
+def _check_ids(file: Path, vocabulary: Any, added: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError for ids that are too large, or that two tokens share."""
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    for token in added:
+        ids[token["content"]] = token["id"]
+    for token, number in ids.items():
+        if type(number) is not int or not 0 <= number <= _LARGEST_ID:
+            raise ValueError(
+                f"{file}: the id of {token!r:.80} is {number!r:.80}; accepted: a whole number from "
+                f"0 to {_LARGEST_ID:,}"
+            )
+    if len(set(ids.values())) < len(ids):
+        [(number, times)] = collections.Counter(ids.values()).most_common(1)
+        shared = [token for token in ids if ids[token] == number][:2]
+        raise ValueError(
+            f"{file}: {times} tokens have the id {number}, such as {shared!r:.120}; accepted: an "
+            "id for each"
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -43,15 +43,15 @@ def moe_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
     }
     if isinstance(placement, str) and placement not in named:
         raise ValueError(
-            f"moe.placement is {placement!r}; accepted: {', '.join(named)}, or indices"
+            f"moe.placement is {placement!r:.200}; accepted: {', '.join(named)}, or indices"
             + nearest(placement, named)
         )
     indices = tuple(named[placement] if isinstance(placement, str) else sorted(placement))
     inside = indices and indices[0] >= 0 and indices[-1] < num_layers
     if not inside or len(set(indices)) < len(indices):
         raise ValueError(
-            f"moe.placement is {placement!r}, which is layers {indices}; accepted: at least one, "
-            f"different ones, from 0 to {num_layers - 1}"
+            f"moe.placement is {placement!r:.200}, which is layers {indices!r:.200}; accepted: at "
+            f"least one, different ones, from 0 to {num_layers - 1}"
         )
     return indices
 

@@ -12,10 +12,10 @@ def projector_depth(kind: str) -> int:
     """Number of linear layers of a projector kind; ValueError for an unknown one."""
     if kind == "linear":
         return 1
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if not match:
         raise ValueError(
-            f"projector is {kind!r}; accepted: linear, or mlpNx_gelu such as mlp2x_gelu"
+            f"projector is {kind!r:.80}; accepted: linear, or mlpNx_gelu such as mlp2x_gelu"
         )
     return int(match[1])
 

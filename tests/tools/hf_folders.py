@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from safetensors.numpy import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -175,3 +176,13 @@ def save_original(
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer.save(str(folder))
     return folder
+
+
+def change_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    save_file(change(state), folder / "model.safetensors")
+
+
+def change_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))

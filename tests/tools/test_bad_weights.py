@@ -3,12 +3,11 @@
 import json
 import resource
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from tests import torch_or_skip as torch
 from tests.tools import hf_folders as hf
+from tests.tools.hf_folders import change_config, change_weights
 from tools.convert_weights import assemble
 from tools.convert_weights.__main__ import main
 from tools.convert_weights.assemble import import_model
@@ -23,16 +22,6 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def language(tmp_path, small_tokenizer):
     return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
-
-
-def change_weights(folder, change):
-    state = load_file(folder / "model.safetensors")
-    save_file(change(state), folder / "model.safetensors")
-
-
-def change_config(folder, **fields):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_every_tensor_that_does_not_fit_is_listed(language, tmp_path):
@@ -285,16 +274,3 @@ def test_commands(language, tmp_path, capsys):
         main(["import", "--hf", str(language), "--out", ours])
     with pytest.raises(SystemExit, match="error: max_shard_size is '20XB'"):
         main(["export", "--model", ours, "--out", out, "--max_shard_size", "20XB"])
-
-
-def test_nan_is_carried_as_it_is(language, tmp_path):
-    """Bits are moved, not numbers."""
-
-    def poison(state):
-        state["model.norm.weight"][0] = float("nan")
-        return state
-
-    change_weights(language, poison)
-    import_model(str(language), tmp_path / "ours")
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
-    assert np.isnan(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"][0])

@@ -14,6 +14,7 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.new_folder import new_folder
 from tools.convert_weights import llava
 from tools.convert_weights.carried import carry_pooling, carry_template, imported_from
+from tools.convert_weights.finite import FiniteCheck, is_finite
 from tools.convert_weights.hub import local_folder
 from tools.convert_weights.image_row import pad_rows, with_image_row
 from tools.convert_weights.rules import (
@@ -27,7 +28,7 @@ from tools.convert_weights.rules import (
 )
 from tools.convert_weights.sources import Source, read_source
 from tools.convert_weights.store import ArraySpec, Writer
-from tools.convert_weights.tensors import Tensor, read_file
+from tools.convert_weights.tensors import Tensor, check_weights, read_file, some_of
 
 Placed = list[tuple[Piece, Tensor]]
 
@@ -67,12 +68,12 @@ def import_model(
     fresh = _new_projector(config, placed, seed)
     description = {"imported": imported_from(sources, config, sorted(fresh))}
     with new_folder(out, "import", overwrite, keep=read) as aside:
-        _write_params(aside / "params", config, placed, fresh)
-        carry_pooling(sources[-1], aside)
         # Of a language model alone, a template has no place for pictures; the original code's
         # checkpoints bring one that they were not trained with.
         if len(sources) == 1 and sources[0].template == config.template == "chatml":
             carry_template(sources[0].folder, aside)
+        _write_params(aside / "params", config, placed, fresh)
+        carry_pooling(sources[-1], aside)
         write_description(aside, config, sources[0].tokenizer, description)
     return config
 
@@ -163,15 +164,20 @@ def place(source: Source, config: ModelConfig) -> Placed:
       ValueError: listing every one that is missing, unexpected or of another shape.
     """
     found = pieces(config, source.rules, source.parts)
+    check_weights([piece.name for piece in found], source.checkpoint, str(source.folder))
     ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
     ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
     names = {piece.name for piece in found}
     rows = source.decoder.vocab_size if source.decoder else 0
     checkpoint = pad_rows(source.checkpoint, found, rows)
     check_complete(found, checkpoint, ignored, str(source.folder))
+    finite = FiniteCheck(str(source.folder))
     for name, tensor in source.checkpoint.items():
         if source.zero and re.fullmatch(source.zero, name) and np.any(tensor.read()):
             raise ValueError(f"{source.folder}: {name} is not zero; its expert is not built here")
+        if source.pooling and name.startswith(source.pooling):
+            finite.add(name, tensor.read())
+    finite.close()
     if source.tied in source.checkpoint and source.tied not in names:
         _check_tied(source, found)
     return [(piece, checkpoint[piece.name]) for piece in found]
@@ -180,7 +186,8 @@ def place(source: Source, config: ModelConfig) -> Placed:
 def _check_tied(source: Source, found: Sequence[Piece]) -> None:
     [table] = [piece.name for piece in found if piece.slot.path == "decoder/embedding"]
     head, embedding = (source.checkpoint[name].read() for name in (source.tied, table))
-    if not np.array_equal(head, embedding):
+    # Where it is not finite is said when it is moved.
+    if not np.array_equal(head, embedding) and is_finite(head):
         raise ValueError(
             f"{source.folder}: {source.tied} differs from {table}, but the config ties them"
         )
@@ -194,9 +201,11 @@ def _place_projector(file: Path, config: ModelConfig) -> Placed:
     pattern = r"(model\.)?(mm_projector\.)?(image_spatial_proj\.)?"
     prefixes = sorted({re.match(pattern, name)[0] for name in checkpoint})
     if len(prefixes) != 1:
-        raise ValueError(f"{file} holds tensors of several parts: {', '.join(sorted(checkpoint))}")
+        names = some_of(sorted(checkpoint)) or "none"
+        raise ValueError(f"{file}: its tensors are {names}; accepted: those of one projector")
     rules = prefixed(llava.original_projector(config.projector), prefixes[0])
     found = pieces(config, rules, ("projector",))
+    check_weights([piece.name for piece in found], checkpoint, str(file))
     check_complete(found, checkpoint, (), str(file))
     return [(piece, checkpoint[piece.name]) for piece in found]
 
@@ -222,19 +231,21 @@ def _write_params(
     found = [piece for piece, _ in placed]
     dtypes = dtypes_of(found, {piece.name: tensor for piece, tensor in placed})
     dtypes |= {path: array.dtype for path, array in fresh.items()}
+    finite = FiniteCheck(", ".join(sorted({str(tensor.file.parent) for _, tensor in placed})))
     with Writer(folder, array_specs(config, dtypes)) as writer:
         for path, array in fresh.items():
             writer.write(path, (), array)
         for piece, tensor in _with_progress(placed):
             for index, rows in piece.parts(tensor.dtype.itemsize):
-                _move(piece, tensor, rows, writer, index)
+                array = (tensor if rows == slice(None) else tensor.rows(rows)).read()
+                finite.add(piece.name, array)
+                _move(piece, array, rows, writer, index)
+    finite.close()
 
 
-def _move(piece: Piece, tensor: Tensor, rows: slice, writer: Writer, index: Index) -> None:
-    whole = rows == slice(None)
-    array = (tensor if whole else tensor.rows(rows)).read()
+def _move(piece: Piece, array: np.ndarray, rows: slice, writer: Writer, index: Index) -> None:
     shape = list(piece.slot.shape)
-    if not whole:
+    if rows != slice(None):
         shape[piece.transform.rows] = len(array)
     writer.write(piece.slot.path, index, piece.transform.inward(array, tuple(shape)))
 

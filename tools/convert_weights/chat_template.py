@@ -1,9 +1,10 @@
 """Conversation formats as Jinja templates, which render what training saw."""
 
+import os
 from pathlib import Path
 
 from moddistill.data.conversation import CHATML_SYSTEM, VICUNA_SYSTEM, end_token
-from tools.convert_weights.hub import read_json
+from moddistill.json_file import read_json, read_text
 
 FILE = "chat_template.jinja"
 
@@ -58,10 +59,10 @@ _PLAIN = """\
 def stored_template(folder: Path) -> str:
     """The chat template that a Hugging Face folder brings; empty if it has none, or several."""
     file = folder / FILE
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if os.path.lexists(file):
+        return read_text(file)
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             found = read_json(folder / name).get("chat_template")
             if isinstance(found, str):
                 return found

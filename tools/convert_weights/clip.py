@@ -3,19 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moddistill.models import limits
 from moddistill.models.vision import VisionConfig
-from tools.convert_weights.hub import check_numbers
 from tools.convert_weights.rules import FLAT, PATCHES, Rule, Rules, matrix
 
-NUMBERS = (
-    "image_size",
-    "patch_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "layer_norm_eps",
-)
+# Names of sizes here, and in a config.
+SIZES = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "mlp": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "norm_eps": "layer_norm_eps",
+}
+# The fields of a config that are read, and the largest value of those that are numbers.
+READ = limits.spelt(limits.VISION, SIZES) | {"hidden_act": None}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 
 
@@ -71,26 +74,25 @@ def vision_config(
       pixels: `mean` and `std` of the pixels, where a processor's config states them.
 
     Raises:
-      ValueError: for an activation that is not built.
+      ValueError: for an activation that is not built, or sizes that make no sense.
     """
-    activation = hf["hidden_act"]
-    if activation not in ACTIVATIONS:
+    activation = hf.get("hidden_act")
+    if activation not in tuple(ACTIVATIONS):
         raise ValueError(
-            f"{origin}: hidden_act is {activation!r}; accepted: {', '.join(ACTIVATIONS)}"
+            f"{origin}: hidden_act is {activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
         )
-    check_numbers(hf, NUMBERS, origin)
-    return VisionConfig(
-        image_size=hf["image_size"],
-        patch_size=hf["patch_size"],
-        width=hf["hidden_size"],
-        mlp=hf["intermediate_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        select_layer=select_layer,
-        activation=ACTIVATIONS[activation],
-        norm_eps=hf["layer_norm_eps"],
-        **pixels,
+    return built(
+        hf, origin, select_layer=select_layer, activation=ACTIVATIONS[activation], **pixels
     )
+
+
+def built(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
+    """The tower with the sizes of a config; ValueError for those that make no sense."""
+    sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
+    limits.check_numbers(sizes, limits.VISION, origin, SIZES.get)
+    config = VisionConfig(**(sizes | {"norm_eps": float(sizes["norm_eps"])}), **others)
+    limits.check_vision(config, origin, lambda name: SIZES.get(name, name))
+    return config
 
 
 def hf_config(vision: VisionConfig) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def describe(name: str) -> dict[str, Any]:
 def _model_folder(folder: Path) -> dict[str, Any]:
     config = read_model_config(folder)
     reader = Reader(folder / "params")
+    reader.check(config)
     dtypes: collections.Counter[str] = collections.Counter()
     for path, leaf in flatten(unbox(abstract_params(config))).items():
         dtypes[reader.dtype(path).name] += leaf.size

@@ -26,6 +26,7 @@ from moddistill.new_folder import new_folder
 from tools.convert_weights import llava, qwen
 from tools.convert_weights.carried import POOLING
 from tools.convert_weights.chat_template import FILE, chat_template, end_of_answer, stored_template
+from tools.convert_weights.finite import FiniteCheck
 from tools.convert_weights.rules import Piece, Rules, pieces, prefixed
 from tools.convert_weights.shards import Planned, create_shards, write
 from tools.convert_weights.source_settings import merge_generation
@@ -58,6 +59,7 @@ def export_model(
     config = read_model_config(model)
     found = exported_pieces(config, model)
     reader = Reader(model / "params")
+    reader.check(config)
     stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
     planned = [
         Planned(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape) for piece in found
@@ -160,6 +162,7 @@ def _layer_order(tensor: Planned) -> list[Any]:
 
 def _write_weights(found: Sequence[Piece], places: dict[str, Tensor], reader: Reader) -> None:
     """Array by array; tensors that are not filled stay zero."""
+    finite = FiniteCheck(str(reader.folder))
     total = sum(place.nbytes for place in places.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=0.5) as bar:
         for piece in sorted(found, key=lambda piece: piece.slot):
@@ -167,8 +170,10 @@ def _write_weights(found: Sequence[Piece], places: dict[str, Tensor], reader: Re
             for index, rows in piece.parts(whole.dtype.itemsize):
                 place = whole if rows == slice(None) else whole.rows(rows)
                 array = reader.read(piece.slot.path, index)
+                finite.add(piece.name, array)
                 write(place, piece.transform.outward(array, place.shape))
                 bar.update(place.nbytes)
+    finite.close()
 
 
 def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:

@@ -1,10 +1,11 @@
 """Folders of the Hugging Face hub, by name, and what their config says."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from moddistill.models.limits import check_numbers
 
 _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "*.jinja")
 
@@ -35,53 +36,77 @@ def local_folder(name: str) -> Path:
         ) from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError if the file is missing or is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{str(file.parent)!r} has no {file.name}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return value
-
-
 def part_of(fields: Mapping[str, Any], name: str, origin: str) -> dict[str, Any]:
     """An object inside a config, empty if it is absent; ValueError if it is something else."""
-    part = fields.get(name) or {}
+    part = fields.get(name)
+    if part is None:
+        return {}
     if not isinstance(part, dict):
-        raise ValueError(f"{origin}: {name} is {part!r}; accepted: an object")
+        raise ValueError(f"{origin}: {name} is {part!r:.80}; accepted: an object")
     return part
 
 
-def check_numbers(fields: Mapping[str, Any], names: Sequence[str], origin: str) -> None:
-    """Raises ValueError for fields that are no numbers above 0, or whole ones unless `*_eps`."""
-    for name in names:
-        value = fields.get(name)
-        accepted = (int, float) if name.endswith("_eps") else (int,)
-        if type(value) not in accepted or value <= 0:
-            kind = "a" if float in accepted else "a whole"
-            raise ValueError(f"{origin}: {name} is {value!r}; accepted: {kind} number above 0")
+def check_not_quantized(fields: Mapping[str, Any], origin: str) -> None:
+    """Raises ValueError for a config of quantised weights, its own or of a part."""
+    for name, part in (("", fields), *_parts(fields)):
+        quantization = part.get("quantization_config")
+        if quantization is not None:
+            prefix = name and f"{name}."
+            method = quantization
+            if isinstance(quantization, dict):
+                method = quantization.get("quant_method", quantization)
+            raise ValueError(
+                f"{origin}: {prefix}quantization_config is {method!r:.80}; accepted: weights that "
+                "are not quantised, such as the bfloat16 release"
+            )
 
 
-def with_defaults(fields: dict[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:
+def _parts(fields: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    names = ("text_config", "vision_config")
+    return [(name, fields[name]) for name in names if isinstance(fields.get(name), dict)]
+
+
+def with_defaults(
+    fields: Mapping[str, Any],
+    read: Mapping[str, Mapping[str, int | float | None]],
+    origin: str,
+    needed: Sequence[str] = (),
+) -> dict[str, Any]:
     """A config with the defaults that `transformers` has for what it leaves out.
 
     Args:
+      read: for each model type the fields that `transformers` gets to see, as it builds lists as
+        long as some of the others say; and the largest value of those that are numbers.
       needed: fields; a config that states all of them is given back as it is.
+
+    Raises:
+      ValueError: for numbers out of range, and fields that `transformers` refuses.
     """
     if needed and all(name in fields for name in needed):
-        return fields
+        return dict(fields)
     # Seconds to import, and most language models state everything.
     from transformers import AutoConfig  # noqa: PLC0415
 
-    fields = dict(fields)
-    kind = fields.pop("model_type")
+    kind = fields["model_type"]
+    passed = _read_fields(fields, read[kind], origin, "")
+    for name, part in _parts(passed):
+        of_part = _read_fields(part, read[part["model_type"]], origin, f"{name}.")
+        passed[name] = {"model_type": part["model_type"]} | of_part
     try:
-        return AutoConfig.for_model(kind, **fields).to_dict()
+        return AutoConfig.for_model(kind, **passed).to_dict()
     # Its checks of fields raise errors of many kinds.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config of type {kind!r} is refused by transformers: {reason}") from None
+        raise ValueError(
+            f"{origin}: a config of type {kind!r} is refused by transformers: {reason:.200}"
+        ) from None
+
+
+def _read_fields(
+    fields: Mapping[str, Any], read: Mapping[str, int | float | None], origin: str, prefix: str
+) -> dict[str, Any]:
+    found = {name: fields[name] for name in read if name in fields}
+    numbers = [name for name, value in found.items() if read[name] and value is not None]
+    limits = {name: read[name] for name in numbers}
+    check_numbers(found, limits, origin, lambda name: prefix + name)
+    return found

@@ -1,5 +1,6 @@
 """Whole multimodal checkpoints: Hugging Face's LLaVA, and the original code's."""
 
+import collections
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ from moddistill.models.projector import projector_depth
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 from tools.convert_weights import clip, qwen, siglip
-from tools.convert_weights.rules import Rule, Rules, matrix, pattern, prefixed
+from tools.convert_weights.rules import Rule, Rules, matrix, prefixed
 
 TOWERS = {
     "clip_vision_model": clip,
@@ -37,6 +38,26 @@ SPELLINGS = (
     ),
     ("model.language_model.", "", "model.vision_tower.", "model.multi_modal_projector."),
 )
+
+# The fields of a config that are read, by its type, and the largest value of some numbers.
+READ = {
+    **qwen.READ,
+    "clip_vision_model": clip.READ,
+    "siglip_vision_model": clip.READ,
+    "llava": dict.fromkeys(
+        (
+            "image_token_index",
+            "image_token_id",
+            "projector_hidden_act",
+            "multimodal_projector_bias",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+            "tie_word_embeddings",
+            "text_config",
+            "vision_config",
+        )
+    ),
+}
 
 PROJECTOR: Rules = tuple(
     rule
@@ -76,10 +97,15 @@ def find_spelling(names: Iterable[str], tower: Any) -> tuple[str, str, str, str]
     """The spelling that most names have; `tower` is the family of the tower."""
 
     def found(spelling: tuple[str, str, str, str]) -> int:
-        known = [re.compile(pattern(rule.name)) for rule in rules_for(spelling, tower)]
-        return sum(any(name.fullmatch(x) for name in known) for x in names)
+        return sum(count[_shape(rule.name)] for rule in rules_for(spelling, tower))
 
+    count = collections.Counter(map(_shape, names))
     return max(SPELLINGS, key=found)
+
+
+def _shape(name: str) -> str:
+    """A name without the numbers of its layer and expert."""
+    return re.sub(r"\{\w+\}|\d+", "#", name)
 
 
 def tower_family(vision: VisionConfig) -> Any:
@@ -89,15 +115,16 @@ def tower_family(vision: VisionConfig) -> Any:
 
 def select_layer(hf: Mapping[str, Any], origin: str) -> int:
     """The hidden state of the tower that a LLaVA config selects; ValueError for several."""
-    layer = hf["vision_feature_layer"]
-    strategy = hf["vision_feature_select_strategy"]
+    layer = hf.get("vision_feature_layer")
+    strategy = hf.get("vision_feature_select_strategy")
     wanted = "default" if hf["vision_config"]["model_type"] == "clip_vision_model" else "full"
-    if not isinstance(layer, int) or layer >= 0:
-        raise ValueError(f"{origin}: vision_feature_layer is {layer!r}; accepted: one below 0")
+    if type(layer) is not int or layer >= 0:
+        raise ValueError(f"{origin}: vision_feature_layer is {layer!r:.80}; accepted: one below 0")
     if strategy != wanted:
         raise ValueError(
-            f"{origin}: vision_feature_select_strategy is {strategy!r}; accepted: {wanted!r} for "
-            f"{hf['vision_config']['model_type']}, so that its patches are kept and no other token"
+            f"{origin}: vision_feature_select_strategy is {strategy!r:.80}; accepted: {wanted!r} "
+            f"for {hf['vision_config']['model_type']}, so that its patches are kept and no other "
+            "token"
         )
     return layer
 
@@ -111,7 +138,7 @@ def check_original(fields: Mapping[str, Any], origin: str) -> None:
     }
     for name, values in accepted.items():
         if fields.get(name) not in values:
-            raise ValueError(f"{origin}: {name} is {fields[name]!r}; accepted: {values[0]!r}")
+            raise ValueError(f"{origin}: {name} is {fields[name]!r:.80}; accepted: {values[0]!r}")
 
 
 def check_projector(hf: Mapping[str, Any], origin: str) -> None:
@@ -119,8 +146,8 @@ def check_projector(hf: Mapping[str, Any], origin: str) -> None:
     found = hf["projector_hidden_act"], hf.get("multimodal_projector_bias", True)
     if found != ("gelu", True):
         raise ValueError(
-            f"{origin}: projector_hidden_act and multimodal_projector_bias are {found}; accepted: "
-            "('gelu', True)"
+            f"{origin}: projector_hidden_act and multimodal_projector_bias are {found!r:.80}; "
+            "accepted: ('gelu', True)"
         )
 
 

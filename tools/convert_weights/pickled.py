@@ -1,48 +1,21 @@
 """PyTorch's `.bin` files, without PyTorch and without running anything that is in them.
 
-Such a file is a zip archive: a pickle that describes tensors, and their bytes, uncompressed. The
-pickle may name nothing but the few functions that describe a tensor (as `weights_only=True` does).
+Such a file is a zip archive: a pickle that describes tensors, and their bytes, uncompressed.
 """
 
-import collections
 import dataclasses
-import io
 import math
-import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from tools.convert_weights.pickle_reader import STORAGES, Refused, View, load
 from tools.convert_weights.tensors import DTYPES, Checkpoint, Tensor
 
-_STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
+_LARGEST_PICKLE = 16 * 2**20  # bytes; a tensor takes about 200
 _LOCAL_HEADER = 30  # bytes before the name of an entry of a zip archive
-
-
-class Refused(ValueError):
-    """A file that can be read and is not accepted."""
-
-
-class _Storage(NamedTuple):
-    """The bytes that tensors are views of."""
-
-    offset: int
-    nbytes: int
-    dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +46,7 @@ def read_pickled(file: Path) -> Checkpoint:
             return _read(file, archive)
     except Refused:
         raise
-    # A broken pickle can fail in any way.
+    # A broken archive can fail in any way.
     except Exception as error:
         raise ValueError(
             f"{file} is no PyTorch archive of tensors ({error}); accepted: what torch.save writes "
@@ -83,60 +56,38 @@ def read_pickled(file: Path) -> Checkpoint:
 
 def _read(file: Path, archive: zipfile.ZipFile) -> Checkpoint:
     [description] = [name for name in archive.namelist() if name.endswith("/data.pkl")] or [""]
-    root = description.removesuffix("data.pkl")
-
-    def storage(reference: tuple[Any, ...]) -> _Storage:
-        _, dtype, key, *_ = reference
-        entry = archive.getinfo(f"{root}data/{key}")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise Refused(f"{file}: {entry.filename} is compressed; accepted: stored as it is")
-        return _Storage(_data_offset(file, entry), entry.file_size, dtype)
-
-    def tensor(storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> Tensor:
-        first = start * storage.dtype.itemsize
-        nbytes = math.prod(shape) * storage.dtype.itemsize
-        if min((start, *shape)) < 0 or first + nbytes > storage.nbytes:
-            raise Refused(
-                f"{file} holds a tensor of shape {shape} from element {start} of "
-                f"{storage.nbytes // storage.dtype.itemsize}; accepted: one inside of its storage"
-            )
-        place = (file, storage.offset + first, storage.dtype, tuple(shape))
-        if _is_contiguous(shape, stride):
-            return Tensor(*place)
-        if len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1]):
-            return _Transposed(*place, first=0, whole=shape[0])
-        raise Refused(f"{file} holds a tensor of stride {stride} for shape {shape}")
-
-    state = _TensorUnpickler(file, archive.read(description), storage, tensor).load()
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    size = archive.getinfo(description).file_size
+    if size > _LARGEST_PICKLE:
+        raise Refused(
+            f"{file}: {description} has {size:,} bytes; accepted: up to {_LARGEST_PICKLE:,}"
+        )
+    state = load(archive.read(description), str(file))
+    is_flat = isinstance(state, dict) and all(isinstance(x, View) for x in state.values())
+    if not is_flat or not state:
         raise Refused(f"{file} holds no flat dictionary of tensors")
-    return state
+    root = description.removesuffix("data.pkl")
+    return {name: _tensor(file, archive, root, name, view) for name, view in state.items()}
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads a pickle that describes tensors, and refuses every other name in it."""
-
-    def __init__(self, file: Path, text: bytes, storage: Callable, tensor: Callable):
-        super().__init__(io.BytesIO(text))
-        self.file = file
-        self.storage = storage
-        self.known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        }
-        self.known |= {("torch", name): DTYPES[dtype] for name, dtype in _STORAGES.items()}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.known:
-            raise Refused(
-                f"{self.file} is refused: its pickle would run {module}.{name}; accepted: tensors "
-                "alone"
-            )
-        return self.known[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self.storage(pid)
+def _tensor(file: Path, archive: zipfile.ZipFile, root: str, name: str, view: View) -> Tensor:
+    """Where the numbers of a view are, after checking that they are in its storage."""
+    storage, start, shape, stride = view
+    entry = archive.getinfo(f"{root}data/{storage.key}")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise Refused(f"{file}: {entry.filename} is compressed; accepted: stored as it is")
+    dtype = DTYPES[STORAGES[storage.kind]]
+    first = start * dtype.itemsize
+    if first + math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise Refused(
+            f"{file} holds a tensor of shape {shape} from element {start} of "
+            f"{entry.file_size // dtype.itemsize}; accepted: one inside of its storage"
+        )
+    place = (file, _data_offset(file, entry) + first, dtype, shape)
+    if _is_contiguous(shape, stride):
+        return Tensor(*place)
+    if len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1]):
+        return _Transposed(*place, first=0, whole=shape[0])
+    raise Refused(f"{file} holds a tensor of stride {stride} for shape {shape}")
 
 
 def _data_offset(file: Path, entry: zipfile.ZipInfo) -> int:

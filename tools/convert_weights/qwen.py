@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moddistill.config import MoeConfig
+from moddistill.models import limits
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vocabulary import IdRanges
-from tools.convert_weights.hub import check_numbers, part_of
+from tools.convert_weights.hub import part_of
 from tools.convert_weights.rules import FLAT, Rule, Rules, matrix
 
 # Below `model.`; the head stands beside it.
@@ -85,19 +86,41 @@ SHARED_EXPERT = r"layers\.\d+\.mlp\.shared_expert(_gate|\..*_proj)\.weight"
 SHARED_WIDTH = 64
 
 
-_NUMBERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
+# Names of sizes here, and in a config.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_EXPERT_SIZES = {
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+}
+_OTHERS = (
+    "hidden_act",
+    "rope_parameters",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "use_sliding_window",
+    "attention_bias",
 )
-_EXPERT_NUMBERS = ("num_experts_per_tok", "moe_intermediate_size")
-_NEEDED = (*_NUMBERS, "hidden_act", "rope_theta", "tie_word_embeddings")
+_SPARSE = ("num_local_experts", "mlp_only_layers", "norm_topk_prob", "decoder_sparse_step")
+_READ = limits.spelt(limits.DECODER, _SIZES) | dict.fromkeys(_OTHERS)
+_READ_SPARSE = _READ | limits.spelt(limits.EXPERTS, _EXPERT_SIZES) | dict.fromkeys(_SPARSE)
+# The fields that are read, by model type, and the largest value of those that are numbers.
+READ = dict.fromkeys(DENSE_TYPES, _READ) | dict.fromkeys(SPARSE_TYPES, _READ_SPARSE)
 # What a config has to state to be read without the defaults of `transformers`.
-NEEDED = {"qwen2": _NEEDED, "qwen3": (*_NEEDED, "head_dim")}
+_NEEDED = (*_SIZES.values(), "hidden_act", "tie_word_embeddings")
+NEEDED = {"qwen2": tuple(x for x in _NEEDED if x != "head_dim"), "qwen3": _NEEDED}
+_CONTEXT = 1_000_000_000
 
 
 def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> DecoderConfig:
@@ -113,7 +136,7 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
     kind = hf.get("model_type")
     if kind not in DENSE_TYPES + SPARSE_TYPES:
         raise ValueError(
-            f"{origin}: text model {kind!r} is unknown; accepted: "
+            f"{origin}: text model {kind!r:.80} is unknown; accepted: "
             + ", ".join(DENSE_TYPES + SPARSE_TYPES)
         )
     scaling = part_of(hf, "rope_scaling", origin)
@@ -123,50 +146,70 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
     }
     checks = {
         "hidden_act": (hf.get("hidden_act"), ("silu",)),
-        "use_sliding_window": (bool(hf.get("use_sliding_window")), (False,)),
-        "attention_bias": (bool(hf.get("attention_bias")), (False,)),
+        "use_sliding_window": (hf.get("use_sliding_window"), (False, None)),
+        "attention_bias": (hf.get("attention_bias"), (False, None)),
+        "tie_word_embeddings": (hf.get("tie_word_embeddings"), (True, False)),
         "rope_type": (rope.get("rope_type", "default"), ("default",)),
         "decoder_sparse_step": (hf.get("decoder_sparse_step", 1), (1,)),
     }
     for field, (value, accepted) in checks.items():
         if value not in accepted:
-            raise ValueError(f"{origin}: {field} is {value!r}; accepted: {accepted[0]!r}")
-    check_numbers(hf, _NUMBERS + (_EXPERT_NUMBERS if kind in SPARSE_TYPES else ()), origin)
-    if type(rope.get("rope_theta")) not in (int, float):
-        raise ValueError(f"{origin}: rope_theta is {rope.get('rope_theta')!r}; accepted: a number")
+            raise ValueError(f"{origin}: {field} is {value!r:.80}; accepted: {accepted[0]!r}")
+    sizes = {ours: hf.get(theirs) for ours, theirs in _SIZES.items()}
+    sizes |= {"rope_theta": rope.get("rope_theta")}
+    sizes["kv_heads"] = sizes["heads"] if sizes["kv_heads"] is None else sizes["kv_heads"]
+    stated = {name: most for name, most in limits.DECODER.items() if name != "head_dim"}
+    limits.check_numbers(sizes, stated, origin, _spell)
+    if sizes["head_dim"] is None:
+        sizes["head_dim"] = sizes["width"] // sizes["heads"]
+    limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _spell)
     if real_ids[-1][1] > hf["vocab_size"]:
         raise ValueError(
             f"{origin}: the tokenizer has {real_ids[-1][1]} ids, the embedding "
             f"{hf['vocab_size']} rows"
         )
-    heads = hf["num_attention_heads"]
-    return DecoderConfig(
-        vocab_size=hf["vocab_size"],
+    floats = {name: float(sizes[name]) for name in ("rope_theta", "norm_eps")}
+    decoder = DecoderConfig(
         real_ids=real_ids,
-        width=hf["hidden_size"],
-        mlp=hf["intermediate_size"],
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=hf["rms_norm_eps"],
+        **(sizes | floats),
         tied_head=bool(hf["tie_word_embeddings"]),
         qkv_bias=kind in ("qwen2", "qwen2_moe"),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
-        moe=_moe_config(hf) if kind in SPARSE_TYPES else None,
+        moe=_moe_config(hf, origin) if kind in SPARSE_TYPES else None,
     )
+    limits.check_decoder(decoder, origin, _spell)
+    return decoder
 
 
-def _moe_config(hf: Mapping[str, Any]) -> MoeConfig:
-    dense = set(hf.get("mlp_only_layers") or ())
-    width = hf["moe_intermediate_size"]
+def _spell(name: str) -> str:
+    """The name of a size in a config."""
+    return (_SIZES | _EXPERT_SIZES).get(name, name)
+
+
+def context_length(hf: Mapping[str, Any], origin: str) -> int | None:
+    """Positions that a language model was made for; None if its config does not say."""
+    if hf.get("max_position_embeddings") is None:
+        return None
+    context = {"max_position_embeddings": hf["max_position_embeddings"]}
+    limits.check_numbers(context, {"max_position_embeddings": _CONTEXT}, origin)
+    return hf["max_position_embeddings"]
+
+
+def _moe_config(hf: Mapping[str, Any], origin: str) -> MoeConfig:
+    sizes = {ours: hf.get(theirs) for ours, theirs in _EXPERT_SIZES.items()}
+    sizes["num_experts"] = sizes["num_experts"] or hf.get("num_local_experts")
+    limits.check_numbers(sizes, limits.EXPERTS, origin, _spell)
+    dense = hf.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise ValueError(
+            f"{origin}: mlp_only_layers is {dense!r:.80}; accepted: a list of layers' numbers"
+        )
+    if sizes["moe_intermediate_size"] == hf["intermediate_size"]:
+        sizes["moe_intermediate_size"] = 0
     return MoeConfig(
-        num_experts=hf.get("num_experts") or hf["num_local_experts"],
-        top_k=hf["num_experts_per_tok"],
-        placement=tuple(i for i in range(hf["num_hidden_layers"]) if i not in dense),
-        norm_topk_prob=bool(hf["norm_topk_prob"]),
-        moe_intermediate_size=0 if width == hf["intermediate_size"] else width,
+        **sizes,
+        placement=tuple(sorted(set(range(hf["num_hidden_layers"])) - set(dense))),
+        norm_topk_prob=bool(hf.get("norm_topk_prob")),
     )
 
 
@@ -237,16 +280,21 @@ def deepspeed_moe(
     Raises:
       ValueError: if the config does not say how many experts a token takes.
     """
-    pattern = r"model\.layers\.(\d+)\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\..*"
+    experts = r"mlp\.deepspeed_moe\.experts\.deepspeed_experts"
+    pattern = rf"model\.layers\.(\d{{1,9}})\.{experts}\.(\d{{1,9}})\..*"
     found = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
     if not found:
         return None
-    moe = fields.get("moe") or {}
+    moe = part_of(fields, "moe", origin)
     if "top_k_experts" not in moe:
         raise ValueError(f"{origin} has no moe.top_k_experts, but the weights have experts")
     if moe.get("use_residual"):
-        raise ValueError(f"{origin}: moe.use_residual is true; accepted: false")
+        raise ValueError(
+            f"{origin}: moe.use_residual is {moe['use_residual']!r:.80}; accepted: false"
+        )
     top_k = moe["top_k_experts"]
+    limit = {"moe.top_k_experts": limits.EXPERTS["top_k"]}
+    limits.check_numbers({"moe.top_k_experts": top_k}, limit, origin)
     return MoeConfig(
         num_experts=1 + max(int(expert) for _, expert in found),
         top_k=top_k,

@@ -21,6 +21,8 @@ from moddistill.tree import flatten
 from tools.convert_weights.store import blocks
 from tools.convert_weights.tensors import Checkpoint
 
+_MOST_LINES = 100  # of tensors that do not fit
+
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
 
@@ -211,9 +213,11 @@ def check_complete(
         if checkpoint[name].shape != expected[name]
     ]
     if lines:
+        more = len(lines) - _MOST_LINES
+        shown = lines[:_MOST_LINES] + ([f"and {more:,} more"] if more > 0 else [])
         raise ValueError(
             f"{origin}: {len(lines)} tensors do not fit the architecture its config.json states:\n"
-            "  " + "\n  ".join(lines)
+            "  " + "\n  ".join(line[:500] for line in shown)
         )
 
 

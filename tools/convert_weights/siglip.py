@@ -5,7 +5,6 @@ from typing import Any
 
 from moddistill.models.vision import VisionConfig
 from tools.convert_weights import clip
-from tools.convert_weights.hub import check_numbers
 from tools.convert_weights.rules import PATCHES, Rule, Rules
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -23,20 +22,16 @@ def vision_config(
     hf: Mapping[str, Any], select_layer: int, pixels: Mapping[str, Any], origin: str
 ) -> VisionConfig:
     """The tower that a vision config states; arguments and errors as in `clip`."""
-    activation = hf["hidden_act"]
+    activation = hf.get("hidden_act")
     if activation != "gelu_pytorch_tanh":
-        raise ValueError(f"{origin}: hidden_act is {activation!r}; accepted: 'gelu_pytorch_tanh'")
-    check_numbers(hf, clip.NUMBERS, origin)
-    return VisionConfig(
-        image_size=hf["image_size"],
-        patch_size=hf["patch_size"],
-        width=hf["hidden_size"],
-        mlp=hf["intermediate_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
+        raise ValueError(
+            f"{origin}: hidden_act is {activation!r:.80}; accepted: 'gelu_pytorch_tanh'"
+        )
+    return clip.built(
+        hf,
+        origin,
         select_layer=select_layer,
         activation="gelu_tanh",
-        norm_eps=hf["layer_norm_eps"],
         class_token=False,
         pre_norm=False,
         patch_bias=True,

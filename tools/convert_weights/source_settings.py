@@ -1,13 +1,15 @@
 """Generation and image settings of a source: which come back from an export, which are replaced."""
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moddistill.data.images import preprocessor_config
+from moddistill.json_file import read_json
 from moddistill.models.vision import VisionConfig
-from tools.convert_weights.hub import part_of, read_json
+from tools.convert_weights.hub import part_of
 
 LOG = logging.getLogger("moddistill")
 GENERATION = "generation_config.json"
@@ -21,7 +23,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the file is no JSON object.
     """
-    if not (folder / GENERATION).is_file():
+    if not os.path.lexists(folder / GENERATION):
         return {}
     fields = read_json(folder / GENERATION)
     return {
@@ -62,7 +64,7 @@ def image_processor(folder: Path) -> dict[str, Any]:
     """Fields of a folder's image processor, which is a file or a part of one; empty if none."""
     found: dict[str, Any] = {}
     for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
-        if file.is_file():
+        if os.path.lexists(file):
             fields = read_json(file)
             nested = "image_processor" in fields
             found |= part_of(fields, "image_processor", str(file)) if nested else fields

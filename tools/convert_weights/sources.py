@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.models.projector import projector_depth
+from moddistill.json_file import read_json
+from moddistill.models.limits import check_decoder, check_pixels
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from tools.convert_weights import llava, qwen
-from tools.convert_weights.hub import part_of, read_json, with_defaults
+from tools.convert_weights.hub import check_not_quantized, part_of, with_defaults
 from tools.convert_weights.rules import Rules, prefixed
 from tools.convert_weights.source_settings import image_processor
 from tools.convert_weights.tensors import Checkpoint, open_checkpoint
@@ -67,21 +68,24 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
       ValueError: for an architecture that is not known, naming those that are.
     """
     fields = read_json(folder / "config.json")
+    origin = str(folder / "config.json")
     kind = fields.get("model_type", "")
     if not isinstance(kind, str):
-        raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r}; accepted: a name")
+        raise ValueError(f"{origin}: model_type is {kind!r:.80}; accepted: a name")
+    check_not_quantized(fields, origin)
     if kind in qwen.DENSE_TYPES + qwen.SPARSE_TYPES:
-        return _language_model(folder, with_defaults(fields, qwen.NEEDED.get(kind, ())))
+        needed = qwen.NEEDED.get(kind, ())
+        return _language_model(folder, with_defaults(fields, llava.READ, origin, needed))
     if kind in llava.WITH_TOWER or kind in llava.TOWERS:
         return _tower(folder, fields, SELECT_LAYER if select_layer is None else select_layer)
     if kind == "llava":
-        _check_parts(fields, str(folder / "config.json"))
-        return _llava(folder, with_defaults(fields), fields, select_layer)
+        _check_parts(fields, origin)
+        return _llava(folder, with_defaults(fields, llava.READ, origin), fields, select_layer)
     if "llava" in kind and "qwen" in kind:
         return _original(folder, fields, select_layer)
     known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.WITH_TOWER, *llava.TOWERS, "llava")
     raise ValueError(
-        f"{str(folder)!r} is of architecture {kind!r}; accepted: {', '.join(known)}, and the "
+        f"{str(folder)!r} is of architecture {kind!r:.80}; accepted: {', '.join(known)}, and the "
         "original LLaVA code's with Qwen (llava_qwen2 and the like)"
     )
 
@@ -96,7 +100,7 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         zero=rf"model\.{qwen.SHARED_EXPERT}",
         tied="lm_head.weight",
         decoder=qwen.decoder_config(hf, tokenizer.real_ids, origin),
-        context=hf.get("max_position_embeddings"),
+        context=qwen.context_length(hf, origin),
         tokenizer=tokenizer,
     )
 
@@ -108,6 +112,7 @@ def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
         kind = llava.WITH_TOWER[kind]
         fields = {**part_of(fields, "vision_config", origin), "model_type": kind}
     family = llava.TOWERS[kind]
+    hf = with_defaults(fields, llava.READ, origin)
     checkpoint = open_checkpoint(folder)
     nested = any(name.startswith("vision_model.") for name in checkpoint)
     prefix = "vision_model." if nested else ""
@@ -118,7 +123,7 @@ def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
         prefixed(family.RULES, prefix),
         ignored=(*_BUFFERS, *beside),
         pooling=f"{prefix}head.",
-        vision=family.vision_config(with_defaults(fields), select_layer, _pixels(folder), origin),
+        vision=family.vision_config(hf, select_layer, _pixels(folder), origin),
     )
 
 
@@ -127,9 +132,9 @@ def _check_parts(fields: dict[str, Any], origin: str) -> None:
     known = {"text_config": qwen.DENSE_TYPES + qwen.SPARSE_TYPES, "vision_config": llava.TOWERS}
     for part, accepted in known.items():
         kind = part_of(fields, part, origin).get("model_type")
-        if kind not in accepted:
+        if kind not in tuple(accepted):
             raise ValueError(
-                f"{origin}: {part} is of type {kind!r}; accepted: {', '.join(accepted)}"
+                f"{origin}: {part} is of type {kind!r:.80}; accepted: {', '.join(accepted)}"
             )
 
 
@@ -150,7 +155,7 @@ def _llava(
     spelling = llava.find_spelling(checkpoint, family)
     decoder, head, vision, _ = spelling
     layer = llava.select_layer(hf, origin) if select_layer is None else select_layer
-    text = hf["text_config"] | {"tie_word_embeddings": _tied(stated, head, checkpoint)}
+    text = hf["text_config"] | {"tie_word_embeddings": _tied(stated, head, checkpoint, origin)}
     return Source(
         folder,
         checkpoint,
@@ -159,20 +164,19 @@ def _llava(
         zero=re.escape(decoder) + qwen.SHARED_EXPERT,
         tied=f"{head}lm_head.weight",
         decoder=qwen.decoder_config(text, tokenizer.real_ids, origin),
-        context=text.get("max_position_embeddings"),
+        context=qwen.context_length(text, origin),
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
     )
 
 
-def _tied(stated: dict[str, Any], head: str, checkpoint: Checkpoint) -> bool:
+def _tied(stated: dict[str, Any], head: str, checkpoint: Checkpoint, origin: str) -> bool:
     """Whether the head is the embedding, which configs say in either of two places, or not."""
-    said = [
-        part["tie_word_embeddings"]
-        for part in (stated, stated["text_config"])
-        if "tie_word_embeddings" in part
-    ]
+    name = "tie_word_embeddings"
+    said = [part[name] for part in (stated, stated["text_config"]) if name in part]
+    if wrong := [value for value in said if type(value) is not bool]:
+        raise ValueError(f"{origin}: {name} is {wrong[0]!r:.80}; accepted: true or false")
     return any(said) if said else f"{head}lm_head.weight" not in checkpoint
 
 
@@ -181,12 +185,18 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
     checkpoint = open_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder))
     origin = str(folder / "config.json")
-    text = with_defaults(
-        fields | {"model_type": "qwen3" if "qwen3" in fields["model_type"] else "qwen2"}
-    )
+    kind = "qwen3" if "qwen3" in fields["model_type"] else "qwen2"
+    text = with_defaults(fields | {"model_type": kind}, llava.READ, origin)
     decoder = qwen.decoder_config(text, tokenizer.real_ids, origin)
     llava.check_original(fields, origin)
-    kind = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
+    decoder = dataclasses.replace(decoder, moe=qwen.deepspeed_moe(fields, checkpoint, origin))
+    check_decoder(decoder, origin)
+    layer = fields.get("mm_vision_select_layer")
+    if layer is not None and (type(layer) is not int or not -1000 <= layer < 0):
+        raise ValueError(
+            f"{origin}: mm_vision_select_layer is {layer!r:.80}; accepted: one below 0"
+        )
+    projector = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
     inner = "image_spatial_proj."
     spatial = any(inner in name for name in checkpoint)
     prefix = "model.mm_projector." + (inner if spatial else "")
@@ -196,17 +206,17 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
         (
             *prefixed(qwen.RULES + qwen.DEEPSPEED_EXPERTS, "model."),
             *qwen.HEAD,
-            *prefixed(llava.original_projector(kind), prefix),
+            *prefixed(_projector_rules(projector, origin), prefix),
         ),
         # The tower is given beside it, and must be the same if it is here too.
         ignored=(*_BUFFERS, r"model\.(vision|image)_tower\..*"),
         tied="lm_head.weight",
-        decoder=dataclasses.replace(decoder, moe=qwen.deepspeed_moe(fields, checkpoint, origin)),
-        projector=kind if projector_depth(kind) else None,
+        decoder=decoder,
+        projector=projector,
         tokenizer=tokenizer,
         template="vicuna",
-        select_layer=fields.get("mm_vision_select_layer"),
-        context=text.get("max_position_embeddings"),
+        select_layer=layer,
+        context=qwen.context_length(text, origin),
     )
 
 
@@ -214,5 +224,18 @@ def _pixels(folder: Path) -> dict[str, tuple[float, ...]]:
     """Mean and deviation of the pixels, where a processor's config states them."""
     fields = image_processor(folder)
     if "image_mean" in fields and "image_std" in fields:
-        return {"mean": tuple(fields["image_mean"]), "std": tuple(fields["image_std"])}
+        origin = f"{folder}: image processor"
+        return {key: _three(fields, f"image_{key}", origin) for key in ("mean", "std")}
     return {}
+
+
+def _three(fields: dict[str, Any], name: str, origin: str) -> tuple[float, ...]:
+    check_pixels(fields[name], f"{origin}: {name}", above_zero=name == "image_std")
+    return tuple(float(x) for x in fields[name])
+
+
+def _projector_rules(kind: Any, origin: str) -> Rules:
+    try:
+        return llava.original_projector(kind if isinstance(kind, str) else repr(kind))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None

@@ -5,8 +5,9 @@ all their shards together; so it writes the frame, and slices go straight into i
 """
 
 import collections
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.digests import verify
-from moddistill.tree import unflatten
+from moddistill.model_folder import abstract_params
+from moddistill.models.vlm import ModelConfig
+from moddistill.sharding import unbox
+from moddistill.tree import check_same, flatten, unflatten
 
 _ITEM = "state"  # where Orbax keeps the arrays of a checkpoint that is one tree
 _IN_FLIGHT = 128 * 2**20  # bytes
@@ -95,11 +99,37 @@ class Reader:
 
     def read(self, path: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """What stands at `index` of an array."""
-        array = self._array(path)
-        return array[index] if isinstance(array, np.ndarray) else array[index].read().result()
+        with self._worded(path):
+            array = self._array(path)
+            return array[index] if isinstance(array, np.ndarray) else array[index].read().result()
 
     def dtype(self, path: str) -> np.dtype:
-        return _open(self.folder, path).dtype.numpy_dtype
+        with self._worded(path):
+            return _open(self.folder, path).dtype.numpy_dtype
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError for parameters that are missing, or of another shape than `config`'s.
+
+        All are listed.
+        """
+        expected = flatten(unbox(abstract_params(config)))
+        found = {}
+        for path in expected:
+            with self._worded(path):
+                found[path] = _open(self.folder, path)
+        check_same(found, expected, str(self.folder))
+
+    @contextlib.contextmanager
+    def _worded(self, path: str) -> Iterator[None]:
+        """Files that are missing or damaged end in errors of many kinds."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.folder}: {path} cannot be read: {reason:.300}; accepted: params/ as a "
+                "stage or an import writes it"
+            ) from error
 
     def _array(self, path: str) -> Any:
         if self.opened[0] != path:

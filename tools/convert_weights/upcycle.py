@@ -24,6 +24,7 @@ from moddistill.tree import flatten, unflatten
 from tools.convert_weights.assemble import array_specs
 from tools.convert_weights.carried import POOLING
 from tools.convert_weights.chat_template import FILE
+from tools.convert_weights.finite import FiniteCheck
 from tools.convert_weights.rules import Slot, slots
 from tools.convert_weights.store import Reader, Writer
 
@@ -42,18 +43,20 @@ def upcycle_model(
     dense = read_model_config(model)
     sparse = upcycle_config(dense, moe)
     reader = Reader(model / "params")
+    reader.check(dense)
     before, after = slots(dense), slots(sparse)
+    finite = FiniteCheck(str(given))
     with new_folder(out, "upcycle", overwrite, keep=(given, model)) as aside:
         kept = {path: reader.dtype(before[path].path) for path in before}
         dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
         with Writer(aside / "params", array_specs(sparse, dtypes)) as writer:
             same = sorted(before.keys() & after.keys(), key=before.get)
             for path in tqdm(same, desc="copy", unit="array"):
-                _copy(reader, before[path], writer, after[path])
+                _copy(path, reader, before[path], writer, after[path], finite)
             key = jax.random.key(seed)
             for layer in tqdm(sparse.decoder.moe_layers, desc="upcycle", unit="layer"):
                 rng = jax.random.fold_in(key, layer)
-                mlp = _read_mlp(reader, before, layer)
+                mlp = _read_mlp(reader, before, layer, finite)
                 prefix = f"decoder/layers/{layer}/moe/"
                 for name, array in flatten(upcycle_router(mlp, sparse.decoder.moe, rng)).items():
                     _write(writer, after[prefix + name], array)
@@ -61,6 +64,7 @@ def upcycle_model(
                     expert = _expert(mlp, sparse.decoder.moe, rng, number)
                     for name, array in expert.items():
                         _write(writer, after[f"{prefix}{name}/{number}"], array)
+        finite.close()
         source = {"upcycled": {"from": str(model), "seed": seed}}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
         write_description(aside, sparse, load_tokenizer(str(model)), source)
@@ -79,22 +83,26 @@ def _dtype(path: str, kept: dict[str, np.dtype]) -> np.dtype:
     return kept.get(dense, np.dtype(np.float32))
 
 
-def _copy(reader: Reader, source: Slot, writer: Writer, target: Slot) -> None:
+def _copy(
+    path: str, reader: Reader, source: Slot, writer: Writer, target: Slot, finite: FiniteCheck
+) -> None:
     for part in source.parts(reader.dtype(source.path).itemsize):
         # Layers move to another place in their stack; large matrices are in none.
         index = target.index if source.index else part
-        writer.write(target.path, index, reader.read(source.path, part))
+        array = reader.read(source.path, part)
+        finite.add(path, array)
+        writer.write(target.path, index, array)
 
 
-def _read_mlp(reader: Reader, places: dict[str, Slot], layer: int) -> dict:
+def _read_mlp(reader: Reader, places: dict[str, Slot], layer: int, finite: FiniteCheck) -> dict:
     prefix = f"decoder/layers/{layer}/mlp/"
-    return unflatten(
-        {
-            path.removeprefix(prefix): jnp.asarray(reader.read(slot.path, slot.index))
-            for path, slot in places.items()
-            if path.startswith(prefix)
-        }
-    )
+    found = {}
+    for path, slot in places.items():
+        if path.startswith(prefix):
+            array = reader.read(slot.path, slot.index)
+            finite.add(path, array)
+            found[path.removeprefix(prefix)] = jnp.asarray(array)
+    return unflatten(found)
 
 
 def _write(writer: Writer, place: Slot, array: jax.Array) -> None:

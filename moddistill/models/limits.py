@@ -1,0 +1,179 @@
+"""Ranges of a model's sizes, checked before anything of these sizes is built.
+
+The largest values are far above those of published models: they keep an absurd number in a file
+from filling memory.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moddistill.models.moe import check_moe
+from moddistill.models.projector import projector_depth
+from moddistill.models.qwen import DecoderConfig
+from moddistill.models.vision import VisionConfig
+from moddistill.models.vlm import ModelConfig
+
+# The largest value of each number, all of which are above 0; whole unless the limit is a float.
+DECODER = {
+    "vocab_size": 10_000_000,
+    "width": 100_000,
+    "mlp": 1_000_000,
+    "layers": 1_000,
+    "heads": 10_000,
+    "kv_heads": 10_000,
+    "head_dim": 10_000,
+    "rope_theta": 1e12,
+    "norm_eps": 1.0,
+}
+EXPERTS = {"num_experts": 1_000, "top_k": 1_000, "moe_intermediate_size": 1_000_000}
+VISION = {
+    "image_size": 10_000,
+    "patch_size": 1_000,
+    "width": 100_000,
+    "mlp": 1_000_000,
+    "layers": 1_000,
+    "heads": 10_000,
+    "norm_eps": 1.0,
+}
+LARGEST_ID = 10_000_000
+_PATCHES = 100_000
+_SMALLEST_STD = 1e-6
+_EXPERTS_OF_ALL_LAYERS = 50_000
+_SEGMENTS = 100  # each is traced and compiled by itself
+
+Spell = Callable[[str], str]
+
+
+def spelt(limits: Mapping[str, int | float], names: Mapping[str, str]) -> dict[str, int | float]:
+    """Limits by the names that a config has for these numbers."""
+    return {theirs: limits[ours] for ours, theirs in names.items()}
+
+
+def check_numbers(
+    values: Mapping[str, Any], limits: Mapping[str, int | float], origin: str, spell: Spell = str
+) -> None:
+    """Raises ValueError for values that are no numbers above 0 and up to their limit.
+
+    Args:
+      spell: from a name in `limits` to that of the field in `origin`.
+    """
+    for name, largest in limits.items():
+        value = values.get(name)
+        accepted = (int, float) if isinstance(largest, float) else (int,)
+        if type(value) not in accepted or not 0 < value <= largest:
+            kind = "a" if float in accepted else "a whole"
+            raise ValueError(
+                f"{origin}: {spell(name)} is {value!r:.80}; accepted: {kind} number above 0, at "
+                f"most {largest:,}"
+            )
+
+
+def check_architecture(config: ModelConfig, origin: str) -> None:
+    """Raises ValueError for sizes that are out of range or do not fit each other.
+
+    Fields are named as in `config`, such as `decoder.layers`.
+    """
+    check_decoder(config.decoder, origin, "decoder.{}".format)
+    if config.vision is not None:
+        check_vision(config.vision, origin, "vision.{}".format)
+    if not 0 <= config.image_token <= LARGEST_ID:
+        raise ValueError(
+            f"{origin}: image_token is {config.image_token!r:.80}; accepted: 0 to {LARGEST_ID:,}"
+        )
+    if any(start <= config.image_token < stop for start, stop in config.decoder.real_ids):
+        raise ValueError(
+            f"{origin}: image_token is {config.image_token}; accepted: an id that is in no real_ids"
+        )
+    _with_origin(origin, projector_depth, config.projector)
+
+
+def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> None:
+    """As `check_architecture`, of the decoder alone."""
+    check_numbers(vars(config), DECODER, origin, spell)
+    if config.heads % config.kv_heads:
+        raise ValueError(
+            f"{origin}: {spell('kv_heads')} is {config.kv_heads}; accepted: a number that divides "
+            f"{spell('heads')}, {config.heads}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(
+            f"{origin}: {spell('head_dim')} is {config.head_dim}; accepted: an even number, for "
+            "rotary positions turn pairs"
+        )
+    _check_ids(config, f"{origin}: {spell('real_ids')}")
+    if config.moe is not None:
+        _check_experts(config, origin)
+
+
+def _check_ids(config: DecoderConfig, field: str) -> None:
+    """Raises ValueError unless `real_ids` are ranges in ascending order, each id with a row."""
+    edges = [edge for pair in config.real_ids for edge in pair]
+    is_whole = all(type(edge) is int for edge in edges) and len(edges) == 2 * len(config.real_ids)
+    if not (edges and is_whole and edges[0] >= 0 and edges[-1] <= config.vocab_size) or any(
+        first >= second for first, second in itertools.pairwise(edges)
+    ):
+        raise ValueError(
+            f"{field} is {config.real_ids!r:.80}; accepted: ranges (first, last + 1) in ascending "
+            f"order, apart from each other, within 0 to vocab_size, {config.vocab_size}"
+        )
+
+
+def _check_experts(config: DecoderConfig, origin: str) -> None:
+    moe = config.moe
+    limits = {name: EXPERTS[name] for name in EXPERTS if name != "moe_intermediate_size"}
+    check_numbers(vars(moe), limits, origin, "moe.{}".format)
+    if not 0 <= moe.moe_intermediate_size <= EXPERTS["moe_intermediate_size"]:
+        raise ValueError(
+            f"{origin}: moe.moe_intermediate_size is {moe.moe_intermediate_size!r:.80}; accepted: "
+            f"0 to {EXPERTS['moe_intermediate_size']:,}"
+        )
+    if not 0 < moe.capacity_factor <= 1e6:
+        raise ValueError(
+            f"{origin}: moe.capacity_factor is {moe.capacity_factor}; accepted: above 0, at most "
+            "1,000,000"
+        )
+    _with_origin(origin, check_moe, moe)
+    count = moe.num_experts * len(_with_origin(origin, lambda: config.moe_layers))
+    if count > _EXPERTS_OF_ALL_LAYERS:
+        raise ValueError(
+            f"{origin}: moe.num_experts is {moe.num_experts}, {count:,} in all layers; accepted: "
+            f"at most {_EXPERTS_OF_ALL_LAYERS:,} in all"
+        )
+    if len(config.plan) > _SEGMENTS:
+        raise ValueError(
+            f"{origin}: moe.placement makes {len(config.plan)} segments of equal layers; accepted: "
+            f"at most {_SEGMENTS}"
+        )
+
+
+def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
+    """As `check_architecture`, of the tower alone."""
+    check_numbers(vars(config), VISION, origin, spell)
+    if config.width % config.heads:
+        raise ValueError(
+            f"{origin}: {spell('heads')} is {config.heads}; accepted: a number that divides "
+            f"{spell('width')}, {config.width}"
+        )
+    if not 0 < config.patches <= _PATCHES:
+        raise ValueError(
+            f"{origin}: {spell('patch_size')} is {config.patch_size} for images of "
+            f"{config.image_size} pixels, {config.patches:,} patches; accepted: 1 to {_PATCHES:,}"
+        )
+    check_pixels(config.mean, f"{origin}: {spell('mean')}")
+    check_pixels(config.std, f"{origin}: {spell('std')}", above_zero=True)
+
+
+def check_pixels(values: Any, field: str, above_zero: bool = False) -> None:
+    """Raises ValueError unless there are three numbers from 0 to 1, one for each channel."""
+    least, kind = (_SMALLEST_STD, "above 0, at most 1") if above_zero else (0.0, "from 0 to 1")
+    is_right = isinstance(values, list | tuple) and len(values) == 3
+    if not is_right or any(type(x) not in (int, float) or not least <= x <= 1 for x in values):
+        raise ValueError(f"{field} is {values!r:.80}; accepted: three numbers {kind}")
+
+
+def _with_origin(origin: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None

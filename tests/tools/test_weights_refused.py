@@ -1,0 +1,92 @@
+"""Weights that no model can be computed with: not finite, quantised."""
+
+import pytest
+import torch
+
+from moddistill.config import MoeConfig
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.model_folder import load_params, save_model
+from tests.tools import hf_folders as hf
+from tests.tools.hf_folders import change_config, change_weights
+from tools.convert_weights.assemble import import_model
+from tools.convert_weights.export import export_model
+from tools.convert_weights.upcycle import upcycle_model
+
+
+@pytest.fixture
+def language(tmp_path, small_tokenizer):
+    return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
+
+
+def test_weights_that_are_not_finite_are_listed_and_refused(language, tmp_path):
+    def poison(state):
+        state["model.norm.weight"][0] = float("nan")
+        state["model.layers.1.mlp.up_proj.weight"][3, 4:6] = float("-inf")
+        return state
+
+    change_weights(language, poison)
+    with pytest.raises(ValueError, match="2 tensors hold numbers that are not finite") as error:
+        import_model(str(language), tmp_path / "ours")
+    assert {line.strip() for line in str(error.value).splitlines()[1:]} == {
+        "model.norm.weight: 1 NaN",
+        "model.layers.1.mlp.up_proj.weight: 2 infinite",
+    }
+    assert not (tmp_path / "ours").exists()
+
+
+def test_pooling_head_that_is_not_finite_is_refused(language, tmp_path):
+    vision = hf.save(hf.siglip_tower(vision_use_head=True), tmp_path / "vision")
+
+    def poison(state):
+        state["head.probe"][0, 0, 0] = float("inf")
+        return state
+
+    change_weights(vision, poison)
+    with pytest.raises(ValueError, match=r"head\.probe: 1 infinite"):
+        import_model(str(language), tmp_path / "ours", vision=str(vision))
+
+
+@pytest.mark.parametrize("use", ["export", "upcycle"])
+def test_model_folder_whose_parameters_are_not_finite(language, tmp_path, use):
+    """As a stage without a check would leave it."""
+    config = import_model(str(language), tmp_path / "ours")
+    params = load_params(tmp_path / "ours", config)
+    kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"]
+    params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].set(
+        float("nan")
+    )
+    save_model(tmp_path / "bad", config, params, load_tokenizer(str(language)), {})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up.*: 1 NaN"):
+        if use == "export":
+            export_model(tmp_path / "bad", tmp_path / "out", max_shard_size=10**9)
+        else:
+            upcycle_model(tmp_path / "bad", tmp_path / "out", MoeConfig())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shown"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "awq"}, "'awq'"),
+        ({"load_in_8bit": True}, r"\{'load_in_8bit': True\}"),
+    ],
+)
+def test_quantised_release_is_refused_by_its_config(language, tmp_path, quantization, shown):
+    change_config(language, quantization_config=quantization)
+    message = rf"config\.json: quantization_config is {shown}; accepted: .* the bfloat16 release"
+    with pytest.raises(ValueError, match=message):
+        import_model(str(language), tmp_path / "out")
+
+
+def test_quantised_weights_without_a_word_in_the_config(language, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def quantise(state):
+        scale = torch.ones(1, 1)
+        return state | {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+    change_weights(language, quantise)
+    with pytest.raises(ValueError, match=rf"{name} is float8_e4m3fn; accepted: .*bfloat16 release"):
+        import_model(str(language), tmp_path / "out")

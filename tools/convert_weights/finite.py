@@ -1,0 +1,57 @@
+"""Weights that are not finite: counted while they are moved, refused at the end in one list."""
+
+import collections
+
+import numpy as np
+
+_MOST_LINES = 20
+_BLOCK = 2**17  # numbers, which stay in the cache
+# Bits of the exponent, by bytes of a number.
+_EXPONENTS = {
+    "float64": 0x7FF0000000000000,
+    "float32": 0x7F800000,
+    "bfloat16": 0x7F80,
+    "float16": 0x7C00,
+}
+
+
+class FiniteCheck:
+    """Counts numbers that are not finite, tensor by tensor and block by block."""
+
+    def __init__(self, origin: str):
+        self.origin = origin
+        self.counts: dict[str, collections.Counter[str]] = {}
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Counts those of a block of the tensor `name`."""
+        if is_finite(array):
+            return
+        counts = self.counts.setdefault(name, collections.Counter())
+        counts["NaN"] += int(np.sum(np.isnan(array)))
+        counts["infinite"] += int(np.sum(np.isinf(array)))
+
+    def close(self) -> None:
+        """Raises one ValueError that lists the tensors counted, if there are any."""
+        if not self.counts:
+            return
+        lines = [
+            f"{name}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)}"
+            for name, counts in self.counts.items()
+        ]
+        more = len(lines) - _MOST_LINES
+        lines = lines[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else [])
+        raise ValueError(
+            f"{self.origin}: {len(self.counts)} tensors hold numbers that are not finite; "
+            "accepted: finite weights:\n  " + "\n  ".join(lines)
+        )
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite; by bits, as numpy's loop for bfloat16 is slow."""
+    mask = _EXPONENTS.get(array.dtype.name)
+    if mask is None:
+        return True
+    bits = np.ravel(array, order="K").view(f"u{array.dtype.itemsize}")
+    mask = bits.dtype.type(mask)
+    blocks = (bits[i : i + _BLOCK] for i in range(0, len(bits), _BLOCK))
+    return all(np.max(block & mask) < mask for block in blocks)

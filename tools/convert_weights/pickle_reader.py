@@ -1,0 +1,198 @@
+"""Pickles that describe tensors, read by a machine that cannot do anything else.
+
+The operations that `torch.save` writes for a dictionary of tensors are carried out here one by one,
+on texts, numbers, tuples and descriptions of tensors. There is nothing that a file could call.
+"""
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# The storages of PyTorch, and the names that safetensors has for their dtypes.
+STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+    "Float8_e4m3fnStorage": "F8_E4M3",
+    "Float8_e5m2Storage": "F8_E5M2",
+}
+_MOST_AXES = 8
+_LARGEST = 2**40  # of an axis, a stride or a start
+
+
+class Refused(ValueError):
+    """A file that can be read and is not accepted."""
+
+
+class Storage(NamedTuple):
+    """The bytes that tensors are views of: a dtype, and the name of an entry of the archive."""
+
+    kind: str
+    key: str
+
+
+class View(NamedTuple):
+    """A tensor: its first element in the storage, its shape and strides in elements."""
+
+    storage: Storage
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Name(NamedTuple):
+    """What a pickle refers to by module and name."""
+
+    module: str
+    name: str
+
+
+_MARK = object()
+_TENSOR = _Name("torch._utils", "_rebuild_tensor_v2")
+_PARAMETER = _Name("torch._utils", "_rebuild_parameter")
+_ORDERED = _Name("collections", "OrderedDict")
+_KNOWN = {_TENSOR, _PARAMETER, _ORDERED, *(_Name("torch", name) for name in STORAGES)}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "MARK": lambda: _MARK,
+}
+_VALUES = ("BINUNICODE", "SHORT_BINSTRING", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def load(data: bytes, origin: str) -> Any:
+    """The value that a pickle describes.
+
+    Raises:
+      Refused: for an operation, a name or an argument that no tensor needs.
+    """
+    machine = _Machine(origin)
+    try:
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name == "STOP":
+                return machine.pop()
+            machine.step(operation.name, argument)
+    except (IndexError, KeyError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"{origin} holds a broken pickle: {error!r:.200}; {_EXPECTED}") from None
+    raise Refused(f"{origin} holds a pickle without an end; {_EXPECTED}")
+
+
+_EXPECTED = "accepted: what torch.save writes for a dictionary of tensors"
+
+
+class _Machine:
+    """The stack and the memo of a pickle."""
+
+    def __init__(self, origin: str):
+        self.origin = origin
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Carries out one operation."""
+        if name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in _VALUES:
+            self.stack.append(argument)
+        elif name in _TUPLES:
+            self.stack.append(tuple([self.pop() for _ in range(_TUPLES[name])][::-1]))
+        elif name == "TUPLE":
+            self.stack.append(tuple(self.pop_mark()))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            self.stack.append(self.known(_Name(*argument.split(" ", 1))))
+        elif name == "BINPERSID":
+            self.stack.append(self.storage(self.pop()))
+        elif name == "REDUCE":
+            arguments, function = self.pop(), self.pop()
+            self.stack.append(self.call(function, arguments))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self.pop_mark() if name == "SETITEMS" else [self.pop(), self.pop()][::-1]
+            self.set_items(self.stack[-1], items)
+        elif name in ("APPEND", "APPENDS"):
+            items = self.pop_mark() if name == "APPENDS" else [self.pop()]
+            self.extend(self.stack[-1], items)
+        elif name == "BUILD":
+            self.pop()  # attributes of the dictionary, such as versions of modules
+            self.set_items(self.stack[-1], [])
+        elif name != "PROTO":
+            raise Refused(f"{self.origin} is refused: its pickle has {name}; {_EXPECTED}")
+
+    def pop(self) -> Any:
+        return self.stack.pop()
+
+    def pop_mark(self) -> list[Any]:
+        items = []
+        while (item := self.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def known(self, name: _Name) -> _Name:
+        if name not in _KNOWN:
+            raise Refused(
+                f"{self.origin} is refused: its pickle would run {name.module:.80}.{name.name:.80};"
+                " accepted: tensors alone"
+            )
+        return name
+
+    def storage(self, reference: Any) -> Storage:
+        if isinstance(reference, tuple) and len(reference) >= 3:
+            _, kind, key, *_ = reference
+            if isinstance(kind, _Name) and kind.name in STORAGES and isinstance(key, str):
+                return Storage(kind.name, key)
+        raise Refused(f"{self.origin} holds a storage of an unknown kind; {_EXPECTED}")
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        if function == _ORDERED and arguments == ():
+            return {}
+        if isinstance(arguments, tuple):
+            if function == _PARAMETER and arguments and isinstance(arguments[0], View):
+                return arguments[0]
+            if function == _TENSOR and len(arguments) >= 4:
+                return self.view(*arguments[:4])
+        raise Refused(f"{self.origin} holds a pickle that calls something else; {_EXPECTED}")
+
+    def view(self, storage: Any, start: Any, shape: Any, stride: Any) -> View:
+        for numbers in ((start,), shape, stride):
+            if (
+                not isinstance(numbers, tuple)
+                or len(numbers) > _MOST_AXES
+                or any(type(x) is not int or not 0 <= x <= _LARGEST for x in numbers)
+            ):
+                raise Refused(
+                    f"{self.origin} holds a tensor whose start, shape or stride is none; accepted: "
+                    "whole numbers from 0"
+                )
+        if not isinstance(storage, Storage) or len(shape) != len(stride):
+            raise Refused(f"{self.origin} holds a tensor without a storage; {_EXPECTED}")
+        return View(storage, start, shape, stride)
+
+    def extend(self, target: Any, items: list[Any]) -> None:
+        if not isinstance(target, list):
+            raise Refused(f"{self.origin} holds no flat dictionary of tensors; {_EXPECTED}")
+        target += items
+
+    def set_items(self, target: Any, items: list[Any]) -> None:
+        names, values = items[::2], items[1::2]
+        is_right = isinstance(target, dict) and len(names) == len(values)
+        if not is_right or not all(isinstance(name, str) for name in names):
+            raise Refused(f"{self.origin} holds no flat dictionary of tensors; {_EXPECTED}")
+        target |= dict(zip(names, values, strict=True))
