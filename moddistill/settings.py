@@ -204,10 +204,10 @@ def check_is_workdir(workdir: Path) -> None:
     accepted = "accepted: a new --workdir, or that of a run"
     if file.is_file():
         try:
-            of_a_run = "stage" in json.loads(file.read_text())
-        except (ValueError, TypeError, RecursionError):
-            of_a_run = False
-        if not of_a_run:
+            settings = json.loads(file.read_text())
+        except (ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict) or "stage" not in settings:
             raise ValueError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
     elif (workdir / "metrics.jsonl").exists():
         raise ValueError(f"--workdir: {workdir} has metrics.jsonl, but no config.json; {accepted}")
@@ -266,13 +266,7 @@ def last_step(workdir: Path) -> int | None:
 
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
     """Settings by their dotted names, with the value in `config.json` and the one in `config`."""
-    try:
-        then = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        then = None
-    if not isinstance(then, dict):
-        raise ValueError(f"{file} is not JSON; accepted: the settings of a run, as it wrote them")
-    then = flatten(then)
+    then = flatten(json.loads(file.read_text()))
     now = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
     pairs = {key: (then.get(key), now.get(key)) for key in now | then}
     return {key.replace("/", "."): pair for key, pair in pairs.items() if pair[0] != pair[1]}

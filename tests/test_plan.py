@@ -119,7 +119,7 @@ def test_a_teacher_that_does_not_fit(tiny_config):
     config = dataclasses.replace(
         tiny_config("d2s"), student="random:qwen2-0.5b", teacher="random:tiny-teacher"
     )
-    with pytest.raises(ValueError, match="teacher 'random:tiny-teacher' does not fit: tokenizer"):
+    with pytest.raises(ValueError, match="teacher 'random:tiny-teacher' does not fit: image token"):
         plan.architectures(config)
 
 

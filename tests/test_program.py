@@ -48,7 +48,11 @@ def test_rows_of_experts_travel_as_this_run_says_and_not_as_an_earlier_one(make,
         ({"tensor": 4}, {}, r"mesh\.tensor is 4, .* student's .*/key/.* has 2 kv_heads; accepted"),
         ({"tensor": 2}, {"mlp": 33}, r"mesh\.tensor is 2, .* has 33 mlp; accepted: a divisor of 3"),
         ({"expert": 8}, {"moe": MoeConfig()}, r"mesh\.expert is 8, .*/experts_.* has 4 expert;"),
-        ({"fsdp": 4, "expert": 2}, {"width": 20}, r"fsdp \* mesh\.expert is 8, .* has 20 embed;"),
+        (
+            {"fsdp": 4, "expert": 2},
+            {"width": 20},
+            r"mesh\.fsdp \* config\.mesh\.expert is 8, .* 20 embed;",
+        ),
     ],
 )
 def test_mesh_that_cannot_cut_the_student(tiny_config, tiny_architecture, mesh, sizes, message):

@@ -185,7 +185,7 @@ def test_a_finished_run_without_checkpoints_cannot_go_on(finished, tmp_path):
 def test_settings_that_cannot_be_read(text, halfway):
     config, workdir = halfway("d2d")
     (workdir / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"/config\.json is not JSON; accepted: the settings of a"):
+    with pytest.raises(ValueError, match=r"/config\.json does not hold the settings of a run; acc"):
         train.train(config, workdir)
 
 

@@ -184,8 +184,6 @@ def steps(tiny_config, tiny_models, tmp_path_factory):
                 tokenizer="",
                 trainable="paper",
             )
-        data = dataclasses.replace(config.data, template="chatml", max_length=96)
-        config = dataclasses.replace(config, data=data)
         return first_steps(config, mesh, tmp_path_factory.mktemp("run"))
 
     return run

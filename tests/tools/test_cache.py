@@ -62,7 +62,12 @@ def test_student_and_teacher_of_a_stage(llava, tiny_config, tmp_path, tokenizer)
     )
     hf.save(teacher, tmp_path / "teacher", tokenizer)
     config = tiny_config(
-        "d2d", student=str(llava), teacher=str(tmp_path / "teacher"), tokenizer="", steps=1
+        "d2d",
+        student=str(llava),
+        teacher=str(tmp_path / "teacher"),
+        tokenizer="",
+        steps=1,
+        data={"template": "chatml"},
     )
     folder = train.train(dataclasses.replace(config, save_every=1), tmp_path / "run")
     assert read_model_config(folder).decoder.width == 32
