@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from moddistill.plan import abstract_batch
 from moddistill.state import State
 
 
+_ACCELERATOR = threading.Lock()
+
+
 def say(message: str) -> None:
     """Prints progress at once, apart from the table on stdout."""
     print(message, file=sys.stderr, flush=True)
@@ -27,11 +31,16 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def on(device: Any, precision: str | None = None) -> Iterator[Mesh]:
-    """The mesh of this one device, in context; `precision` is that of float32 matmuls."""
+    """The mesh of this one device, in context; `precision` is that of float32 matmuls.
+
+    Threads take turns on an accelerator: CUDA fails to capture a graph in one of them while another
+    allocates or autotunes.
+    """
+    turn = contextlib.nullcontext() if device.platform == "cpu" else _ACCELERATOR
     mesh = sharding.make_mesh(MeshConfig(), [device])
     matmuls = jax.default_matmul_precision(precision)
     rules = nn.logical_axis_rules(tuple(sharding.RULES.items()))
-    with jax.default_device(device), jax.set_mesh(mesh), rules, matmuls:
+    with turn, jax.default_device(device), jax.set_mesh(mesh), rules, matmuls:
         yield mesh
 
 
