@@ -20,7 +20,6 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.plan import abstract_batch
 from moddistill.state import State
 
-
 _ACCELERATOR = threading.Lock()
 
 
