@@ -9,7 +9,7 @@ everything is tiny, which tests the program and not the CPU.
 
 Sections share the time: one for which too little is left is skipped, one that raises is recorded,
 and the others go on. Figures are written after each section, the table is printed at the end. The
-exit code is 1 if a check failed or a section raised.
+exit code is 1 if a check failed or a section raised, 2 if a check did not run for lack of time.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def run(seconds: float, out: Path) -> dict[str, Any]:
     report = {"device": describe_device(device), "seconds": seconds, "sections": {}}
     for number, section in enumerate(SECTIONS):
         left = end - time.monotonic()
-        # What earlier sections spared or overran is shared by all that remain.
+        # Time that earlier sections saved or overran is redistributed over the remaining ones.
         time_share = section.share / sum(other.share for other in SECTIONS[number:]) * left
         needed = section.share * seconds / 2
         if time_share < needed:
@@ -119,7 +119,7 @@ def describe_device(device: Any) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
-    """Replaces the file at once, so that a killed run leaves the last whole one."""
+    """Writes atomically: a killed run leaves the last complete file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(out.name + ".new")
     aside.write_text(json.dumps(report, indent=2) + "\n")
@@ -129,6 +129,12 @@ def _write(report: dict[str, Any], out: Path) -> None:
 def failed(report: dict[str, Any]) -> bool:
     """Whether a check failed or a section raised."""
     return any(entry["status"] in ("failed", "raised") for entry in report["sections"].values())
+
+
+def incomplete(report: dict[str, Any]) -> bool:
+    """Whether a check did not run for lack of time."""
+    checks = (report["sections"][name] for name in ("operations", "stages"))
+    return any(entry["status"] != "passed" for entry in checks)
 
 
 def format_table(report: dict[str, Any]) -> str:
@@ -160,7 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes is {args.minutes}; accepted: above 0")
     report = run(60 * args.minutes, args.out)
     print(format_table(report))
-    return int(failed(report))
+    if failed(report):
+        return 1
+    if incomplete(report):
+        say("some checks did not run for lack of time; use more --minutes")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

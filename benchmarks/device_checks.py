@@ -37,7 +37,7 @@ from moddistill.tree import flatten, unflatten
 
 # bfloat16 has 8 bits: one rounding is off by up to 0.4 %, a layer has a few of them in a row.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
-# Of metrics alone in bfloat16, in which the CPU itself is off by up to 1.6 % (norm of gradients).
+# In bfloat16 only metrics are compared; the CPU's own error is up to 1.6 % (norm of gradients).
 STEP_BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 _FLOOR = 1e-2  # of a whole tree: an array that is smaller than this share of it is mostly rounding
 
@@ -67,7 +67,7 @@ def check_stages(device: Any, tiny: bool, left: Callable[[], float]) -> dict[str
 
 
 def _in_threads(items: list[Any], left: Callable[[], float]) -> list[Check]:
-    """The checks of all items `(name, run)`, whose time is that of compiling on one core each."""
+    """Checks of all items `(name, run)`, in threads, since compiling one takes one core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda item: _isolated(*item, left), items)
         return [check for checks in results for check in checks]
@@ -104,7 +104,7 @@ def describe(check: Check) -> str:
 
 
 def _summary(checks: list[Check]) -> dict[str, Any]:
-    """The checks, and in one word whether all ran and passed."""
+    """Summarises checks as passed, failed or, where some did not run, incomplete."""
     failed = sum(not (check.get("passed") or "skipped" in check) for check in checks)
     complete = "incomplete" if any("skipped" in check for check in checks) else "passed"
     return {"status": "failed" if failed else complete, "failed": failed, "checks": checks}

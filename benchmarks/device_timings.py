@@ -68,7 +68,7 @@ def median_seconds(run: Callable[[], Any], inner: int) -> float:
 
 
 def ceilings(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """What large matmuls in bfloat16 and a pass over memory reach."""
+    """Measures FLOP/s of a large bfloat16 matmul and the memory bandwidth."""
     size, words = (256, 2**16) if tiny else (8192, 2**29)
     with on(device):
         # Constant data would draw less power, and clocks would be higher than in training.
@@ -154,11 +154,16 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         "tokens": int(np.sum(batch["segments"] > 0)),
         "student_flops": work.student,
         "teacher_flops": work.teacher,
+        "peak_flops": peak_flops([device]),
         "planned_peak_bytes": planned,
         # Earlier sections may have taken more.
         "measured_peak_bytes": measured if measured > earlier else None,
     }
-    return figures | {"table": [_describe_step(figures, peak_flops([device]))]}
+    figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
+    figures["flops_per_second"] = (work.student + work.teacher) / figures["seconds"]
+    if peak := figures["peak_flops"]:
+        figures["share_of_peak"] = figures["flops_per_second"] / peak
+    return figures | {"table": [_describe_step(figures)]}
 
 
 def _run(
@@ -180,17 +185,18 @@ def _run(
     return seconds, losses
 
 
-def _describe_step(figures: dict[str, Any], peak: float | None) -> list[str]:
-    speed = (figures["student_flops"] + figures["teacher_flops"]) / figures["seconds"]
-    share = f" ({speed / peak:.1%} of the stated peak)" if peak else ""
+def _describe_step(figures: dict[str, Any]) -> list[str]:
+    speed = figures["flops_per_second"]
+    has_peak = "share_of_peak" in figures
+    share = f" ({figures['share_of_peak']:.1%} of the stated peak)" if has_peak else ""
     measured = figures["measured_peak_bytes"]
-    said = "" if measured is None else f", measured {measured / GIB:.2f}"
+    measured_text = "" if measured is None else f", measured {measured / GIB:.2f}"
     return [
         f"d2s step, {figures['student']} (4 experts, top 2) from {figures['teacher']}, "
         f"{figures['batch']} x {figures['length']:,}, bfloat16",
-        f"{1000 * figures['seconds']:,.1f} ms; {figures['tokens'] / figures['seconds']:,.0f} "
+        f"{1000 * figures['seconds']:,.1f} ms; {figures['tokens_per_second']:,.0f} "
         f"tokens/s; {speed / 1e12:.1f} TFLOP/s{share}; "
-        f"peak {figures['planned_peak_bytes'] / GIB:.2f} GiB planned{said}; "
+        f"peak {figures['planned_peak_bytes'] / GIB:.2f} GiB planned{measured_text}; "
         f"compiled in {figures['compile_seconds']:.0f} s",
     ]
 
@@ -221,7 +227,7 @@ def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     table = [
         f"expert layer, {tokens:,} tokens, {width:,} x {mlp:,}, forward and backward",
         f"{1000 * seconds['experts']:.2f} ms, {flops / seconds['experts'] / 1e12:.1f} TFLOP/s; "
-        f"a dense layer of as many {1000 * seconds['dense']:.2f} ms, "
+        f"a dense layer of the same FLOPs {1000 * seconds['dense']:.2f} ms, "
         f"{flops / seconds['dense'] / 1e12:.1f} TFLOP/s; ratio {ratio:.2f}",
     ]
     return {"seconds": seconds, "flops": flops, "ratio": ratio, "table": [table]}

@@ -85,9 +85,12 @@ def parse(arg: str | None) -> tuple[str, Models]:
       ValueError: for anything else, for models of a smaller size, which has its own, or for a pair
         with another student or teacher.
     """
-    options = {"size": "full"}
+    options: dict[str, str] = {}
     for item in filter(None, (arg or "").split(",")):
         key, _, value = item.partition("=")
+        key = "size" if item in SIZES else key
+        if key in options:
+            raise ValueError(f"experiment argument {arg!r} has two {key}s; accepted: one of each")
         if item in SIZES:
             options["size"] = item
         elif key in ("student", "teacher") and value:
@@ -101,7 +104,7 @@ def parse(arg: str | None) -> tuple[str, Models]:
                 f"experiment argument {item!r} is unknown; accepted: {', '.join(known)}"
                 + nearest(item, known)
             )
-    size = options.pop("size")
+    size = options.pop("size", "full")
     if options and size != "full":
         raise ValueError(
             f"experiment argument {arg!r} sets {' and '.join(sorted(options))}, but {size} has "
@@ -131,7 +134,7 @@ def _pair(options: dict[str, str], arg: str | None) -> Models:
     if others := sorted(set(options) - {"pair"}):
         raise ValueError(
             f"experiment argument {arg!r} sets {' and '.join(others)}, but a pair names both "
-            "models; accepted: a pair alone, or presets"
+            "models; accepted: only pair=NAME, or student= and teacher="
         )
     return PAIRS[options["pair"]]
 

@@ -121,7 +121,7 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
 
 
 def _way_out(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Returns the way out of a damaged checkpoint, for its error."""
     before = [step for step in _steps(folder.parent) if step < int(folder.name)]
     start = f"resume from step {before[-1]}" if before else "start from step 0"
     return f"an undamaged copy, or to remove this folder and {start}"

@@ -109,7 +109,7 @@ def _find_damaged(folder: Path, names: Sequence[str], digests: Digests, shared: 
 
 
 def _differs(file: Path, expected: str | None) -> bool:
-    """Whether the digest is another one, or there is no file that can be read."""
+    """Whether the digest differs, or the file cannot be read."""
     try:
         return not file.is_file() or _sha256(file) != expected
     except OSError:

@@ -10,8 +10,9 @@ _OURS = ("moddistill", "tools", "experiments")
 
 def is_ours(error: BaseException) -> bool:
     """True if code of this project raised the error, rather than a library that it calls."""
-    raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    root = Path(__file__).parents[1]
+    # An experiment is loaded by the path that was typed, which may be relative.
+    raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    root = Path(__file__).resolve().parents[1]
     return raiser.is_relative_to(root) and raiser.relative_to(root).parts[0] in _OURS
 
 

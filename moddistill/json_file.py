@@ -34,7 +34,7 @@ def read_text(file: Path, largest: int = _LARGEST_FILE) -> str:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     if len(data) > largest:
-        raise ValueError(f"{file} is larger than {largest:,} bytes; accepted: at most as many")
+        raise ValueError(f"{file} is too large; accepted: at most {largest:,} bytes")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -42,7 +42,7 @@ def read_text(file: Path, largest: int = _LARGEST_FILE) -> str:
 
 
 def parse(text: str | bytes, origin: str) -> Any:
-    """The value of a JSON text; ValueError naming `origin` if it is none."""
+    """Parses a JSON text; ValueError naming `origin` if it is not valid."""
     try:
         return json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:

@@ -218,9 +218,9 @@ def load_params(
 
     Args:
       dtype: of the loaded arrays, one or a tree like the parameters; as stored if None.
-      shardings: a tree like the parameters, with which all processes load together; the first
-        device alone if absent.
-      part: first path component to load alone, such as `vision`.
+      shardings: a tree like the parameters, with which all processes load together; by default
+        everything is on the first device.
+      part: the only component to load, such as `vision`; all by default.
 
     Raises:
       ValueError: naming damaged files, or listing every parameter that is missing, unexpected or of

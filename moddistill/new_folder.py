@@ -87,7 +87,7 @@ def _named_when_written(
 
 
 def _give_name(new: Path, folder: Path, written_by: str, overwrite: bool) -> None:
-    """Replaces a folder by `new`; at no time is the folder there in part."""
+    """Replaces a folder by `new`, which is never visible in part."""
     _check_free(folder, written_by, overwrite)
     old = new.with_suffix(_REPLACED)
     if folder.exists():

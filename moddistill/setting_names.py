@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-# What other trainers call a setting of ours.
+# Names of these settings in other trainers.
 _OTHER_NAMES = {
     "student": "model model_path model_name_or_path base_model student_model",
     "teacher": "teacher_model teacher_path teacher_model_name_or_path",

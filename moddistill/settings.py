@@ -23,7 +23,7 @@ _FREE = (
     "log_every", "save_every", "profile_steps",
 )  # fmt: skip
 
-# What else changes with one of them, for the log.
+# Side effects of changing a setting, for the log.
 _EFFECTS = {
     "steps": "warm-up and decay are those of the new number from here on",
     "accumulate": "the balance loss of experts, their capacity and kto_pair's KL are per "

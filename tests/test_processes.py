@@ -85,7 +85,7 @@ def losses(workdir):
 
 
 def test_two_processes_are_one_run(tmp_path, start):
-    """Experts and kernels lie across both, an eighth on a device; the first alone says anything.
+    """Experts and kernels are sharded over both, an eighth on a device; only the first one logs.
 
     The one process has the collectives of several, which add up in their own order.
     """

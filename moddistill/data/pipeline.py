@@ -46,9 +46,8 @@ def make_dataset(
     (`kind` "conversation") or `make_preference` ("preference").
 
     The stream never ends. `get_state` and `set_state` of its iterator restore the exact next batch,
-    with any number of workers. What is left out stands in `quarantine_path`;
-    `Quarantine(quarantine_path).count` counts it. Records whose text was cut stand in `cut.jsonl`
-    beside it.
+    with any number of workers. Rejected records are written to `quarantine_path`, which
+    `Quarantine(quarantine_path).count` counts; truncated ones to `cut.jsonl` next to it.
 
     Args:
       origin: the setting that `config.sources` comes from, for messages.
@@ -70,7 +69,7 @@ def make_dataset(
     quarantine = Quarantine(quarantine_path)
     cut = Quarantine(str(Path(quarantine_path).with_name("cut.jsonl")))
     streams, weights = [], []
-    # By name, for the order of records must not depend on the order of settings.
+    # Sorted, so that the order of records does not depend on the order of settings.
     for number, (name, source) in enumerate(sorted(config.sources.items())):
         where = f"{origin}.{name}"
         if not source.weight > 0:
@@ -152,8 +151,8 @@ class _Samples(grain.IterDataset):
         )
         if self.workers:
             if not flags.FLAGS.is_parsed():
-                # Grain reads absl flags when it starts workers; outside of absl.app nobody parsed
-                # them.
+                # Grain reads absl flags when it starts workers; outside of absl.app they are
+                # unparsed.
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
                 self.workers, per_worker_buffer_size=self.batch_size
@@ -163,7 +162,7 @@ class _Samples(grain.IterDataset):
 
 
 class _SampleIterator(grain.DatasetIterator):
-    """Counts samples. Grain's own position with workers is one of each worker, for as many."""
+    """Counts samples. Grain's own position is valid only for the same number of workers."""
 
     def __init__(self, samples: _Samples):
         super().__init__()

@@ -84,7 +84,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> set[str]:
-        """Control tokens, which no text becomes."""
+        """Control tokens; encoding text never produces them."""
         added = self.backend.get_added_tokens_decoder().values()
         return {token.content for token in added if token.special}
 

@@ -14,7 +14,7 @@ from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 
-# The largest value of each number, all of which are above 0; whole unless the limit is a float.
+# Upper bounds. Values must be above 0, and whole numbers unless the bound is a float.
 DECODER = {
     "vocab_size": 10_000_000,
     "width": 100_000,
@@ -89,7 +89,7 @@ def check_architecture(config: ModelConfig, origin: str) -> None:
 
 
 def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> None:
-    """As `check_architecture`, of the decoder alone."""
+    """Raises ValueError for sizes of a decoder; see `check_architecture`."""
     check_numbers(vars(config), DECODER, origin, spell)
     if config.heads % config.kv_heads:
         raise ValueError(
@@ -148,7 +148,7 @@ def _check_experts(config: DecoderConfig, origin: str) -> None:
 
 
 def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
-    """As `check_architecture`, of the tower alone."""
+    """Raises ValueError for sizes of a vision encoder; see `check_architecture`."""
     check_numbers(vars(config), VISION, origin, spell)
     if config.width % config.heads:
         raise ValueError(

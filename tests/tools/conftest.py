@@ -16,7 +16,7 @@ from tools.convert_weights.upcycle import upcycle_model
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    """300 ids or a few fewer, and `<image>` behind them."""
+    """300 ids or a few fewer, and `<image>` after them."""
     return train_bpe(["what colour is the shape? a red circle, no triangle. yes no " * 3], 300)
 
 

@@ -34,7 +34,7 @@ DTYPES = {
 }
 SHARDS = {INTERLEAVE_7B: 4, INTERLEAVE_HALF_B: 1, LONG_LLAVA: 4}
 
-# Sizes of the small models. A tower of 30 pixels has, as the published one, a rest without patch.
+# Sizes of the small models. Like the published 384, 30 pixels do not divide into whole patches.
 _SMALL = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL = {
     INTERLEAVE_7B: _SMALL | {"hidden_size": 32, "num_hidden_layers": 2},

@@ -119,6 +119,7 @@ def test_three_questions_to_a_language_model(
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    torch.load_module()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
 
     def inputs(rows):

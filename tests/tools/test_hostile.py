@@ -87,7 +87,7 @@ def limited():
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)  # other tests run beside this one
+    signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)  # other tests run in parallel
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     yield

@@ -186,7 +186,7 @@ def place(source: Source, config: ModelConfig) -> Placed:
 def _check_tied(source: Source, found: Sequence[Piece]) -> None:
     [table] = [piece.name for piece in found if piece.slot.path == "decoder/embedding"]
     head, embedding = (source.checkpoint[name].read() for name in (source.tied, table))
-    # Where it is not finite is said when it is moved.
+    # Values that are not finite are reported when the tensor is copied.
     if not np.array_equal(head, embedding) and is_finite(head):
         raise ValueError(
             f"{source.folder}: {source.tied} differs from {table}, but the config ties them"

@@ -36,7 +36,7 @@ def imported(name: str) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Of the path, of every file's name, size and time, and of the version that is written."""
+    """Cache key: path, names, sizes and times of the files, version of the folder's format."""
     digest = hashlib.sha256(f"{VERSION} {folder}".encode())
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         state = file.stat()

@@ -60,7 +60,7 @@ def _model_folder(folder: Path) -> dict[str, Any]:
 
 
 def _imported(folder: Path) -> dict[str, Any]:
-    """What the import recorded of its source, of which a trained model has no more."""
+    """The record of the import; a trained model has none."""
     imported = model_folder.read_source(folder).get("imported")
     return {"imported": imported} if imported else {}
 

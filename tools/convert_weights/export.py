@@ -34,7 +34,7 @@ from tools.convert_weights.store import Reader
 from tools.convert_weights.tensors import DTYPES, Tensor, read_safetensors
 
 LOG = logging.getLogger("moddistill")
-# Without it, `transformers` suspects the tokenizer of the faults of earlier releases.
+# Without it, `transformers` warns of a tokenizer bug of earlier releases.
 _WRITTEN_FOR = {"transformers_version": version("transformers")}
 _DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}

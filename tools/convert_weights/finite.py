@@ -23,7 +23,7 @@ class FiniteCheck:
         self.counts: dict[str, collections.Counter[str]] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Counts those of a block of the tensor `name`."""
+        """Counts values that are not finite in one block of the tensor `name`."""
         if is_finite(array):
             return
         counts = self.counts.setdefault(name, collections.Counter())

@@ -49,7 +49,7 @@ class View(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """What a pickle refers to by module and name."""
+    """A global that a pickle names, by module and name."""
 
     module: str
     name: str
@@ -149,7 +149,7 @@ class _Machine:
         if name not in _KNOWN:
             raise Refused(
                 f"{self.origin} is refused: its pickle would run {name.module:.80}.{name.name:.80};"
-                " accepted: tensors alone"
+                " accepted: only tensors"
             )
         return name
 

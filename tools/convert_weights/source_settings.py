@@ -13,7 +13,7 @@ from tools.convert_weights.hub import part_of
 
 LOG = logging.getLogger("moddistill")
 GENERATION = "generation_config.json"
-# Of the tokenizer, the template and the padded vocabulary, hence of the export.
+# Set by the export itself, from the tokenizer, the template and the padded vocabulary.
 _COMPUTED = ("eos_token_id", "pad_token_id", "suppress_tokens")
 
 
