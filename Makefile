@@ -9,7 +9,9 @@ PYTHON ?= python3
 ifeq ($(origin PYTHON), file)
 VENV ?= .venv
 else
-VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+$(if $(VERSION),,$(error PYTHON is $(PYTHON), which does not run; accepted: a Python interpreter))
+VENV ?= .venv-$(VERSION)
 endif
 BIN := $(VENV)/bin
 

@@ -178,8 +178,9 @@ def check_template(config: TrainConfig, trained_with: str) -> None:
     """
     if config.data.template != trained_with:
         raise ValueError(
-            f"config.data.template is {config.data.template!r}, but the teacher "
-            f"{config.teacher!r} was trained with {trained_with!r}; accepted: {trained_with!r}"
+            f"config.data.template is {config.data.template!r}, but the template of the teacher "
+            f"{config.teacher!r} is {trained_with!r}; accepted: {trained_with!r}, or the teacher "
+            f"imported with --template {config.data.template}"
         )
 
 

@@ -259,3 +259,15 @@ def test_pickled_shards_with_their_index(tmp_path, small_tokenizer):
     assert imported["shards"].keys() == imported["whole"].keys()
     for path, x in imported["whole"].items():
         np.testing.assert_array_equal(imported["shards"][path], x, err_msg=path)
+
+
+@pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
+def test_export_comes_back_with_its_template(template, tmp_path, small_tokenizer):
+    model = hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id)
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    import_model(str(source), tmp_path / "ours", template=template)
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    assert import_model(str(tmp_path / "out"), tmp_path / "again").template == template
+    export_model(tmp_path / "again", tmp_path / "back", max_shard_size=GB)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_text() == (tmp_path / "out" / name).read_text()

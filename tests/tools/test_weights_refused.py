@@ -47,6 +47,38 @@ def test_pooling_head_that_is_not_finite_is_refused(language, tmp_path):
         import_model(str(language), tmp_path / "ours", vision=str(vision))
 
 
+def test_pooling_head_that_is_quantised_is_refused(language, tmp_path):
+    vision = hf.save(hf.siglip_tower(vision_use_head=True), tmp_path / "vision")
+
+    def quantise(state):
+        return state | {"head.probe": state["head.probe"].astype(ml_dtypes.float8_e4m3fn)}
+
+    change_weights(vision, quantise)
+    with pytest.raises(ValueError, match=r"head\.probe is float8_e4m3fn; accepted: .*bfloat16"):
+        import_model(str(language), tmp_path / "ours", vision=str(vision))
+
+
+def test_double_precision_is_refused(language, tmp_path):
+    """Numbers that float32 does not have would become infinite when the model is loaded."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(language, lambda state: state | {name: state[name].astype(np.float64)})
+    with pytest.raises(ValueError, match=rf"{name} is float64; accepted: float32, bfloat16 or fl"):
+        import_model(str(language), tmp_path / "ours")
+
+
+def test_noise_that_is_too_large_for_the_dtype_is_refused(language, tmp_path):
+    def narrow(state):
+        return {name: x.astype(np.float16) for name, x in state.items()}
+
+    change_weights(language, narrow)
+    import_model(str(language), tmp_path / "ours")
+    moe = MoeConfig(upcycle="noise", noise_std=1e4)
+    upcycle_model(tmp_path / "ours", tmp_path / "wide", moe)
+    noisy = MoeConfig(upcycle="noise", noise_std=9e4)
+    with pytest.raises(ValueError, match=r"/moe/experts_up/0: [\d,]+ infinite"):
+        upcycle_model(tmp_path / "ours", tmp_path / "noisy", noisy)
+
+
 @pytest.mark.parametrize("use", ["export", "upcycle"])
 def test_model_folder_whose_parameters_are_not_finite(language, tmp_path, use):
     """As a stage without a check would leave it."""

@@ -164,7 +164,9 @@ def place(source: Source, config: ModelConfig) -> Placed:
       ValueError: listing every one that is missing, unexpected or of another shape.
     """
     found = pieces(config, source.rules, source.parts)
-    check_weights([piece.name for piece in found], source.checkpoint, str(source.folder))
+    pooling = [name for name in source.checkpoint if _is_pooling(name, source)]
+    read = [*(piece.name for piece in found), *pooling]
+    check_weights(read, source.checkpoint, str(source.folder))
     ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
     ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
     names = {piece.name for piece in found}
@@ -175,12 +177,17 @@ def place(source: Source, config: ModelConfig) -> Placed:
     for name, tensor in source.checkpoint.items():
         if source.zero and re.fullmatch(source.zero, name) and np.any(tensor.read()):
             raise ValueError(f"{source.folder}: {name} is not zero; its expert is not built here")
-        if source.pooling and name.startswith(source.pooling):
-            finite.add(name, tensor.read())
+    for name in pooling:
+        finite.add(name, source.checkpoint[name].read())
     finite.close()
     if source.tied in source.checkpoint and source.tied not in names:
         _check_tied(source, found)
     return [(piece, checkpoint[piece.name]) for piece in found]
+
+
+def _is_pooling(name: str, source: Source) -> bool:
+    """Whether a tensor is of the pooling head, which is carried along."""
+    return bool(source.pooling) and name.startswith(source.pooling)
 
 
 def _check_tied(source: Source, found: Sequence[Piece]) -> None:

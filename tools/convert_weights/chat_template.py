@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from moddistill.data.conversation import CHATML_SYSTEM, VICUNA_SYSTEM, end_token
+from moddistill.data.conversation import CHATML_SYSTEM, TEMPLATES, VICUNA_SYSTEM, end_token
 from moddistill.json_file import read_json, read_text
 
 FILE = "chat_template.jinja"
@@ -67,6 +67,15 @@ def stored_template(folder: Path) -> str:
             if isinstance(found, str):
                 return found
     return ""
+
+
+def known_template(folder: Path) -> str:
+    """The conversation format whose template a folder brings; empty if it is none of ours.
+
+    Exports bring one of these, and must come back as what they are.
+    """
+    stored = stored_template(folder)
+    return next((name for name in TEMPLATES if chat_template(name) == stored), "")
 
 
 def chat_template(template: str) -> str:

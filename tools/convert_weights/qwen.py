@@ -104,14 +104,9 @@ _EXPERT_SIZES = {
     "moe_intermediate_size": "moe_intermediate_size",
 }
 _OTHERS = (
-    "hidden_act",
-    "rope_parameters",
-    "rope_scaling",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "use_sliding_window",
-    "attention_bias",
-)
+    "hidden_act", "rope_parameters", "rope_scaling", "tie_word_embeddings",
+    "max_position_embeddings", "use_sliding_window", "attention_bias",
+)  # fmt: skip
 _SPARSE = ("num_local_experts", "mlp_only_layers", "norm_topk_prob", "decoder_sparse_step")
 _READ = limits.spelt(limits.DECODER, _SIZES) | dict.fromkeys(_OTHERS)
 _READ_SPARSE = _READ | limits.spelt(limits.EXPERTS, _EXPERT_SIZES) | dict.fromkeys(_SPARSE)

@@ -11,6 +11,7 @@ from moddistill.models.limits import check_decoder, check_pixels
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from tools.convert_weights import llava, qwen
+from tools.convert_weights.chat_template import known_template
 from tools.convert_weights.hub import check_not_quantized, part_of, with_defaults
 from tools.convert_weights.rules import Rules, prefixed
 from tools.convert_weights.source_settings import image_processor
@@ -102,6 +103,7 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         decoder=qwen.decoder_config(hf, tokenizer.real_ids, origin),
         context=qwen.context_length(hf, origin),
         tokenizer=tokenizer,
+        template=known_template(folder) or "chatml",
     )
 
 
@@ -168,6 +170,7 @@ def _llava(
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
+        template=known_template(folder) or "chatml",
     )
 
 

@@ -40,7 +40,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 _ACCEPTED = "float32, bfloat16 or float16, such as the bfloat16 release"
 _SUBBYTE = ("F4", "F6_E2M3", "F6_E3M2")  # whose numbers share bytes
-WEIGHTS = tuple(DTYPES[name] for name in ("F32", "BF16", "F16", "F64"))
+WEIGHTS = tuple(DTYPES[name] for name in ("F32", "BF16", "F16"))
 # Bytes; the format allows six times as many, a file of 100,000 tensors has 12 MB.
 LARGEST_HEADER = 16 * 2**20
 _LARGEST_AXIS = 2**40
