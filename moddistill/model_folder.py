@@ -36,6 +36,7 @@ from moddistill.tree import check_same, flatten, unflatten
 
 VERSION = 2
 _BLOCK = 32 * 2**20  # bytes
+_LARGEST_CONTEXT = 1_000_000_000  # positions
 
 
 def save_model(
@@ -126,7 +127,14 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     """
     description = _read_description(folder)
     origin = str(Path(folder) / "model.json")
-    config = from_config_dict(ModelConfig, description["architecture"], origin)
+    try:
+        config = from_config_dict(ModelConfig, description["architecture"], origin)
+    except ValueError as error:
+        # The checks of the config dataclasses themselves do not know the file.
+        message = str(error)
+        raise ValueError(
+            message if message.startswith(origin) else f"{origin}: {message}"
+        ) from None
     check_architecture(config, origin)
     if config.template not in TEMPLATES:
         raise ValueError(
@@ -147,9 +155,15 @@ def _check_imported(imported: Any, origin: str) -> None:
     is_names = lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x)  # noqa: E731
     checks = {
         "from": (is_names, "a list of names"),
+        "new": (is_names, "a list of names"),
         "spelling": (lambda x: is_names(x) and len(x) == 4, "four names"),
-        "context": (lambda x: x is None or (type(x) is int and x > 0), "a number above 0"),
+        "context": (
+            lambda x: x is None or (type(x) is int and 0 < x <= _LARGEST_CONTEXT),
+            f"a whole number above 0, at most {_LARGEST_CONTEXT:,}",
+        ),
         "stored_head": (lambda x: isinstance(x, bool), "true or false"),
+        "generation": (lambda x: isinstance(x, dict), "an object"),
+        "replaced": (is_names, "a list of texts"),
     }
     if not isinstance(imported, dict):
         raise ValueError(f"{origin}: source.imported is {imported!r:.80}; accepted: an object")
