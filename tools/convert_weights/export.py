@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from moddistill.data.conversation import end_token
 from moddistill.data.images import preprocessor_config
+from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.model_folder import (
     as_model_folder,
@@ -29,7 +30,7 @@ from tools.convert_weights.chat_template import FILE, chat_template, end_of_answ
 from tools.convert_weights.finite import FiniteCheck
 from tools.convert_weights.rules import Piece, Rules, pieces, prefixed
 from tools.convert_weights.shards import Planned, create_shards, write
-from tools.convert_weights.source_settings import merge_generation
+from tools.convert_weights.source_settings import check_generation, merge_generation
 from tools.convert_weights.store import Reader
 from tools.convert_weights.tensors import DTYPES, Tensor, read_safetensors
 
@@ -77,7 +78,7 @@ def export_model(
         places = create_shards(aside, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(found, places, reader)
         for name, tensor in pooling.items():
-            write(places[name], tensor.read())
+            write(places[name], tensor.read(), f"{model / POOLING}: {name}")
         _write_json(aside / "config.json", fields)
         _write_companions(aside, config, model)
     return fields
@@ -125,7 +126,10 @@ def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
 
 def _imported(model: Path) -> dict[str, Any]:
     """What an import recorded; empty once a stage has trained the model."""
-    return read_source(model).get("imported", {})
+    imported = read_source(model).get("imported", {})
+    field = "source.imported.generation.{}".format
+    check_generation(imported.get("generation", {}), str(model / "model.json"), field)
+    return imported
 
 
 def _pooling(model: Path) -> dict[str, Tensor]:
@@ -171,7 +175,8 @@ def _write_weights(found: Sequence[Piece], places: dict[str, Tensor], reader: Re
                 place = whole if rows == slice(None) else whole.rows(rows)
                 array = reader.read(piece.slot.path, index)
                 finite.add(piece.name, array)
-                write(place, piece.transform.outward(array, place.shape))
+                outward = piece.transform.outward(array, place.shape)
+                write(place, outward, f"{reader.folder.parent}: {piece.name}")
                 bar.update(place.nbytes)
     finite.close()
 
@@ -180,6 +185,8 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     """Tokenizer, chat template, generation settings and, with a tower, the processor."""
     tokenizer = load_tokenizer(str(model))
     tokenizer.save(str(folder))
+    if config.vision is None and tokenizer.image_id >= config.decoder.vocab_size:
+        _remove_token(folder / "tokenizer.json", IMAGE)
     end = end_of_answer(config.template)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"eos_token": end}
@@ -195,12 +202,24 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     }
     if len(masked):
         generation["suppress_tokens"] = masked.tolist()
-    generation = merge_generation(generation, _imported(model).get("generation", {}))
+    generation = merge_generation(
+        generation, _imported(model).get("generation", {}), config.decoder.vocab_size
+    )
     _write_json(folder / "generation_config.json", generation | _WRITTEN_FOR)
     if config.vision is not None:
         _write_processor(folder, config)
     if replaced := _imported(model).get("replaced"):
         LOG.warning("the image processor differs from that of the source: %s", ", ".join(replaced))
+
+
+def _remove_token(file: Path, token: str) -> None:
+    """Removes a token from a `tokenizer.json`: `generate` fails on an id without a row."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields["added_tokens"] = [x for x in fields["added_tokens"] if x["content"] != token]
+    vocabulary = fields["model"]["vocab"]
+    if isinstance(vocabulary, dict):  # a list, of another kind of model, has no ids
+        vocabulary.pop(token, None)
+    _write_json(file, fields)
 
 
 def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
@@ -225,4 +244,5 @@ def _write_processor(folder: Path, config: ModelConfig) -> None:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")

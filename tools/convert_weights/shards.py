@@ -69,16 +69,26 @@ def create_shards(folder: Path, tensors: Sequence[Planned], largest: int) -> dic
     return places
 
 
-def write(place: Tensor, array: np.ndarray) -> None:
-    """Puts an array of the planned shape into its place, in the planned dtype."""
+def write(place: Tensor, array: np.ndarray, origin: str = "") -> None:
+    """Puts an array of the planned shape into its place, in the planned dtype.
+
+    Args:
+      origin: folder and name of the tensor, for errors; by default the file that is written.
+
+    Raises:
+      ValueError: if the array has another shape, or a number that is too large for the dtype.
+    """
+    origin = origin or str(place.file)
     if array.shape != place.shape:
-        raise ValueError(f"{place.file}: {array.shape} was given for {place.shape}")
+        raise ValueError(f"{origin}: {array.shape} was given for {place.shape}")
     with np.errstate(over="ignore"):
         written = array.astype(place.dtype, copy=False)
     if array.dtype != place.dtype and np.any(np.isinf(written) & np.isfinite(array)):
+        accepted = "bfloat16 or float32" if place.dtype == np.float16 else "float32"
+        largest = float(np.abs(array[np.isfinite(array)]).max())
         raise ValueError(
-            f"{place.file}: a number of a tensor of shape {place.shape} is too large for "
-            f"{place.dtype}; accepted: bfloat16 or float32"
+            f"{origin} has the number {largest:.4g}, which is too large for {place.dtype}; "
+            f"accepted: {accepted}"
         )
     place.map("r+")[...] = written
 
