@@ -14,12 +14,14 @@ from transformers import (
 
 from moddistill import generate, model_folder
 from moddistill.config import MoeConfig
+from moddistill.data.tokenizer import load_tokenizer
 from moddistill.generate import Prompt, answer
 from moddistill.model_folder import load, read_model_config, save_model
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.tree import flatten
 from tests import torch_or_skip as torch
-from tools.convert_weights import store
+from tests.tools import hf_folders as hf
+from tools.convert_weights import export, store
 from tools.convert_weights.assemble import import_model
 from tools.convert_weights.export import export_model
 from tools.convert_weights.tensors import open_checkpoint
@@ -220,3 +222,66 @@ def test_plain_answers_end_with_their_line(tmp_path, tiny_architecture, init, sm
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     general = small_tokenizer.special("<|endoftext|>")
     assert ends == [general, generate._end_id("plain", small_tokenizer)]
+
+
+def test_language_model_without_a_row_for_the_image_token_is_exported_without_it(
+    tmp_path, small_tokenizer, our_logits
+):
+    """Text that mentions `<image>` has the same ids here and there, all of which have a row."""
+    rows = small_tokenizer.image_id
+    source = hf.save(hf.Text(layers=1, rows=rows).model(), tmp_path / "hf", small_tokenizer)
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("say <image> please", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2)
+        theirs = model(**inputs).logits.numpy()
+    tokens = inputs["input_ids"].numpy()
+    assert tokens[0].tolist() == small_tokenizer.encode("say <image> please")
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    assert len(tokenizer) == rows
+    import_model(str(tmp_path / "out"), tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"))
+    assert again.backend.get_vocab() == small_tokenizer.backend.get_vocab()
+
+
+def test_image_token_is_removed_from_the_vocabulary_too(tmp_path, small_tokenizer):
+    """Some tokenizers list their added tokens twice."""
+    small_tokenizer.save(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["vocab"]["<image>"] = small_tokenizer.image_id
+    file.write_text(json.dumps(fields))
+    export._remove_token(file, "<image>")
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert found.get_vocab().keys() == small_tokenizer.backend.get_vocab().keys() - {"<image>"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "message"),
+    [
+        (
+            "float16",
+            1e30,
+            "has the number 1e+30, which is too large for float16; accepted: bfloat16 or float32",
+        ),
+        (
+            "bfloat16",
+            3.4e38,
+            "has the number 3.4e+38, which is too large for bfloat16; accepted: float32",
+        ),
+    ],
+)
+def test_number_that_is_too_large_is_named_with_its_tensor(
+    dtype, number, message, tmp_path, tiny_architecture, init, small_tokenizer
+):
+    config = dataclasses.replace(tiny_architecture(), vision=None)
+    params = init(config)
+    params["decoder"]["norm"]["scale"] = params["decoder"]["norm"]["scale"].at[0].set(-number)
+    save_model(tmp_path / "ours", config, params, small_tokenizer, {})
+    with pytest.raises(ValueError) as error:
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB, dtype=dtype)
+    assert str(error.value) == f"{tmp_path / 'ours'}: model.norm.weight {message}"
+    assert not (tmp_path / "out").exists()
