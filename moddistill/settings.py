@@ -73,7 +73,6 @@ _RANGES = {
     "loss.router_z_weight": Range(0, 1e38),
     "loss.beta": Range(0, 1e38, above=True),
     "loss.label_smoothing": Range(0, 0.5),
-    "moe.capacity_factor": Range(0, 1e38, above=True),
     "data.max_length": Range(1, math.inf),
     "data.max_images": Range(1, math.inf),
     "data.workers": Range(0, math.inf),

@@ -1,11 +1,13 @@
 import dataclasses
 import importlib
+import math
 
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from experiments import llava_mod
+from moddistill import train
 from moddistill.config import RecipeConfig, SourceConfig, TrainConfig, from_config_dict
 from moddistill.settings import Range, check_is_workdir, check_settings, check_spread
 
@@ -59,6 +61,56 @@ def test_ranges(accepted, inside, outside, text):
 def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, message):
     with pytest.raises(ValueError, match=rf"^config\..*{message}"):
         check_settings(tiny_config(stage, **fields))
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("sft", {"accumulate": 0}, r"config\.accumulate is 0; accepted: 1 to inf"),
+        ("sft", {"log_every": 0}, r"config\.log_every is 0; accepted: 1 to inf"),
+        ("sft", {"steps": -1}, r"config\.steps is -1; accepted: 1 to inf"),
+        ("sft", {"loss": {"chunk": 0}}, r"config\.loss\.chunk is 0; accepted: 1 to inf"),
+        ("sft", {"accumulate": 3}, r"config\.batch_size is 8; accepted: a multiple of .*3"),
+        ("d2d", {"teacher": ""}, r"config\.teacher is empty; stage 'd2d' needs"),
+        ("sft", {"teacher": "runs/t"}, r"stage 'sft' takes no teacher"),
+        ("d2d", {"teacher": "runs/none/model"}, r"^config\.teacher: 'runs/none/model' is not a m"),
+        ("d2d", {"teacher": "random:demo-teacher"}, r"does not fit: positions an image 36"),
+        ("sft", {"seed": -1}, r"config\.seed is -1; accepted: 0 to "),
+        ("sft", {"optim": {"lr": math.nan}}, r"config\.optim\.lr is nan; accepted: 0 to"),
+        (
+            "sft",
+            {"optim": {"eps": 0.0}},
+            r"config\.optim\.eps is 0\.0; accepted: above 0 and at mo",
+        ),
+        ("sft", {"optim": {"clip_norm": -1.0}}, r"config\.optim\.clip_norm is -1"),
+        ("d2d", {"moe": {"top_k": 99}}, r"config\.moe is set, but stage 'd2d' makes no experts"),
+        ("d2s", {"moe": {"num_experts": 10**9}}, r"^config\.moe\.num_experts is 1000000000; acc"),
+        ("d2s", {"moe": {"top_k": 10**9}}, r"^config\.moe\.top_k is 1000000000; accepted: 1 to"),
+        (
+            "d2s",
+            {"moe": {"upcycle": "noise", "noise_std": math.inf}},
+            r"^config\.moe\.noise_std is inf with moe\.upcycle 'noise'; accepted: above 0, at mo",
+        ),
+        (
+            "d2s",
+            {"moe": {"dispatch": "capacity", "capacity_factor": 1e7}},
+            r"^config\.moe\.capacity_factor is 10000000\.0; accepted: above 0, at most 1,000,000",
+        ),
+        ("d2d", {"loss": {"kd_weight": 0.0}}, r"loss\.kd_weight and .* leave nothing to learn"),
+        ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is '' and heldout_steps is 1"),
+        ("sft", {"profile_steps": (3,)}, r"config\.profile_steps is \(3,\); accepted: first and"),
+        ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
+        ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),
+        ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
+        ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: mesh data=3, .* does not fit 8 devices"),
+    ],
+)
+def test_a_run_with_settings_that_do_not_fit_leaves_no_model(
+    tiny_config, tmp_path, stage, fields, message
+):
+    with pytest.raises(ValueError, match=message):
+        train.train(tiny_config(stage, **fields), tmp_path)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moddistill.models.moe import check_moe
+from moddistill.models.moe import MAX_EXPERTS, check_moe
 from moddistill.models.projector import projector_depth
 from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
@@ -26,7 +26,7 @@ DECODER = {
     "rope_theta": 1e12,
     "norm_eps": 1.0,
 }
-EXPERTS = {"num_experts": 1_000, "top_k": 1_000, "moe_intermediate_size": 1_000_000}
+EXPERTS = {"num_experts": MAX_EXPERTS, "top_k": MAX_EXPERTS, "moe_intermediate_size": 1_000_000}
 VISION = {
     "image_size": 10_000,
     "patch_size": 1_000,
@@ -127,11 +127,6 @@ def _check_experts(config: DecoderConfig, origin: str) -> None:
         raise ValueError(
             f"{origin}: moe.moe_intermediate_size is {moe.moe_intermediate_size!r:.80}; accepted: "
             f"0 to {EXPERTS['moe_intermediate_size']:,}"
-        )
-    if not 0 < moe.capacity_factor <= 1e6:
-        raise ValueError(
-            f"{origin}: moe.capacity_factor is {moe.capacity_factor}; accepted: above 0, at most "
-            "1,000,000"
         )
     _with_origin(origin, check_moe, moe)
     count = moe.num_experts * len(_with_origin(origin, lambda: config.moe_layers))

@@ -7,7 +7,6 @@ output never depends on the other tokens of the batch.
 
 import dataclasses
 import functools
-import math
 
 import flax
 import jax
@@ -21,6 +20,8 @@ from moddistill.models.layers import DType, SwiGLU, init_fan_in, init_normal, in
 
 DISPATCHES = ("dropless", "capacity")
 UPCYCLES = ("copy", "noise", "drop")
+MAX_EXPERTS = 1_000
+_MAX_NOISE = 1e4  # in float16, a draw beyond six deviations is still finite
 
 
 @flax.struct.dataclass
@@ -46,6 +47,8 @@ class RouterStats:
 
 def check_moe(config: MoeConfig) -> MoeConfig:
     """The config with `norm_topk_prob` decided; raises ValueError for values without a meaning."""
+    if not 1 <= config.num_experts <= MAX_EXPERTS:
+        raise ValueError(f"moe.num_experts is {config.num_experts}; accepted: 1 to {MAX_EXPERTS:,}")
     if not 1 <= config.top_k <= config.num_experts:
         raise ValueError(
             f"moe.top_k is {config.top_k}; accepted: 1 to moe.num_experts ({config.num_experts})"
@@ -54,6 +57,10 @@ def check_moe(config: MoeConfig) -> MoeConfig:
         raise ValueError(
             f"moe.dispatch is {config.dispatch!r}; accepted: {', '.join(DISPATCHES)}"
             + nearest(config.dispatch, DISPATCHES)
+        )
+    if not 0 < config.capacity_factor <= 1e6:
+        raise ValueError(
+            f"moe.capacity_factor is {config.capacity_factor}; accepted: above 0, at most 1,000,000"
         )
     _check_upcycle(config)
     norm = config.top_k >= 2 if config.norm_topk_prob is None else config.norm_topk_prob
@@ -67,7 +74,7 @@ def _check_upcycle(config: MoeConfig) -> None:
             + nearest(config.upcycle, UPCYCLES)
         )
     numbers = (
-        ("noise", "noise_std", math.inf, "above 0"),
+        ("noise", "noise_std", _MAX_NOISE, f"above 0, at most {_MAX_NOISE:,.0f}"),
         ("drop", "drop_fraction", 1.0, "above 0, at most 1"),
     )
     for variant, name, largest, accepted in numbers:

@@ -133,6 +133,8 @@ def test_a_sparse_model_is_not_upcycled_again():
     ("moe", "named"),
     [
         (MoeConfig(2, 3), "top_k is 3"),
+        (MoeConfig(10**9), "moe.num_experts is 1000000000; accepted: 1 to 1,000"),
+        (MoeConfig(upcycle="noise", noise_std=1e39), "noise_std is 1e.39 with"),
         (MoeConfig(placement=(5,)), "from 0 to 4"),
         (MoeConfig(moe_intermediate_size=5), "size is 5; accepted: 0, or .* layer's, 12"),
         (MoeConfig(moe_intermediate_size=24), "size is 24; accepted: 0, or .* layer's, 12"),
