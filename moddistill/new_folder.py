@@ -59,12 +59,22 @@ def new_folder_of_all(folder: Path, written_by: str) -> Iterator[Path]:
             for unfinished in _unfinished(target):
                 shutil.rmtree(unfinished)
         wait_for_all(f"tidying for {folder}")
-        _check_free(target, written_by, overwrite=True, shared=True)
+        check_replaceable(folder, written_by)
         if is_first():
             stack.enter_context(_named_when_written(aside, target, written_by, overwrite=True))
         wait_for_all(f"making {folder}")
         yield aside
         wait_for_all(f"filling {folder}")
+
+
+def check_replaceable(folder: Path, written_by: str) -> None:
+    """Checks, in all processes together, what `new_folder_of_all` will find when it ends.
+
+    Raises:
+      ValueError: if `folder` exists, unless the same command wrote it and it is unchanged.
+    """
+    accepted = f"remove or rename {str(folder)!r}"
+    _check_free(folder.resolve(), written_by, overwrite=True, accepted=accepted, shared=True)
 
 
 @contextlib.contextmanager
@@ -117,17 +127,23 @@ def _unfinished(folder: Path) -> list[Path]:
     return list(folder.parent.glob(f".{glob.escape(folder.name)}.????????{_UNFINISHED}"))
 
 
-def _check_free(folder: Path, written_by: str, overwrite: bool, shared: bool = False) -> None:
+def _check_free(
+    folder: Path, written_by: str, overwrite: bool, accepted: str = "", shared: bool = False
+) -> None:
     """Raises ValueError if a folder exists, unless it may be overwritten.
 
     Args:
+      accepted: the way out, for the message, where it is not `--overwrite`.
       shared: whether all processes call this together.
     """
     if not folder.exists():
         return
     if not (overwrite and folder.is_dir()):
-        raise ValueError(f"{str(folder)!r} exists; accepted: a new folder, or --overwrite")
-    accepted = f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
+        accepted = accepted or "a new folder, or --overwrite"
+        raise ValueError(f"{str(folder)!r} exists; accepted: {accepted}")
+    accepted = (
+        accepted or f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
+    )
     for name, place in (("working", Path.cwd()), ("home", Path.home())):
         if place.is_relative_to(folder):
             raise ValueError(f"{str(folder)!r} holds the {name} directory; accepted: {accepted}")

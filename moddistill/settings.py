@@ -208,8 +208,10 @@ def check_is_workdir(workdir: Path) -> None:
             settings = None
         if not isinstance(settings, dict) or "stage" not in settings:
             raise ValueError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
-    elif (workdir / "metrics.jsonl").exists():
-        raise ValueError(f"--workdir: {workdir} has metrics.jsonl, but no config.json; {accepted}")
+        return
+    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
+        if (workdir / name).exists():
+            raise ValueError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
 
 
 def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:

@@ -47,6 +47,7 @@ from moddistill.metrics import MetricsLog, weighted_means
 from moddistill.model_folder import read_source, save_model
 from moddistill.models.grouped import form
 from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.new_folder import check_replaceable
 from moddistill.optim import schedule
 from moddistill.processes import check_same_everywhere, is_first, wait_for_all
 from moddistill.program import make_program, shares_tower, without_tower
@@ -101,6 +102,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     if result.exists() and read_source(result).get("steps") == config.steps:
         LOG.info("%s is finished: %s", config.stage, result)
         return result
+    check_replaceable(result, "train")  # before the steps, after which `save_model` does
     for change in changes:
         LOG.info("resumed with another setting: %s", change)
     if is_first() and last_step(workdir) is None:
@@ -110,11 +112,11 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     with at_field("config.mesh"):
         mesh = sharding.make_mesh(config.mesh)
     check_spread(config, mesh)
+    write_settings(config, workdir)  # before other files, which only the workdir of a run may have
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
         streams = open_streams(config, tokenizer, workdir)
         run = prepare(config, tokenizer, mesh)
-        write_settings(config, workdir)
         state = _loop(config, run, streams, mesh, workdir)
         params = merge(state.params, state.frozen)
         save_model(result, run.model.config, params, tokenizer, dataclasses.asdict(config))

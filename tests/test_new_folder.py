@@ -209,7 +209,7 @@ def test_folder_of_a_stage_is_replaced_by_a_stage_alone(tmp_path):
     (tmp_path / "model" / "file").write_text("edited")
     write(tmp_path / "imported", "imported")
     for name in ("model", "imported"):
-        with pytest.raises(ValueError, match="--overwrite of an unchanged one that train wrote"):  # noqa: SIM117
+        with pytest.raises(ValueError, match=f"accepted: remove or rename '.*/{name}'"):  # noqa: SIM117
             with new_folder_of_all(tmp_path / name, "train"):
                 pass
     assert names(tmp_path) == ["imported", "model"]

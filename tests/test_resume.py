@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from moddistill import sharding, train
 from moddistill.data.records import Quarantine, Rejected
 from moddistill.metrics import read_metrics
-from moddistill.model_folder import load, read_source
+from moddistill.model_folder import VERSION, load, read_source
+from moddistill.new_folder import new_folder
 from moddistill.tree import flatten
 
 
@@ -161,6 +163,63 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch)
         ValueError, match=r"config\.steps is 4, but .* has made 6; accepted: at lea"
     ):
         train.train(config, workdir)
+
+
+def test_a_model_that_may_not_be_replaced_is_found_before_the_first_step(
+    finished, tmp_path, monkeypatch
+):
+    config, whole = finished("d2d")
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    (workdir / "model" / "README.md").write_text("mine")
+    monkeypatch.setattr(train, "prepare", None)
+    assert train.train(config, workdir) == workdir / "model"  # is finished
+    said = r"README\.md is not in digests\.json; accepted: remove or rename '.*/run/model'$"
+    with pytest.raises(ValueError, match=said):
+        train.train(dataclasses.replace(config, steps=6), workdir)
+    assert steps(workdir) == [1, 2, 3, 4]
+
+
+def test_a_model_that_another_command_wrote_is_found_before_the_first_step(
+    tiny_config, tmp_path, monkeypatch
+):
+    with new_folder(tmp_path / "model", "import", overwrite=False) as aside:
+        description = {"version": VERSION, "architecture": {}, "source": {}}
+        (aside / "model.json").write_text(json.dumps(description))
+    monkeypatch.setattr(train, "prepare", None)
+    with pytest.raises(ValueError, match=r"model' was written by import; accepted: remove or ren"):
+        train.train(tiny_config("sft"), tmp_path)
+
+
+def test_records_noted_by_someone_else_are_kept(tiny_config, tmp_path):
+    (tmp_path / "quarantine.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match=r"has quarantine\.jsonl, but no config\.json; accepted"):
+        train.train(tiny_config("sft"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["quarantine.jsonl"]
+    assert (tmp_path / "quarantine.jsonl").read_text() == "mine\n"
+
+
+def test_a_run_that_ended_before_its_model_was_loaded_can_be_started_again(
+    tiny_config, tmp_path, monkeypatch
+):
+    """One record breaks the format, which is noted first."""
+
+    def fail(*_):
+        raise MemoryError
+
+    config = tiny_config("sft", steps=1)
+    [source] = config.data.sources.values()
+    records = [{}, *json.loads(Path(source.path).read_text())]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    broken = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(train, "prepare", fail)
+        train.train(with_fields(config, data={"sources": {"some": broken}}), workdir)
+    assert (workdir / "quarantine.jsonl").exists()
+    train.train(config, workdir)
+    assert steps(workdir) == [1]
+    assert not (workdir / "quarantine.jsonl").exists()
 
 
 def test_a_change_of_steps_is_logged_with_what_it_means(halfway, caplog):

@@ -171,12 +171,19 @@ def test_processes_that_do_not(tiny_config, processes, axes, message):
         ("config.json", "hyper: parameters", r"config\.json does not hold the settings of a run"),
         ("config.json", "3", r"config\.json does not hold the settings of a run; accepted: a new"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', r"has metrics\.jsonl, but no config\.json"),
+        (
+            "quarantine.jsonl",
+            "mine\n",
+            r"has quarantine\.jsonl, but no config\.json; accepted: a n",
+        ),
+        ("cut.jsonl", "mine\n", r"has cut\.jsonl, but no config\.json"),
     ],
 )
 def test_workdir_with_files_of_others(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         check_is_workdir(tmp_path)
+    assert (tmp_path / name).read_text() == content
 
 
 def test_workdir_that_is_new_or_of_a_run(tmp_path):
@@ -184,5 +191,6 @@ def test_workdir_that_is_new_or_of_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
     check_is_workdir(tmp_path)
     (tmp_path / "config.json").write_text('{"stage": "sft"}')
-    (tmp_path / "metrics.jsonl").touch()
+    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
+        (tmp_path / name).touch()
     check_is_workdir(tmp_path)
