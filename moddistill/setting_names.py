@@ -31,7 +31,7 @@ _OTHER_NAMES = {
     "optim.warmup_ratio": "warmup warmup_steps warmup_fraction",
     "optim.clip_norm": "grad_clip clip_grad max_grad_norm gradient_clipping gradient_clip_norm",
     "mesh.data": "dp data_parallel",
-    "mesh.tensor": "tp tensor_parallel tensor_parallel_size model_parallel",
+    "mesh.tensor": "tp tensor_parallel tensor_parallel_size model_parallel mesh.model",
     "mesh.expert": "ep expert_parallel expert_parallel_size",
     "loss.kd_weight": "kl_weight kd_alpha alpha distill_weight distillation_weight",
     "loss.balance_weight": "aux_loss_weight aux_loss_coef router_aux_loss_coef load_balance_weight",
@@ -47,16 +47,20 @@ _SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in o
 def nearest_setting(setting: str, known: Iterable[str]) -> str:
     """`; did you mean 'optim.lr'?` for the one of `known` that `setting` is likely to mean.
 
-    All are dotted names. Looks for what other trainers call a setting, then for the same name in
-    another part, then for a similar spelling; an empty string if there is none.
+    All are dotted names. Looks for what other trainers call a setting, within the part that
+    `setting` names if there is one, then for the same name in another part, then for a similar
+    spelling; an empty string if there is none.
     """
     known = list(known)
     *parts, name = setting.split(".")
-    target = _SYNONYMS.get(name, name)
-    same = [each for each in known if f".{each}".endswith(f".{target}")]
+    prefix = "".join(f"{part}." for part in parts)
+    is_part = any(each.startswith(prefix) for each in known)
+    other = _SYNONYMS.get(".".join((*parts[-1:], name))) or _SYNONYMS.get(name)
+    same = [each for each in known if f".{each}".endswith(f".{other or name}")]
+    if other and is_part:
+        same = [each for each in same if each.startswith(prefix)]
     # Of several, the one in the nearest part, such as in the same stage of a recipe.
     same.sort(key=lambda each: ("heldout" in each, -_shared(each.split("."), parts)))
-    prefix = "".join(f"{part}." for part in parts)
     inside = [each.removeprefix(prefix) for each in known if each.startswith(prefix)]
     best = (
         same

@@ -5,7 +5,7 @@ from moddistill.setting_names import _SYNONYMS, nearest_setting, unknown_setting
 
 KNOWN = (
     "steps", "batch_size", "data.max_length", "data.heldout.path", "data.sources.a.path",
-    "optim.lr", "optim.eps", "mesh.fsdp",
+    "optim.lr", "optim.eps", "mesh.fsdp", "mesh.tensor", "student",
 )  # fmt: skip
 
 
@@ -22,6 +22,10 @@ KNOWN = (
         ("mesh.fsp", "mesh.fsdp"),
         ("optm.lr", "optim.lr"),
         ("steps.x", "steps"),
+        ("model", "student"),
+        ("mesh.model", "mesh.tensor"),  # the name in its part
+        ("mesh.tp", "mesh.tensor"),
+        ("optm.learning_rate", "optim.lr"),  # there is no such part
         ("data_path", "data.sources.a.path"),
     ],
 )
@@ -29,7 +33,7 @@ def test_the_nearest_setting_is_suggested(setting, nearest):
     assert nearest_setting(setting, KNOWN) == f"; did you mean {nearest!r}?"
 
 
-@pytest.mark.parametrize("setting", ["zebra", "optim.zebra"])
+@pytest.mark.parametrize("setting", ["zebra", "optim.zebra", "mesh.max_steps", "optim.model"])
 def test_nothing_is_suggested_where_nothing_is_near(setting):
     assert nearest_setting(setting, KNOWN) == ""
 
@@ -38,6 +42,12 @@ def test_of_several_stages_the_same_one_is_suggested():
     known = ("stages.d2d.optim.lr", "stages.d2s.optim.lr")
     hint = nearest_setting("stages.d2s.learning_rate", known)
     assert hint == "; did you mean 'stages.d2s.optim.lr'?"
+
+
+def test_another_name_of_a_stage_stays_in_its_part():
+    known = ("student", "stages.d2s.student", "stages.d2s.mesh.fsdp", "stages.d2s.mesh.tensor")
+    assert "'stages.d2s.mesh.tensor'" in nearest_setting("stages.d2s.mesh.model", known)
+    assert "'stages.d2s.student'" in nearest_setting("stages.d2s.model", known)
 
 
 def test_without_a_suggestion_the_settings_of_the_part_are_listed():
