@@ -1,11 +1,13 @@
 """What entry points share: errors as one line, and the flags of those that take an experiment."""
 
+import ast
 import contextlib
 import dataclasses
+import itertools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,30 +94,34 @@ class _ExperimentParser(flags.ArgumentParser):
         super().__init__()
         self.loader = loader
         argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
-        found = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv)
-        self.overrides = list(dict.fromkeys(match[1] for match in found if match))
+        self.overrides: dict[str, str] = {}  # names and values as typed
+        for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+            if match := re.fullmatch(r"(?s)--?(?:no)?config\.([^=]+)(?:=(.*))?", arg):
+                self.overrides[match[1]] = following if match[2] is None else match[2]
 
     def parse(self, path: str) -> Any:
         """The experiment's config, with the sources that overrides add.
 
         Raises:
-          ValueError: for an override of a setting that the experiment does not have.
+          ValueError: for an override of a setting that the experiment does not have, or of several
+            at once by anything but a dict.
         """
         config = self.loader.parse(path)
         if isinstance(config, ConfigDict):
-            for name in self.overrides:
+            for name, value in self.overrides.items():
                 _add_source(config, name, self.overrides)
                 _check_setting(config, name)
+                _check_part(config, name, value)
         return config
 
 
-def _add_source(config: ConfigDict, setting: str, overrides: Sequence[str]) -> None:
+def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) -> None:
     """Adds the source that `[...]data.sources.NAME.FIELD` is about, if its path is overridden too.
 
     Raises:
       ValueError: if there is no such source, and no path that would make it a new one.
     """
-    match = re.fullmatch(r"((?:.+\.)?data\.sources)\.([^.]+)\.[^.]+", setting)
+    match = re.fullmatch(r"((?:.+\.)?data\.sources)\.([^.]+)(\.[^.]+)?", setting)
     sources = match and _at(config, match[1])
     if not isinstance(sources, ConfigDict) or match[2] in sources:
         return
@@ -124,6 +130,10 @@ def _add_source(config: ConfigDict, setting: str, overrides: Sequence[str]) -> N
         raise ValueError(
             f"config.{source}: {match[2]!r} cannot name a source here; accepted: letters, digits "
             "and _"
+        )
+    if not match[3]:
+        raise ValueError(
+            f"config.{source} is {overrides[setting]!r}; accepted: --config.{source}.path=FILE"
         )
     if f"{source}.path" not in overrides:
         raise ValueError(
@@ -138,6 +148,26 @@ def _check_setting(config: ConfigDict, setting: str) -> None:
     """Raises ValueError with the nearest setting if there is none of that dotted name."""
     if "[" not in setting and _at(config, setting) is _MISSING:
         raise unknown_setting("config", setting, list(_settings(config)))
+
+
+def _check_part(config: ConfigDict, name: str, value: str) -> None:
+    """Raises ValueError if `name` has settings in it and `value` is no dict of them."""
+    part = _at(config, name)
+    if not isinstance(part, ConfigDict):
+        return
+    with contextlib.suppress(ValueError, SyntaxError):
+        if isinstance(ast.literal_eval(value), dict):
+            return
+    if re.fullmatch(r"(.+\.)?data\.sources", name):
+        accepted = (
+            f"--config.{name}.NAME.path=FILE, which adds a source, or "
+            f"--config.{name}=\"{{'NAME': {{'path': 'FILE'}}}}\", which replaces all"
+        )
+    elif "path" in part:
+        accepted = f"--config.{name}.path=FILE"
+    else:
+        accepted = f"its settings one by one, such as --config.{name}.{next(_settings(part))}=VALUE"
+    raise ValueError(f"config.{name} is {value!r}; accepted: {accepted}")
 
 
 _MISSING = object()

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -86,6 +87,39 @@ def test_mistake_in_the_experiment_ends_with_one_line(parse, experiment, overrid
     assert "\n" not in str(error.value)
 
 
+SOURCES = (
+    "accepted: --config.data.sources.NAME.path=FILE, which adds a source, or "
+    "--config.data.sources=\"{'NAME': {'path': 'FILE'}}\", which replaces all"
+)
+
+
+@load_module
+@pytest.mark.parametrize(
+    ("setting", "value", "accepted"),
+    [
+        *(("data.sources", value, SOURCES) for value in ("x", "3", "")),
+        *(
+            (part, "a.json", f"accepted: --config.{part}.path=FILE")
+            for part in ("data.sources.mine", "data.sources.d2s", "data.heldout")
+        ),
+        ("optim", "x", "accepted: its settings one by one, such as --config.optim.b1=VALUE"),
+    ],
+)
+def test_one_value_for_several_settings_ends_with_what_to_set(parse, setting, value, accepted):
+    for override in ([f"--config.{setting}={value}"], [f"--config.{setting}", value]):
+        with pytest.raises(SystemExit) as error:
+            parse("experiments/d2s.py", *override)
+        assert str(error.value) == f"error: config.{setting} is {value!r}; {accepted}"
+
+
+@load_module
+def test_one_value_for_a_part_of_a_recipe_names_the_stage(parse):
+    with pytest.raises(SystemExit, match=r"accepted: --config\.stages\.d2s\.data\.sources\.NAME"):
+        parse("experiments/llava_mod.py", "--config.stages.d2s.data.sources=x")
+    with pytest.raises(SystemExit, match=r"config\.stages is 'x'; .* --config\.stages\.d2d\.\w+="):
+        parse("experiments/llava_mod.py", "--config.stages=x")
+
+
 @pytest.fixture
 def sources(parse):
     """`sources(experiment, *overrides)`: path, images and weight of each source of `d2d`."""
@@ -141,6 +175,16 @@ def test_error_in_the_code_of_an_experiment_is_not_taken_for_an_override(
     file.write_text("import math\n\n\ndef get_config():\n    return math.foo\n")
     with pytest.raises(AttributeError, match="module 'math' has no attribute 'foo'"):
         parse(file, *overrides)
+
+
+def test_error_of_an_experiment_is_one_line(tmp_path):
+    """The path of the experiment is relative, as it is typed."""
+    workdir = tmp_path / "run"
+    experiment = "experiments/init.py:pair=interleave"
+    done = run("train", "--config", experiment, "--workdir", str(workdir))
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: the projector of 'llava-hf/.*; accepted: .*\n", done.stderr)
+    assert not workdir.exists()
 
 
 def test_error_of_a_command_is_one_line():

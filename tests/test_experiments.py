@@ -129,6 +129,9 @@ def test_interleave_pair_has_no_stage_init():
         ("pair=", r"argument 'pair=' is unknown; accepted: .*pair=interleave, pair=long-llava"),
         ("demo,pair=interleave", r"sets pair, but demo has its own models"),
         ("pair=interleave,student=tiny", r"sets student, but a pair names both models; accepted"),
+        ("pair=interleave,pair=long-llava", r"'pair=.*' has two pairs; accepted: one of each"),
+        ("student=tiny,student=tiny", r"'student=tiny,student=tiny' has two students; accepted"),
+        ("demo,full", r"argument 'demo,full' has two sizes; accepted: one of each"),
         ("teacher=tiny,pair=long-llava", r"sets teacher, but a pair names both models"),
     ],
 )
