@@ -58,15 +58,12 @@ def upcycle_model(
                 rng = jax.random.fold_in(key, layer)
                 mlp = _read_mlp(reader, before, layer, finite)
                 prefix = f"decoder/layers/{layer}/moe/"
-                new = {
-                    prefix + name: array
-                    for name, array in flatten(upcycle_router(mlp, sparse.decoder.moe, rng)).items()
-                }
-                _write(new, writer, after, finite)
+                for name, array in flatten(upcycle_router(mlp, sparse.decoder.moe, rng)).items():
+                    _write(writer, after[prefix + name], array)
                 for number in range(sparse.decoder.moe.num_experts):
                     expert = _expert(mlp, sparse.decoder.moe, rng, number)
-                    new = {f"{prefix}{name}/{number}": array for name, array in expert.items()}
-                    _write(new, writer, after, finite)
+                    for name, array in expert.items():
+                        _write(writer, after[f"{prefix}{name}/{number}"], array)
         finite.close()
         source = {"upcycled": {"from": str(model), "seed": seed}}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
@@ -108,10 +105,5 @@ def _read_mlp(reader: Reader, places: dict[str, Slot], layer: int, finite: Finit
     return unflatten(found)
 
 
-def _write(
-    arrays: dict[str, jax.Array], writer: Writer, slots: dict[str, Slot], finite: FiniteCheck
-) -> None:
-    for path, array in arrays.items():
-        written = np.asarray(array)
-        finite.add(path, written)  # noise may be too large for the dtype
-        writer.write(slots[path].path, slots[path].index, written)
+def _write(writer: Writer, place: Slot, array: jax.Array) -> None:
+    writer.write(place.path, place.index, np.asarray(array))
