@@ -3,32 +3,28 @@
 Text and control tokens are encoded by different methods, so that text can never turn into control.
 """
 
-import collections
 import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
-from moddistill.digests import verify
-from moddistill.json_file import read_json, read_text
-from moddistill.models.vocabulary import IdRanges, id_ranges
-
-_LARGEST_FILE = 128 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
-_LARGEST_ID = 10_000_000
-
-# How Qwen cuts text into words before merging bytes.
-WORD = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from moddistill.data.tokenizer_file import (
+    PARTS,
+    WORD,
+    check_ids,
+    check_merges,
+    check_parts,
+    in_words,
+    read_fields,
 )
-
+from moddistill.digests import verify
+from moddistill.models.vocabulary import IdRanges, id_ranges
 
 # Those that templates and samples are made of.
 CONTROLS = (END_OF_TEXT, IM_START, IM_END, IMAGE)
@@ -135,64 +131,49 @@ def load_tokenizer(folder: str) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
     backend = (_read if file.name == "tokenizer.json" else _read_vocabulary)(file)
-    try:
-        return _with_image(backend)
     # A model that cannot encode raises the library's own kind of error.
-    except Exception as error:
-        raise ValueError(f"{file}: {error}") from None
+    with in_words(f"{file}: "):
+        return _with_image(backend)
 
 
 def _read(file: Path) -> tokenizers.Tokenizer:
-    try:
-        fields = read_json(file, _LARGEST_FILE)
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    # All its errors are of this one type.
-    except Exception as error:
-        raise ValueError(
-            f"{file} is no tokenizer: {error}; accepted: what the tokenizers library writes"
-        ) from None
-    _check_ids(file, fields.get("model", {}).get("vocab"), fields.get("added_tokens") or [])
+    no_tokenizer = f"{file} is no tokenizer: "
+    accepted = "; accepted: what the tokenizers library writes"
+    with in_words(no_tokenizer, accepted):
+        fields = read_fields(file)
+    if not isinstance(fields.get("model"), dict):
+        raise ValueError(f"{no_tokenizer}it has no model{accepted}")
+    check_parts(file, fields)
+    # What was checked, and not the file, in which a name may occur twice.
+    names = ("version", "added_tokens", "model", *PARTS)
+    kept = {name: fields[name] for name in names if name in fields}
+    with in_words(no_tokenizer, accepted):
+        backend = tokenizers.Tokenizer.from_str(json.dumps(kept))
+    check_ids(file, fields["model"].get("vocab"), fields.get("added_tokens") or [])
     return backend
 
 
 def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
     """The tokenizer of `vocab.json` and `merges.txt`, as `transformers` reads them."""
-    _check_ids(file, read_json(file, _LARGEST_FILE), [])
-    read_text(file.with_name("merges.txt"), _LARGEST_FILE)
+    check_ids(file, read_fields(file), [])
+    check_merges(file.with_name("merges.txt"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if file.with_name(name).exists():
+            read_fields(file.with_name(name))
     # Seconds to import, and most folders do not need it.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    try:
+    # It raises errors of many kinds for settings that it does not understand.
+    with in_words(
+        f"{file.parent} holds no tokenizer that transformers reads: ",
+        "; accepted: vocab.json, merges.txt and tokenizer_config.json as Qwen publishes them",
+    ):
         # The code that a folder may bring is never run, nor asked about.
         loaded = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
-        return loaded.backend_tokenizer
-    # It raises errors of many kinds for settings that it does not understand.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file.parent} holds no tokenizer that transformers reads: {reason:.200}; accepted: "
-            "vocab.json, merges.txt and tokenizer_config.json as Qwen publishes them"
-        ) from None
-
-
-def _check_ids(file: Path, vocabulary: Any, added: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError for ids that are too large, or that two tokens share."""
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    for token in added:
-        ids[token["content"]] = token["id"]
-    for token, number in ids.items():
-        if type(number) is not int or not 0 <= number <= _LARGEST_ID:
-            raise ValueError(
-                f"{file}: the id of {token!r:.80} is {number!r:.80}; accepted: a whole number from "
-                f"0 to {_LARGEST_ID:,}"
-            )
-    if len(set(ids.values())) < len(ids):
-        [(number, times)] = collections.Counter(ids.values()).most_common(1)
-        shared = [token for token in ids if ids[token] == number][:2]
-        raise ValueError(
-            f"{file}: {times} tokens have the id {number}, such as {shared!r:.120}; accepted: an "
-            "id for each"
-        )
+        backend = loaded.backend_tokenizer
+        fields = json.loads(backend.to_str())
+    check_parts(file.parent, fields)
+    return backend
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -67,6 +67,8 @@ VISION = [
     "image_size", "patch_size", "width", "mlp", "layers", "heads", "select_layer", "activation",
     "norm_eps", "class_token", "pre_norm", "patch_bias", "mean", "std",
 ]
+TOKENIZER = ["normalizer", "pre_tokenizer", "decoder", "post_processor"]
+BPE = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"]
 SOURCE = [
     "from", "context", "stored_head",
 ]
@@ -166,6 +168,8 @@ def other_json_cases(rng: random.Random, share: float) -> Iterator[Case]:
         ("language", "tokenizer", "tokenizer.json", ("model", "added_tokens"), ()),
         ("language", "tokenizer", "tokenizer.json", ("vocab", "merges", "type"), ("model",)),
         ("language", "tokenizer", "tokenizer.json", ("id", "content"), ("added_tokens", 0)),
+        ("language", "tokenizer", "tokenizer.json", TOKENIZER, ()),
+        ("language", "tokenizer", "tokenizer.json", BPE, ("model",)),
         ("vocabulary", "tokenizer", "vocab.json", ("a", "<|endoftext|>"), ()),
         ("vocabulary", "tokenizer", "tokenizer_config.json", ("tokenizer_class",), ()),
         ("shards", "import", "model.safetensors.index.json", ("weight_map",), ()),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.tools import hostile_tokenizers
 from tests.tools.hostile_folders import make_folders, readers, save_pickled, write_json
 
 MIB = 2**20
@@ -92,8 +93,17 @@ BOMBS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "config of 12 GiB": ("language", "import", _sparse("config.json", 12 * 1024 * MIB)),
     "tokenizer of 12 GiB": ("language", "tokenizer", _sparse("tokenizer.json", 12 * 1024 * MIB)),
     "template of 12 GiB": ("llava", "import", _sparse("chat_template.jinja", 12 * 1024 * MIB)),
+    "tokenizer settings of 12 GiB": (
+        "vocabulary",
+        "tokenizer",
+        _sparse("tokenizer_config.json", 12 * 1024 * MIB),
+    ),
     "merges of 12 GiB": ("vocabulary", "tokenizer", _sparse("merges.txt", 12 * 1024 * MIB)),
     "model.json of 12 GiB": ("model", "load", _sparse("model.json", 12 * 1024 * MIB)),
+    **{
+        name: ("language", "tokenizer", hostile_tokenizers.changed(keys, value))
+        for name, (keys, value, _) in hostile_tokenizers.FIELDS.items()
+    },
 }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from moddistill.digests import NAME, write_digests
 from moddistill.errors import is_ours
-from tests.tools import hostile, hostile_weights
+from tests.tools import hostile, hostile_tokenizers, hostile_weights
 from tests.tools.hostile_folders import make_folders, readers
 
 SECONDS = 5
@@ -139,9 +139,11 @@ def test_files_that_would_fill_memory(tmp_path):
         timeout=300,
     )
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) >= 10
+    assert len(results) >= 30
+    wording = {name: part for name, (*_, part) in hostile_tokenizers.FIELDS.items()}
     for result in results:
         assert result["error"], result["name"]
         check_worded(result["error"])
+        assert wording.get(result["name"], "") in result["error"]
         assert result["seconds"] < SECONDS, result
         assert result["bytes"] < GIB, result
