@@ -112,9 +112,9 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     with at_field("config.mesh"):
         mesh = sharding.make_mesh(config.mesh)
     check_spread(config, mesh)
-    write_settings(config, workdir)  # before other files, which only the workdir of a run may have
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
+        write_settings(config, workdir)  # before anything else lies in the workdir
         streams = open_streams(config, tokenizer, workdir)
         run = prepare(config, tokenizer, mesh)
         state = _loop(config, run, streams, mesh, workdir)
