@@ -137,6 +137,12 @@ def test_section_without_time_is_skipped_by_name(monkeypatch, tmp_path, capsys):
     assert "| second | skipped: 10 s are left for it, it needs 18 s |" in table
 
 
+@pytest.mark.parametrize(("status", "code"), [("passed", 0), ("incomplete", 2), ("failed", 1)])
+def test_exit_code_is_that_of_the_checks(status, code, monkeypatch, tmp_path):
+    only(monkeypatch, Section("stages", 1.0, lambda *_: {"status": status}))
+    assert device.main(["--out", str(tmp_path / "device.json")]) == code
+
+
 def test_check_without_time_is_skipped_and_not_passed():
     section = device_checks.check_operations(jax.devices()[0], True, lambda: 0.0)
     assert section["status"] == "incomplete"
