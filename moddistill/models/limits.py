@@ -91,11 +91,7 @@ def check_architecture(config: ModelConfig, origin: str) -> None:
 def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> None:
     """Raises ValueError for sizes of a decoder; see `check_architecture`."""
     check_numbers(vars(config), DECODER, origin, spell)
-    if config.heads % config.kv_heads:
-        raise ValueError(
-            f"{origin}: {spell('kv_heads')} is {config.kv_heads}; accepted: a number that divides "
-            f"{spell('heads')}, {config.heads}"
-        )
+    _check_divides("kv_heads", "heads", config, origin, spell)
     if config.head_dim % 2:
         raise ValueError(
             f"{origin}: {spell('head_dim')} is {config.head_dim}; accepted: an even number, for "
@@ -104,6 +100,17 @@ def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> Non
     _check_ids(config, f"{origin}: {spell('real_ids')}")
     if config.moe is not None:
         _check_experts(config, origin)
+
+
+def _check_divides(
+    part: str, whole: str, config: DecoderConfig | VisionConfig, origin: str, spell: Spell
+) -> None:
+    divisor, number = getattr(config, part), getattr(config, whole)
+    if number % divisor:
+        raise ValueError(
+            f"{origin}: {spell(part)} is {divisor}; accepted: a number that divides "
+            f"{spell(whole)}, {number}"
+        )
 
 
 def _check_ids(config: DecoderConfig, field: str) -> None:
@@ -145,11 +152,7 @@ def _check_experts(config: DecoderConfig, origin: str) -> None:
 def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
     """Raises ValueError for sizes of a vision encoder; see `check_architecture`."""
     check_numbers(vars(config), VISION, origin, spell)
-    if config.width % config.heads:
-        raise ValueError(
-            f"{origin}: {spell('heads')} is {config.heads}; accepted: a number that divides "
-            f"{spell('width')}, {config.width}"
-        )
+    _check_divides("heads", "width", config, origin, spell)
     if not 0 < config.patches <= _PATCHES:
         raise ValueError(
             f"{origin}: {spell('patch_size')} is {config.patch_size} for images of "
