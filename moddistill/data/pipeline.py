@@ -3,7 +3,7 @@
 Shuffling and mixing are functions of the index, processes take every n-th element, and rejected
 records drop out after the workers, so workers never change the order, and a position, which is one
 integer, is the same for any number of them. Hosts do not change the order either, but each fills
-the place of a record rejected while it is made (an unreadable picture, say) with its own next one.
+the place of a record rejected while it is made (an unreadable image, say) with its own next one.
 """
 
 import dataclasses
