@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from moddistill.convert.families import qwen
+from moddistill.convert.rules import pieces, prefixed
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
-from moddistill.model_folder import load_params, read_model_config, save_model
-from moddistill.models.qwen import DecoderConfig
+from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vlm import ModelConfig
-from tools.convert_weights import qwen
-from tools.convert_weights.rules import pieces, prefixed
-from tools.convert_weights.shards import Planned, create_shards, write
+from moddistill.storage.model_folder import load_params, read_model_config, save_model
+from moddistill.storage.shards import Planned, create_shards, write
 
 GIB = 2**30
 

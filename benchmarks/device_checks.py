@@ -25,15 +25,15 @@ import optax
 
 from benchmarks.device_inputs import on, random_batch, say
 from benchmarks.device_operations import Operation, operations
-from moddistill import sharding
 from moddistill.config import DataConfig, LossConfig, OptimConfig, TrainConfig
-from moddistill.model_folder import abstract_params
-from moddistill.models import grouped
+from moddistill.distributed import sharding
+from moddistill.models.moe import grouped_matmul
 from moddistill.models.vlm import ModelConfig
+from moddistill.params import flatten, unflatten
 from moddistill.plan import architectures
-from moddistill.program import make_program
-from moddistill.stages import STAGES
-from moddistill.tree import flatten, unflatten
+from moddistill.storage.model_folder import abstract_params
+from moddistill.training.program import make_program
+from moddistill.training.stages import STAGES
 
 # bfloat16 has 8 bits: one rounding is off by up to 0.4 %, a layer has a few of them in a row.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -54,7 +54,7 @@ def check_operations(device: Any, tiny: bool, left: Callable[[], float]) -> dict
     items = [(x.name, functools.partial(_operation, x, device)) for x in operations(tiny)]
     checks = _in_threads(items, left)
     with on(device):
-        experts = grouped.form()
+        experts = grouped_matmul.form()
     return _summary(checks) | {"experts": experts, "table": [*_rows(checks), ["experts", experts]]}
 
 

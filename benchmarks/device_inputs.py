@@ -13,12 +13,12 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from moddistill import sharding
 from moddistill.config import MeshConfig, TrainConfig
-from moddistill.flops import SUPERVISED
+from moddistill.distributed import sharding
+from moddistill.models.flops import SUPERVISED
 from moddistill.models.vlm import ModelConfig
 from moddistill.plan import abstract_batch
-from moddistill.state import State
+from moddistill.training.state import State
 
 _ACCELERATOR = threading.Lock()
 

@@ -16,11 +16,11 @@ import numpy as np
 from jax import Array
 
 from moddistill.config import MoeConfig
-from moddistill.losses.kd import cross_entropy, forward_kl
+from moddistill.losses.chunked import Heads, weighted_sum
+from moddistill.losses.distillation import cross_entropy, forward_kl
 from moddistill.losses.preference import KINDS, preference_losses
-from moddistill.losses.tokens import Heads, weighted_sum
 from moddistill.models import attention
-from moddistill.models.moe import MoE, check_moe
+from moddistill.models.moe.layer import MoE, check_moe
 
 Arrays = dict[str, Any]
 

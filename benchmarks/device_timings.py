@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device_inputs import on, random_batch, random_leaves, random_state, say
-from moddistill import sharding
-from moddistill.accelerators import peak_flops
 from moddistill.config import DataConfig, MoeConfig, TrainConfig
-from moddistill.flops import work_of
+from moddistill.distributed import sharding
+from moddistill.distributed.accelerators import peak_flops
 from moddistill.generate import Sampling, decode
-from moddistill.model_folder import abstract_params
+from moddistill.models.flops import work_of
 from moddistill.models.layers import SwiGLU
-from moddistill.models.moe import MoE, check_moe
+from moddistill.models.moe.layer import MoE, check_moe
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import Vlm
 from moddistill.plan import abstract_batch, architectures, peak_bytes
-from moddistill.program import make_program, place, shares_tower, without_tower
-from moddistill.state import cast_frozen
+from moddistill.storage.model_folder import abstract_params
+from moddistill.training.program import make_program, place, shares_tower, without_tower
+from moddistill.training.state import cast_frozen
 
 GIB = 2**30
 _STEPS = 10

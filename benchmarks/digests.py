@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moddistill.digests import verify, write_digests
+from moddistill.storage.digests import verify, write_digests
 
 _FILE = 2 * 10**9  # bytes
 _BLOCK = 64 * 2**20  # bytes

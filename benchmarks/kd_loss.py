@@ -42,8 +42,8 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
-    from moddistill.losses.kd import cross_entropy, forward_kl
-    from moddistill.losses.tokens import Heads, weighted_sum
+    from moddistill.losses.chunked import Heads, weighted_sum
+    from moddistill.losses.distillation import cross_entropy, forward_kl
 
     *matrices, labels, supervised = arrays()
     hidden, head, taught, teacher_head = map(jnp.asarray, matrices)

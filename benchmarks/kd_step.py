@@ -24,7 +24,7 @@ BALANCE, RATE = 0.01, 1e-4
 
 def architectures():
     from moddistill.config import MoeConfig
-    from moddistill.models.qwen import DecoderConfig
+    from moddistill.models.decoder import DecoderConfig
     from moddistill.models.upcycle import upcycle_config
     from moddistill.models.vision import VisionConfig
     from moddistill.models.vlm import ModelConfig
@@ -71,9 +71,9 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
     from moddistill.config import LossConfig, OptimConfig, TrainConfig
-    from moddistill.model_folder import load_params
-    from moddistill.program import make_program, without_tower
-    from moddistill.sharding import make_mesh, put_batch
+    from moddistill.distributed.sharding import make_mesh, put_batch
+    from moddistill.storage.model_folder import load_params
+    from moddistill.training.program import make_program, without_tower
 
     student, teacher = architectures()
     config = TrainConfig(

@@ -10,18 +10,18 @@ import numpy as np
 def random_params(config: Any, seed: int) -> dict[str, Any]:
     import jax
 
-    from moddistill import initial
     from moddistill.config import MeshConfig
-    from moddistill.sharding import make_mesh
+    from moddistill.distributed.sharding import make_mesh
+    from moddistill.training import loading
 
-    return initial.random_params(config, make_mesh(MeshConfig()), jax.random.key(seed))
+    return loading.random_params(config, make_mesh(MeshConfig()), jax.random.key(seed))
 
 
 def save_both(folder: Path, name: str, config: Any, params: dict[str, Any]) -> None:
     """A model folder `name` and, exported, `name`-hf in the format of `transformers`."""
+    from moddistill.convert.exporting import export_model
     from moddistill.data.tokenizer import train_bpe
-    from moddistill.model_folder import save_model
-    from tools.convert_weights.export import export_model
+    from moddistill.storage.model_folder import save_model
 
     save_model(folder / name, config, params, train_bpe(["a small tokenizer"], 300), {})
     export_model(folder / name, folder / f"{name}-hf", max_shard_size=10**10)

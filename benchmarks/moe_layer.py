@@ -41,8 +41,8 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
-    from moddistill.models.expert_parallel import mix_experts
-    from moddistill.models.moe import choose
+    from moddistill.models.moe.expert_parallel import mix_experts
+    from moddistill.models.moe.layer import choose
 
     params = {name: jnp.asarray(x) for name, x in arrays().items()}
 

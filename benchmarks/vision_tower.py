@@ -27,8 +27,8 @@ def figures(features: np.ndarray) -> dict[str, float]:
 
 def architecture():
     """The tower before the smallest decoder, which makes of both a model in either format."""
+    from moddistill.models.decoder import DecoderConfig
     from moddistill.models.presets import preset
-    from moddistill.models.qwen import DecoderConfig
     from moddistill.models.vlm import ModelConfig
 
     decoder = DecoderConfig(300, 300, 8, 8, 1, 1, 1, 8)
@@ -43,8 +43,8 @@ def make_files(folder: Path) -> None:
 def ours(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
-    from moddistill.model_folder import load_params
     from moddistill.models.vision import Vision
+    from moddistill.storage.model_folder import load_params
 
     config = architecture()
     params = {"params": load_params(folder / "model", config, part="vision")["vision"]}

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.command import plain_errors
+from moddistill.cli import plain_errors
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.generate import Prompt, answer
-from moddistill.model_folder import as_model_folder, load
 from moddistill.models.vlm import Vlm
+from moddistill.storage.model_folder import as_model_folder, load
 
 
 def converse(

@@ -19,14 +19,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moddistill import digests, evals
-from moddistill.command import plain_errors
+from moddistill import evals
+from moddistill.cli import plain_errors
 from moddistill.config import nearest
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.generate import Prompt, answer, prompt_batch, without_drops
-from moddistill.model_folder import as_model_folder, load
 from moddistill.models.vlm import Vlm
+from moddistill.storage import digests
+from moddistill.storage.model_folder import as_model_folder, load
 
 BATCH = 256
 LONGEST_ANSWER = 16

@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.command import plain_errors
+from moddistill.cli import plain_errors
 from moddistill.data.conversation import end_token
 from moddistill.data.examples import encode_prompt
 from moddistill.data.images import load_image, mean_color, preprocess
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.losses.tokens import logits_of
-from moddistill.model_folder import as_model_folder, load
-from moddistill.models.qwen import init_cache
+from moddistill.losses.chunked import logits_of
+from moddistill.models.decoder import init_cache
 from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.storage.model_folder import as_model_folder, load
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,19 +25,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from moddistill import accelerators, sharding
-from moddistill.collectives import collectives
-from moddistill.command import parse_flags, plain_errors
+from moddistill.cli import parse_flags, plain_errors
 from moddistill.config import TrainConfig, from_config_dict
-from moddistill.flops import work_of
-from moddistill.initial import check_teacher, trained_architecture
-from moddistill.model_folder import as_model_folder, read_model_config
+from moddistill.distributed import accelerators, sharding
+from moddistill.models.flops import work_of
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import ModelConfig
-from moddistill.program import Program, make_program, place, shares_tower, without_tower
-from moddistill.settings import check_settings, check_spread
-from moddistill.stages import stage_of
+from moddistill.planning.hlo_collectives import collectives
+from moddistill.storage.model_folder import as_model_folder, read_model_config
+from moddistill.training.loading import check_teacher, trained_architecture
+from moddistill.training.program import Program, make_program, place, shares_tower, without_tower
+from moddistill.training.stages import stage_of
+from moddistill.training.validation import check_settings, check_spread
 
 LOG = logging.getLogger("moddistill")
 _RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest

@@ -14,23 +14,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moddistill.command import run_experiment
+from moddistill.cli import run_experiment
 from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
 from moddistill.data.records import check_source
+from moddistill.distributed.processes import is_first, wait_for_all
 from moddistill.errors import at_field
 from moddistill.evaluate import evaluate, find_benchmark
-from moddistill.initial import RANDOM, check_template
-from moddistill.metrics import read_metrics
-from moddistill.model_folder import (
+from moddistill.reports.report import format_table, write_report
+from moddistill.storage.model_folder import (
     as_model_folder,
     parameter_counts,
     read_model_config,
     read_source,
 )
-from moddistill.processes import is_first, wait_for_all
-from moddistill.report import format_table, write_report
-from moddistill.settings import check_settings
 from moddistill.train import LOG, start_logging, train
+from moddistill.training.loading import RANDOM, check_template
+from moddistill.training.metrics import read_metrics
+from moddistill.training.validation import check_settings
 
 EXAMPLES = 24
 

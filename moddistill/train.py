@@ -22,18 +22,26 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from moddistill import checkpoint, sharding
-from moddistill.accelerators import peak_flops
-from moddistill.command import run_experiment
+from moddistill.cli import run_experiment
 from moddistill.config import DataConfig, TrainConfig, from_config_dict
 from moddistill.data.examples import ExampleSpec
 from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
 from moddistill.data.records import Quarantine
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed import sharding
+from moddistill.distributed.accelerators import peak_flops
+from moddistill.distributed.processes import check_same_everywhere, is_first, wait_for_all
 from moddistill.errors import at_field
-from moddistill.flops import Work, work_of
-from moddistill.initial import (
+from moddistill.losses import Loss
+from moddistill.models.flops import Work, work_of
+from moddistill.models.moe.grouped_matmul import form
+from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.params import count, merge
+from moddistill.storage.atomic_dir import check_replaceable
+from moddistill.storage.model_folder import read_source, save_model
+from moddistill.training import checkpoint
+from moddistill.training.loading import (
     load_teacher,
     same_tower,
     student_architectures,
@@ -42,16 +50,12 @@ from moddistill.initial import (
     teacher_architecture,
     warn_of_template,
 )
-from moddistill.losses import Loss
-from moddistill.metrics import MetricsLog, weighted_means
-from moddistill.model_folder import read_source, save_model
-from moddistill.models.grouped import form
-from moddistill.models.vlm import ModelConfig, Vlm
-from moddistill.new_folder import check_replaceable
-from moddistill.optim import schedule
-from moddistill.processes import check_same_everywhere, is_first, wait_for_all
-from moddistill.program import make_program, shares_tower, without_tower
-from moddistill.settings import (
+from moddistill.training.metrics import MetricsLog, weighted_means
+from moddistill.training.optim import schedule
+from moddistill.training.program import make_program, shares_tower, without_tower
+from moddistill.training.stages import stage_of
+from moddistill.training.state import State
+from moddistill.training.validation import (
     check_is_workdir,
     check_settings,
     check_spread,
@@ -59,9 +63,6 @@ from moddistill.settings import (
     last_step,
     write_settings,
 )
-from moddistill.stages import stage_of
-from moddistill.state import State
-from moddistill.tree import count, merge
 
 LOG = logging.getLogger("moddistill")
 

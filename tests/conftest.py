@@ -15,10 +15,10 @@ from flax import linen as nn
 
 from moddistill.config import MoeConfig, TrainConfig, from_config_dict
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.model_folder import save_model
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import Vlm, dummy_batch
+from moddistill.storage.model_folder import save_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models are tiny, so compiling is nearly all the time tests take; this is three times as fast.

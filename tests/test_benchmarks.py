@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import convert, digests
 from benchmarks.head_to_head import check_agreement, compare
-from tools.convert_weights.sources import read_source
+from moddistill.convert.sources import read_source
 
 MIB = 2**20
 

@@ -5,7 +5,7 @@ import pytest
 from moddistill import chat
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.generate import Prompt, answer
-from moddistill.model_folder import load
+from moddistill.storage.model_folder import load
 
 
 @pytest.fixture

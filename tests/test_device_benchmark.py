@@ -11,9 +11,9 @@ from benchmarks import device, device_checks, device_operations
 from benchmarks.device import Section
 from benchmarks.device_checks import relative_errors, verdict
 from benchmarks.device_inputs import on, random_leaves
+from moddistill.distributed.sharding import replicated
 from moddistill.models import attention
-from moddistill.sharding import replicated
-from moddistill.stages import STAGES
+from moddistill.training.stages import STAGES
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import pytest
 
 from moddistill.config import MoeConfig
 from moddistill.errors import at_field
-from moddistill.model_folder import read_model_config
-from moddistill.models.moe import check_moe
+from moddistill.models.moe.layer import check_moe
+from moddistill.storage.model_folder import read_model_config
 
 
 def test_an_error_names_the_setting_that_it_is_about():

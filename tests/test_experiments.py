@@ -9,10 +9,10 @@ from flax import linen as nn
 from experiments import common, llava_mod
 from moddistill import plan
 from moddistill.config import MeshConfig, RecipeConfig, TrainConfig, from_config_dict
+from moddistill.distributed.sharding import RULES, make_mesh
 from moddistill.models.presets import PRESETS
-from moddistill.program import make_program, place
-from moddistill.sharding import RULES, make_mesh
-from moddistill.stages import stage_of
+from moddistill.training.program import make_program, place
+from moddistill.training.stages import stage_of
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
 

@@ -7,7 +7,7 @@ import pytest
 from experiments import llava_mod, sft
 from moddistill import recipe, train
 from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
-from moddistill.metrics import read_metrics
+from moddistill.training.metrics import read_metrics
 
 ANSWERS = {
     "first": ["red", "yes", "yes"],

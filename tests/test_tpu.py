@@ -8,10 +8,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import d2d, d2s
-from moddistill import accelerators, plan
+from moddistill import plan
 from moddistill.config import MeshConfig, TrainConfig, from_config_dict
-from moddistill.models.expert_parallel import mix_experts
-from moddistill.sharding import make_mesh
+from moddistill.distributed import accelerators
+from moddistill.distributed.sharding import make_mesh
+from moddistill.models.moe.expert_parallel import mix_experts
 
 pytest.importorskip("libtpu", reason="needs the compiler for TPUs: make tpu")
 

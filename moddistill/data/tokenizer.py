@@ -23,8 +23,8 @@ from moddistill.data.tokenizer_file import (
     in_words,
     read_fields,
 )
-from moddistill.digests import verify
 from moddistill.models.vocabulary import IdRanges, id_ranges
+from moddistill.storage.digests import verify
 
 # Those that templates and samples are made of.
 CONTROLS = (END_OF_TEXT, IM_START, IM_END, IMAGE)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.json_file import parse, read_text
+from moddistill.storage.json_file import parse, read_text
 
 _LARGEST_FILE = 36 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
 _MOST_PARTS = 1_000_000  # tokens, or merges, each of which may be a list

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float
 
 from moddistill.config import LossConfig, nearest
 from moddistill.losses import Loss, Metrics, Totals
-from moddistill.losses.kd import cross_entropy
+from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
+from moddistill.losses.distillation import cross_entropy
 from moddistill.losses.router import add_router_losses
-from moddistill.losses.tokens import Heads, next_token, rows, weighted_sum
 from moddistill.models.vlm import Vlm, batch_for_teacher
 from moddistill.models.vocabulary import common_ids
-from moddistill.tree import merge
+from moddistill.params import merge
 
 KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
 

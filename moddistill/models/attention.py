@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from moddistill.distributed.sharding import device_kind
 from moddistill.models.layers import DType, Linear, RMSNorm, rotary
-from moddistill.sharding import device_kind
 
 Cache = dict[str, Array]  # key and value, each [B, S, K, H]
 _QUERIES = 512

@@ -8,9 +8,9 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moddistill.models.moe import MAX_EXPERTS, check_moe
+from moddistill.models.decoder import DecoderConfig
+from moddistill.models.moe.layer import MAX_EXPERTS, check_moe
 from moddistill.models.projector import projector_depth
-from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 

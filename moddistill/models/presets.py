@@ -7,7 +7,7 @@ after them.
 import dataclasses
 
 from moddistill.config import nearest
-from moddistill.models.qwen import DecoderConfig
+from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import IdRanges

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from moddistill.config import MoeConfig
 from moddistill.models.layer_plan import stack, unstack
-from moddistill.models.moe import check_moe
+from moddistill.models.moe.layer import check_moe
 from moddistill.models.vlm import ModelConfig
 
 _KERNELS = ("gate", "up", "down")

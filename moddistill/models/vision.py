@@ -7,6 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from moddistill.config import nearest
+from moddistill.distributed.sharding import by_sample
 from moddistill.models.attention import Attention
 from moddistill.models.layers import (
     DType,
@@ -18,7 +19,6 @@ from moddistill.models.layers import (
     rematerialised,
     tanh_gelu,
 )
-from moddistill.sharding import by_sample
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu, "gelu_tanh": tanh_gelu}
 

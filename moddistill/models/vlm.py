@@ -19,10 +19,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from moddistill.models.attention import Cache, causal_mask
+from moddistill.models.decoder import Context, Decoder, DecoderConfig
 from moddistill.models.layers import DType
-from moddistill.models.moe import RouterStats
+from moddistill.models.moe.layer import RouterStats
 from moddistill.models.projector import Projector
-from moddistill.models.qwen import Context, Decoder, DecoderConfig
 from moddistill.models.vision import Vision, VisionConfig
 
 

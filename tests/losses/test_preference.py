@@ -9,7 +9,7 @@ import pytest
 from moddistill.config import LossConfig
 from moddistill.losses.preference import KINDS, preference_loss, preference_losses
 from moddistill.models.vlm import Vlm
-from moddistill.tree import flatten, merge
+from moddistill.params import flatten, merge
 
 
 def losses(chosen, rejected, kind, beta=0.1, label_smoothing=0.0):

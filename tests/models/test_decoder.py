@@ -8,9 +8,9 @@ import pytest
 
 from moddistill.config import MoeConfig
 from moddistill.models.attention import causal_mask
+from moddistill.models.decoder import Block, Context, Decoder, DecoderConfig
 from moddistill.models.layer_plan import unstack
-from moddistill.models.moe import check_moe
-from moddistill.models.qwen import Block, Context, Decoder, DecoderConfig
+from moddistill.models.moe.layer import check_moe
 from tests.models import draw
 
 DENSE = DecoderConfig(

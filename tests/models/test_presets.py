@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 
 from moddistill.config import MoeConfig
-from moddistill.model_folder import abstract_params, parameter_counts
+from moddistill.distributed.sharding import unbox
 from moddistill.models.presets import CLIP_L_336, PRESETS, preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config
-from moddistill.sharding import unbox
-from moddistill.tree import flatten
+from moddistill.params import flatten
+from moddistill.storage.model_folder import abstract_params, parameter_counts
 
 
 def billions(count):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moddistill.config import MoeConfig
+from moddistill.models.decoder import DecoderConfig
 from moddistill.models.layer_plan import unstack
-from moddistill.models.qwen import DecoderConfig
 from moddistill.models.upcycle import upcycle, upcycle_config, upcycle_layer
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch

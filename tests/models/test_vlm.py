@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moddistill.config import MoeConfig
+from moddistill.models.decoder import DecoderConfig, init_cache
 from moddistill.models.layers import exact_gelu
-from moddistill.models.qwen import DecoderConfig, init_cache
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vision import Vision, VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch, splice

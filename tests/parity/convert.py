@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moddistill.model_folder import abstract_params
+from moddistill.models.decoder import DecoderConfig
 from moddistill.models.layer_plan import stack
-from moddistill.models.qwen import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
-from moddistill.tree import check_same, flatten
+from moddistill.params import check_same, flatten
+from moddistill.storage.model_folder import abstract_params
 from tests import torch_or_skip as torch
 
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from moddistill.models.vision import Vision, VisionConfig
-from moddistill.tree import count
+from moddistill.params import count
 from tests import torch_or_skip as torch
 from tests.parity.convert import numpy_state, pixel_values, randomise, vision_params
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from moddistill.models.qwen import DecoderConfig
+from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm
 from tests import torch_or_skip as torch

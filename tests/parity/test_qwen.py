@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from moddistill.models.qwen import DecoderConfig
+from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vlm import ModelConfig, Vlm
 from tests import torch_or_skip as torch
 from tests.parity.convert import model_params, numpy_state, randomise

@@ -6,7 +6,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models import qwen2_moe
 
 from moddistill.config import MoeConfig
-from moddistill.models.moe import MoE
+from moddistill.models.moe.layer import MoE
 from tests import torch_or_skip as torch
 from tests.parity.convert import numpy_state, randomise
 

@@ -15,15 +15,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.command import plain_errors
+from moddistill.cli import plain_errors
 from moddistill.config import MoeConfig
-from moddistill.model_folder import parameter_counts
+from moddistill.convert.describe import describe
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.convert.upcycling import upcycle_model
 from moddistill.models.vlm import ModelConfig
-from tools.convert_weights.assemble import import_model
-from tools.convert_weights.describe import describe
-from tools.convert_weights.export import export_model
-from tools.convert_weights.shards import parse_size
-from tools.convert_weights.upcycle import upcycle_model
+from moddistill.storage.model_folder import parameter_counts
+from moddistill.storage.shards import parse_size
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moddistill.command import plain_errors
+from moddistill.cli import plain_errors
 from moddistill.data import conversation, tokenizer
 from tools.easy_vqa import images, published, records
 

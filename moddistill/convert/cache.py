@@ -1,0 +1,44 @@
+"""Hugging Face folders imported on the fly, each once."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from moddistill.convert.hub import local_folder
+from moddistill.convert.importing import import_model
+from moddistill.distributed.processes import is_first, wait_for_all
+from moddistill.storage.model_folder import VERSION
+
+LOG = logging.getLogger("moddistill")
+
+
+def imported(name: str) -> Path:
+    """The model folder of a Hugging Face folder or hub name, made now or before.
+
+    Of several processes that share a cache the first imports.
+
+    Raises:
+      ValueError: as `import_model`.
+    """
+    source = local_folder(name).resolve()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "moddistill" / f"{source.name}-{_digest(source)}"
+    if is_first() and not folder.is_dir():
+        LOG.info("importing %s into %s", source, folder)
+        try:
+            import_model(str(source), folder)
+        except ValueError:
+            if not folder.is_dir():  # another process was faster
+                raise
+    wait_for_all(f"importing {folder}")
+    return folder
+
+
+def _digest(folder: Path) -> str:
+    """Cache key: path, names, sizes and times of the files, version of the folder's format."""
+    digest = hashlib.sha256(f"{VERSION} {folder}".encode())
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        state = file.stat()
+        digest.update(f"\n{file.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""Conversation formats as Jinja templates, which render what training saw."""
+
+import os
+from pathlib import Path
+
+from moddistill.data.conversation import CHATML_SYSTEM, TEMPLATES, VICUNA_SYSTEM, end_token
+from moddistill.storage.json_file import read_json, read_text
+
+FILE = "chat_template.jinja"
+
+# A picture stands before what follows it, on a line of its own, as in LLaVA's records.
+_TEXT = """\
+{%- macro text(content) -%}
+  {%- if content is string -%}{{ content }}
+  {%- else -%}
+    {%- for item in content -%}
+      {%- if item['type'] == 'text' -%}{{ item['text'] }}
+      {%- elif item['type'] == 'image' -%}<image>{{ '\\n' }}
+      {%- else -%}{{ raise_exception('content is text or image, not ' + item['type']) }}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+"""
+
+_CHATML = """\
+{%- if messages[0]['role'] != 'system' -%}
+  {{- '<|im_start|>system\\nSYSTEM<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message['role'] + '\\n' + text(message['content']) + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+_VICUNA = """\
+{{- "SYSTEM " -}}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}
+    {{- 'USER: ' + text(message['content']) + ' ASSISTANT:' -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- ' ' + text(message['content']) + '<|endoftext|>' -}}
+  {%- else -%}{{ raise_exception('this format has a system message of its own') }}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+_PLAIN = """\
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}<image>
+  {%- else -%}{{- text(message['content']) + '\\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def stored_template(folder: Path) -> str:
+    """The chat template that a Hugging Face folder brings; empty if it has none, or several."""
+    file = folder / FILE
+    if os.path.lexists(file):
+        return read_text(file)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if os.path.lexists(folder / name):
+            found = read_json(folder / name).get("chat_template")
+            if isinstance(found, str):
+                return found
+    return ""
+
+
+def known_template(folder: Path) -> str:
+    """The conversation format whose template a folder brings; empty if it is none of ours.
+
+    Exports bring one of these, and must come back as what they are.
+    """
+    stored = stored_template(folder)
+    return next((name for name in TEMPLATES if chat_template(name) == stored), "")
+
+
+def chat_template(template: str) -> str:
+    """The Jinja template of a conversation format; ValueError for an unknown one."""
+    end_token(template)
+    return (
+        _TEXT
+        + {
+            "chatml": _CHATML.replace("SYSTEM", CHATML_SYSTEM),
+            "vicuna": _VICUNA.replace("SYSTEM", VICUNA_SYSTEM),
+            "plain": _PLAIN,
+        }[template]
+    )
+
+
+def end_of_answer(template: str) -> str:
+    """The control token that ends generation; a format that ends in text has the general one."""
+    end = end_token(template)
+    return "<|endoftext|>" if end.isspace() else end

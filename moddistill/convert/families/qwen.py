@@ -1,0 +1,298 @@
+"""Qwen1.5, Qwen2, Qwen2.5 and Qwen3, dense and sparse: names of tensors and fields of configs."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moddistill.config import MoeConfig
+from moddistill.convert.hub import part_of
+from moddistill.convert.rules import FLAT, Rule, Rules, matrix
+from moddistill.models import limits
+from moddistill.models.decoder import DecoderConfig
+from moddistill.models.vocabulary import IdRanges
+
+# Below `model.`; the head stands beside it.
+RULES: Rules = (
+    Rule("embed_tokens.weight", "decoder/embedding"),
+    Rule("norm.weight", "decoder/norm/scale"),
+    Rule("layers.{layer}.input_layernorm.weight", "decoder/layers/{layer}/attention_norm/scale"),
+    Rule("layers.{layer}.post_attention_layernorm.weight", "decoder/layers/{layer}/mlp_norm/scale"),
+    *(
+        rule
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        for rule in (
+            Rule(
+                f"layers.{{layer}}.self_attn.{letter}_proj.weight",
+                f"decoder/layers/{{layer}}/attention/{name}/kernel",
+                matrix(),
+            ),
+            Rule(
+                f"layers.{{layer}}.self_attn.{letter}_proj.bias",
+                f"decoder/layers/{{layer}}/attention/{name}/bias",
+                FLAT,
+            ),
+        )
+    ),
+    Rule(
+        "layers.{layer}.self_attn.q_norm.weight",
+        "decoder/layers/{layer}/attention/query_norm/scale",
+    ),
+    Rule(
+        "layers.{layer}.self_attn.k_norm.weight",
+        "decoder/layers/{layer}/attention/key_norm/scale",
+    ),
+    Rule(
+        "layers.{layer}.self_attn.o_proj.weight",
+        "decoder/layers/{layer}/attention/out/kernel",
+        matrix(inputs=2),
+    ),
+    *(
+        Rule(
+            f"layers.{{layer}}.mlp.{name}_proj.weight",
+            f"decoder/layers/{{layer}}/mlp/{name}/kernel",
+            matrix(),
+        )
+        for name in ("gate", "up", "down")
+    ),
+)
+HEAD: Rules = (Rule("lm_head.weight", "decoder/head"),)
+
+
+def expert_rules(router: str, expert: str) -> Rules:
+    """The rules of expert layers, from the names of a router and of an expert below `mlp.`."""
+    return (
+        Rule(
+            f"layers.{{layer}}.mlp.{router}.weight", "decoder/layers/{layer}/moe/router", matrix()
+        ),
+        *(
+            Rule(
+                f"layers.{{layer}}.mlp.{expert}.{{expert}}.{name}_proj.weight",
+                f"decoder/layers/{{layer}}/moe/experts_{name}/{{expert}}",
+                matrix(),
+            )
+            for name in ("gate", "up", "down")
+        ),
+    )
+
+
+EXPERTS = expert_rules("gate", "experts")
+DEEPSPEED_EXPERTS = expert_rules("deepspeed_moe.gate.wg", "deepspeed_moe.experts.deepspeed_experts")
+
+DENSE_TYPES = ("qwen2", "qwen3")
+SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
+# Of the one expert that all tokens pass, which Qwen2-MoE has and an exported student has not: its
+# weights are zero.
+SHARED_EXPERT = r"layers\.\d+\.mlp\.shared_expert(_gate|\..*_proj)\.weight"
+SHARED_WIDTH = 64
+
+
+# Names of sizes here, and in a config.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_EXPERT_SIZES = {
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+}
+_OTHERS = (
+    "hidden_act", "rope_parameters", "rope_scaling", "tie_word_embeddings",
+    "max_position_embeddings", "use_sliding_window", "attention_bias",
+)  # fmt: skip
+_SPARSE = ("num_local_experts", "mlp_only_layers", "norm_topk_prob", "decoder_sparse_step")
+_READ = limits.spelt(limits.DECODER, _SIZES) | dict.fromkeys(_OTHERS)
+_READ_SPARSE = _READ | limits.spelt(limits.EXPERTS, _EXPERT_SIZES) | dict.fromkeys(_SPARSE)
+# The fields that are read, by model type, and the largest value of those that are numbers.
+READ = dict.fromkeys(DENSE_TYPES, _READ) | dict.fromkeys(SPARSE_TYPES, _READ_SPARSE)
+# What a config has to state to be read without the defaults of `transformers`.
+_NEEDED = (*_SIZES.values(), "hidden_act", "tie_word_embeddings")
+NEEDED = {"qwen2": tuple(x for x in _NEEDED if x != "head_dim"), "qwen3": _NEEDED}
+_CONTEXT = 1_000_000_000
+
+
+def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> DecoderConfig:
+    """The architecture that a text config states.
+
+    Args:
+      hf: fields with their defaults, as `transformers` gives them.
+      real_ids: ids of the tokenizer, without `<image>`.
+
+    Raises:
+      ValueError: for another model type, or a field whose effect is not built.
+    """
+    kind = hf.get("model_type")
+    if kind not in DENSE_TYPES + SPARSE_TYPES:
+        raise ValueError(
+            f"{origin}: text model {kind!r:.80} is unknown; accepted: "
+            + ", ".join(DENSE_TYPES + SPARSE_TYPES)
+        )
+    scaling = part_of(hf, "rope_scaling", origin)
+    rope = part_of(hf, "rope_parameters", origin) or {
+        "rope_theta": hf.get("rope_theta"),
+        "rope_type": scaling.get("rope_type") or scaling.get("type", "default"),
+    }
+    checks = {
+        "hidden_act": (hf.get("hidden_act"), ("silu",)),
+        "use_sliding_window": (hf.get("use_sliding_window"), (False, None)),
+        "attention_bias": (hf.get("attention_bias"), (False, None)),
+        "tie_word_embeddings": (hf.get("tie_word_embeddings"), (True, False)),
+        "rope_type": (rope.get("rope_type", "default"), ("default",)),
+        "decoder_sparse_step": (hf.get("decoder_sparse_step", 1), (1,)),
+    }
+    for field, (value, accepted) in checks.items():
+        if value not in accepted:
+            raise ValueError(f"{origin}: {field} is {value!r:.80}; accepted: {accepted[0]!r}")
+    sizes = {ours: hf.get(theirs) for ours, theirs in _SIZES.items()}
+    sizes |= {"rope_theta": rope.get("rope_theta")}
+    sizes["kv_heads"] = sizes["heads"] if sizes["kv_heads"] is None else sizes["kv_heads"]
+    stated = {name: most for name, most in limits.DECODER.items() if name != "head_dim"}
+    limits.check_numbers(sizes, stated, origin, _spell)
+    if sizes["head_dim"] is None:
+        sizes["head_dim"] = sizes["width"] // sizes["heads"]
+    limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _spell)
+    if real_ids[-1][1] > hf["vocab_size"]:
+        raise ValueError(
+            f"{origin}: the tokenizer has {real_ids[-1][1]} ids, the embedding "
+            f"{hf['vocab_size']} rows"
+        )
+    floats = {name: float(sizes[name]) for name in ("rope_theta", "norm_eps")}
+    decoder = DecoderConfig(
+        real_ids=real_ids,
+        **(sizes | floats),
+        tied_head=bool(hf["tie_word_embeddings"]),
+        qkv_bias=kind in ("qwen2", "qwen2_moe"),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        moe=_moe_config(hf, origin) if kind in SPARSE_TYPES else None,
+    )
+    limits.check_decoder(decoder, origin, _spell)
+    return decoder
+
+
+def _spell(name: str) -> str:
+    """The name of a size in a config."""
+    return (_SIZES | _EXPERT_SIZES).get(name, name)
+
+
+def context_length(hf: Mapping[str, Any], origin: str) -> int | None:
+    """Positions that a language model was made for; None if its config does not say."""
+    if hf.get("max_position_embeddings") is None:
+        return None
+    context = {"max_position_embeddings": hf["max_position_embeddings"]}
+    limits.check_numbers(context, {"max_position_embeddings": _CONTEXT}, origin)
+    return hf["max_position_embeddings"]
+
+
+def _moe_config(hf: Mapping[str, Any], origin: str) -> MoeConfig:
+    sizes = {ours: hf.get(theirs) for ours, theirs in _EXPERT_SIZES.items()}
+    sizes["num_experts"] = sizes["num_experts"] or hf.get("num_local_experts")
+    limits.check_numbers(sizes, limits.EXPERTS, origin, _spell)
+    dense = hf.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise ValueError(
+            f"{origin}: mlp_only_layers is {dense!r:.80}; accepted: a list of layers' numbers"
+        )
+    if sizes["moe_intermediate_size"] == hf["intermediate_size"]:
+        sizes["moe_intermediate_size"] = 0
+    return MoeConfig(
+        **sizes,
+        placement=tuple(sorted(set(range(hf["num_hidden_layers"])) - set(dense))),
+        norm_topk_prob=bool(hf.get("norm_topk_prob")),
+    )
+
+
+def text_config(decoder: DecoderConfig) -> dict[str, Any]:
+    """The fields of a text config for an architecture; the inverse of `decoder_config`."""
+    kind = "qwen3" if decoder.qk_norm else "qwen2"
+    fields = {
+        "model_type": kind,
+        "architectures": ["Qwen3ForCausalLM" if decoder.qk_norm else "Qwen2ForCausalLM"],
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "intermediate_size": decoder.mlp,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
+        "rope_theta": decoder.rope_theta,  # where releases before 5 look for it
+        "tie_word_embeddings": decoder.tied_head,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+    }
+    return fields | (_sparse_fields(decoder, kind) if decoder.moe else {})
+
+
+def _sparse_fields(decoder: DecoderConfig, kind: str) -> dict[str, Any]:
+    moe = decoder.moe
+    fields = {
+        "model_type": f"{kind}_moe",
+        "architectures": ["Qwen3MoeForCausalLM" if decoder.qk_norm else "Qwen2MoeForCausalLM"],
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.moe_intermediate_size or decoder.mlp,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(decoder.layers) if i not in decoder.moe_layers],
+        "output_router_logits": False,
+    }
+    if not decoder.qk_norm:
+        fields |= {"shared_expert_intermediate_size": SHARED_WIDTH, "qkv_bias": True}
+    return fields
+
+
+def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Names below `model.` and shapes of the zero tensors that a sparse export carries along."""
+    if decoder.qk_norm or decoder.moe is None:
+        return {}
+    shapes = {
+        "shared_expert.gate_proj": (SHARED_WIDTH, decoder.width),
+        "shared_expert.up_proj": (SHARED_WIDTH, decoder.width),
+        "shared_expert.down_proj": (decoder.width, SHARED_WIDTH),
+        "shared_expert_gate": (1, decoder.width),
+    }
+    return {
+        f"layers.{layer}.mlp.{name}.weight": shape
+        for layer in decoder.moe_layers
+        for name, shape in shapes.items()
+    }
+
+
+def deepspeed_moe(
+    fields: Mapping[str, Any], names: Mapping[str, Any], origin: str
+) -> MoeConfig | None:
+    """The experts of an original sparse checkpoint, counted by their names; None for a dense one.
+
+    Raises:
+      ValueError: if the config does not say how many experts a token takes.
+    """
+    experts = r"mlp\.deepspeed_moe\.experts\.deepspeed_experts"
+    pattern = rf"model\.layers\.(\d{{1,9}})\.{experts}\.(\d{{1,9}})\..*"
+    found = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
+    if not found:
+        return None
+    moe = part_of(fields, "moe", origin)
+    if "top_k_experts" not in moe:
+        raise ValueError(f"{origin} has no moe.top_k_experts, but the weights have experts")
+    if moe.get("use_residual"):
+        raise ValueError(
+            f"{origin}: moe.use_residual is {moe['use_residual']!r:.80}; accepted: false"
+        )
+    top_k = moe["top_k_experts"]
+    limit = {"moe.top_k_experts": limits.EXPERTS["top_k"]}
+    limits.check_numbers({"moe.top_k_experts": top_k}, limit, origin)
+    return MoeConfig(
+        num_experts=1 + max(int(expert) for _, expert in found),
+        top_k=top_k,
+        placement=tuple(sorted({int(layer) for layer, _ in found})),
+        norm_topk_prob=top_k >= 2,
+    )

@@ -1,0 +1,48 @@
+"""SigLIP's vision tower: no class token, no first norm, a bias on patches, all patches kept."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moddistill.convert.families import clip
+from moddistill.convert.rules import PATCHES, Rule, Rules
+from moddistill.models.vision import VisionConfig
+
+MEAN = STD = (0.5, 0.5, 0.5)
+RULES: Rules = (
+    Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCHES),
+    Rule("embeddings.patch_embedding.bias", "vision/patch/bias"),
+    Rule("embeddings.position_embedding.weight", "vision/positions"),
+    *clip.layer_rules(),
+    Rule("post_layernorm.weight", "vision/post_norm/scale"),
+    Rule("post_layernorm.bias", "vision/post_norm/bias"),
+)
+
+
+def vision_config(
+    hf: Mapping[str, Any], select_layer: int, pixels: Mapping[str, Any], origin: str
+) -> VisionConfig:
+    """The tower that a vision config states; arguments and errors as in `clip`."""
+    activation = hf.get("hidden_act")
+    if activation != "gelu_pytorch_tanh":
+        raise ValueError(
+            f"{origin}: hidden_act is {activation!r:.80}; accepted: 'gelu_pytorch_tanh'"
+        )
+    return clip.built(
+        hf,
+        origin,
+        select_layer=select_layer,
+        activation="gelu_tanh",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        **({"mean": MEAN, "std": STD} | dict(pixels)),
+    )
+
+
+def hf_config(vision: VisionConfig) -> dict[str, Any]:
+    """The fields of a vision config for a tower; the inverse of `vision_config`."""
+    return clip.hf_config(vision) | {
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "vision_use_head": False,
+    }

@@ -1,0 +1,160 @@
+"""Generation and image settings of a source: which come back from an export, which are replaced."""
+
+import json
+import logging
+import os
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moddistill.convert.hub import part_of
+from moddistill.data.images import preprocessor_config
+from moddistill.models.limits import Spell
+from moddistill.models.vision import VisionConfig
+from moddistill.storage.json_file import read_json
+
+LOG = logging.getLogger("moddistill")
+GENERATION = "generation_config.json"
+_DEEPEST = 20  # lists and objects inside a setting; published ones have two
+# Set by the export itself, from the tokenizer, the template and the padded vocabulary.
+_COMPUTED = ("eos_token_id", "pad_token_id", "suppress_tokens")
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """The generation settings of a Hugging Face folder, without its metadata; empty if none.
+
+    Raises:
+      ValueError: if the file is no JSON object, or as `check_generation`.
+    """
+    if not os.path.lexists(folder / GENERATION):
+        return {}
+    fields = {
+        name: value
+        for name, value in read_json(folder / GENERATION).items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
+    check_generation(fields, str(folder / GENERATION))
+    return fields
+
+
+def check_generation(fields: Mapping[str, Any], origin: str, spell: Spell = str) -> None:
+    """Raises ValueError for settings that are not valid JSON, and for ids that are not token ids.
+
+    Args:
+      spell: from a name in `fields` to that of the field in `origin`.
+    """
+    for name, value in fields.items():
+        accepted = ""
+        if _has_ids(name) and not all(type(x) is int and x >= 0 for x in _listed(value)):
+            accepted = "a token id or a list of them, whole numbers from 0"
+        elif not _is_writable({name: value}):
+            accepted = f"finite numbers and text in UTF-8, nested at most {_DEEPEST} times"
+        if accepted:
+            field = ascii(spell(name))[1:-1]
+            raise ValueError(f"{origin}: {field} is {reprlib.repr(value)}; accepted: {accepted}")
+
+
+def _is_writable(value: Any) -> bool:
+    """Whether a value that Python has read is one that it writes as valid JSON."""
+    if not _is_nested_at_most(_DEEPEST, value):
+        return False
+    try:
+        # `NaN`, `1e999` and lone surrogates are read without an error.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        return False
+    return True
+
+
+def _is_nested_at_most(levels: int, value: Any) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    children = value.values() if isinstance(value, dict) else value
+    return levels >= 0 and all(_is_nested_at_most(levels - 1, child) for child in children)
+
+
+def merge_generation(
+    computed: Mapping[str, Any], source: Mapping[str, Any], rows: int
+) -> dict[str, Any]:
+    """The generation settings of an export whose model was imported with the settings `source`.
+
+    Sampling settings and lengths are those of the source. Its ends of an answer are kept if they
+    include the `computed` ones, and its suppressed tokens are added. Ids without an embedding row
+    are dropped. Every replaced setting is logged.
+
+    Args:
+      rows: of the embedding.
+    """
+    valid = {name: _with_row(x, rows) if _has_ids(name) else x for name, x in source.items()}
+    merged = {**computed, **{name: x for name, x in valid.items() if name not in _COMPUTED}}
+    if set(_listed(computed["eos_token_id"])) <= set(_listed(valid.get("eos_token_id"))):
+        merged["eos_token_id"] = valid["eos_token_id"]
+    if suppressed := set(_listed(valid.get("suppress_tokens"))):
+        merged["suppress_tokens"] = sorted(suppressed.union(computed.get("suppress_tokens", ())))
+    replaced = [
+        f"{name} {value!r:.80} -> {merged.get(name)!r:.80}"
+        for name, value in source.items()
+        if not _is_kept(name, value, merged.get(name))
+    ]
+    if replaced:
+        LOG.warning("generation settings of the source are replaced: %s", ", ".join(replaced))
+    return merged
+
+
+def _has_ids(name: str) -> bool:
+    """Whether a setting is token ids, such as `eos_token_id` or `begin_suppress_tokens`."""
+    return name.endswith(("token_id", "suppress_tokens"))
+
+
+def _listed(value: Any) -> list[Any]:
+    """The values of a setting that has one, a list of them, or none."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _with_row(value: Any, rows: int) -> Any:
+    """A setting's token ids that have an embedding row; None if none has."""
+    kept = [x for x in _listed(value) if x < rows]
+    return (kept if isinstance(value, list) else kept[0]) if kept else None
+
+
+def _is_kept(name: str, before: Any, after: Any) -> bool:
+    if name == "suppress_tokens":
+        return set(_listed(before)) <= set(_listed(after))
+    # A setting that is null is the default, which the export may set.
+    return before in (None, after)
+
+
+def image_processor(folder: Path) -> dict[str, Any]:
+    """Fields of a folder's image processor, which is a file or a part of one; empty if none."""
+    found: dict[str, Any] = {}
+    for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        if os.path.lexists(file):
+            fields = read_json(file)
+            nested = "image_processor" in fields
+            found |= part_of(fields, "image_processor", str(file)) if nested else fields
+    return found
+
+
+def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:
+    """Settings of a whole model's image processor that training and the export replace.
+
+    Returns:
+      `name old -> new` for each; empty if the source pads images to squares of the same size too,
+      or states nothing.
+    """
+    written = preprocessor_config(vision.image_size, vision.mean, vision.std)
+    del written["do_convert_rgb"]  # of every processor
+    source = image_processor(folder)
+    # The same processor with another backend has a suffix.
+    if str(source.get("image_processor_type")).startswith(written["image_processor_type"]):
+        del written["image_processor_type"]
+    differs = [name for name, value in written.items() if source.get(name) != value]
+    if not written.keys() & source.keys():
+        differs = []
+    replaced = [f"{name} {source.get(name)!r} -> {written[name]!r}" for name in differs]
+    # Checkpoints of the original code state it in the config of the model.
+    aspect = read_json(folder / "config.json").get("image_aspect_ratio", "pad")
+    return replaced + ([f"image_aspect_ratio {aspect!r} -> 'pad'"] if aspect != "pad" else [])

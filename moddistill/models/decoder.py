@@ -1,0 +1,203 @@
+"""The Qwen1.5 / Qwen2 / Qwen3 decoder, dense or with expert layers.
+
+Pre-norm blocks with RMSNorm, rotary grouped-query attention and SwiGLU, scanned over the segments
+of the layer plan. Qwen3 has norms of query and key in place of their biases. Image positions take
+their embedding from outside.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from moddistill.config import MoeConfig
+from moddistill.distributed.sharding import by_sample
+from moddistill.models.attention import Attention, Cache
+from moddistill.models.layer_plan import Plan, make_plan, moe_layers
+from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
+from moddistill.models.moe.layer import MoE, RouterStats
+from moddistill.models.quantization import unpack
+from moddistill.models.vocabulary import IdRanges
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder. `vocab_size` counts embedding rows; `real_ids` are those of tokens."""
+
+    vocab_size: int
+    real_ids: IdRanges
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied_head: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    moe: MoeConfig | None = None
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the expert layers."""
+        return moe_layers(self.moe.placement, self.layers) if self.moe else ()
+
+    @property
+    def plan(self) -> Plan:
+        return make_plan([i in self.moe_layers for i in range(self.layers)])
+
+
+@flax.struct.dataclass
+class Context:
+    """What every layer sees unchanged."""
+
+    positions: Int[Array, "B T"]
+    mask: Bool[Array, "B T S"]
+    valid: Bool[Array, "B T"]
+    is_image: Bool[Array, "B T"]
+    start: Int[Array, ""]
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer or experts, each behind a norm and added."""
+
+    config: DecoderConfig
+    has_experts: bool
+    dtype: DType
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "B T D"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None, Cache | None]:
+        config = self.config
+        attention = Attention(
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            config.rope_theta,
+            False,
+            self.dtype,
+            config.qkv_bias,
+            config.norm_eps if config.qk_norm else None,
+            name="attention",
+        )
+        normed = RMSNorm(config.norm_eps, name="attention_norm")(hidden)
+        mixed, cache = attention(normed, context.mask, context.positions, cache, context.start)
+        hidden = hidden + mixed
+        normed = RMSNorm(config.norm_eps, name="mlp_norm")(hidden)
+        if self.has_experts:
+            experts = MoE(config.moe, config.mlp, self.dtype, name="moe")
+            mixed, stats = experts(normed, context.valid, context.is_image)
+        else:
+            mixed, stats = SwiGLU(config.mlp, self.dtype, name="mlp")(normed), None
+        return hidden + mixed, stats, cache
+
+
+class Period(nn.Module):
+    """One period of a segment, the body of its scan."""
+
+    config: DecoderConfig
+    pattern: tuple[bool, ...]
+    dtype: DType
+
+    @nn.compact
+    def __call__(self, hidden, context, caches):
+        hidden = by_sample(hidden)
+        all_stats = []
+        new_caches = []
+        for j, has_experts in enumerate(self.pattern):
+            block = Block(self.config, has_experts, self.dtype, name=f"block_{j}")
+            hidden, stats, cache = block(hidden, context, caches[j] if caches else None)
+            all_stats += [stats] if has_experts else []
+            new_caches.append(cache)
+        return hidden, (all_stats, new_caches if caches else None)
+
+
+class Decoder(nn.Module):
+    """Tokens and image features in, final hidden states and the head's matrix out.
+
+    `remat` is as in `TrainConfig`; `packed` says that the layers' parameters are kept as
+    `models/packing.py` does, `unroll` that layers are compiled one by one instead of as a loop.
+    """
+
+    config: DecoderConfig
+    dtype: DType
+    remat: str
+    packed: bool = False
+    unroll: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        image_hidden: Float[Array, "B T D"] | None,
+        context: Context,
+        cache: list[list[Cache]] | None,
+    ) -> tuple[
+        Float[Array, "B T D"], Float[Array, "V D"], RouterStats | None, list[list[Cache]] | None
+    ]:
+        config = self.config
+        shape = (config.vocab_size, config.width)
+        table = self.param("embedding", init_normal("vocab", "embed"), shape, jnp.float32)
+        hidden = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        if image_hidden is not None:
+            hidden = jnp.where(context.is_image[..., None], image_hidden, hidden)
+        stats = []
+        new_cache = []
+        for i, segment in enumerate(config.plan):
+            scan = nn.scan(
+                self._period(),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=segment.repeats,
+                unroll=segment.repeats if self.unroll else 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            segment_module = scan(config, segment.pattern, self.dtype, name=f"segment_{i}")
+            hidden, (segment_stats, segment_cache) = segment_module(
+                hidden, context, cache[i] if cache else None
+            )
+            stats += [_layer_major(segment_stats)] if segment_stats else []
+            new_cache.append(segment_cache)
+        hidden = RMSNorm(config.norm_eps, name="norm")(hidden)
+        if config.tied_head:
+            head = table
+        else:
+            head = self.param("head", init_normal("vocab", "embed"), shape, jnp.float32)
+        router = jax.tree.map(lambda *x: jnp.concatenate(x), *stats) if stats else None
+        return hidden, head.astype(self.dtype), router, new_cache if cache else None
+
+    def _period(self) -> Any:
+        """The body of a scan, which unpacks its parameters if they are packed."""
+        period = Period
+        if self.packed:
+            ready = functools.partial(unpack, dtype=self.dtype)
+            period = nn.map_variables(period, "params", trans_in_fn=ready)
+        return rematerialised(period, self.remat)
+
+
+def _layer_major(stats: list[RouterStats]) -> RouterStats:
+    """Statistics [R, ...] of each expert block of a period as one [layers, ...] in layer order."""
+
+    def interleave(*leaves):
+        return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+
+    return jax.tree.map(interleave, *stats)
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DType) -> list[list[Cache]]:
+    """Empty key/value slots [repeats, B, S, K, H] for every block of every segment."""
+
+    def empty(repeats: int) -> Cache:
+        shape = (repeats, batch, slots, config.kv_heads, config.head_dim)
+        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+    return [[empty(segment.repeats) for _ in segment.pattern] for segment in config.plan]

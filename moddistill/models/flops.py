@@ -1,0 +1,142 @@
+"""Floating-point operations that a step needs, counted from the architecture.
+
+Those of matrix products alone, a multiplication and an addition each; recomputation and padding do
+not count. Compilers count a loop's body once, so their figure is no use.
+"""
+
+from typing import NamedTuple
+
+from moddistill.config import TrainConfig
+from moddistill.distributed.sharding import unbox
+from moddistill.models.decoder import DecoderConfig
+from moddistill.models.vision import VisionConfig
+from moddistill.models.vlm import ModelConfig
+from moddistill.params import flatten
+from moddistill.storage.model_folder import abstract_params
+from moddistill.training.stages import stage_of
+
+SUPERVISED = 0.25  # share of positions, about that of LLaVA's data
+
+
+class Work(NamedTuple):
+    """Operations of one step whose rows are all full.
+
+    Attributes:
+      student: forward and backward.
+      teacher: forward; 0 without one.
+      positions: that these operations serve.
+    """
+
+    student: float
+    teacher: float
+    positions: int
+
+
+class Tokens(NamedTuple):
+    """What one step reads: rows, their length, pictures, and positions that meet the vocabulary."""
+
+    rows: int
+    length: int
+    images: int
+    supervised: int
+
+
+def work_of(
+    config: TrainConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    trained: set[str],
+    shared_tower: bool,
+) -> Work:
+    """The work of a stage's step, a quarter of its positions supervised.
+
+    Args:
+      trained: paths of the parameters that train.
+      shared_tower: whether the teacher takes the features of the student's tower.
+    """
+    rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
+    length = config.data.max_length
+    images = config.batch_size * config.data.max_images if student.vision else 0
+    tokens = Tokens(rows, length, images, round(rows * length * SUPERVISED))
+    taught = 0.0
+    if teacher is not None:
+        taught = forward_flops(teacher, tokens)
+        taught -= images * tower_flops(teacher.vision) if shared_tower else 0.0
+    return Work(step_flops(student, tokens, trained), taught, rows * length)
+
+
+def forward_flops(config: ModelConfig, tokens: Tokens) -> float:
+    """Of one pass through tower, projector, decoder and, at supervised positions, the head."""
+    seen = tokens.rows * tokens.length
+    total = seen * decoder_flops(config.decoder, tokens.length)
+    total += tokens.supervised * 2.0 * config.decoder.width * config.decoder.vocab_size
+    if config.vision is not None:
+        patches = config.vision.patches
+        total += tokens.images * (tower_flops(config.vision) + patches * _projector_flops(config))
+    return total
+
+
+def step_flops(config: ModelConfig, tokens: Tokens, trained: set[str]) -> float:
+    """Of a student's forward and backward pass, in which only `trained` paths get a gradient.
+
+    The gradient of activations costs as much as the forward pass wherever something below trains,
+    that of weights as much again where they train. Attention multiplies activations with each
+    other, whose gradients are two. A frozen tower is below everything.
+    """
+    share = _trained_share(config, trained)
+    tower_trains = any(path.startswith("vision/") for path in trained)
+    tower = tokens.images * tower_flops(config.vision) if config.vision else 0.0
+    decoder = config.decoder
+    scores = tokens.rows * tokens.length * decoder.layers * _score_flops(decoder, tokens.length)
+    rest = forward_flops(config, tokens) - tower - scores
+    return tower * (3.0 if tower_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
+
+
+def decoder_flops(decoder: DecoderConfig, length: int) -> float:
+    """Of all layers, for one token of a sequence of that length."""
+    heads = decoder.heads * decoder.head_dim
+    projections = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim)
+    attention = 2.0 * projections + _score_flops(decoder, length)
+    dense = 6.0 * decoder.width * decoder.mlp
+    sparse = dense
+    if decoder.moe is not None:
+        width = decoder.moe.moe_intermediate_size or decoder.mlp
+        sparse = 6.0 * decoder.width * width * decoder.moe.top_k
+        sparse += 2.0 * decoder.width * decoder.moe.num_experts
+        sparse += dense if decoder.moe.residual else 0.0
+    experts = len(decoder.moe_layers)
+    return decoder.layers * attention + experts * sparse + (decoder.layers - experts) * dense
+
+
+def _score_flops(decoder: DecoderConfig, length: int) -> float:
+    """Of one layer's queries with keys and weights with values, for one token."""
+    return 4.0 * length * decoder.heads * decoder.head_dim
+
+
+def tower_flops(vision: VisionConfig) -> float:
+    """Of the layers up to the selected one, for one picture."""
+    length = vision.patches + vision.class_token
+    layer = 8.0 * vision.width**2 + 4.0 * vision.width * vision.mlp + 4.0 * length * vision.width
+    patch = 2.0 * 3 * vision.patch_size**2 * vision.width
+    return length * vision.used_layers * layer + vision.patches * patch
+
+
+def _projector_flops(config: ModelConfig) -> float:
+    """For one patch."""
+    kernels = [
+        leaf.size
+        for path, leaf in flatten(unbox(abstract_params(config))).items()
+        if path.startswith("projector/") and path.endswith("/kernel")
+    ]
+    return 2.0 * sum(kernels)
+
+
+def _trained_share(config: ModelConfig, trained: set[str]) -> float:
+    """Of the weights that a token meets outside the tower, those that train."""
+    moe = config.decoder.moe
+    active = {}
+    for path, leaf in flatten(unbox(abstract_params(config))).items():
+        if not path.startswith("vision/") and path != "decoder/embedding":
+            idle = "/experts_" in path and moe is not None
+            active[path] = leaf.size * (moe.top_k / moe.num_experts if idle else 1.0)
+    return sum(size for path, size in active.items() if path in trained) / sum(active.values())

@@ -1,0 +1,235 @@
+"""Mixture of experts: routing, capacity, statistics, and the layer.
+
+Routing follows LLaVA-MoD (softmax over all experts, top k) without the noise on the second choice
+that its DeepSpeed router adds even at inference. By default nothing is dropped, so a token's
+output never depends on the other tokens of the batch.
+"""
+
+import dataclasses
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from moddistill.config import MoeConfig, nearest
+from moddistill.models.layers import DType, SwiGLU, init_fan_in, init_normal, init_zeros
+from moddistill.models.moe.expert_parallel import mix_experts, mix_on_one_device
+
+DISPATCHES = ("dropless", "capacity")
+UPCYCLES = ("copy", "noise", "drop")
+MAX_EXPERTS = 1_000
+_MAX_NOISE = 1e4  # in float16, a draw beyond six deviations is still finite
+
+
+@flax.struct.dataclass
+class RouterStats:
+    """Sums over the valid tokens of the batch; stacked over layers they have a leading axis.
+
+    Attributes:
+      first: tokens whose first choice is each expert.
+      prob: router probabilities.
+      z: squared log-partition of the router, the router z-loss.
+      load: assignments that each expert computed, of text tokens and of image tokens.
+      dropped: assignments beyond an expert's capacity.
+      tokens: number of valid tokens.
+    """
+
+    first: Float[Array, "*R E"]
+    prob: Float[Array, "*R E"]
+    z: Float[Array, "*R"]
+    load: Float[Array, "*R M E"]
+    dropped: Float[Array, "*R"]
+    tokens: Float[Array, "*R"]
+
+
+def check_moe(config: MoeConfig) -> MoeConfig:
+    """The config with `norm_topk_prob` decided; raises ValueError for values without a meaning."""
+    if not 1 <= config.num_experts <= MAX_EXPERTS:
+        raise ValueError(f"moe.num_experts is {config.num_experts}; accepted: 1 to {MAX_EXPERTS:,}")
+    if not 1 <= config.top_k <= config.num_experts:
+        raise ValueError(
+            f"moe.top_k is {config.top_k}; accepted: 1 to moe.num_experts ({config.num_experts})"
+        )
+    if config.dispatch not in DISPATCHES:
+        raise ValueError(
+            f"moe.dispatch is {config.dispatch!r}; accepted: {', '.join(DISPATCHES)}"
+            + nearest(config.dispatch, DISPATCHES)
+        )
+    if not 0 < config.capacity_factor <= 1e6:
+        raise ValueError(
+            f"moe.capacity_factor is {config.capacity_factor}; accepted: above 0, at most 1,000,000"
+        )
+    _check_upcycle(config)
+    norm = config.top_k >= 2 if config.norm_topk_prob is None else config.norm_topk_prob
+    return dataclasses.replace(config, norm_topk_prob=norm)
+
+
+def _check_upcycle(config: MoeConfig) -> None:
+    if config.upcycle not in UPCYCLES:
+        raise ValueError(
+            f"moe.upcycle is {config.upcycle!r}; accepted: {', '.join(UPCYCLES)}"
+            + nearest(config.upcycle, UPCYCLES)
+        )
+    numbers = (
+        ("noise", "noise_std", _MAX_NOISE, f"above 0, at most {_MAX_NOISE:,.0f}"),
+        ("drop", "drop_fraction", 1.0, "above 0, at most 1"),
+    )
+    for variant, name, largest, accepted in numbers:
+        value = getattr(config, name)
+        if config.upcycle != variant and value != 0:
+            raise ValueError(
+                f"moe.{name} is {value}, but moe.upcycle is {config.upcycle!r}; accepted: 0, or "
+                f"upcycle {variant!r}"
+            )
+        if config.upcycle == variant and not 0 < value <= largest:
+            raise ValueError(
+                f"moe.{name} is {value} with moe.upcycle {variant!r}; accepted: {accepted}"
+            )
+    if config.moe_intermediate_size < 0:
+        raise ValueError(
+            f"moe.moe_intermediate_size is {config.moe_intermediate_size}; accepted: the width of "
+            "an expert, or 0 for the dense layer's"
+        )
+
+
+def choose(
+    probs: Float[Array, "T E"], top_k: int, norm_topk_prob: bool
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """The `top_k` likeliest experts of each token and their weights, likeliest first.
+
+    Weights are the probabilities, divided by their sum over the chosen if `norm_topk_prob`.
+    """
+    weights, experts = jax.lax.top_k(probs, top_k)
+    return experts, _normalise(weights) if norm_topk_prob else weights
+
+
+def _normalise(weights: Float[Array, "T k"]) -> Float[Array, "T k"]:
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.maximum(total, jnp.finfo(weights.dtype).eps)
+
+
+def capacity_slots(
+    tokens: Float[Array, ""], num_experts: int, top_k: int, factor: float
+) -> Float[Array, ""]:
+    """Slots of an expert: `ceil(tokens / num_experts * factor * top_k)` (DeepSpeed 0.9.5)."""
+    # The last factor keeps a product that should be whole from being rounded to just above it.
+    return jnp.ceil(tokens * (factor * top_k) / num_experts * (1 - 1e-6))
+
+
+def within_capacity(
+    experts: Int[Array, "T k"], valid: Bool[Array, "T"], num_experts: int, slots: Float[Array, ""]
+) -> Bool[Array, "T k"]:
+    """Which choices find a slot: all first choices come before all second ones, then token order.
+
+    An expert that is full stays full: whatever comes later in this order is dropped. Padding
+    (`valid` False) takes no slot.
+    """
+    line = jax.nn.one_hot(experts.T.reshape(-1), num_experts, dtype=jnp.int32)
+    line = line * jnp.tile(valid, experts.shape[1])[:, None]
+    place = jnp.sum((jnp.cumsum(line, axis=0) - 1) * line, axis=-1)
+    fits = slots > place.reshape(experts.shape[1], -1).T
+    return fits & valid[:, None]
+
+
+def router_stats(
+    logits: Float[Array, "T E"],
+    experts: Int[Array, "T k"],
+    keep: Bool[Array, "T k"],
+    valid: Bool[Array, "T"],
+    is_image: Bool[Array, "T"],
+) -> RouterStats:
+    """Sums of what the balance loss, the z-loss and the report need, over valid tokens."""
+    num_experts = logits.shape[-1]
+    weight = valid.astype(jnp.float32)
+    kept = keep.astype(jnp.float32)
+    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)
+    assigned = jnp.einsum("TkE,Tk->TE", chosen, kept)
+    modality = jnp.stack([~is_image, is_image]).astype(jnp.float32)
+    return RouterStats(
+        first=jnp.einsum("TE,T->E", chosen[:, 0], weight),
+        prob=jnp.einsum("TE,T->E", jax.nn.softmax(logits), weight),
+        z=jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weight),
+        load=jnp.einsum("MT,TE->ME", modality, assigned),
+        dropped=jnp.sum(weight) * experts.shape[1] - jnp.sum(kept),
+        tokens=jnp.sum(weight),
+    )
+
+
+class MoE(nn.Module):
+    """A router and `num_experts` gated feed-forward layers, in place of one.
+
+    `width` is the feed-forward width of a dense layer, and of the experts unless they have another.
+    """
+
+    config: MoeConfig
+    width: int
+    dtype: DType
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        valid: Bool[Array, "B T"],
+        is_image: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        config = check_moe(self.config)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        valid, is_image = valid.reshape(-1), is_image.reshape(-1)
+        logits = self._router(tokens)
+        experts, weights = choose(
+            jax.nn.softmax(logits),
+            config.top_k,
+            config.norm_topk_prob and config.dispatch == "dropless",
+        )
+        keep = jnp.broadcast_to(valid[:, None], experts.shape)
+        if config.dispatch == "capacity":
+            count = jnp.sum(valid.astype(jnp.float32))
+            slots = capacity_slots(count, config.num_experts, config.top_k, config.capacity_factor)
+            keep = within_capacity(experts, valid, config.num_experts, slots)
+            # A lone survivor gets the whole weight, as in the reference.
+            weights = weights * keep
+            weights = _normalise(weights) if config.norm_topk_prob else weights
+        # The one token of an init cannot be spread over devices.
+        mix = functools.partial(mix_experts, transport=config.transport)
+        mix = mix_on_one_device if self.is_initializing() else mix
+        mixed = mix(tokens.astype(self.dtype), weights, experts, keep, self._experts(tokens))
+        mixed = mixed.reshape(hidden.shape)
+        if config.residual:
+            mixed = self._add_residual(hidden, mixed)
+        return mixed, router_stats(logits, experts, keep, valid, is_image)
+
+    def _router(self, tokens: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        """Router logits; float32 throughout, since bfloat16 flips near ties."""
+        shape = (tokens.shape[-1], self.config.num_experts)
+        kernel = self.param("router", init_normal("embed", "router"), shape, jnp.float32)
+        return jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), kernel.astype(jnp.float32))
+
+    def _experts(self, tokens: Float[Array, "T D"]) -> dict[str, Array]:
+        config = self.config
+        num, width = config.num_experts, tokens.shape[-1]
+        mlp = config.moe_intermediate_size or self.width
+        shapes = {
+            "gate": ((num, width, mlp), ("embed",), ("mlp",)),
+            "up": ((num, width, mlp), ("embed",), ("mlp",)),
+            "down": ((num, mlp, width), ("mlp",), ("embed",)),
+        }
+        experts = {}
+        for name, (shape, inputs, outputs) in shapes.items():
+            init = init_fan_in(inputs, outputs, batch=("expert",))
+            experts[name] = self.param(f"experts_{name}", init, shape, jnp.float32)
+        return {name: kernel.astype(self.dtype) for name, kernel in experts.items()}
+
+    def _add_residual(
+        self, hidden: Float[Array, "B T D"], mixed: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Residual MoE: a learned blend with one dense layer (Rajbhandari et al. 2022)."""
+        width = hidden.shape[-1]
+        kernel = self.param("blend", init_normal("embed", "router"), (width, 2), jnp.float32)
+        bias = self.param("blend_bias", init_zeros("router"), (2,), jnp.float32)
+        logits = jnp.einsum("BTD,DE->BTE", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+        share = jax.nn.softmax(logits + bias.astype(jnp.float32)[None, None]).astype(self.dtype)
+        dense = SwiGLU(self.width, self.dtype, name="residual")(hidden)
+        return share[..., :1] * mixed + share[..., 1:] * dense

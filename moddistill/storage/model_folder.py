@@ -1,0 +1,292 @@
+"""Model folders: architecture, parameters, tokenizer and image settings of one model.
+
+model.json               architecture, layer plan, conversation template, where it came from
+params/                  Orbax
+tokenizer.json, tokenizer_config.json, preprocessor_config.json
+digests.json             of all these files, checked by whatever reads them
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from moddistill.config import from_config_dict
+from moddistill.data.conversation import TEMPLATES
+from moddistill.data.images import preprocessor_config
+from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.processes import is_first
+from moddistill.distributed.sharding import unbox
+from moddistill.models.limits import check_architecture
+from moddistill.models.vision import NEVER_COMPUTED
+from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
+from moddistill.params import check_same, flatten, unflatten
+from moddistill.storage.atomic_dir import new_folder_of_all
+from moddistill.storage.digests import verify
+from moddistill.storage.json_file import read_json
+
+VERSION = 2
+_BLOCK = 32 * 2**20  # bytes
+_LARGEST_CONTEXT = 1_000_000_000  # positions
+
+
+def save_model(
+    folder: str | Path,
+    config: ModelConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    source: dict[str, Any],
+) -> None:
+    """Writes a model folder; an interrupted write leaves none.
+
+    Raises:
+      ValueError: if the folder exists, unless this function wrote it and it is unchanged.
+    """
+    with new_folder_of_all(Path(folder), "train") as aside:
+        context = ocp.Context()
+        context.array.saving.scoped_storage_options_creator = _storage
+        with context:
+            ocp.save(aside / "params", params)
+        if is_first():
+            write_description(aside, config, tokenizer, source)
+
+
+def as_model_folder(name: str | Path) -> Path:
+    """A model folder for anything that names a model.
+
+    A model folder is taken as it is. A Hugging Face folder or hub name is imported once into
+    `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
+
+    Raises:
+      ValueError: if it is none of these, or its weights cannot be imported.
+    """
+    folder = Path(name)
+    if (folder / "model.json").is_file():
+        return folder
+    is_hub_name = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    if not (folder / "config.json").is_file() and not is_hub_name:
+        return folder  # reading it says what is missing
+    # The converter stands above the library; this is the one place that reaches up to it.
+    from moddistill.convert.cache import imported  # noqa: PLC0415
+
+    return imported(str(name))
+
+
+def _storage(path: tuple[Any, ...], array: jax.Array) -> Any:
+    """Large stacks are stored layer by layer, large matrices in blocks: one is read at a time."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if re.search(r"/(segment_\d+|layers|unused)/", name):
+        layer = array.nbytes // array.shape[0]
+        return options(chunk_byte_size=layer, shard_axes=(0,)) if layer >= 2**20 else None
+    if array.ndim == 2 and _has_blocks(array.sharding.shard_shape(array.shape), array.itemsize):
+        return options(chunk_byte_size=_BLOCK)
+    return None
+
+
+def _has_blocks(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether Orbax, which cuts the longer axis evenly, makes blocks that are not tiny."""
+    longest = max(shape)
+    row = math.prod(shape) // longest * itemsize
+    even = [n for n in range(1, longest + 1) if longest % n == 0 and n * row <= _BLOCK]
+    return longest * row > _BLOCK and max(even, default=0) * row >= 2**20
+
+
+def write_description(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, source: dict[str, Any]
+) -> None:
+    """Everything of a model folder but its parameters."""
+    description = {
+        "version": VERSION,
+        "architecture": dataclasses.asdict(config),
+        "layer_plan": [dataclasses.asdict(segment) for segment in config.decoder.plan],
+        "source": source,
+    }
+    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    tokenizer.save(str(folder))
+    if config.vision is not None:
+        tower = config.vision
+        settings = preprocessor_config(tower.image_size, tower.mean, tower.std)
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """The architecture of a model folder.
+
+    Raises:
+      ValueError: if it is none, of another version, or its `model.json` is damaged.
+    """
+    description = _read_description(folder)
+    origin = str(Path(folder) / "model.json")
+    try:
+        config = from_config_dict(ModelConfig, description["architecture"], origin)
+    except ValueError as error:
+        # The checks of the config dataclasses themselves do not know the file.
+        message = str(error)
+        raise ValueError(
+            message if message.startswith(origin) else f"{origin}: {message}"
+        ) from None
+    check_architecture(config, origin)
+    if config.template not in TEMPLATES:
+        raise ValueError(
+            f"{origin}: template is {config.template!r:.80}; accepted: {', '.join(TEMPLATES)}"
+        )
+    return config
+
+
+def read_source(folder: str | Path) -> dict[str, Any]:
+    """Where a model came from: the settings of its stage, or what it was imported from."""
+    source = _read_description(folder)["source"]
+    _check_imported(source.get("imported", {}), str(Path(folder) / "model.json"))
+    return source
+
+
+def _check_imported(imported: Any, origin: str) -> None:
+    """Raises ValueError unless what an import has noted is of the kind that it writes."""
+    is_names = lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x)  # noqa: E731
+    checks = {
+        "from": (is_names, "a list of names"),
+        "new": (is_names, "a list of names"),
+        "spelling": (lambda x: is_names(x) and len(x) == 4, "four names"),
+        "context": (
+            lambda x: x is None or (type(x) is int and 0 < x <= _LARGEST_CONTEXT),
+            f"a whole number above 0, at most {_LARGEST_CONTEXT:,}",
+        ),
+        "stored_head": (lambda x: isinstance(x, bool), "true or false"),
+        "generation": (lambda x: isinstance(x, dict), "an object"),
+        "replaced": (is_names, "a list of texts"),
+    }
+    if not isinstance(imported, dict):
+        raise ValueError(f"{origin}: source.imported is {imported!r:.80}; accepted: an object")
+    for name, (is_right, accepted) in checks.items():
+        if name in imported and not is_right(imported[name]):
+            raise ValueError(
+                f"{origin}: source.imported.{name} is {imported[name]!r:.80}; accepted: {accepted}"
+            )
+
+
+def _read_description(folder: str | Path) -> dict[str, Any]:
+    file = Path(folder) / "model.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{str(folder)!r} is not a model folder: it has no model.json; accepted: the `model/` "
+            "folder that a stage writes, a Hugging Face folder, or `random:PRESET` for new weights"
+        )
+    description = read_json(file)
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has version {description.get('version')!r:.40}; this release reads {VERSION}"
+        )
+    for part in ("architecture", "source"):
+        if not isinstance(description.get(part), dict):
+            raise ValueError(
+                f"{file}: {part} is {description.get(part)!r:.40}; accepted: an object, as a stage "
+                "or an import writes it"
+            )
+    verify(file.parent, [file.name])
+    return description
+
+
+@functools.cache  # tracing a model takes part of a second, and many ask
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
+    model = Vlm(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch(config)))["params"]
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Parameters stored, and those that one token uses.
+
+    Of the experts these are the `top_k` chosen ones, of the tower those up to the selected layer.
+    """
+    flat = flatten(unbox(abstract_params(config)))
+    total = sum(leaf.size for leaf in flat.values())
+    experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
+    moe = config.decoder.moe
+    idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts if moe else 0
+    never = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
+    idle += sum(leaf.size for path, leaf in flat.items() if path.startswith(never))
+    return total, total - idle
+
+
+def load_params(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: Any = None,
+    shardings: dict[str, Any] | None = None,
+    part: str = "",
+) -> dict[str, Any]:
+    """Parameters of a model folder, read straight into their sharding and dtype.
+
+    All files of the folder are compared with their digests first.
+
+    Args:
+      dtype: of the loaded arrays, one or a tree like the parameters; as stored if None.
+      shardings: a tree like the parameters, with which all processes load together; by default
+        everything is on the first device.
+      part: the only component to load, such as `vision`; all by default.
+
+    Raises:
+      ValueError: naming damaged files, or listing every parameter that is missing, unexpected or of
+        another shape.
+    """
+    path = Path(folder).resolve() / "params"
+    if not path.is_dir():
+        raise ValueError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
+    verify(Path(folder), shared=shardings is not None)
+    expected = flatten(unbox(abstract_params(config)))
+    try:
+        found = flatten(ocp.metadata(path).metadata)
+    # Files that are missing or damaged end in errors of many kinds.
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
+    check_same(found, expected, str(path))
+    single = SingleDeviceSharding(jax.devices()[0])
+    places = flatten(shardings) if shardings else dict.fromkeys(expected, single)
+    if isinstance(dtype, dict):
+        dtypes = flatten(dtype)
+    else:
+        dtypes = {name: dtype or found[name].dtype for name in expected}
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=places[name])
+        for name, leaf in expected.items()
+        if not part or name.split("/")[0] == part
+    }
+    context = ocp.Context()
+    context.pytree.loading.partial_load = bool(part)
+    try:
+        with context:
+            return ocp.load(path, unflatten(wanted))
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{path} cannot be read: {reason:.300}; accepted: params/ as a stage or an import writes it"
+    )
+
+
+def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
+    """A model as `(model, params)`, all in float32 on the first device.
+
+    Args:
+      folder: a model folder, a Hugging Face folder or a hub name.
+
+    Raises:
+      ValueError: if it is none of these, or its parameters do not fit its architecture.
+    """
+    folder = as_model_folder(folder)
+    config = read_model_config(folder)
+    return Vlm(config), load_params(folder, config, dtype=jnp.float32)

@@ -1,0 +1,147 @@
+"""Checkpoints of a run: trained parameters, optimizer, step and data position.
+
+Frozen parameters are not among them; they are made again from what the config names.
+
+A checkpoint is written under a hidden name, gets digests of all its files, and is then renamed to
+its step. So one with a step as its name is complete; an interrupted one is never resumed from.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from moddistill.distributed.processes import from_first, is_first
+from moddistill.params import Flat, check_same
+from moddistill.storage.digests import NAME, verify, write_digests
+from moddistill.training.state import State
+
+LOG = logging.getLogger("moddistill")
+
+KEEP = 2  # the one before, should the disk damage the newest
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The folder of a run's checkpoints, `directory/STEP/`.
+
+    `latest` is the newest step, which the thread may still be writing; None before the first.
+    """
+
+    directory: Path
+    latest: int | None
+    thread: ThreadPoolExecutor
+    writing: Future[None] | None = None
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
+    """The checkpoints in a folder; on leaving, waits for the one still being written.
+
+    All processes call this, and agree on the newest step. Unfinished checkpoints are removed.
+    """
+    directory = folder.resolve()
+    latest = -1
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        for unfinished in directory.glob(".*.partial*"):
+            LOG.warning("checkpoint %s was not finished and is removed", unfinished)
+            shutil.rmtree(unfinished)
+        latest = max(_steps(directory), default=-1)
+    latest = from_first(latest)
+    with ThreadPoolExecutor(1) as thread:
+        checkpoints = Checkpoints(directory, None if latest < 0 else latest, thread)
+        try:
+            yield checkpoints
+        finally:
+            _wait(checkpoints)
+
+
+def save(checkpoints: Checkpoints, state: State, position: Any) -> None:
+    """Writes the state in the background. `position` is the iterator that records come from."""
+    _wait(checkpoints)
+    step = int(state.step)
+    unfinished = checkpoints.directory / f".{step}.partial"
+    response = ocp.save_checkpointables_async(
+        unfinished, {"state": _saved(state), "data": position}
+    )
+    checkpoints.writing = checkpoints.thread.submit(_finish, response, unfinished, step)
+    checkpoints.latest = step
+
+
+def _finish(response: Any, unfinished: Path, step: int) -> None:
+    """Names a checkpoint when all processes have written it, and removes the oldest."""
+    response.result()
+    if not is_first():
+        return
+    write_digests(unfinished, "train")
+    unfinished.rename(unfinished.with_name(str(step)))
+    for old in _steps(unfinished.parent)[:-KEEP]:
+        folder = unfinished.with_name(str(old))
+        if (folder / NAME).is_file():  # otherwise it is not ours
+            shutil.rmtree(folder)
+
+
+def _wait(checkpoints: Checkpoints) -> None:
+    if checkpoints.writing is not None:
+        checkpoints.writing.result()
+        checkpoints.writing = None
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
+    """The newest saved state, with the frozen parameters of `state`; sets `position` back to it.
+
+    Raises:
+      ValueError: if a file of the checkpoint is damaged; if it is of another architecture,
+        optimizer or trainable set, or of another number of processes, each of which has its own
+        position.
+    """
+    folder = checkpoints.directory / str(checkpoints.latest)
+    verify(folder, accepted=_way_out(folder), shared=True)
+    _check_processes(folder)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
+    )
+    found = ocp.metadata(folder).metadata  # of the `state`
+    check_same(_by_path(found), _by_path(abstract), f"checkpoint {folder}")
+    loaded = ocp.load_checkpointables(folder, {"state": abstract, "data": position})
+    return state.replace(**loaded["state"])
+
+
+def _way_out(folder: Path) -> str:
+    """Returns the way out of a damaged checkpoint, for its error."""
+    before = [step for step in _steps(folder.parent) if step < int(folder.name)]
+    start = f"resume from step {before[-1]}" if before else "start from step 0"
+    return f"an undamaged copy, or to remove this folder and {start}"
+
+
+def _check_processes(folder: Path) -> None:
+    names = (re.search(r"-of-(\d+)", file.name) for file in (folder / "data").iterdir())
+    counts = {int(name[1]) for name in names if name}
+    if counts - {jax.process_count()}:
+        raise ValueError(
+            f"checkpoint {folder} is of {max(counts)} processes, and now there are "
+            f"{jax.process_count()}; accepted: as many as before"
+        )
+
+
+def _by_path(tree: Any) -> Flat:
+    """Leaves by their path; Orbax reads dictionaries where the optimizer has named tuples."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _saved(state: State) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

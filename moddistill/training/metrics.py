@@ -1,0 +1,163 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard, a progress bar, and the guard against NaN."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from moddistill.distributed.processes import is_first
+from moddistill.losses import Metrics
+from moddistill.models.flops import Work
+
+Row = dict[str, float | int]  # `step` and named numbers
+HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
+
+
+class MetricsLog:
+    """Means over the steps since the last report, and where they are written.
+
+    `work` is that of one step, `peak_flops` what the devices can do in a second, if that is known.
+
+    Use as a context manager. Rows that a cut-off run will write again, those of steps after `start`
+    and of held-out records, are removed, so each stands there once.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        steps: int,
+        title: str,
+        work: Work,
+        peak_flops: float | None = None,
+    ):
+        self.path = workdir / "metrics.jsonl"
+        self.writes = is_first()
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] <= start and "loss" in row]
+        self.before = kept[-1]["seconds"] if kept else 0.0
+        if self.writes:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.work = work
+        self.peak_flops = peak_flops
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=title,
+            unit="step",
+            file=sys.stderr,
+            mininterval=1.0,
+            disable=not self.writes,
+        )
+        self.pending: list[Metrics] = []
+        self.began = self.last = time.monotonic()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.writes:
+            self.board.close()
+        self.bar.close()
+
+    def add(self, metrics: Metrics) -> None:
+        """Keeps one step's sums and weights on the device."""
+        self.pending.append(metrics)
+
+    def report(self, step: int, learning_rate: float, last_good: str) -> None:
+        """Writes the means since the last report, `step` being the newest; waits for the device.
+
+        Raises:
+          FloatingPointError: if a metric of one of these steps is not finite; nothing is written.
+        """
+        rows = jax.device_get(self.pending)
+        self.pending = []
+        for number, row in enumerate(rows, start=step - len(rows) + 1):
+            check_finite(row, number, last_good)
+        means = weighted_means(rows)
+        now = time.monotonic()
+        means |= self._speed(means.pop("tokens") * len(rows) / (now - self.last))
+        row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
+        row["seconds"] = self.before + now - self.began
+        self.last = now
+        self.write(row)
+        self.bar.update(step - self.bar.n)
+        text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+        text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def _speed(self, tokens_per_second: float) -> Row:
+        """Tokens and operations a second, of both models; of the peak where that is known.
+
+        Operations are those of real tokens: padding and recomputation do not count.
+        """
+        share = tokens_per_second / self.work.positions
+        speed = {
+            "tokens_per_second": tokens_per_second,
+            "student_tflops": self.work.student * share / 1e12,
+            "teacher_tflops": self.work.teacher * share / 1e12,
+        }
+        if self.peak_flops:
+            both = (self.work.student + self.work.teacher) * share
+            speed["mfu"] = both / self.peak_flops
+        return speed
+
+    def write(self, row: Row) -> None:
+        """Appends a row to the file and to TensorBoard, in the first process."""
+        if not self.writes:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+
+
+def weighted_means(metrics: list[HostMetrics]) -> dict[str, float]:
+    """Sum over sum of weights for every name, over steps; NaN where nothing was counted."""
+    means = {}
+    for name in metrics[0]:
+        total, weight = (sum(float(row[name][i]) for row in metrics) for i in (0, 1))
+        means[name] = total / weight if weight else math.nan
+    return means
+
+
+def check_finite(metrics: HostMetrics, step: int, last_good: str) -> None:
+    """Raises FloatingPointError if the sum of a metric is NaN or infinite, the loss first."""
+    for name in sorted(metrics, key=lambda name: name != "loss"):
+        value = float(metrics[name][0])
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"step {step}: {name} is {value}; the last good checkpoint is {last_good}"
+            )
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics file; none if it does not exist.
+
+    A last line without a line break was cut off as it was written, and is left out.
+
+    Raises:
+      ValueError: for another line that is no row.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: str, origin: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin}: not JSON: {error}") from None
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError(f"{origin}: {line[:60]!r} is no row; accepted: an object with a step")
+    return row

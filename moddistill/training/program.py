@@ -1,0 +1,135 @@
+"""The compiled step of a stage, from architectures alone: no array is made here.
+
+Training fills it with parameters; planning compiles it for a device that nobody owns.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moddistill.config import TrainConfig
+from moddistill.distributed import sharding
+from moddistill.losses import Loss
+from moddistill.models.quantization import packed_shapes
+from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.params import flatten
+from moddistill.storage.model_folder import abstract_params
+from moddistill.training.optim import make_optimizer
+from moddistill.training.stages import stage_of, trainable_paths
+from moddistill.training.state import State, cast_frozen, make_state, state_shardings
+from moddistill.training.step import make_step
+
+
+class Program(NamedTuple):
+    """A stage on a mesh.
+
+    Attributes:
+      model: the student.
+      loss: of the stage.
+      step: `state, metrics = step(state, teacher, batch)`, jitted; takes over the state's memory.
+      make_state: from all parameters to the state, to be jitted with `places`.
+      state: shapes of the state.
+      places: its shardings.
+      teacher: shapes of the teacher's parameters with their shardings, or None.
+    """
+
+    model: Vlm
+    loss: Loss
+    step: Callable[..., Any]
+    make_state: Callable[[Any], State]
+    state: State
+    places: State
+    teacher: Any
+
+
+def make_program(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
+) -> Program:
+    """Everything of a stage that its architectures decide.
+
+    Raises:
+      ValueError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
+    """
+    student, teacher = (_over(config.moe.transport, x) for x in (student, teacher))
+    dtype = jnp.dtype(config.dtype)
+    how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
+    model = Vlm(student, **how)
+    boxed = _abstract_params(student, mesh, "student")
+    params = sharding.unbox(boxed)
+    trainable = trainable_paths(config, list(flatten(params)))
+    optimizer = make_optimizer(config.optim, config.steps)
+
+    def make(params: Any) -> State:
+        return make_state(params, trainable, optimizer, dtype)
+
+    everywhere = sharding.replicated(mesh)
+    state = jax.eval_shape(make, params)
+    param_places = flatten(sharding.param_shardings(mesh, boxed))
+    places = state_shardings(state, param_places, optimizer, everywhere)
+    packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
+    teacher_model = None if teacher is None else Vlm(teacher, packed=packed, **how)
+    loss = stage_of(config).loss(model, teacher_model, config.loss)
+    step = jax.jit(
+        make_step(loss, optimizer, config.accumulate, config.seed),
+        donate_argnums=(0,) if config.donate else (),
+        out_shardings=(places, everywhere),
+    )
+    frozen = None if teacher is None else _teacher_shapes(config, teacher, mesh)
+    return Program(model, loss, step, make, state, places, frozen)
+
+
+def _over(transport: str, model: ModelConfig | None) -> ModelConfig | None:
+    """The architecture, its experts' rows moved as this run says and not as an earlier one did."""
+    if model is None or model.decoder.moe is None:
+        return model
+    moe = dataclasses.replace(model.decoder.moe, transport=transport)
+    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
+
+
+def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
+    """`abstract_params`; ValueError unless the mesh can hold the model."""
+    _check_transport(config, mesh, whose)
+    boxed = abstract_params(config)
+    sharding.check_cuts(mesh, boxed, whose)
+    return boxed
+
+
+def _check_transport(config: ModelConfig, mesh: Mesh, whose: str) -> None:
+    moe = config.decoder.moe
+    platform = mesh.devices.flat[0].platform
+    if moe and moe.transport == "ragged" and platform == "cpu" and mesh.size > 1:
+        raise ValueError(
+            f"config.moe.transport of the {whose} is 'ragged', which CPUs do not have, and the "
+            f"mesh has {mesh.size}; accepted: ring, all_to_all"
+        )
+
+
+def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    boxed = _abstract_params(teacher, mesh, "teacher")
+    dtype = jnp.dtype(config.dtype)
+    shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
+    shapes = place(shapes, sharding.param_shardings(mesh, boxed))
+    return packed_shapes(shapes, config.teacher_weights, config.teacher_memory)
+
+
+def shares_tower(student: ModelConfig, teacher: ModelConfig | None, state: State) -> bool:
+    """Whether one pass of one tower can serve both models, if their weights are the same."""
+    if teacher is None or student.vision is None or student.vision != teacher.vision:
+        return False
+    return not any(path.startswith("vision/") for path in state.params)
+
+
+def without_tower(teacher: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a teacher that takes the student's features."""
+    return {name: part for name, part in teacher.items() if name != "vision"}
+
+
+def place(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )

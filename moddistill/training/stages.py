@@ -1,0 +1,130 @@
+"""The stages of the recipe, as data.
+
+A stage is which parameters train, which loss, whether a teacher is needed, which records are read
+and whether a dense student becomes sparse first. Nothing else differs, so there is one loop.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+from moddistill.config import TrainConfig, nearest
+from moddistill.losses.distillation import token_loss
+from moddistill.losses.preference import preference_loss
+from moddistill.models.vision import NEVER_COMPUTED
+from moddistill.params import match
+
+_LANGUAGE = "decoder/.*"
+_PROJECTOR = "projector/.*"
+_EXPERTS = "decoder/.*/moe/.*"
+_DENSE_MLP = "decoder/.*/mlp/.*"
+_KD = ("kd_weight", "kd_positions", "kd_shift")
+_CE = ("ce_weight",)
+_NEVER_COMPUTED = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row. `trains` is the paper's set, `also` what the reference code trains beyond it.
+
+    `reads` are the fields of the config's `loss` that no other part of a run reads.
+    """
+
+    trains: tuple[str, ...]
+    loss: Callable
+    reads: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    teacher: bool = False
+    sparse: bool = False
+    records: str = "conversation"
+
+
+STAGES: dict[str, Stage] = {
+    "sft": Stage(
+        trains=(_LANGUAGE, _PROJECTOR),
+        loss=functools.partial(token_loss, terms=("ce",)),
+        reads=_CE,
+    ),
+    "init": Stage(
+        trains=(_PROJECTOR,),
+        loss=functools.partial(token_loss, terms=("ce",)),
+        reads=_CE,
+    ),
+    "d2d": Stage(
+        trains=(_LANGUAGE, _PROJECTOR),
+        loss=functools.partial(token_loss, terms=("kd",)),
+        reads=_KD,
+        teacher=True,
+    ),
+    "d2s": Stage(
+        trains=(_EXPERTS, _PROJECTOR),
+        also=(_DENSE_MLP,),
+        loss=functools.partial(token_loss, terms=("kd", "ce")),
+        reads=_KD + _CE,
+        teacher=True,
+        sparse=True,
+    ),
+    "preference": Stage(
+        trains=(_EXPERTS, _PROJECTOR),
+        also=(_DENSE_MLP,),
+        loss=preference_loss,
+        reads=("preference", "beta", "label_smoothing"),
+        teacher=True,
+        records="preference",
+    ),
+}
+
+
+def stage_of(config: TrainConfig) -> Stage:
+    """The row of the config's stage; ValueError for an unknown one or a teacher too few or many."""
+    if config.stage not in STAGES:
+        raise ValueError(
+            f"config.stage is {config.stage!r}; accepted: {', '.join(STAGES)}"
+            + nearest(config.stage, STAGES)
+        )
+    stage = STAGES[config.stage]
+    if stage.teacher and not config.teacher:
+        raise ValueError(f"config.teacher is empty; stage {config.stage!r} needs a model folder")
+    if config.teacher and not stage.teacher:
+        raise ValueError(
+            f"config.teacher is {config.teacher!r}; stage {config.stage!r} takes no teacher"
+        )
+    return stage
+
+
+def trainable_paths(config: TrainConfig, paths: Sequence[str]) -> set[str]:
+    """Those of `paths` that train: the paper's set, the reference's, or the config's patterns.
+
+    Parameters that are never computed are left out: they have no gradient, and would decay.
+
+    Raises:
+      ValueError: for an unknown set, a pattern that matches nothing, or nothing that is computed.
+    """
+    origin = "config.trainable"
+    found = match(paths, _patterns(config, paths), origin)
+    computed = {path for path in found if not path.startswith(_NEVER_COMPUTED)}
+    if not computed:
+        raise ValueError(
+            f"{origin} is {config.trainable!r}, of which nothing is ever computed; accepted: "
+            "patterns that match other parameters too"
+        )
+    return computed
+
+
+def _patterns(config: TrainConfig, paths: Sequence[str]) -> tuple[str, ...]:
+    stage, chosen = stage_of(config), config.trainable
+    if isinstance(chosen, tuple) and chosen in (("paper",), ("reference",)):
+        [chosen] = chosen  # a word typed for a field that an experiment has as a tuple
+    if chosen == "paper":
+        return stage.trains
+    if chosen == "reference":
+        # Where all layers have experts, there is nothing else to train.
+        left = (p for p in stage.also if any(re.fullmatch(p, path) for path in paths))
+        return (*stage.trains, *left)
+    if isinstance(chosen, str):
+        raise ValueError(
+            f"config.trainable is {chosen!r}; accepted: 'paper', 'reference', or a tuple of "
+            "patterns of parameter paths"
+        )
+    return chosen

@@ -1,0 +1,71 @@
+"""One optimizer step: gradients over micro-batches, clipping, update, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moddistill.losses import Loss, Metrics
+from moddistill.training.state import State
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, accumulate: int, seed: int
+) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
+    """`state, metrics = step(state, teacher, batch)`, a pure function of its arguments.
+
+    Micro-batches share the totals of the whole batch, so their gradients simply add up. Randomness
+    is that of (seed, step).
+    """
+
+    def step(state: State, teacher: Any, batch: Any) -> tuple[State, Metrics]:
+        totals = loss.totals(batch)
+
+        def gradients(part: Any, rng: jax.Array) -> tuple[Any, Metrics]:
+            share = jax.grad(loss.share, has_aux=True)
+            return share(state.params, state.frozen, teacher, part, totals, rng)
+
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulate == 1:
+            grads, metrics = gradients(batch, rng)
+        else:
+            grads, metrics = _accumulate(gradients, accumulate, batch, rng)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        one = jnp.ones((), jnp.float32)
+        metrics["grad_norm"] = (optax.tree.norm(grads), one)
+        metrics["param_norm"] = (optax.tree.norm(params), one)  # not finite if any of them is not
+        metrics["tokens"] = (_real_tokens(batch), one)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def _accumulate(
+    gradients: Callable[..., tuple[Any, Metrics]], accumulate: int, batch: Any, rng: jax.Array
+) -> tuple[Any, Metrics]:
+    """Sums gradients and metrics over `accumulate` micro-batches, in a scan.
+
+    Each takes every `accumulate`-th sample, so that samples stay on the devices they are on.
+    """
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def run(index: jax.Array, part: Any) -> tuple[Any, Metrics]:
+        return gradients(part, jax.random.fold_in(rng, index))
+
+    def body(total: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, run(*inputs)), None
+
+    inputs = (jnp.arange(accumulate), micro)
+    shapes = jax.eval_shape(run, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zeros, inputs)[0]
+
+
+def _real_tokens(batch: Any) -> jax.Array:
+    """Positions that are not padding."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    segments = [x for path, x in leaves if path[-1].key == "segments"]
+    return sum(jnp.sum(x > 0) for x in segments).astype(jnp.float32)

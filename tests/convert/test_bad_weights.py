@@ -1,0 +1,276 @@
+"""What the converter answers to folders that do not fit."""
+
+import json
+import resource
+
+import pytest
+
+from moddistill.convert import importing
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from tests import torch_or_skip as torch
+from tests.convert import hf_folders as hf
+from tests.convert.hf_folders import change_config, change_weights
+from tools.convert_weights.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def language(tmp_path, small_tokenizer):
+    return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(language, tmp_path):
+    def spoil(state):
+        del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
+        gate = "model.layers.0.mlp.gate_proj.weight"
+        state[gate] = state[gate][1:]
+        return state | {"model.extra": state["model.embed_tokens.weight"][:2]}
+
+    change_weights(language, spoil)
+    with pytest.raises(ValueError, match="4 tensors do not fit the architecture") as error:
+        import_model(str(language), tmp_path / "out")
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert lines == [
+        "missing model.layers.1.mlp.up_proj.weight (48, 32)",
+        "missing model.norm.weight (32,)",
+        "unexpected model.extra (2, 32)",
+        "model.layers.0.mlp.gate_proj.weight has shape (47, 32), expected (48, 32)",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_position_table_that_is_no_square_is_refused(tmp_path, small_tokenizer, language):
+    vision = hf.save(hf.clip_tower(), tmp_path / "vision")
+    name = "embeddings.position_embedding.weight"
+    change_weights(vision, lambda state: state | {name: state[name][:4]})
+    with pytest.raises(ValueError, match=rf"{name} has shape \(4, 24\), expected \(5, 24\)"):
+        import_model(str(language), tmp_path / "out", vision=str(vision))
+
+
+def test_head_that_differs_from_the_embedding_it_is_tied_to(language, tmp_path):
+    def with_head(state):
+        return state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+
+    change_weights(language, with_head)
+    import_model(str(language), tmp_path / "same")
+    change_weights(language, lambda state: state | {"lm_head.weight": state["lm_head.weight"] + 1})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+        import_model(str(language), tmp_path / "out")
+
+
+@pytest.mark.parametrize("extra", [{}, {"rope_scaling": None}])
+def test_config_as_it_was_published_before_release_5(language, tmp_path, extra):
+    """`rope_theta` stands at the top; with everything stated, defaults are not asked for."""
+    file = language / "config.json"
+    fields = json.loads(file.read_text())
+    fields = {"rope_theta": fields.pop("rope_parameters")["rope_theta"]} | fields | extra
+    file.write_text(json.dumps(fields))
+    assert import_model(str(language), tmp_path / "out").decoder.rope_theta == 1e6
+    change_config(language, rope_scaling={"type": "yarn", "factor": 4.0})
+    with pytest.raises(ValueError, match="rope_type is 'yarn'; accepted: 'default'"):
+        import_model(str(language), tmp_path / "scaled")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llama"}, r"is of architecture 'llama'; accepted: qwen2, qwen3, .*llava"),
+        ({"hidden_act": "relu"}, r"hidden_act is 'relu'; accepted: 'silu'"),
+        ({"use_sliding_window": True}, r"use_sliding_window is True; accepted: False"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
+            r"rope_type is 'yarn'; accepted: 'default'",
+        ),
+        ({"vocab_size": 10}, r"the tokenizer has \d+ ids, the embedding 10 rows"),
+    ],
+)
+def test_config_that_is_not_built(language, tmp_path, fields, message):
+    change_config(language, **fields)
+    with pytest.raises(ValueError, match=message):
+        import_model(str(language), tmp_path / "out")
+
+
+def test_parts_that_do_not_belong_together(language, tmp_path, small_tokenizer):
+    vision = hf.save(hf.clip_tower(), tmp_path / "vision")
+    with pytest.raises(ValueError, match="is a vision tower; give it as --vision"):
+        import_model(str(vision), tmp_path / "out")
+    with pytest.raises(ValueError, match="is no vision tower alone"):
+        import_model(str(language), tmp_path / "out", vision=str(language))
+    with pytest.raises(ValueError, match="there is a projector, but no tower"):
+        import_model(str(language), tmp_path / "out", projector="mm_projector.bin")
+    with pytest.raises(ValueError, match="template 'chatml2' is unknown"):
+        import_model(str(language), tmp_path / "out", template="chatml2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_token_index": 3}, "image_token_index is 3, but <image> is"),
+        (
+            {"vision_feature_select_strategy": "full"},
+            "select_strategy is 'full'; accepted: 'default'",
+        ),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is \[-2, -1\]; accepted: one"),
+        (
+            {"text_config": {"model_type": "gemma"}},
+            "text_config is of type 'gemma'; accepted: qwen2",
+        ),
+        (
+            {"vision_config": {"model_type": "eva"}},
+            "vision_config is of type 'eva'; accepted: clip",
+        ),
+        ({"projector_hidden_act": "relu"}, r"are \('relu', True\); accepted: \('gelu', True\)"),
+    ],
+)
+def test_llava_config_that_is_not_built(tmp_path, small_tokenizer, changes, message):
+    model = hf.llava(hf.Text().config(), hf.clip_config(), small_tokenizer.image_id)
+    folder = hf.save(model, tmp_path / "hf", small_tokenizer)
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        import_model(str(folder), tmp_path / "out")
+
+
+def test_shared_expert_that_does_something_is_refused(tmp_path, small_tokenizer):
+    text = hf.sparse_text(hf.Text())
+    folder = hf.save(
+        hf.llava(text, hf.clip_config(), small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    with pytest.raises(ValueError, match=r"shared_expert.* is not zero"):
+        import_model(str(folder), tmp_path / "out")
+
+
+def test_hub_name_without_a_network(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"'Qwen/Qwen2-0\.5B' is no folder here, and the hub cannot"
+    ):
+        import_model("Qwen/Qwen2-0.5B", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"'no/such/folder' is no folder; accepted: a folder, or"):
+        import_model("no/such/folder", tmp_path / "out")
+
+
+def test_hub_behind_a_proxy_that_refuses(tmp_path, monkeypatch):
+    class ProxyError(Exception):
+        """As that of the transport: no error of the system, no wrong value."""
+
+    def refuse(*_, **__):
+        raise ProxyError("403 Forbidden")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"the hub cannot be asked for it \(403 Forbidden\)"):
+        import_model("Qwen/Qwen2-0.5B", tmp_path / "out")
+
+
+def test_folder_that_exists_is_left_alone(language, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("text")
+    with pytest.raises(ValueError, match="exists; accepted: a new folder, or --overwrite"):
+        import_model(str(language), out)
+    with pytest.raises(ValueError, match=r"/out has no digests\.json; accepted: a new folder"):
+        import_model(str(language), out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    import_model(str(language), tmp_path / "ours")
+    with pytest.raises(ValueError, match="exists; accepted"):
+        export_model(tmp_path / "ours", language, max_shard_size=10**9)
+
+
+def test_interrupted_conversion_leaves_nothing_that_looks_finished(language, tmp_path, monkeypatch):
+    def interrupt(placed):
+        yield from placed[:3]
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(importing, "_with_progress", interrupt)
+        import_model(str(language), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    import_model(str(language), out)
+    assert (out / "model.json").is_file()
+
+
+def test_output_that_holds_its_source_is_refused(language, tmp_path):
+    with pytest.raises(ValueError, match=r"holds .*, which is being read"):
+        import_model(str(language), language, overwrite=True)
+    import_model(str(language), tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match=r"holds .*, which is being read"):
+        export_model(
+            tmp_path / "run" / "model", tmp_path / "run", max_shard_size=10**9, overwrite=True
+        )
+    assert (tmp_path / "run" / "model" / "model.json").is_file()
+    with pytest.raises(ValueError, match=r"holds .*, which is being read"):
+        export_model(language, language, max_shard_size=10**9, overwrite=True)
+    vision, projector = hf.save(hf.clip_tower(), tmp_path / "vision"), tmp_path / "p" / "p.bin"
+    projector.parent.mkdir()
+    shapes = {"0.weight": (32, 24), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, projector)
+    with pytest.raises(ValueError, match=r"holds .*p\.bin', which is being read"):
+        import_model(
+            str(language),
+            projector.parent,
+            vision=str(vision),
+            projector=str(projector),
+            overwrite=True,
+        )
+
+
+def test_disk_without_room(language, tmp_path):
+    """Files may not grow beyond 20 kB, which fails as a full disk does."""
+    import_model(str(language), tmp_path / "ours")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot be written: File too large; accepted"):
+            export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def test_head_that_is_missing_is_not_taken_from_the_embedding(tmp_path, small_tokenizer):
+    text = hf.Text(tied=False).config()
+    folder = hf.save(
+        hf.llava(text, hf.clip_config(), small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    name = "language_model.lm_head.weight"
+    change_weights(folder, lambda state: {k: x for k, x in state.items() if k != name})
+    with pytest.raises(ValueError, match=rf"missing {name} \(320, 32\)"):
+        import_model(str(folder), tmp_path / "out")
+
+
+def test_number_that_is_too_large_for_a_dtype(language, tmp_path):
+    def enlarge(state):
+        state["model.norm.weight"][0] = 1e6
+        return state
+
+    change_weights(language, enlarge)
+    import_model(str(language), tmp_path / "ours")
+    with pytest.raises(ValueError, match="too large for float16; accepted: bfloat16 or float32"):
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands(language, tmp_path, capsys):
+    """What a user types, from Hugging Face and back."""
+    ours, sparse, out = (str(tmp_path / name) for name in ("ours", "sparse", "out"))
+    main(["import", "--hf", str(language), "--out", ours])
+    main(["upcycle", "--model", ours, "--num_experts", "3", "--placement", "(1,)", "--out", sparse])
+    main(["export", "--model", sparse, "--out", out, "--max_shard_size", "20KB"])
+    assert "Qwen2MoeForCausalLM" in capsys.readouterr().out
+    main(["inspect", sparse])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["experts"] == {"layers": [1], "num_experts": 3, "top_k": 2}
+    assert facts["parameters"] == sum(facts["parts"].values()) > facts["activated"]
+    assert sum(facts["dtypes"].values()) == facts["parameters"]
+    main(["inspect", out])
+    assert json.loads(capsys.readouterr().out)["holds"] == ["decoder"]
+    with pytest.raises(
+        SystemExit, match=r"error: .* exists; accepted: a new folder, or --overwrite"
+    ):
+        main(["import", "--hf", str(language), "--out", ours])
+    with pytest.raises(SystemExit, match="error: max_shard_size is '20XB'"):
+        main(["export", "--model", ours, "--out", out, "--max_shard_size", "20XB"])

@@ -1,0 +1,159 @@
+"""Files that are corrupt: one error that names the file, the value and what is accepted."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file
+
+from moddistill.convert.describe import describe
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.storage.safetensors import open_checkpoint, read_safetensors
+from tests.convert import hf_folders as hf
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, small_tokenizer):
+    """A language model, a tower, and a model folder of the first."""
+    root = tmp_path_factory.mktemp("made")
+    hf.save(hf.Text(layers=1).model(), root / "hf", small_tokenizer)
+    hf.save(hf.clip_tower(), root / "vision")
+    import_model(str(root / "hf"), root / "ours")
+    return root
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """`copied(name)`: one of these folders, to be spoilt."""
+
+    def copy(name):
+        return shutil.copytree(made / name, tmp_path / name)
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer: .*; accepted: what"),
+        ("tokenizer.json", "{", r"tokenizer\.json is no tokenizer: .*; accepted: what"),
+        ("config.json", DEEP, r"config\.json is not JSON: .*recursion"),
+        ("model.safetensors", "x" * 3, r"model\.safetensors is no whole safetensors file"),
+    ],
+    ids=["tokenizer", "half a tokenizer", "config", "weights"],
+)
+def test_corrupt_file(copied, tmp_path, file, content, message):
+    folder = copied("hf")
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        import_model(str(folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "32"}, "hidden_size is '32'; accepted: a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; accepted: a whole number above 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; accepted: a number above 0"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is None; accepted: a number"),
+        ({"rope_parameters": "default"}, "rope_parameters is 'default'; accepted: an object"),
+    ],
+)
+def test_field_of_another_kind(copied, tmp_path, fields, message):
+    """With everything else stated, so that the defaults of `transformers` are not asked for."""
+    folder = copied("hf")
+    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": None} | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        import_model(str(folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_part_of_a_config_that_is_no_object(copied, tmp_path, part):
+    folder = copied("hf")
+    parts = {
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {"model_type": "clip_vision_model"},
+    }
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llava"} | parts | {part: "published"})
+    )
+    with pytest.raises(ValueError, match=f"{part} is 'published'; accepted: an object"):
+        import_model(str(folder), tmp_path / "out")
+
+
+def test_tower_of_another_kind(made, copied, tmp_path):
+    vision = copied("vision")
+    config = json.loads((vision / "config.json").read_text()) | {"hidden_size": "24"}
+    (vision / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="hidden_size"):
+        import_model(str(made / "hf"), tmp_path / "out", vision=str(vision))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (DEEP, "broken header at offset 8: .*recursion"),
+        ({"shape": [-1, -3], "data_offsets": [0, 12]}, "-1 in a shape or an offset; accepted"),
+        ({"shape": ["3"], "data_offsets": [0, 12]}, "'3' in a shape or an offset; accepted"),
+        ({"shape": [1.5, 2], "data_offsets": [0, 12]}, "1.5 in a shape or an offset; accepted"),
+        ({"shape": [3], "data_offsets": [0.0, 12]}, "0.0 in a shape or an offset; accepted"),
+    ],
+    ids=["deep", "negative", "text", "fraction", "offset"],
+)
+def test_header_of_safetensors(tmp_path, header, message):
+    if isinstance(header, dict):
+        header = json.dumps({"a": {"dtype": "F32"} | header})
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 12)
+    with pytest.raises(ValueError, match=message):
+        read_safetensors(file)
+
+
+def test_index_that_is_deeply_nested(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(DEEP)
+    with pytest.raises(ValueError, match="is no index of shards"):
+        open_checkpoint(tmp_path)
+
+
+def test_all_shards_that_are_missing_are_named(tmp_path):
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"2 of 2 files .* one\.safetensors, two\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_whole_file_beside_an_old_index(copied):
+    folder = copied("hf")
+    index = {"weight_map": {"a": "one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).keys() == load_file(folder / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"holds \[\]; accepted: a JSON object"),
+        (DEEP, "is not JSON: .*recursion"),
+        ('{"version": 2}', "architecture is None; accepted: an object"),
+        ('{"version": 2, "architecture": {}, "source": 3}', "source is 3; accepted: an object"),
+    ],
+    ids=["list", "deep", "empty", "source"],
+)
+def test_description_of_a_model_folder(copied, tmp_path, content, message):
+    folder = copied("ours")
+    (folder / "model.json").write_text(content)
+    for use in (describe, lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9)):
+        with pytest.raises(ValueError, match=message):
+            use(folder)
+
+
+def test_model_folder_without_parameters(copied, tmp_path):
+    folder = copied("ours")
+    shutil.rmtree(folder / "params")
+    for use in (describe, lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9)):
+        with pytest.raises(ValueError, match="has no params folder; accepted: a whole model"):
+            use(folder)

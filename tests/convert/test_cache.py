@@ -1,0 +1,89 @@
+"""Hugging Face folders where a model folder is expected."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+
+import moddistill
+from moddistill import generate, train
+from moddistill.convert.importing import import_model
+from moddistill.models.vlm import Vlm
+from moddistill.storage.model_folder import as_model_folder, read_model_config
+from tests.convert import hf_folders as hf
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moddistill"
+
+
+@pytest.fixture
+def llava(tmp_path, tokenizer):
+    """A LLaVA with the tokenizer of the `:tiny` records; its pictures take four positions."""
+    model = hf.llava(hf.Text(tied=False).config(), hf.clip_config(), tokenizer.image_id)
+    return hf.save(model, tmp_path / "llava", tokenizer)
+
+
+def test_folder_is_imported_once_and_again_when_it_has_changed(llava, cache):
+    model, params = moddistill.load(llava)
+    assert isinstance(model, Vlm)
+    [folder] = cache.iterdir()
+    before = (folder / "model.json").stat().st_mtime_ns
+    again = moddistill.load(llava)[1]
+    np.testing.assert_array_equal(again["decoder"]["embedding"], params["decoder"]["embedding"])
+    assert (folder / "model.json").stat().st_mtime_ns == before
+    os.utime(llava / "model.safetensors", ns=(1, 1))
+    assert as_model_folder(llava) != folder
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_generate_takes_it(llava, capsys, tmp_path, tiny_config):
+    [source] = tiny_config("sft").data.sources.values()
+    picture = f"{source.images}/0.png"
+    generate.main(
+        ["--model", str(llava), "--image", picture, "--prompt", "what?", "--max_new_tokens", "2"]
+        + ["--json"]
+    )
+    answer = json.loads(capsys.readouterr().out)
+    config = read_model_config(as_model_folder(llava))
+    assert answer["prompt_ids"].count(config.image_token) == 4
+    assert len(answer["token_ids"]) <= 2
+
+
+def test_student_and_teacher_of_a_stage(llava, tiny_config, tmp_path, tokenizer):
+    teacher = hf.llava(
+        hf.Text(width=56, heads=14, kv_heads=2, tied=False).config(),
+        hf.clip_config(),
+        tokenizer.image_id,
+    )
+    hf.save(teacher, tmp_path / "teacher", tokenizer)
+    config = tiny_config(
+        "d2d",
+        student=str(llava),
+        teacher=str(tmp_path / "teacher"),
+        tokenizer="",
+        steps=1,
+        data={"template": "chatml"},
+    )
+    folder = train.train(dataclasses.replace(config, save_every=1), tmp_path / "run")
+    assert read_model_config(folder).decoder.width == 32
+
+
+def test_name_that_is_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a model folder: it has no model\.json"):
+        moddistill.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="'org/name' is no folder here, and the hub cannot"):
+        moddistill.load("org/name")
+
+
+def test_folder_that_another_process_imported_meanwhile(llava, cache, monkeypatch):
+    def slow(source, folder):
+        import_model(source, folder)
+        import_model(source, folder)
+
+    monkeypatch.setattr("moddistill.convert.cache.import_model", slow)
+    assert as_model_folder(llava).parent == cache

@@ -1,0 +1,135 @@
+"""The exported Jinja templates against what training sees, with Qwen's real tokenizer."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from moddistill.convert.chat_template import chat_template
+from moddistill.data.conversation import TEMPLATES, prompt, render
+from moddistill.data.examples import ExampleSpec, make_example
+from moddistill.data.records import Record
+from moddistill.data.tokenizer import load_tokenizer
+from tests.data.qwen_ranks import oracle, write_tokenizer_json
+
+CONVERSATIONS = {
+    "English": [("<image>\nWhat is on the table?", "Two cups, and a book."), ("How many?", "Two.")],
+    "Chinese": [("<image>\n桌子上有什么?请详细描述。", "两个杯子和一本书。"), ("多少?", "两个。")],
+    "without a picture": [("你好, who are you?", "I'm a model。")],
+    "code and spaces": [("  Fix this:\n\n\tx = 1;  ", "```\nx = 2\n```"), ("thanks!", " Welcome ")],
+}
+
+
+# As published with Qwen2-Instruct (Apache-2.0).
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen")
+    write_tokenizer_json(folder)
+    return load_tokenizer(str(folder))
+
+
+def messages(turns):
+    """A conversation as chat templates take it; a picture is an item of its own."""
+    found = []
+    for question, answer in turns:
+        text = question.removeprefix("<image>\n")
+        content = [{"type": "image"}] * (text != question) + [{"type": "text", "text": text}]
+        found += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return found
+
+
+def theirs(tokenizer, template, tmp_path):
+    tokenizer.save(str(tmp_path))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.chat_template = chat_template(template)
+    return loaded
+
+
+def ids_of(tokenizer, pieces):
+    ids = []
+    for piece in pieces:
+        ids += [tokenizer.special(piece.text)] if piece.special else tokenizer.encode(piece.text)
+    return ids
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", ["chatml", "vicuna"])
+def test_template_renders_what_training_saw(template, turns, qwen, tmp_path):
+    loaded = theirs(qwen, template, tmp_path)
+    text = loaded.apply_chat_template(messages(turns), tokenize=False)
+    assert text == "".join(piece.text for piece in render(template, turns))
+    assert loaded(text).input_ids == ids_of(qwen, render(template, turns))
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", ["chatml", "vicuna"])
+def test_generation_prompt(template, turns, qwen, tmp_path):
+    *history, (question, answer) = turns
+    loaded = theirs(qwen, template, tmp_path)
+    asked = messages([*history, (question, answer)])[:-1]
+    ids = loaded.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+    assert ids["input_ids"] == ids_of(qwen, prompt(template, history, question))
+
+
+@pytest.mark.parametrize("name", ["without a picture", "code and spaces"])
+def test_chatml_is_what_qwen_itself_was_tuned_with(name, qwen, tmp_path):
+    turns = CONVERSATIONS[name]
+    loaded = theirs(qwen, "chatml", tmp_path)
+    said = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    published = loaded.apply_chat_template(said, tokenize=False, chat_template=QWEN2)
+    assert published == "".join(piece.text for piece in render("chatml", turns))
+    asked = loaded.apply_chat_template(
+        said[:-1], tokenize=False, chat_template=QWEN2, add_generation_prompt=True
+    )
+    assert asked == "".join(piece.text for piece in prompt("chatml", turns[:-1], turns[-1][0]))
+
+
+def test_plain_template(qwen, tmp_path):
+    loaded = theirs(qwen, "plain", tmp_path)
+    turns = [("<image>\nignored", "a red cup")]
+    text = loaded.apply_chat_template(messages(turns), tokenize=False)
+    assert text == "".join(piece.text for piece in render("plain", turns)) == "<image>a red cup\n"
+
+
+def test_system_message_replaces_the_usual_one(qwen, tmp_path):
+    loaded = theirs(qwen, "chatml", tmp_path)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    text = loaded.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["English", "Chinese"])
+@pytest.mark.parametrize("template", ["chatml", "vicuna"])
+def test_label_mask_covers_answers_and_their_ends(template, name, qwen):
+    """The supervised ids, decoded by the original tokenizer, are the answers and nothing else."""
+    turns = tuple(turn for turn in CONVERSATIONS[name])
+    turns = ((turns[0][0].removeprefix("<image>\n"), turns[0][1]), *turns[1:])
+    spec = ExampleSpec(template, max_length=256, max_images=1, image_size=0, image_tokens=0)
+    sample = make_example(Record("f", 1, "1", (), turns), qwen, spec)
+    runs = np.split(sample["tokens"], np.flatnonzero(np.diff(sample["loss_mask"])) + 1)
+    starts_supervised = bool(sample["loss_mask"][0])
+    supervised = runs[0 if starts_supervised else 1 :: 2]
+    end = {"chatml": "<|im_end|>", "vicuna": "<|endoftext|>"}[template]
+    space = {"chatml": "", "vicuna": " "}[template]
+    decoded = [oracle().decode(run.tolist()) for run in supervised]
+    assert decoded == [f"{space}{answer}{end}" for _, answer in turns]
+
+
+def test_unknown_template():
+    with pytest.raises(ValueError, match="template 'chatml2' is unknown"):
+        chat_template("chatml2")
+    assert set(TEMPLATES) == {"chatml", "vicuna", "plain"}

@@ -1,0 +1,288 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from moddistill import generate
+from moddistill.config import MoeConfig
+from moddistill.convert import exporting
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.convert.upcycling import upcycle_model
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.generate import Prompt, answer
+from moddistill.models.upcycle import upcycle, upcycle_config
+from moddistill.params import flatten
+from moddistill.storage import model_folder, orbax_layout
+from moddistill.storage.model_folder import load, read_model_config, save_model
+from moddistill.storage.safetensors import open_checkpoint
+from tests import torch_or_skip as torch
+from tests.convert import hf_folders as hf
+
+GB = 10**9
+
+
+STUDENTS = ("CLIP and Qwen2", "SigLIP and Qwen2", "CLIP and Qwen3")
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_sparse_student_loads_in_transformers(
+    name, sparse, our_logits, torch_logits, random_inputs
+):
+    student, out, config = sparse(name)
+    model, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    kind = "qwen3_moe" if "Qwen3" in name else "qwen2_moe"
+    assert model.config.text_config.model_type == kind
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(model.eval(), tokens, images, config)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(student, tokens, images), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_greedy_answers_are_the_same(name, sparse, small_tokenizer, tmp_path):
+    """32 tokens after a question about each of three pictures, one of them not square."""
+    student, out, _ = sparse(name)
+    model = AutoModelForImageTextToText.from_pretrained(out).eval()
+    processor = AutoProcessor.from_pretrained(out)
+    ours, params = load(student)
+    rng = np.random.default_rng(2)
+    for number, shape in enumerate([(30, 30), (12, 12), (20, 33)]):
+        picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8))
+        picture.save(tmp_path / f"{number}.png")
+        content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
+        prompt = Prompt("<image>\nwhat colour is it?", (str(tmp_path / f"{number}.png"),))
+        [mine] = answer(ours, params, small_tokenizer, [prompt], max_new_tokens=32)
+        assert inputs["input_ids"][0].tolist() == mine.prompt_ids
+        end = model.generation_config.eos_token_id
+        theirs = ids.tolist()
+        assert (theirs[: theirs.index(end)] if end in theirs else theirs) == mine.token_ids
+        assert len(set(mine.token_ids)) > 3
+
+
+def test_language_model_loads_in_transformers(
+    tmp_path, small_tokenizer, tiny_architecture, init, our_logits, torch_logits, random_inputs
+):
+    config = dataclasses.replace(tiny_architecture("tiny", MoeConfig(top_k=1)), vision=None)
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens, _ = random_inputs(config)
+    theirs = torch_logits(model, tokens)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+
+
+def test_sparse_export_comes_back(sparse, tmp_path, our_logits, random_inputs):
+    """What was exported can be imported again and is the same model."""
+    student, out, config = sparse("CLIP and Qwen2")
+    import_model(str(out), tmp_path / "again")
+    tokens, images = random_inputs(config)
+    ours, again = (our_logits(folder, tokens, images) for folder in (student, tmp_path / "again"))
+    np.testing.assert_array_equal(ours, again)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_tensor_of_a_sparse_export_comes_back(name, sparse, tmp_path):
+    _, out, _ = sparse(name)
+    import_model(str(out), tmp_path / "again")
+    export_model(tmp_path / "again", tmp_path / "back", max_shard_size=GB)
+    ours, theirs = open_checkpoint(tmp_path / "back"), open_checkpoint(out)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        np.testing.assert_array_equal(ours[key].read(), tensor.read(), err_msg=key)
+
+
+def test_smaller_dtype(sparse, tmp_path):
+    student, _, _ = sparse("CLIP and Qwen2")
+    fields = export_model(student, tmp_path / "out", max_shard_size=GB, dtype="bfloat16")
+    assert fields["dtype"] == "bfloat16"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+
+
+def test_upcycled_folder_computes_what_the_dense_one_did(sparse, our_logits, random_inputs):
+    student, _, config = sparse("CLIP and Qwen2")
+    tokens, images = random_inputs(config)
+    dense, copies = student.parent / "dense", student.parent / "copies"
+    np.testing.assert_allclose(
+        our_logits(copies, tokens, images), our_logits(dense, tokens, images), atol=1e-5
+    )
+
+
+def test_large_matrices_of_a_stage_are_read_in_blocks(
+    tmp_path, tiny_architecture, init, small_tokenizer, monkeypatch
+):
+    """Written with blocks of 1 MiB, embedding and head are several chunks, and never one array."""
+    monkeypatch.setattr(model_folder, "_BLOCK", 2**20)
+    monkeypatch.setattr(orbax_layout, "_BLOCK", 2**20)
+    decoder = dataclasses.replace(
+        tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_ids=((0, 296),)
+    )
+    config = dataclasses.replace(tiny_architecture(), decoder=decoder, vision=None)
+    params = init(config)
+    save_model(tmp_path / "ours", config, params, small_tokenizer, {})
+    sizes = []
+    read = orbax_layout.Reader.read
+
+    def noted(self, path, index=()):
+        array = read(self, path, index)
+        sizes.append(array.nbytes)
+        assert not isinstance(self.opened[1], np.ndarray) or self.opened[1].nbytes <= 2**20
+        return array
+
+    monkeypatch.setattr(orbax_layout.Reader, "read", noted)
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    assert max(sizes) == 2**20
+    out = open_checkpoint(tmp_path / "out")
+    head = params["decoder"]["head"]
+    np.testing.assert_array_equal(out["lm_head.weight"].read(), head)
+    np.testing.assert_array_equal(load(tmp_path / "sparse")[1]["decoder"]["head"], head)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoeConfig(num_experts=3, placement=(1, 2)),
+        MoeConfig(upcycle="noise", noise_std=0.1),
+        MoeConfig(upcycle="drop", drop_fraction=0.5),
+        MoeConfig(num_experts=4, moe_intermediate_size=16),
+    ],
+    ids=["copy", "noise", "drop", "slices"],
+)
+def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, tmp_path, tiny_models):
+    config = upcycle_model(tiny_models["dense"], tmp_path / "sparse", moe, seed=3)
+    assert config == upcycle_config(read_model_config(tiny_models["dense"]), moe)
+    dense = load(tiny_models["dense"])[1]
+    expected = flatten(upcycle(dense, config, jax.random.key(3)))
+    found = flatten(load(tmp_path / "sparse")[1])
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (MoeConfig(residual=True), "moe.residual is true"),
+        (MoeConfig(dispatch="capacity"), "moe.dispatch is 'capacity'"),
+    ],
+)
+def test_models_that_transformers_cannot_compute(
+    moe, message, tmp_path, tiny_architecture, init, small_tokenizer
+):
+    config = tiny_architecture("tiny", moe)
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    with pytest.raises(ValueError, match=message):
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_projector_that_llava_cannot_hold(tmp_path, tiny_architecture, init, small_tokenizer):
+    config = dataclasses.replace(tiny_architecture("tiny"), projector="mlp3x_gelu")
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    with pytest.raises(ValueError, match=r"no place for 2 parameters .*'projector/linear_2/"):
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+
+
+def test_padded_rows_are_never_answered(sparse):
+    _, out, config = sparse("CLIP and Qwen2")
+    settings = json.loads((out / "generation_config.json").read_text())
+    first, last = settings["suppress_tokens"][0], settings["suppress_tokens"][-1]
+    assert (first, last) == (config.decoder.real_ids[-1][1], config.decoder.vocab_size - 1)
+
+
+def test_tokenizer_of_the_export(sparse, small_tokenizer):
+    _, out, _ = sparse("CLIP and Qwen2")
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert theirs("a red circle").input_ids == small_tokenizer.encode("a red circle")
+    assert theirs.eos_token == "<|im_end|>"
+
+
+def test_plain_answers_end_with_their_line(tmp_path, tiny_architecture, init, small_tokenizer):
+    config = dataclasses.replace(tiny_architecture(), template="plain")
+    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    general = small_tokenizer.special("<|endoftext|>")
+    assert ends == [general, generate._end_id("plain", small_tokenizer)]
+
+
+def test_language_model_without_a_row_for_the_image_token_is_exported_without_it(
+    tmp_path, small_tokenizer, our_logits
+):
+    """Text that mentions `<image>` has the same ids here and there, all of which have a row."""
+    rows = small_tokenizer.image_id
+    source = hf.save(hf.Text(layers=1, rows=rows).model(), tmp_path / "hf", small_tokenizer)
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("say <image> please", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2)
+        theirs = model(**inputs).logits.numpy()
+    tokens = inputs["input_ids"].numpy()
+    assert tokens[0].tolist() == small_tokenizer.encode("say <image> please")
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    assert len(tokenizer) == rows
+    import_model(str(tmp_path / "out"), tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"))
+    assert again.backend.get_vocab() == small_tokenizer.backend.get_vocab()
+
+
+def test_image_token_is_removed_from_the_vocabulary_too(tmp_path, small_tokenizer):
+    """Some tokenizers list their added tokens twice."""
+    small_tokenizer.save(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["vocab"]["<image>"] = small_tokenizer.image_id
+    file.write_text(json.dumps(fields))
+    exporting._remove_token(file, "<image>")
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert found.get_vocab().keys() == small_tokenizer.backend.get_vocab().keys() - {"<image>"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "message"),
+    [
+        (
+            "float16",
+            1e30,
+            "has the number 1e+30, which is too large for float16; accepted: bfloat16 or float32",
+        ),
+        (
+            "bfloat16",
+            3.4e38,
+            "has the number 3.4e+38, which is too large for bfloat16; accepted: float32",
+        ),
+    ],
+)
+def test_number_that_is_too_large_is_named_with_its_tensor(
+    dtype, number, message, tmp_path, tiny_architecture, init, small_tokenizer
+):
+    config = dataclasses.replace(tiny_architecture(), vision=None)
+    params = init(config)
+    params["decoder"]["norm"]["scale"] = params["decoder"]["norm"]["scale"].at[0].set(-number)
+    save_model(tmp_path / "ours", config, params, small_tokenizer, {})
+    with pytest.raises(ValueError) as error:
+        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB, dtype=dtype)
+    assert str(error.value) == f"{tmp_path / 'ours'}: model.norm.weight {message}"
+    assert not (tmp_path / "out").exists()

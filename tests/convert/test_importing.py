@@ -1,0 +1,273 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moddistill.config import MoeConfig
+from moddistill.convert.chat_template import chat_template
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.convert.upcycling import upcycle_model
+from moddistill.params import flatten
+from moddistill.storage import orbax_layout
+from moddistill.storage.model_folder import load, read_model_config, save_model
+from moddistill.storage.safetensors import open_checkpoint
+from tests import torch_or_skip as torch
+from tests.convert import hf_folders as hf
+from tests.convert.published_names import published_name
+
+GB = 10**9
+
+LANGUAGE_MODELS = {f"Qwen2, {name}": text for name, text in hf.QWEN2.items()}
+LANGUAGE_MODELS |= {f"Qwen3, {name}": text for name, text in hf.QWEN3.items()}
+
+
+MULTIMODAL = (
+    "CLIP and Qwen2",
+    "CLIP and Qwen2, untied",
+    "CLIP and Qwen2, seven queries a key",
+    "CLIP and Qwen3",
+    "SigLIP and Qwen2",
+    "SigLIP and Qwen2, three heads",
+    "SigLIP with its pooling head and Qwen2",
+)
+
+
+def tensors(folder):
+    return {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        assert ours[name].shape == expected.shape, name
+        assert ours[name].tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize("text", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)
+def test_language_model_in_and_out(
+    text, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    model = text.model()
+    source = hf.save(model, tmp_path / "hf", small_tokenizer, max_shard_size="30KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    config = import_model(str(source), tmp_path / "ours")
+    tokens, _ = random_inputs(config)
+    theirs = torch_logits(model, tokens)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["language model", "LLaVA"])
+def test_stored_head_that_repeats_the_embedding_comes_back(whole, tmp_path, small_tokenizer):
+    """As Qwen1.5 has been published."""
+    model = (
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
+    )
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    state = {name: np.array(x) for name, x in tensors(source).items()}
+    outer = "language_model." if whole else ""
+    state[f"{outer}lm_head.weight"] = state[f"{outer}model.embed_tokens.weight"].copy()
+    save_file(state, source / "model.safetensors")
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    expected = {published_name(name) if whole else name: x for name, x in state.items()}
+    assert_same_tensors(tensors(tmp_path / "back"), expected)
+
+
+def test_heads_of_qwen3_are_128_wide_if_nothing_is_said(tmp_path, small_tokenizer):
+    source = hf.save(
+        hf.Text(width=32, layers=1, head_dim=128).model(), tmp_path / "hf", small_tokenizer
+    )
+    fields = json.loads((source / "config.json").read_text())
+    del fields["head_dim"]
+    (source / "config.json").write_text(json.dumps(fields | {"rope_theta": 1e6}))
+    assert import_model(str(source), tmp_path / "ours").decoder.head_dim == 128
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_multimodal_model_in_and_out(
+    name, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    model = hf.multimodal(name, small_tokenizer.image_id)
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    config = import_model(str(source), tmp_path / "ours")
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(model, tokens, images, config)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    published = {published_name(name): x for name, x in tensors(source).items()}
+    assert_same_tensors(tensors(tmp_path / "back"), published)
+
+
+QWEN2_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n'}}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_path, small_tokenizer):
+    source = hf.save(
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    fields = json.loads((source / "config.json").read_text())
+    fields["text_config"]["max_position_embeddings"] = 4321
+    (source / "config.json").write_text(json.dumps(fields))
+    if place.endswith("json"):
+        settings = json.loads((source / place).read_text()) | {"chat_template": QWEN2_TEMPLATE}
+        (source / place).write_text(json.dumps(settings))
+    else:
+        (source / place).write_text(QWEN2_TEMPLATE)
+
+    def exported(model):
+        out = tmp_path / f"{model}-out"
+        config = export_model(tmp_path / model, out, max_shard_size=GB)
+        return (
+            (out / "chat_template.jinja").read_text(),
+            config["text_config"]["max_position_embeddings"],
+        )
+
+    config = import_model(str(source), tmp_path / "ours")
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    assert exported("ours") == exported("sparse") == (QWEN2_TEMPLATE, 4321)
+    save_model(tmp_path / "trained", config, load(tmp_path / "ours")[1], small_tokenizer, {})
+    assert exported("trained") == (chat_template("chatml"), 32768)
+    import_model(str(source), tmp_path / "other", template="vicuna")
+    assert exported("other") == (chat_template("vicuna"), 4321)
+
+
+@pytest.mark.parametrize("lost", ["language_model.model.norm.weight", "vision_tower.embeddings."])
+def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small_tokenizer):
+    source = hf.save(
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
+    )
+    state = tensors(source)
+    kept = {name: np.array(x) for name, x in state.items() if not name.startswith(lost)}
+    assert len(kept) < len(state)
+    save_file(kept, source / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        import_model(str(source), tmp_path / "ours")
+    assert len(str(error.value).splitlines()) == 1 + len(state) - len(kept)
+    assert "unexpected" not in str(error.value)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_large_matrices_are_moved_in_parts(
+    tied, tmp_path, small_tokenizer, monkeypatch, our_logits, torch_logits, random_inputs
+):
+    """With blocks of a kilobyte, embedding and head are many."""
+    monkeypatch.setattr(orbax_layout, "_BLOCK", 1024)
+    model = hf.Text(tied=tied).model()
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    config = import_model(str(source), tmp_path / "ours")
+    _, cuts = orbax_layout.blocks((config.decoder.vocab_size, config.decoder.width), 4)
+    assert len(cuts) == 40
+    tokens, _ = random_inputs(config)
+    theirs = torch_logits(model, tokens)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=GB)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_bfloat16_stays_bfloat16(tmp_path, small_tokenizer):
+    source = hf.save(hf.Text().model().bfloat16(), tmp_path / "hf", small_tokenizer)
+    import_model(str(source), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=20_000)
+    ours = tensors(tmp_path / "back")
+    assert {x.dtype for x in ours.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert_same_tensors(ours, tensors(source))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("tower", ["CLIP", "SigLIP"])
+def test_parts_make_the_model_they_came_from(
+    tower, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+):
+    """Language model, tower and projector, saved one by one, give the logits of the whole."""
+    whole = hf.multimodal(f"{tower} and Qwen2", small_tokenizer.image_id)
+    language = hf.Text().model()
+    language.load_state_dict(
+        {f"model.{name}": x for name, x in whole.model.language_model.state_dict().items()},
+        strict=False,
+    )
+    part = hf.clip_tower() if tower == "CLIP" else hf.siglip_tower()
+    part.load_state_dict(whole.model.vision_tower.state_dict())
+    source = hf.save(language, tmp_path / "language", small_tokenizer)
+    vision = hf.save(part, tmp_path / "vision")
+    projector = {}
+    for name, x in whole.model.multi_modal_projector.state_dict().items():
+        name = name.replace("linear_1", "0").replace("linear_2", "2")
+        projector[f"model.mm_projector.image_spatial_proj.{name}"] = x
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    config = import_model(
+        str(source),
+        tmp_path / "ours",
+        vision=str(vision),
+        projector=str(tmp_path / "mm_projector.bin"),
+        select_layer=-2 if tower == "CLIP" else -1,
+    )
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(whole, tokens, images, config)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+
+
+def test_projector_that_nobody_gave_is_new(tmp_path, small_tokenizer):
+    source = hf.save(hf.Text().model(), tmp_path / "language", small_tokenizer)
+    vision = hf.save(hf.clip_tower(), tmp_path / "vision")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        import_model(str(source), tmp_path / name, vision=str(vision), seed=seed)
+    a, b, c = (flatten(load(tmp_path / name)[1]) for name in "abc")
+    first = "projector/linear_0/kernel"
+    np.testing.assert_array_equal(a[first], b[first])
+    assert np.any(a[first] != c[first])
+    assert 0.5 < np.std(a[first]) * a[first].shape[0] ** 0.5 < 2
+    assert not np.any(a["projector/linear_0/bias"])
+    assert read_model_config(tmp_path / "a").vision.select_layer == -2
+    described = json.loads((tmp_path / "a" / "model.json").read_text())
+    assert len(described["source"]["imported"]["new"]) == 4
+
+
+def test_pickled_shards_with_their_index(tmp_path, small_tokenizer):
+    """The same model from two `.bin` files as from one `.safetensors`."""
+    model = hf.Text().model()
+    whole = hf.save(model, tmp_path / "whole", small_tokenizer)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for file in whole.iterdir():
+        if file.suffix == ".json":
+            (shards / file.name).write_bytes(file.read_bytes())
+    state = {name: x for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    places = {}
+    for number, names in enumerate((sorted(state)[::2], sorted(state)[1::2]), start=1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: state[name] for name in names}, shards / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": places}
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    imported = {}
+    for folder in (whole, shards):
+        import_model(str(folder), tmp_path / f"{folder.name}-ours")
+        imported[folder.name] = flatten(load(tmp_path / f"{folder.name}-ours")[1])
+    assert imported["shards"].keys() == imported["whole"].keys()
+    for path, x in imported["whole"].items():
+        np.testing.assert_array_equal(imported["shards"][path], x, err_msg=path)
+
+
+@pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
+def test_export_comes_back_with_its_template(template, tmp_path, small_tokenizer):
+    model = hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id)
+    source = hf.save(model, tmp_path / "hf", small_tokenizer)
+    import_model(str(source), tmp_path / "ours", template=template)
+    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    assert import_model(str(tmp_path / "out"), tmp_path / "again").template == template
+    export_model(tmp_path / "again", tmp_path / "back", max_shard_size=GB)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_text() == (tmp_path / "out" / name).read_text()

@@ -1,0 +1,73 @@
+"""The published sizes: Qwen2-0.5B behind CLIP ViT-L/14-336, with random weights."""
+
+import gc
+
+import numpy as np
+import pytest
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+from moddistill.convert.importing import import_model
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.models.presets import preset
+from moddistill.storage.model_folder import parameter_counts
+from tests import torch_or_skip as torch
+from tests.data.qwen_ranks import write_tokenizer_json
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A torch model with activations of order one, and the folder it is saved in."""
+    decoder, tower = preset("qwen2-0.5b").decoder, preset("qwen2-0.5b").vision
+    text = Qwen2Config(
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.width,
+        intermediate_size=decoder.mlp,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta},
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=tower.width,
+        intermediate_size=tower.mlp,
+        num_hidden_layers=tower.layers,
+        num_attention_heads=tower.heads,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+    )
+    write_tokenizer_json(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.image_id,
+        vision_feature_layer=-2,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # As wide as in trained models, where logits spread over several units.
+            parameter.mul_(1.5) if parameter.ndim > 1 else parameter.add_(
+                0.1 * torch.randn_like(parameter)
+            )
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save(str(tmp_path / "hf"))
+    return model, tmp_path / "hf"
+
+
+@pytest.mark.slow
+def test_logits_at_the_published_size(llava, tmp_path, torch_logits, our_logits, random_inputs):
+    model, folder = llava
+    config = import_model(str(folder), tmp_path / "ours", template="vicuna")
+    assert config == preset("qwen2-0.5b")
+    assert parameter_counts(config)[0] == sum(x.numel() for x in model.parameters())
+    tokens, images = random_inputs(config, length=23)
+    tokens, images = tokens[:1], images[:1]
+    theirs = torch_logits(model, tokens, images, config)
+    del model, llava
+    gc.collect()
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-3)

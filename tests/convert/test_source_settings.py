@@ -1,0 +1,176 @@
+"""Generation and image settings of a source: what comes back from an export, what is replaced."""
+
+import json
+import logging
+
+import pytest
+import transformers
+from transformers import AutoProcessor, GenerationConfig
+
+from moddistill.config import MoeConfig
+from moddistill.convert.describe import describe
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.convert.upcycling import upcycle_model
+from moddistill.data.images import preprocessor_config
+from moddistill.storage.model_folder import load, save_model
+from tests.convert import hf_folders as hf
+
+GB = 10**9
+# As published with Qwen2-Instruct, ids apart.
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 77,
+}
+# As published with llava-hf/llava-1.5-7b-hf, size and colours apart.
+CROP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_center_crop": True,
+    "crop_size": {"height": 12, "width": 12},
+    "do_resize": True,
+    "size": {"shortest_edge": 12},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 0.00392156862745098,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.2, 0.2],
+}
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory, small_tokenizer):
+    """`llava(name, **files)`: a LLaVA's folder with settings in JSON files."""
+    model = hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id)
+
+    def make(**files):
+        folder = hf.save(model, tmp_path_factory.mktemp("hf"), small_tokenizer)
+        (folder / "generation_config.json").unlink()
+        for name, fields in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(fields))
+        return folder
+
+    return make
+
+
+def exported(model, out):
+    export_model(model, out, max_shard_size=GB)
+    return json.loads((out / "generation_config.json").read_text())
+
+
+def warnings_of(caplog):
+    found = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
+    caplog.clear()
+    return found
+
+
+def test_sampling_settings_come_back_until_a_stage_trains(llava, tmp_path, small_tokenizer, caplog):
+    caplog.set_level(logging.INFO, "moddistill")
+    settings = {**SAMPLING, "transformers_version": "4.41.2", "_from_model_config": True}
+    config = import_model(str(llava(generation_config=settings)), tmp_path / "ours")
+    assert "do_sample True, temperature 0.7, top_p 0.8, top_k 20" in caplog.text
+    assert "a trained model is exported with greedy decoding" in caplog.text
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    found = exported(tmp_path / "ours", tmp_path / "out")
+    assert found == exported(tmp_path / "sparse", tmp_path / "sparse-out")
+    assert {name: found[name] for name in SAMPLING} == SAMPLING
+    assert found["suppress_tokens"] == list(range(small_tokenizer.image_id, 320))
+    assert "_from_model_config" not in found
+    loaded = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (loaded.temperature, loaded.do_sample) == (0.7, True)
+    save_model(tmp_path / "trained", config, load(tmp_path / "ours")[1], small_tokenizer, {})
+    found = exported(tmp_path / "trained", tmp_path / "trained-out")
+    assert found["do_sample"] is False
+    assert not found.keys() & (SAMPLING.keys() - {"do_sample"})
+
+
+def test_ends_of_an_answer_come_back_where_the_template_has_them(
+    llava, tmp_path, small_tokenizer, caplog
+):
+    general, im_end = (small_tokenizer.special(x) for x in ("<|endoftext|>", "<|im_end|>"))
+    ends = {"eos_token_id": [im_end, general], "pad_token_id": general}
+    import_model(str(llava(generation_config=ends)), tmp_path / "both")
+    found = exported(tmp_path / "both", tmp_path / "both-out")
+    assert {name: found[name] for name in ends} == ends
+    assert warnings_of(caplog) == []
+    ends = {"eos_token_id": general, "pad_token_id": 0}
+    import_model(str(llava(generation_config=ends)), tmp_path / "other")
+    found = exported(tmp_path / "other", tmp_path / "other-out")
+    assert (found["eos_token_id"], found["pad_token_id"]) == (im_end, general)
+    assert warnings_of(caplog) == [
+        "generation settings of the source are replaced: "
+        f"eos_token_id {general} -> {im_end}, pad_token_id 0 -> {general}"
+    ]
+
+
+def test_image_processor_that_crops_is_reported_on_import_and_export(llava, tmp_path, caplog):
+    source = llava(preprocessor_config=CROP)
+    import_model(str(source), tmp_path / "ours")
+    changes = (
+        "image_processor_type 'CLIPImageProcessor' -> 'LlavaImageProcessor', do_pad None -> True"
+    )
+    assert warnings_of(caplog) == [
+        f"{source}: images are padded to squares and resized to 12 x 12 pixels; this replaces, in "
+        f"its image processor, {changes}"
+    ]
+    assert describe(str(tmp_path / "ours"))["imported"]["replaced"] == changes.split(", ")
+    exported(tmp_path / "ours", tmp_path / "out")
+    assert warnings_of(caplog) == [
+        f"the image processor differs from that of the source: {changes}"
+    ]
+    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert written == preprocessor_config(12, tuple(CROP["image_mean"]), tuple(CROP["image_std"]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "change"),
+    [
+        ("resample", 2, "resample 2 -> 3"),
+        ("size", {"shortest_edge": 24}, "size {'shortest_edge': 24} -> {'shortest_edge': 12}"),
+        ("do_normalize", False, "do_normalize False -> True"),
+        ("rescale_factor", 1.0, f"rescale_factor 1.0 -> {1 / 255}"),
+    ],
+)
+def test_each_image_setting_that_differs_is_reported(field, value, change, llava, tmp_path, caplog):
+    fields = {**CROP, "image_processor_type": "LlavaImageProcessor", "do_pad": True, field: value}
+    import_model(str(llava(preprocessor_config=fields)), tmp_path / "ours")
+    [warning] = warnings_of(caplog)
+    assert warning.endswith(f"in its image processor, {change}")
+
+
+def test_image_processor_without_colours_is_reported_too(llava, tmp_path, caplog):
+    fields = {name: value for name, value in CROP.items() if not name.startswith("image_")}
+    import_model(str(llava(preprocessor_config=fields)), tmp_path / "ours")
+    [warning] = warnings_of(caplog)
+    assert "do_pad None -> True, image_mean None -> [0.48145466," in warning
+
+
+def test_export_saved_again_by_transformers_is_no_other_processor(llava, tmp_path, caplog):
+    import_model(str(llava(preprocessor_config=CROP)), tmp_path / "ours")
+    exported(tmp_path / "ours", tmp_path / "out")
+    caplog.clear()
+    again = llava()
+    AutoProcessor.from_pretrained(tmp_path / "out").save_pretrained(again)
+    assert import_model(str(again), tmp_path / "again").vision.mean == (0.5, 0.4, 0.3)
+    assert warnings_of(caplog) == []
+
+
+def test_settings_that_are_no_json_are_refused_before_anything_is_written(llava, tmp_path):
+    source = llava()
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+        import_model(str(source), tmp_path / "ours")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_version_is_the_one_that_save_pretrained_writes(llava, tmp_path):
+    """Without one from 5 on, releases 4.57.3 and later warn of a wrong tokenizer."""
+    import_model(str(llava()), tmp_path / "ours")
+    found = exported(tmp_path / "ours", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["transformers_version"] == found["transformers_version"]
+    assert config["transformers_version"] == transformers.__version__ >= "5"

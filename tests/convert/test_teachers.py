@@ -1,0 +1,69 @@
+"""Published teachers: what is imported of them, at full size and with the real weights' dtypes."""
+
+import numpy as np
+import pytest
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from moddistill.convert.chat_template import stored_template
+from moddistill.convert.describe import describe
+from moddistill.convert.importing import import_model
+from moddistill.convert.sources import read_source
+from moddistill.data.examples import encode_prompt
+from moddistill.models.presets import preset
+from moddistill.models.vlm import ModelConfig
+from tests import torch_or_skip as torch
+from tests.convert import published
+
+PUBLISHED = list(published.CONFIGS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config_is_the_preset_and_all_names_are_known(name, qwen_tokenizer, tmp_path):
+    """At full size: the config as published, and every tensor's name, shape and dtype."""
+    folder = published.write_hollow(tmp_path / "hub", name, qwen_tokenizer)
+    source = read_source(folder)
+    config = ModelConfig(
+        source.decoder, source.vision, source.projector, source.template, source.tokenizer.image_id
+    )
+    assert config == preset(name.split("/")[-1])
+    assert config.decoder.vocab_size in (152_000, 152_064)
+    assert config.image_token == 151_646
+    facts = describe(str(folder))
+    assert facts["uses"] == ["import", "train", "generate", "evaluate"]
+    assert sum(facts["dtypes"].values()) == facts["parameters"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_logits_of_the_import_are_those_of_transformers(
+    name, qwen_tokenizer, tmp_path, torch_logits, our_logits, random_inputs
+):
+    folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
+    config = import_model(str(folder), tmp_path / "ours")
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens, images = random_inputs(config)
+    theirs = torch_logits(model.eval(), tokens, images, config)
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_chatml_is_the_published_prompt_of_an_image_and_a_question(name, qwen_tokenizer, tmp_path):
+    """Token by token, after the system message, which the interleave models' template lacks."""
+    folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = theirs.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=stored_template(folder),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert text.startswith(SYSTEM) == (name == published.LONG_LLAVA)
+    ours = encode_prompt("chatml", [], "<image>\nWhat is it?", 1, qwen_tokenizer, image_tokens=1)
+    assert theirs(SYSTEM + text.removeprefix(SYSTEM)).input_ids == ours

@@ -1,0 +1,113 @@
+"""Weights that no model can be computed with: not finite, quantised."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moddistill.config import MoeConfig
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.convert.upcycling import upcycle_model
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.storage.model_folder import load_params, save_model
+from tests.convert import hf_folders as hf
+from tests.convert.hf_folders import change_config, change_weights
+
+
+@pytest.fixture
+def language(tmp_path, small_tokenizer):
+    return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
+
+
+def test_weights_that_are_not_finite_are_listed_and_refused(language, tmp_path):
+    def poison(state):
+        state["model.norm.weight"][0] = float("nan")
+        state["model.layers.1.mlp.up_proj.weight"][3, 4:6] = float("-inf")
+        return state
+
+    change_weights(language, poison)
+    with pytest.raises(ValueError, match="2 tensors hold numbers that are not finite") as error:
+        import_model(str(language), tmp_path / "ours")
+    assert {line.strip() for line in str(error.value).splitlines()[1:]} == {
+        "model.norm.weight: 1 NaN",
+        "model.layers.1.mlp.up_proj.weight: 2 infinite",
+    }
+    assert not (tmp_path / "ours").exists()
+
+
+def test_pooling_head_that_is_not_finite_is_refused(language, tmp_path):
+    vision = hf.save(hf.siglip_tower(vision_use_head=True), tmp_path / "vision")
+
+    def poison(state):
+        state["head.probe"][0, 0, 0] = float("inf")
+        return state
+
+    change_weights(vision, poison)
+    with pytest.raises(ValueError, match=r"head\.probe: 1 infinite"):
+        import_model(str(language), tmp_path / "ours", vision=str(vision))
+
+
+def test_pooling_head_that_is_quantised_is_refused(language, tmp_path):
+    vision = hf.save(hf.siglip_tower(vision_use_head=True), tmp_path / "vision")
+
+    def quantise(state):
+        return state | {"head.probe": state["head.probe"].astype(ml_dtypes.float8_e4m3fn)}
+
+    change_weights(vision, quantise)
+    with pytest.raises(ValueError, match=r"head\.probe is float8_e4m3fn; accepted: .*bfloat16"):
+        import_model(str(language), tmp_path / "ours", vision=str(vision))
+
+
+def test_double_precision_is_refused(language, tmp_path):
+    """Numbers that float32 does not have would become infinite when the model is loaded."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(language, lambda state: state | {name: state[name].astype(np.float64)})
+    with pytest.raises(ValueError, match=rf"{name} is float64; accepted: float32, bfloat16 or fl"):
+        import_model(str(language), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("use", ["export", "upcycle"])
+def test_model_folder_whose_parameters_are_not_finite(language, tmp_path, use):
+    """As a stage without a check would leave it."""
+    config = import_model(str(language), tmp_path / "ours")
+    params = load_params(tmp_path / "ours", config)
+    kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"]
+    params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].set(
+        float("nan")
+    )
+    save_model(tmp_path / "bad", config, params, load_tokenizer(str(language)), {})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up.*: 1 NaN"):
+        if use == "export":
+            export_model(tmp_path / "bad", tmp_path / "out", max_shard_size=10**9)
+        else:
+            upcycle_model(tmp_path / "bad", tmp_path / "out", MoeConfig())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shown"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "awq"}, "'awq'"),
+        ({"load_in_8bit": True}, r"\{'load_in_8bit': True\}"),
+    ],
+)
+def test_quantised_release_is_refused_by_its_config(language, tmp_path, quantization, shown):
+    change_config(language, quantization_config=quantization)
+    message = rf"config\.json: quantization_config is {shown}; accepted: .* the bfloat16 release"
+    with pytest.raises(ValueError, match=message):
+        import_model(str(language), tmp_path / "out")
+
+
+def test_quantised_weights_without_a_word_in_the_config(language, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def quantise(state):
+        scale = np.ones((1, 1), np.float32)
+        narrow = state[name].astype(ml_dtypes.float8_e4m3fn)
+        return state | {name: narrow, f"{name}_scale_inv": scale}
+
+    change_weights(language, quantise)
+    with pytest.raises(ValueError, match=rf"{name} is float8_e4m3fn; accepted: .*bfloat16 release"):
+        import_model(str(language), tmp_path / "out")

@@ -1,0 +1,230 @@
+import dataclasses
+import functools
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+
+from moddistill.config import MeshConfig, MoeConfig
+from moddistill.distributed import sharding
+from moddistill.distributed.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    device_kind,
+    make_mesh,
+    param_shardings,
+    put_batch,
+    resolve,
+)
+from moddistill.models.presets import PRESETS
+from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
+from moddistill.params import flatten
+from moddistill.planning.hlo_collectives import collectives
+from moddistill.storage.model_folder import abstract_params
+from moddistill.train import open_streams, prepare
+from moddistill.training.loading import student_tokenizer
+from moddistill.training.program import place
+from moddistill.training.stages import STAGES
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(fsdp=2), (4, 2, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, expert=-1), (2, 2, 2, 1)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
+    ],
+)
+def test_mesh(config, shape):
+    mesh = make_mesh(config)
+    assert mesh.axis_names == MESH_AXES
+    assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(data=3),
+        MeshConfig(data=16),
+        MeshConfig(data=4),
+        MeshConfig(fsdp=3),
+        MeshConfig(fsdp=-1),
+        MeshConfig(fsdp=0),
+        MeshConfig(fsdp=-2),
+    ],
+)
+def test_mesh_that_does_not_fit(config):
+    with pytest.raises(ValueError, match=rf"mesh data={config.data}, fsdp={config.fsdp}.* 8 devi"):
+        make_mesh(config)
+
+
+def test_kind_of_the_devices_of_a_mesh():
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert device_kind() == jax.devices()[0].device_kind
+    assert device_kind() == jax.devices()[0].device_kind
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_device_kind_without_a_mesh_is_that_of_the_default_device(monkeypatch, named):
+    """On a machine with a TPU, programs for its CPU get no kernel for TPUs."""
+    [cpu, *_], tpu = jax.devices(), types.SimpleNamespace(device_kind="TPU v5")
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [cpu if platform == "cpu" else tpu])
+    assert device_kind() == "TPU v5"
+    with jax.default_device("cpu" if named else cpu):
+        assert device_kind() == "cpu"
+
+
+def test_unknown_logical_name():
+    assert resolve(PartitionSpec("router", None, "mlp")) == PartitionSpec(None, None, "tensor")
+    with pytest.raises(ValueError, match=r"'embedd' is unknown; .*did you mean 'embed'"):
+        resolve(PartitionSpec("embedd"))
+
+
+def test_widths_are_cut_along_every_axis_that_the_array_leaves_free():
+    kernel, experts = ("embed", "mlp"), ("expert", "embed", "mlp")
+    whole = PartitionSpec(("fsdp", "expert"), "tensor")
+    assert resolve(PartitionSpec(*kernel)) == whole
+    assert resolve(PartitionSpec(*experts)) == PartitionSpec("expert", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("moe", [None, MoeConfig(residual=True)], ids=["dense", "sparse"])
+def test_every_parameter_has_a_place_on_the_mesh(name, moe):
+    config = PRESETS[name] if moe is None else upcycle_config(PRESETS[name], moe)
+    boxed = abstract_params(config)
+    places = flatten(
+        param_shardings(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)), boxed)
+    )
+    shapes = flatten(nn.unbox(boxed))
+    assert places.keys() == shapes.keys()
+    for path, shape in shapes.items():
+        if path.startswith("decoder/") and shape.ndim > 2 and "/bias" not in path:
+            assert any(places[path].spec), f"{path} {shape.shape} is the same on every device"
+        places[path].shard_shape(shape.shape)  # raises where a dimension does not divide
+    if moe:
+        experts = {p: s for p, s in places.items() if "/experts_" in p}
+        assert experts
+        assert all(place.spec[1] == "expert" for place in experts.values())
+
+
+def test_samples_are_spread_over_all_devices():
+    batch = {"tokens": np.arange(16).reshape(8, 2), "images": np.zeros((8, 1, 4, 4, 3), np.uint8)}
+    placed = put_batch(make_mesh(MeshConfig(data=4, fsdp=2)), batch)
+    for name, array in placed.items():
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
+        np.testing.assert_array_equal(array, batch[name])
+
+
+def test_a_tower_gathers_its_kernels_and_nothing_of_its_samples():
+    """With 64 samples on 8 devices along `fsdp`; activations are larger than any kernel."""
+    config = VisionConfig(image_size=56, patch_size=14, width=64, mlp=128, layers=3, heads=2)
+    tower = Vision(config, jnp.float32, "full")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
+    images = jax.ShapeDtypeStruct((64, 56, 56, 3), jnp.uint8, sharding=batch_sharding(mesh))
+    boxed = jax.eval_shape(tower.init, jax.random.key(0), images)
+    params = place(sharding.unbox(boxed), param_shardings(mesh, boxed))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        found = collectives(jax.jit(tower.apply).lower(params, images).compile().as_text())
+    assert found.keys() == {"all-gather"}
+    assert found["all-gather"]["bytes"] == 4 * sum(
+        math.prod(x.shape) for path, x in flatten(params["params"]).items() if is_cut(path, x)
+    )
+
+
+def is_cut(path, x):
+    computed = not path.startswith(NEVER_COMPUTED)
+    return computed and x.sharding.shard_shape(x.shape) != x.shape
+
+
+def one_device_mesh():
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((1,) * 4, MESH_AXES, devices=jax.devices()[:1], axis_types=axis_types)
+
+
+def first_steps(config, mesh, workdir):
+    """Parameters and metrics after two steps of a stage on a mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        tokenizer = student_tokenizer(config)
+        run = prepare(config, tokenizer, mesh)
+        records = open_streams(config, tokenizer, workdir).training
+        state = run.state
+        for _ in range(2):
+            state, metrics = run.step(state, run.teacher, put_batch(mesh, next(records)))
+        assert run.step._cache_size() == 1, "the second step was compiled again"
+    return jax.tree.map(np.asarray, (state.params, metrics)), state
+
+
+@pytest.fixture(scope="module")
+def steps(tiny_config, tiny_models, tmp_path_factory):
+    """`steps(stage, mesh)`: two steps, `sft` from new parameters, the others from saved ones.
+
+    A large eps, since Adam turns rounding into whole steps.
+    """
+    teacher = str(tiny_models["teacher"])
+    saved = {"init": ("dense", ""), "d2d": ("dense", teacher), "d2s": ("dense", teacher)}
+    saved |= {"preference": ("sparse", teacher)}
+
+    def run(stage, mesh, **more):
+        config = tiny_config(
+            stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64}, **more
+        )
+        if stage in saved:
+            student, teacher = saved[stage]
+            config = dataclasses.replace(
+                config,
+                student=str(tiny_models[student]),
+                teacher=teacher,
+                tokenizer="",
+                trainable="paper",
+            )
+        return first_steps(config, mesh, tmp_path_factory.mktemp("run"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_device(steps):
+    """`one_device(stage)`: parameters and metrics without a mesh to speak of."""
+    return functools.cache(lambda stage: steps(stage, one_device_mesh())[0])
+
+
+MESHES = {
+    "8x1x1": MeshConfig(),
+    "2x4x1": MeshConfig(data=2, fsdp=4),
+    "2x1x4": MeshConfig(data=2, expert=4),
+    "1x2x2x2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+}
+
+
+def check_same(got, expected):
+    (params, metrics), (expected_params, expected_metrics) = got, expected
+    for path, value in params.items():
+        np.testing.assert_allclose(value, expected_params[path], atol=1e-5, err_msg=path)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(
+            value, expected_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
+    got, state = steps(stage, make_mesh(MESHES[mesh]))
+    check_same(got, one_device(stage))
+    if stage in ("d2s", "preference"):
+        [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
+        assert experts == "expert"
+
+
+def test_nor_do_micro_batches_with_a_packed_teacher_and_rows_sent_all_to_all(steps):
+    more = {"accumulate": 2, "teacher_weights": "int8"}
+    got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), moe={"transport": "all_to_all"}, **more)
+    expected, _ = steps("d2s", one_device_mesh(), **more)
+    check_same(got, expected)

@@ -1,0 +1,235 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from moddistill import generate
+from moddistill.data.conversation import render
+from moddistill.generate import (
+    Prompt,
+    Sampling,
+    _end_id,
+    answer,
+    choose_token,
+    decode,
+    prompt_batch,
+)
+from moddistill.models.vlm import Vlm
+from moddistill.storage.model_folder import load
+
+NEW = 6
+GREEDY = Sampling()
+
+
+@pytest.fixture(scope="module", params=["dense", "sparse"])
+def model(request, tiny_models):
+    return load(tiny_models[request.param])
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """Writes a small picture and returns its path."""
+    folder = tmp_path_factory.mktemp("pictures")
+
+    def write(seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (20, 28, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+        return str(folder / f"{seed}.png")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def prompts(picture):
+    return [
+        Prompt("<image>\nwhat colour is it?", (picture(0),)),
+        Prompt("is it red?"),
+        Prompt("<image>\nis it green, or is it rather blue?", (picture(1),), (("hello", "yes"),)),
+    ]
+
+
+def decoded(model, batch, end_id=-1, sampling=GREEDY, seed=0):
+    module, params = model
+    options = {"max_new_tokens": NEW, "end_id": end_id, "sampling": sampling}
+    return np.asarray(decode(module, params, batch, jax.random.key(seed), **options))
+
+
+def decoded_without_cache(model, batch):
+    """The likeliest token after the whole sequence so far, again and again."""
+    module, params = model
+    real = module.config.decoder.real_ids[-1][1]
+    lengths = (batch["segments"] > 0).sum(axis=1)
+    rows, length = batch["tokens"].shape
+    tokens = np.pad(batch["tokens"], ((0, 0), (0, NEW)))
+    positions = np.broadcast_to(np.arange(length + NEW, dtype=np.int32), tokens.shape)
+
+    @jax.jit
+    def logits(inputs):
+        return Vlm.logits(module.apply({"params": params}, inputs))
+
+    for step in range(NEW):
+        segments = (positions < (lengths + step)[:, None]).astype(np.int32)
+        inputs = batch | {"tokens": tokens, "segments": segments, "positions": positions}
+        last = np.asarray(logits(inputs))[np.arange(rows), lengths + step - 1, :real]
+        tokens[np.arange(rows), lengths + step] = last.argmax(axis=-1)
+    return np.stack([tokens[i, n : n + NEW] for i, n in enumerate(lengths)])
+
+
+def test_cache_changes_no_token(model, prompts, tokenizer):
+    batch = prompt_batch(prompts, model[0].config, tokenizer)
+    np.testing.assert_array_equal(decoded(model, batch), decoded_without_cache(model, batch))
+
+
+def test_images_are_padded_with_the_mean_of_the_tower(prompts, tiny_architecture, tokenizer):
+    config = tiny_architecture()
+    tower = dataclasses.replace(config.vision, mean=(0.0, 0.0, 0.0))
+    black = dataclasses.replace(config, vision=tower)
+    batch = prompt_batch(prompts[:1], black, tokenizer)
+    np.testing.assert_array_equal(batch["images"][0, 0, 0], np.zeros((28, 3)))  # 28 x 20 pixels
+    assert prompt_batch(prompts[:1], config, tokenizer)["images"][0, 0, 0].min() > 90
+
+
+def test_answer_does_not_depend_on_the_batch(model, prompts, tokenizer):
+    """Rows of one batch equal each prompt alone, padded less and without an image slot."""
+    together = decoded(model, prompt_batch(prompts, model[0].config, tokenizer))
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = decoded(model, prompt_batch([prompt], model[0].config, tokenizer))
+        np.testing.assert_array_equal(alone[0], row)
+
+
+def test_answer_of_a_model_with_capacity_does_not_depend_on_the_batch(
+    tiny_models, prompts, tokenizer
+):
+    """Copies of one prompt would compete for the same slots."""
+    model, params = load(tiny_models["sparse"])
+    moe = dataclasses.replace(model.config.decoder.moe, dispatch="capacity", capacity_factor=0.1)
+    decoder = dataclasses.replace(model.config.decoder, moe=moe)
+    model = model.clone(config=dataclasses.replace(model.config, decoder=decoder))
+    [alone] = answer(model, params, tokenizer, prompts[:1], max_new_tokens=NEW)
+    for row in answer(model, params, tokenizer, prompts[:1] * 8, max_new_tokens=NEW):
+        assert row.token_ids == alone.token_ids
+
+
+def test_a_caption_that_ends_in_a_full_stop_ends(tiny_models, tokenizer):
+    """`plain` stops at a line break, which training must show as a token of its own."""
+    end = render("plain", [("<image>", "a dog.")])[-1]
+    assert tokenizer.encode(end.text) == [_end_id("plain", tokenizer)]
+
+
+def test_end_token_fills_up(tiny_models, prompts, tokenizer):
+    model = load(tiny_models["dense"])
+    batch = prompt_batch(prompts, model[0].config, tokenizer)
+    free = decoded(model, batch)
+    end_id = int(free[0, 2])
+    expected = free.copy()
+    for row in expected:
+        if end_id in row:
+            row[row.tolist().index(end_id) :] = end_id
+    np.testing.assert_array_equal(decoded(model, batch, end_id), expected)
+
+
+def test_compiled_once_a_shape(tiny_models, prompts, tokenizer):
+    model = load(tiny_models["dense"])
+    size = []
+    for order in (prompts, prompts[::-1]):
+        answer(*model, tokenizer, order, max_new_tokens=NEW)
+        size.append(decode._cache_size())
+    assert size[0] == size[1]
+
+
+LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def frequencies(sampling, draws=4000):
+    rows = jnp.tile(LOGITS, (draws, 1))
+    tokens = choose_token(rows, sampling, jax.random.key(0))
+    return np.bincount(np.asarray(tokens), minlength=4) / draws
+
+
+def test_greedy_takes_the_likeliest():
+    np.testing.assert_array_equal(frequencies(Sampling()), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(temperature=1.0, top_p=0.4), [1, 0, 0, 0]),
+        # 0.5 alone does not reach 0.6; 0.5 and 0.3 do, and are 5 / 8 and 3 / 8 of what is kept.
+        (Sampling(temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0]),
+        # Squared and renormalised by 0.365.
+        (Sampling(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
+    ],
+)
+def test_sampling(sampling, expected):
+    # Four standard deviations of 4,000 draws.
+    np.testing.assert_allclose(frequencies(sampling), expected, atol=4 * 0.5 / 4000**0.5)
+    assert not np.any(frequencies(sampling)[np.asarray(expected) == 0])
+
+
+def test_sampling_follows_its_seed(tiny_models, prompts, tokenizer):
+    model = load(tiny_models["dense"])
+    batch = prompt_batch(prompts[:1], model[0].config, tokenizer)
+    hot = Sampling(temperature=2.0)
+    draws = [decoded(model, batch, sampling=hot, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.any(draws[0] != draws[2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature is -0\.1; accepted: 0"),
+        ({"top_p": 0.0}, r"top_p is 0\.0; accepted: above 0"),
+        ({"top_p": 1.5}, r"top_p is 1\.5"),
+    ],
+)
+def test_bad_sampling(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
+
+
+def command(tiny_models, *args):
+    folder = ["--model", str(tiny_models["dense"]), "--max_new_tokens", str(NEW)]
+    generate.main([*folder, *args])
+
+
+def test_command_line_prints_one_json_object(tiny_models, picture, prompts, tokenizer, capsys):
+    command(tiny_models, "--prompt", "what colour is it?", "--image", picture(0), "--json")
+    printed = json.loads(capsys.readouterr().out)
+    [expected] = answer(*load(tiny_models["dense"]), tokenizer, prompts[:1], max_new_tokens=NEW)
+    assert printed == {
+        "text": expected.text, "token_ids": expected.token_ids, "prompt_ids": expected.prompt_ids
+    }  # fmt: skip
+    # One image of 2 x 2 patches.
+    assert printed["prompt_ids"].count(tokenizer.image_id) == 4
+    assert tokenizer.decode(printed["token_ids"]).strip() == printed["text"]
+
+
+def test_command_line_prints_the_text_alone(tiny_models, tokenizer, capsys):
+    command(tiny_models, "--prompt", "is it red?")
+    printed = capsys.readouterr().out
+    [expected] = answer(
+        *load(tiny_models["dense"]), tokenizer, [Prompt("is it red?")], max_new_tokens=NEW
+    )
+    assert printed == expected.text + "\n"
+
+
+def test_broken_picture_ends_with_one_line(tiny_models, tmp_path):
+    (tmp_path / "a.tiff").write_bytes(b"II*\0 and no picture")
+    args = ["--model", str(tiny_models["dense"]), "--prompt", "q", "--image", f"{tmp_path}/a.tiff"]
+    with pytest.raises(SystemExit, match=r"^error: .*a\.tiff: not a readable image"):
+        generate.main(args)
+
+
+def test_image_must_be_written_once_for_every_image(tiny_models, picture):
+    with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 2 images"):
+        command(
+            tiny_models, "--prompt", "<image> what?", "--image", picture(0), "--image", picture(1)
+        )
+    with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 0 images"):
+        command(tiny_models, "--prompt", "<image> what?")

@@ -1,0 +1,169 @@
+import dataclasses
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill.config import LossConfig, MoeConfig
+from moddistill.losses.distillation import cross_entropy, forward_kl, positions_of, token_loss
+from moddistill.models.vlm import Vlm
+from moddistill.params import flatten, merge
+
+
+def random_logits(seed, rows=6, vocab=11):
+    return jax.random.normal(jax.random.key(seed), (rows, vocab)) * 3
+
+
+def test_kl_by_hand():
+    student, teacher = jnp.log(jnp.asarray([[[0.9, 0.1]], [[0.5, 0.5]]]))
+    # From teacher to student: 0.5 ln(0.5 / 0.9) + 0.5 ln(0.5 / 0.1) = 0.5 ln(25 / 9)
+    np.testing.assert_allclose(forward_kl(student, teacher), [0.5 * math.log(25 / 9)], rtol=1e-5)
+
+
+def test_kl_of_a_distribution_to_itself_is_zero():
+    logits = random_logits(0)
+    np.testing.assert_allclose(forward_kl(logits + 7, logits), np.zeros(6), atol=1e-5)
+
+
+def test_cross_entropy_to_the_teacher_is_kl_and_its_entropy():
+    logits = random_logits(1), random_logits(2)
+    student, teacher = map(np.asarray, logits)
+    probs = np.exp(teacher) / np.exp(teacher).sum(-1, keepdims=True)
+    log_student = student - np.log(np.exp(student).sum(-1, keepdims=True))
+    cross, entropy = -(probs * log_student).sum(-1), -(probs * np.log(probs)).sum(-1)
+    np.testing.assert_allclose(forward_kl(*logits), cross - entropy, atol=1e-5)
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25]] * 2)) + 3
+    values = cross_entropy(logits, jnp.asarray([0, 1]))
+    np.testing.assert_allclose(values, [math.log(2), math.log(4)], rtol=1e-5)
+
+
+# A question of two tokens, an answer of one, its end, and two of padding.
+TOY = {
+    "tokens": jnp.asarray([[11, 12, 21, 2, 0, 0]]),
+    "loss_mask": jnp.asarray([[0, 0, 1, 1, 0, 0]], bool),
+    "segments": jnp.asarray([[1, 1, 1, 1, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # Positions 1 and 2 predict the answer and its end.
+        (LossConfig(), [0, 1, 1, 0, 0, 0]),
+        # The original code misses the answer's first token and takes what follows the end.
+        (LossConfig(kd_shift="reference"), [0, 0, 1, 1, 0, 0]),
+        # Every prediction of a real token; position 3 would predict padding.
+        (LossConfig(kd_positions="all_tokens"), [1, 1, 1, 0, 0, 0]),
+    ],
+    ids=["correct", "reference", "all_tokens"],
+)
+def test_distilled_positions(config, expected):
+    np.testing.assert_array_equal(positions_of("kd", TOY, config), [expected])
+    np.testing.assert_array_equal(positions_of("ce", TOY, config), [[0, 1, 1, 0, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_architecture, init, random_batch):
+    """Student (dense or sparse) and teacher, both text-only, their parameters, and a batch.
+
+    The teacher's logits are scaled up as training would: the KL of two nearly uniform distributions
+    is a difference of nearly equal numbers, with fewer exact digits than the tests compare.
+    """
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            moe = MoeConfig() if kind == "sparse" else None
+            names = ("tiny", moe), ("tiny-teacher", None)
+            student, teacher = (
+                dataclasses.replace(tiny_architecture(*name), vision=None) for name in names
+            )
+            batch = jax.tree.map(jnp.asarray, random_batch(student, rows=4, length=20))
+            teacher_params = init(teacher, 1)
+            teacher_params["decoder"]["norm"]["scale"] *= 8
+            made[kind] = Vlm(student), Vlm(teacher), init(student, 0), teacher_params, batch
+        return made[kind]
+
+    return make
+
+
+def direct(student, teacher, params, teacher_params, batch, config, terms):
+    """The loss from all logits, position by position."""
+    output = student.apply({"params": params}, batch)
+    real = student.config.decoder.real_ids[-1][1]
+    logits = Vlm.logits(output)[:, :-1, :real]
+    target = Vlm.logits(teacher.apply({"params": teacher_params}, batch))[:, :-1, :real]
+    logp, teacher_logp = jax.nn.log_softmax(logits), jax.nn.log_softmax(target)
+    mask = batch["loss_mask"][:, 1:]
+    ce = -jnp.take_along_axis(logp, jnp.minimum(batch["tokens"][:, 1:, None], real - 1), -1)[..., 0]
+    kd = jnp.sum(jnp.exp(teacher_logp) * (teacher_logp - logp), -1)
+    values = {"ce": ce, "kd": kd}
+    means = {name: jnp.sum(values[name] * mask) / mask.sum() for name in terms}
+    total = sum(means[name] * getattr(config, f"{name}_weight") for name in terms)
+    if output.router is not None:
+        stats = output.router
+        first, prob = (x / stats.tokens[:, None] for x in (stats.first, stats.prob))
+        balance = 4 * jnp.sum(first * prob)
+        z = jnp.sum(stats.z / stats.tokens)
+        total = total + config.balance_weight * balance + config.router_z_weight * z
+    return total, means
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [("dense", ("ce",)), ("dense", ("kd",)), ("dense", ("kd", "ce")), ("sparse", ("kd", "ce"))],
+)
+def test_token_loss_is_that_of_full_logits(setting, kind, terms):
+    student, teacher, params, teacher_params, batch = setting(kind)
+    config = LossConfig(kd_weight=0.7, ce_weight=1.3, router_z_weight=0.02, chunk=8)
+    loss_fn = token_loss(student, teacher if "kd" in terms else None, config, terms)
+    trained = flatten(params)
+    rng = jax.random.key(0)
+
+    def plain(trained):
+        return direct(student, teacher, merge(trained), teacher_params, batch, config, terms)
+
+    ours = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (value, metrics), grads = ours(
+        trained, {}, teacher_params if "kd" in terms else None, batch, rng
+    )
+    (expected, means), expected_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(trained)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    chex.assert_trees_all_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
+    count = batch["loss_mask"].sum()
+    for name in terms:
+        np.testing.assert_allclose(metrics[name], (means[name] * count, count), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], (expected * count, count), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_router_metrics(setting, kind):
+    student, _, params, _, batch = setting(kind)
+    loss_fn = jax.jit(token_loss(student, None, LossConfig(), ("ce",)))
+    metrics = loss_fn(flatten(params), {}, None, batch, jax.random.key(0))[1]
+    if kind == "dense":
+        assert set(metrics) == {"ce", "loss"}
+        return
+    total, weight = metrics["balance"]
+    # Two expert layers; the metric is their mean, 1 when balanced and 4 when collapsed.
+    assert 0.9 <= total / weight <= 4
+    dropped, assignments = metrics["dropped"]
+    tokens = np.sum(batch["segments"] > 0)
+    np.testing.assert_array_equal([dropped, assignments], [0, 2 * 2 * tokens])
+
+
+def test_padding_changes_nothing(setting):
+    student, teacher, params, teacher_params, batch = setting("sparse")
+    config = LossConfig(kd_positions="all_tokens")
+    loss_fn = jax.jit(token_loss(student, teacher, config, ("kd", "ce")))
+    run = functools.partial(loss_fn, flatten(params), {}, teacher_params, rng=jax.random.key(0))
+    noise = jnp.where(batch["segments"] > 0, batch["tokens"], 7)
+    ours, theirs = run(batch=batch)[0], run(batch=batch | {"tokens": noise})[0]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)

@@ -1,0 +1,184 @@
+"""The report: its table, its curves, its marks, and that it is one self-contained page."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from moddistill.reports import charts, report
+
+VOID = {"meta", "img", "br"}
+ROW = {
+    "model": "teacher",
+    "accuracy": 0.95124,
+    "yes_no": 0.94,
+    "other": 1.0,
+    "false_yes": 0.05,
+    "parameters": 4_213_440,
+    "activated": 1_000,
+    "seconds": 261.6,
+}
+METRICS = [
+    {"step": 10, "loss": 2.0, "kd": 1.5, "seconds": 3.0, "tokens_per_second": 900.0},
+    {"step": 20, "loss": 0.5, "kd": 0.25, "seconds": 6.0, "tokens_per_second": 1100.0},
+]
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is not closed in order; collects tags and what they refer to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.seen, self.links = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def parts(tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (600, 300), "red").save(picture)
+    example = {
+        "image": str(picture),
+        "question": "is 1 < 2 & 3?",
+        "answer": "yes",
+        "teacher": " Yes",
+        "student": "<script>no",
+    }
+    return {
+        "title": "A & B",
+        "stages": {"d2d <x>": METRICS},
+        "table": [ROW],
+        "examples": [example],
+        "loads": [{"layer": 2, "image": [3, 1], "text": [0.5, 0.5]}],
+    }
+
+
+def write(tmp_path, parts):
+    report.write_report(tmp_path / "report.html", **parts)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path, parts):
+    page = write(tmp_path, parts)
+    parsed = Balance(page)
+    assert "script" not in parsed.seen
+    assert len(parsed.links) == 1
+    assert parsed.links[0].startswith("data:image/png;base64,")
+    assert "http" not in page and "url(" not in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_text_is_escaped(tmp_path, parts):
+    page = write(tmp_path, parts)
+    for text in ("A &amp; B", "d2d &lt;x&gt;", "is 1 &lt; 2 &amp; 3?", "&lt;script&gt;no"):
+        assert text in page
+
+
+def test_answers_are_marked_by_symbol_and_colour(tmp_path, parts):
+    page = write(tmp_path, parts)
+    answers = re.findall(r'<dd class="(\w+)"><span role="img" aria-label="\w+">(.)</span>', page)
+    assert answers == [("right", "✓"), ("wrong", "✗")]
+
+
+def test_a_stage_tells_its_pace_and_draws_the_rest():
+    card = charts.stage_card("d2d", METRICS)
+    assert "20 steps · 6 s · 1,100 tokens/s" in card
+    assert re.findall(r"<b>(\w+)</b><span>([\d.]+)</span>", card) == [
+        ("loss", "0.5"),
+        ("kd", "0.25"),
+    ]
+
+
+def test_a_curve_spans_its_own_range():
+    drawn = charts.curve("loss", [(0, 4.0), (50, 1.0), (100, 2.0)])
+    assert 'd="M0.0 0.0L150.0 100.0L300.0 66.7"' in drawn
+    assert '<div class="ends up"><span>4</span><span>1</span></div>' in drawn
+
+
+@pytest.mark.parametrize("points", [[(5, 1.0)], [(5, 1.0), (6, 1.0)]])
+def test_a_flat_curve_lies_in_the_middle(points):
+    drawn = charts.curve("loss", points)
+    assert 'd="M0.0 50.0' in drawn
+    assert '<div class="ends up"><span>1</span><span></span></div>' in drawn
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.12345, "0.123"), (6.85e-7, "6.85e-7"), (1.5e10, "1.5e10"), (2.0, "2")]
+)
+def test_numbers_are_short(value, text):
+    assert charts.number(value) == text
+
+
+def test_loads_become_shares_beside_the_even_one():
+    card = charts.load_card({"layer": 2, "image": [3, 1], "text": [0.5, 0.5]})
+    assert "Layer 2" in card
+    assert re.findall(r"<span>(\d+%)</span>", card) == ["75%", "50%", "25%", "50%"]
+    assert re.findall(r"width:([\d.]+)%", card) == ["75.00", "50.00", "25.00", "50.00"]
+    assert card.count("--even:50.00%") == 2
+
+
+def test_a_load_beyond_twice_the_even_share_stretches_the_scale():
+    card = charts.load_card({"layer": 0, "image": [8, 1, 1, 0], "text": [1, 1, 1, 1]})
+    assert re.findall(r"width:([\d.]+)%", card)[:2] == ["100.00", "31.25"]
+    assert card.count("--even:31.25%") == 4
+
+
+def test_format_table():
+    small = ROW | {"model": "student", "parameters": 7, "activated": 7}
+    assert report.format_table([ROW, small]).splitlines() == [
+        "| Model   | Accuracy | Yes/no | Other | False yes | Parameters | Activated | Seconds |",
+        "| ------- | -------: | -----: | ----: | --------: | ---------: | --------: | ------: |",
+        "| teacher |    0.951 |  0.940 | 1.000 |     0.050 |  4,213,440 |     1,000 |     262 |",
+        "| student |    0.951 |  0.940 | 1.000 |     0.050 |          7 |         7 |     262 |",
+    ]
+
+
+@pytest.mark.parametrize("row", [ROW | {"recall": 1.0}, {"model": "teacher"}])
+def test_other_columns_are_errors(row):
+    with pytest.raises(ValueError, match="expected exactly the keys model, accuracy"):
+        report.format_table([row])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "stage 'd2d' has no 'loss' in its 0 rows"),
+        ([{"step": 1, "loss": float("nan")}], "curve 'loss' is nan at step 1"),
+    ],
+)
+def test_stages_that_cannot_be_drawn(rows, message):
+    with pytest.raises(ValueError, match=message):
+        charts.stage_card("d2d", rows)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([0, 0], r"layer 3: image loads \[0, 0\]"),
+        ([2, -1], r"layer 3: image loads \[2, -1\]"),
+        ([1, 1, 1], "3 experts for image tokens and of 2 for text"),
+    ],
+)
+def test_loads_that_cannot_be_drawn(image, message):
+    with pytest.raises(ValueError, match=message):
+        charts.load_card({"layer": 3, "image": image, "text": [1, 1]})
+
+
+def test_a_missing_picture_is_named(tmp_path, parts):
+    parts["examples"][0]["image"] = "nowhere.png"
+    with pytest.raises(ValueError, match=r"image nowhere\.png of an example does not exist"):
+        write(tmp_path, parts)

@@ -1,0 +1,215 @@
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from moddistill.storage.atomic_dir import _check_free, new_folder, new_folder_of_all
+from moddistill.storage.digests import NAME
+
+
+def write(folder, text, command="import", overwrite=True):
+    """A folder as a command writes it."""
+    with new_folder(folder, command, overwrite) as aside:
+        (aside / "file").write_text(text)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_writers_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="exists; accepted: a new folder"):  # noqa: SIM117
+        with new_folder(out, "import", overwrite=False) as slow:
+            (slow / "file").write_text("slow")
+            write(out, "fast", overwrite=False)
+            assert names(slow) == ["file"]
+    assert (out / "file").read_text() == "fast"
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_last_of_two_that_overwrite_stays(tmp_path):
+    out = tmp_path / "out"
+    with new_folder(out, "import", overwrite=True) as slow:
+        (slow / "file").write_text("slow")
+        write(out, "fast")
+        assert (out / "file").read_text() == "fast"
+    assert (out / "file").read_text() == "slow"
+    assert names(tmp_path) == ["out"]
+
+
+def test_half_an_exchange_is_undone(tmp_path):
+    """The state a process leaves that is killed between its two renames."""
+    out, new, old = (
+        tmp_path / name for name in ("out", ".out.0123abcd.partial", ".out.0123abcd.old")
+    )
+    write(out, "before")
+    out.rename(old)
+    new.mkdir()
+    with pytest.raises(ValueError, match="exists; accepted"):
+        write(out, "after", overwrite=False)
+    assert (out / "file").read_text() == "before"
+    out.rename(old)
+    with pytest.raises(KeyboardInterrupt), new_folder(out, "import", overwrite=True):
+        raise KeyboardInterrupt
+    assert (out / "file").read_text() == "before"
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("neighbour", [".out.old", ".out.0123abcd.old", ".out.partial"])
+def test_hidden_neighbours_are_left_alone(tmp_path, neighbour):
+    """Only what a killed command left in pairs is touched."""
+    (tmp_path / neighbour).mkdir()
+    for text in ("first", "second"):
+        write(tmp_path / "out", text)
+    assert names(tmp_path) == [neighbour, "out"]
+
+
+def test_link_is_followed(tmp_path):
+    place = tmp_path / "disk" / "models"
+    write(place, "before")
+    (tmp_path / "link").symlink_to(place)
+    write(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (place / "file").read_text() == "after"
+    assert names(place.parent) == ["models"]
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    write(out, "read")
+    for source in (out, out / "file"):
+        with pytest.raises(ValueError, match="which is being read"):  # noqa: SIM117
+            with new_folder(out, "import", overwrite=True, keep=[source]):
+                pass
+    assert (out / "file").read_text() == "read"
+
+
+def thesis(folder):
+    folder.mkdir()
+    (folder / "chapter.tex").write_text("years of work")
+    return "has no digests.json"
+
+
+def workdir(folder):
+    thesis(folder)
+    write(folder / "model", "a result", command="train")
+    return "has no digests.json"
+
+
+def parent_of_outputs(folder):
+    write(folder / "one", "imported")
+    return "has no digests.json"
+
+
+def output_with_a_note(folder):
+    write(folder, "imported")
+    (folder / "note.txt").write_text("mine")
+    return "note.txt is not in digests.json"
+
+
+def output_with_a_link(folder):
+    write(folder, "imported")
+    (folder / "link").symlink_to(folder.parent)
+    return "link is not in digests.json"
+
+
+def edited_output(folder):
+    write(folder, "imported")
+    (folder / "file").write_text("improved by hand")
+    return "file does not match digests.json"
+
+
+def output_with_a_file_removed(folder):
+    write(folder, "imported")
+    (folder / "file").unlink()
+    return "file is missing"
+
+
+def output_of_another_command(folder):
+    write(folder, "trained for a week", command="train")
+    return "was written by train"
+
+
+def file(folder):
+    folder.write_text("no folder")
+    return "exists"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        thesis,
+        workdir,
+        parent_of_outputs,
+        output_with_a_note,
+        output_with_a_link,
+        edited_output,
+        output_with_a_file_removed,
+        output_of_another_command,
+        file,
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_overwrite_keeps_what_the_command_did_not_write(tmp_path, make, linked):
+    message = make(tmp_path / "out")
+    given = tmp_path / "out"
+    if linked:
+        given = tmp_path / "link"
+        given.symlink_to(tmp_path / "out")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=f"/out.* {message}.*; accepted: a new folder, or --over"):
+        write(given, "exported")
+    assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_overwrite_of_the_working_directory_or_above_it(tmp_path, folder):
+    """Even if the command wrote it, since the shell would be left in a folder that is gone."""
+    with new_folder(tmp_path / "out", "import", overwrite=False) as aside:
+        (aside / "below").mkdir()
+        (aside / "file").touch()
+    inside = tmp_path / "out" / "below" if folder == ".." else tmp_path / "out"
+    message = "/out' holds the working directory; accepted: a new"
+    with contextlib.chdir(inside), pytest.raises(ValueError, match=message):
+        write(Path(folder), "after")
+    assert names(tmp_path / "out") == ["below", NAME, "file"]
+
+
+def test_overwrite_of_the_home_directory_or_above_it(tmp_path, monkeypatch):
+    write(tmp_path / "home", "before")
+    for home in (tmp_path / "home", tmp_path / "home" / "me"):
+        monkeypatch.setenv("HOME", str(home))
+        with pytest.raises(ValueError, match="/home' holds the home directory; accepted: a new"):
+            write(tmp_path / "home", "after")
+    assert (tmp_path / "home" / "file").read_text() == "before"
+
+
+def test_root_directory():
+    """Only the check is called: nothing is written if it fails."""
+    with pytest.raises(ValueError, match="'/' holds the working directory; accepted: a new folder"):
+        _check_free(Path("/"), "import", overwrite=True)
+
+
+def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
+    write(tmp_path / "out", "before")
+    with pytest.raises(ValueError, match=r"note\.txt is not in digests\.json"):  # noqa: SIM117
+        with new_folder(tmp_path / "out", "import", overwrite=True):
+            (tmp_path / "out" / "note.txt").write_text("mine")
+    assert names(tmp_path / "out") == [NAME, "file", "note.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_folder_of_a_stage_is_replaced_by_a_stage_alone(tmp_path):
+    (tmp_path / ".model.0123abcd.partial").mkdir()  # of a run that was killed
+    for text in ("first", "second"):
+        with new_folder_of_all(tmp_path / "model", "train") as aside:
+            (aside / "file").write_text(text)
+    assert (tmp_path / "model" / "file").read_text() == "second"
+    (tmp_path / "model" / "file").write_text("edited")
+    write(tmp_path / "imported", "imported")
+    for name in ("model", "imported"):
+        with pytest.raises(ValueError, match=f"accepted: remove or rename '.*/{name}'"):  # noqa: SIM117
+            with new_folder_of_all(tmp_path / name, "train"):
+                pass
+    assert names(tmp_path) == ["imported", "model"]

@@ -1,0 +1,176 @@
+"""Damage is found: one flipped bit anywhere in a model folder or a checkpoint."""
+
+import json
+import random
+import shutil
+import subprocess
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import moddistill
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.storage.digests import NAME, read_digests, verify, write_digests
+from moddistill.storage.model_folder import read_model_config, read_source
+from moddistill.training import checkpoint
+from moddistill.training.state import State
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a").write_text("first")
+    (folder / "below" / "b").write_bytes(bytes(1000))
+    write_digests(folder, "import")
+    return folder
+
+
+@pytest.fixture
+def model(tiny_models, tmp_path):
+    return shutil.copytree(tiny_models["sparse"], tmp_path / "model")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Checkpoints of steps 1 and 2, and `resume()`, which restores the newest."""
+    params = {"decoder/kernel": jax.random.normal(jax.random.key(0), (40, 50))}
+    state = State(jnp.asarray(0), params, {}, optax.adamw(1.0).init(params))
+    records = iter(grain.MapDataset.range(9).to_iter_dataset())
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            next(records)
+            checkpoint.save(checkpoints, state.replace(step=jnp.asarray(step)), records)
+
+    def resume():
+        with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+            return checkpoint.restore(checkpoints, state, records)
+
+    return tmp_path / "checkpoints", resume
+
+
+def flip(file, number):
+    """Flips one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[number // 8] ^= 1 << number % 8
+    file.write_bytes(content)
+
+
+def check_each_flip_is_named(folder, load, trials):
+    """Flips random bits one at a time, half of them in files that are equally likely."""
+    files = sorted(x for x in folder.rglob("*") if x.is_file() and x.stat().st_size)
+    sizes = [file.stat().st_size for file in files]
+    rng = random.Random(0)
+    for trial in range(trials):
+        [file] = rng.choices(files, weights=sizes if trial % 2 else None)
+        before = file.read_bytes()
+        flip(file, rng.randrange(8 * len(before)))
+        with pytest.raises(ValueError) as error:
+            load()
+        assert str(file.relative_to(folder)) in str(error.value)
+        assert "\n" not in str(error.value)
+        file.write_bytes(before)
+    load()
+
+
+def test_bit_flipped_anywhere_in_a_model_folder(model):
+    check_each_flip_is_named(model, lambda: moddistill.load(model), trials=300)
+
+
+def test_bit_flipped_anywhere_in_a_checkpoint(run):
+    folder, resume = run
+    check_each_flip_is_named(folder / "2", resume, trials=300)
+
+
+def test_bit_flipped_in_the_digests_themselves(folder):
+    """One in every byte."""
+    whole = (folder / NAME).read_bytes()
+    for byte in range(len(whole)):
+        number = 8 * byte + byte % 8
+        flip(folder / NAME, number)
+        with pytest.raises(ValueError, match=r"digests\.json is damaged: its own sha256 differs"):
+            verify(folder)
+        (folder / NAME).write_bytes(whole)
+    verify(folder)
+
+
+@pytest.mark.parametrize("read", [read_model_config, read_source])
+def test_description_is_checked_without_its_arrays(model, read):
+    shutil.rmtree(model / "params")
+    read(model)
+    file = model / "model.json"
+    file.write_text(file.read_text().replace('"by a test"', '"by a text"'))
+    with pytest.raises(ValueError, match=r"train wrote it: model\.json does not match digests\.js"):
+        read(model)
+
+
+def test_tokenizer_of_a_model_folder_is_checked(model):
+    vocab = json.loads((model / "tokenizer.json").read_text())
+    vocab["added_tokens"][0]["content"] = "<|endoftexu|>"
+    (model / "tokenizer.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not match digests\.json; accepted"):
+        load_tokenizer(str(model))
+
+
+def test_files_that_are_missing_added_or_cut(folder):
+    (folder / "a").unlink()
+    (folder / "below" / "b").write_bytes(bytes(999))
+    (folder / "c").touch()
+    with pytest.raises(ValueError) as error:
+        verify(folder, accepted="another one")
+    assert str(error.value) == (
+        f"{folder} is not as import wrote it: a is missing, below/b does not match digests.json, "
+        "c is not in digests.json; accepted: another one"
+    )
+
+
+def test_many_damaged_files_are_one_line(folder):
+    for number in range(9):
+        (folder / f"extra {number}").touch()
+    with pytest.raises(ValueError, match=r"extra 2 is not in digests\.json and 6 more; accepted"):
+        verify(folder)
+
+
+def test_only_the_files_that_are_read_are_compared(folder):
+    flip(folder / "a", 0)
+    assert verify(folder, ["below/b"]).written_by == "import"
+    with pytest.raises(ValueError, match="a does not match"):
+        verify(folder, ["below/b", "a"])
+    with pytest.raises(ValueError, match="c is missing"):
+        verify(folder, ["c"])
+
+
+def test_folder_without_digests(model):
+    (model / NAME).unlink()
+    with pytest.raises(
+        ValueError, match=r"/model has no digests\.json; accepted: an undamaged cop"
+    ):
+        moddistill.load(model)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"written_by": "import", "files": 3}', "[" * 9999]
+)
+def test_digests_of_another_kind(folder, content):
+    (folder / NAME).write_text(content)
+    with pytest.raises(ValueError, match=r"digests\.json is damaged"):
+        read_digests(folder)
+
+
+def test_device_in_place_of_a_file(folder):
+    """Reading it would not end."""
+    (folder / "a").unlink()
+    (folder / "a").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"a does not match digests\.json; accepted"):
+        verify(folder)
+
+
+def test_digests_are_those_of_sha256sum(folder):
+    lines = "".join(f"{digest}  {name}\n" for name, digest in read_digests(folder).files.items())
+    done = subprocess.run(
+        ["sha256sum", "-c"], input=lines, cwd=folder, capture_output=True, text=True
+    )
+    assert done.stdout == "a: OK\nbelow/b: OK\n"

@@ -1,0 +1,145 @@
+import shutil
+
+import chex
+import grain
+import jax.numpy as jnp
+import optax
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from moddistill.storage.digests import write_digests
+from moddistill.training import checkpoint
+from moddistill.training.state import State
+
+
+def records():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def state_at(step, shape=(2, 3), frozen=0.0):
+    """A state whose values tell its step."""
+    params = {"projector/kernel": jnp.full(shape, 0.1 + step), "decoder/norm/scale": jnp.ones(2)}
+    moments = optax.adamw(1.0).init(params)
+    return State(jnp.asarray(step), params, {"vision/kernel": jnp.full(2, frozen)}, moments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 1, 2 and 3, each after as many records."""
+    position = records()
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (1, 2, 3):
+            next(position)
+            checkpoint.save(checkpoints, state_at(step, frozen=5.0), position)
+    return tmp_path / "checkpoints"
+
+
+def test_newest_state_comes_back_bit_for_bit(folder):
+    position = records()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        restored = checkpoint.restore(checkpoints, state_at(0, frozen=7.0), position)
+    saved = state_at(3, frozen=7.0)  # frozen parameters are those of the state given
+    chex.assert_trees_all_equal(restored, saved, strict=True)
+    assert next(position) == 3
+
+
+def test_frozen_parameters_are_not_stored(folder):
+    stored = ocp.checkpointables_metadata(folder / "3").metadata["state"]
+    assert set(stored) == {"step", "params", "opt_state"}
+    assert not [name for name in stored["params"] if "vision" in name]
+
+
+def test_only_the_newest_two_are_kept(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+def test_checkpoint_that_was_not_finished_is_removed(folder, caplog):
+    """As a process leaves them that is killed while Orbax writes, or before the digests."""
+    (folder / "3").rename(folder / ".3.partial")
+    (folder / ".4.partial.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == 2
+        assert sorted(path.name for path in folder.iterdir()) == ["2"]
+        state = checkpoint.restore(checkpoints, state_at(0), position := records())
+        checkpoint.save(checkpoints, state.replace(step=jnp.asarray(3)), position)
+    assert "checkpoint " in caplog.text and ".3.partial was not finished" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+def test_kill_before_the_digests_are_written(folder, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_digests", killed)
+    with pytest.raises(KeyboardInterrupt), checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state_at(4), records())
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == 3
+        checkpoint.restore(checkpoints, state_at(0), records())
+
+
+@pytest.mark.parametrize("kept", [("2", "3"), ("3",)])
+def test_damaged_checkpoint_names_the_way_out(folder, kept):
+    for step in {"2", "3"} - set(kept):
+        shutil.rmtree(folder / step)
+    file = next((folder / "3" / "state").rglob("d/*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    start = {2: "resume from step 2", 1: "start from step 0"}[len(kept)]
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        message = f"checkpoints/3 is not as train wrote it: state/.*d/{file.name} does not match .*"
+        message += f"; accepted: an undamaged copy, or to remove this folder and {start}$"
+        with pytest.raises(ValueError, match=message):
+            checkpoint.restore(checkpoints, state_at(0), records())
+    shutil.rmtree(folder / "3")
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == (2 if len(kept) == 2 else None)
+
+
+def test_checkpoint_of_a_release_without_digests(folder):
+    (folder / "3" / "digests.json").unlink()
+    with (
+        checkpoint.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"3 has no digests\.json; accepted: .* resume from step 2"),
+    ):
+        checkpoint.restore(checkpoints, state_at(0), records())
+
+
+def test_folders_of_others_are_not_removed(folder):
+    """Numbered ones too, of another trainer."""
+    (folder / "1").mkdir()
+    (folder / "1" / "model.bin").touch()
+    with checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state_at(4), records())
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
+
+
+def test_error_of_the_background_ends_the_run(folder):
+    (folder / "4").write_text("in the way")
+    with pytest.raises(OSError), checkpoint.open_checkpoints(folder) as checkpoints:
+        checkpoint.save(checkpoints, state_at(4), records())
+
+
+def test_new_folder_has_none(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path / "none") as checkpoints:
+        assert checkpoints.latest is None
+
+
+def test_checkpoint_of_another_architecture(folder):
+    with (
+        checkpoint.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"3 does not fit the architecture") as error,
+    ):
+        checkpoint.restore(checkpoints, state_at(0, shape=(2, 4)), records())
+    assert "projector/kernel has shape (2, 3), expected (2, 4)" in str(error.value)
+
+
+def test_checkpoint_of_another_number_of_processes(folder):
+    for file in (folder / "3" / "data").iterdir():
+        file.rename(file.with_name(file.name.replace("-of-1", "-of-2")))
+    (folder / "3" / "digests.json").unlink()
+    write_digests(folder / "3", "train")
+    with (
+        checkpoint.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"3 is of 2 processes, and now there are 1; accepted: as"),
+    ):
+        checkpoint.restore(checkpoints, state_at(0), records())

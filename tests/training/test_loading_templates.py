@@ -1,0 +1,49 @@
+"""Templates of the models that a stage begins with."""
+
+import dataclasses
+
+import pytest
+
+from moddistill.storage.model_folder import save_model
+from moddistill.training import loading
+
+
+@pytest.fixture
+def trained_with(tiny_architecture, init, tokenizer, tmp_path):
+    """`trained_with(template, preset)`: the folder of a model that was trained with a template."""
+
+    def save(template, preset="tiny-teacher"):
+        config = dataclasses.replace(tiny_architecture(preset), template=template)
+        save_model(tmp_path / template, config, init(config), tokenizer, {})
+        return str(tmp_path / template)
+
+    return save
+
+
+def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, trained_with):
+    config = tiny_config("d2d", teacher=trained_with("chatml"))
+    student = tiny_architecture()
+    message = (
+        rf"^config\.data\.template is 'vicuna', but the template of the teacher '{config.teacher}' "
+        r"is 'chatml'; accepted: 'chatml', or the teacher imported with --template vicuna$"
+    )
+    with pytest.raises(ValueError, match=message):
+        loading.teacher_architecture(config, student, tokenizer)
+    data = dataclasses.replace(config.data, template="chatml")
+    same = dataclasses.replace(config, data=data)
+    assert loading.teacher_architecture(same, student, tokenizer).template == "chatml"
+
+
+def test_new_weights_know_no_template(tiny_config, tiny_architecture, tokenizer):
+    config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
+    loading.teacher_architecture(config, tiny_architecture(), tokenizer)
+
+
+@pytest.mark.parametrize(("stage", "warned"), [("init", False), ("sft", False), ("d2d", True)])
+def test_a_student_distilled_in_another_template_is_a_warning(
+    stage, warned, tiny_config, tiny_architecture, trained_with, caplog
+):
+    config = tiny_config(stage, student=trained_with("chatml", "tiny"))
+    base = dataclasses.replace(tiny_architecture(), template="chatml")
+    loading.warn_of_template(config, base)
+    assert ("is 'vicuna', but the student" in caplog.text) == warned

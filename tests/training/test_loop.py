@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill import train
+from moddistill.distributed import sharding
+from moddistill.params import flatten
+from moddistill.storage.model_folder import load, save_model
+from moddistill.training.metrics import read_metrics
+from moddistill.training.state import State
+
+TIMING = ("seconds", "tokens_per_second", "student_tflops", "teacher_tflops")
+
+
+def rows(workdir):
+    """The rows of a run without what the clock says."""
+    found = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
+
+
+PARTS = {
+    "sft": {"ce"},
+    "init": {"ce"},
+    "d2d": {"kd"},
+    "d2s": {"kd", "ce", "balance", "dropped"},
+    "preference": {
+        "preference",
+        "reward_chosen",
+        "reward_rejected",
+        "reward_margin",
+        "reward_accuracy",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """`finished(stage)`: the config and the workdir of the stage's whole run."""
+    runs = {}
+
+    def run(stage):
+        if stage not in runs:
+            config = tiny_config(stage, remat="full" if stage == "init" else "none")
+            workdir = tmp_path_factory.mktemp(stage)
+            train.train(config, workdir)
+            runs[stage] = config, workdir
+        return runs[stage]
+
+    return run
+
+
+@pytest.mark.parametrize(("mean", "color"), [(0.25, 63), (None, 122)])
+def test_images_are_padded_with_the_mean_of_the_tower(
+    mean, color, tiny_config, tiny_architecture, init, tokenizer, tmp_path, monkeypatch
+):
+    config = tiny_architecture()
+    if mean:
+        tower = dataclasses.replace(config.vision, mean=(mean, mean, mean))
+        config = dataclasses.replace(config, vision=tower)
+    save_model(tmp_path / "model", config, init(config), tokenizer, {})
+    specs = []
+    monkeypatch.setattr(
+        train, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
+    )
+    stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
+    train.open_streams(stage, tokenizer, tmp_path)
+    assert specs and {spec.pad_color[0] for spec in specs} == {color}
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_stage_runs_and_reports_its_parts(stage, finished):
+    config, workdir = finished(stage)
+    written = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in written] == [1, 2, 3, 4]
+    for row in written:
+        assert set(row) == {"step", "loss", "lr", "grad_norm", "param_norm", *TIMING} | PARTS[stage]
+        assert all(map(math.isfinite, row.values()))
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"
+    }  # fmt: skip
+    assert json.loads((workdir / "config.json").read_text())["stage"] == stage
+    model, _ = load(workdir / "model")
+    assert (model.config.decoder.moe is not None) == (stage == "d2s")
+    assert model.config.template == config.data.template
+
+
+def test_a_run_that_was_cut_off_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
+    """Stopped in its fourth step: three rows are written, the last checkpoint is of step 2."""
+    config, whole = finished("d2s")
+    put_batch, calls = sharding.put_batch, []
+
+    def put_three(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return put_batch(*args)
+
+    monkeypatch.setattr(sharding, "put_batch", put_three)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path)
+    assert len(rows(tmp_path)) == 3
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(sharding, "put_batch", put_batch)
+    train.train(config, tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    ours, theirs = (flatten(load(workdir / "model")[1]) for workdir in (tmp_path, whole))
+    for path, value in theirs.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def test_only_the_trainable_parameters_moved(finished, tiny_config, tmp_path):
+    """d2s trains experts, routers and projector; the rest is what the seed made it."""
+    _, workdir = finished("d2s")
+    _, after = load(workdir / "model")
+    config = tiny_config("d2s", remat="none", optim={"lr": 0.0})
+    train.train(config, tmp_path)
+    before = flatten(load(tmp_path / "model")[1])
+    moved = {path for path, x in flatten(after).items() if np.any(x != before[path])}
+    assert moved == {path for path in before if "/moe/" in path or path.startswith("projector/")}
+
+
+def test_finished_run_is_left_alone(finished, monkeypatch):
+    config, workdir = finished("sft")
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
+    monkeypatch.setattr(train, "prepare", None)
+    assert train.train(config, workdir) == workdir / "model"
+    assert before == {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
+
+
+@pytest.mark.parametrize(("save_every", "last_good"), [(1, "checkpoints/1"), (4, "none yet")])
+def test_an_update_that_is_not_finite_stops_the_run(tiny_config, tmp_path, save_every, last_good):
+    """The first update is zero, the second larger than float32, whenever it is reported."""
+    optim = {"lr": 1e38, "warmup_ratio": 0.25}
+    config = tiny_config("sft", save_every=save_every, log_every=save_every, optim=optim)
+    with pytest.raises(FloatingPointError) as error:
+        train.train(config, tmp_path)
+    assert str(error.value).startswith("step 2: param_norm is inf; the last good checkpoint is ")
+    assert str(error.value).endswith(last_good)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["1"] * (save_every == 1)
+    assert [row["step"] for row in rows(tmp_path)] == [1] * (save_every == 1)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_last_step_that_breaks_the_parameters_leaves_no_model(tiny_config, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 1: param_norm is inf; .* none yet"):
+        train.train(tiny_config("sft", steps=1, optim={"lr": 1e38}), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_missing_image_root_is_found_before_any_model_is_made(finished, tmp_path, monkeypatch):
+    config, _ = finished("preference")
+    [source] = config.data.sources.values()
+    heldout = dataclasses.replace(source, images="no/such/folder")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, heldout=heldout), heldout_steps=1
+    )
+    monkeypatch.setattr(train, "prepare", None)
+    said = r"^config\.data\.heldout: .* 'no/such/folder' is no folder of images"
+    with pytest.raises(ValueError, match=said):
+        train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["sft", "preference"])
+def test_records_with_images_need_a_student_that_sees(
+    stage, tiny_config, tiny_architecture, init, tokenizer, tmp_path, monkeypatch
+):
+    blind = dataclasses.replace(tiny_architecture(), vision=None)
+    save_model(tmp_path / "text", blind, init(blind), tokenizer, {})
+    config = tiny_config(stage, student=str(tmp_path / "text"), tokenizer="")
+    [name] = config.data.sources
+    monkeypatch.setattr(train, "prepare", None)
+    said = rf"^config\.data\.sources\.{name}: 8 of 8 records have images, .*; accepted: .*vision="
+    with pytest.raises(ValueError, match=said):
+        train.train(config, tmp_path / "run")
+
+
+def test_records_left_out_are_counted(finished, tmp_path, caplog):
+    config, _ = finished("sft")
+    [source] = config.data.sources.values()
+    with open(source.path) as file:
+        records = json.load(file)
+    records[2]["conversations"][1]["value"] = ""
+    records[5]["image"] = "gone.png"
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    source = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    data = dataclasses.replace(config.data, sources={"some": source})
+    with caplog.at_level(logging.WARNING, "moddistill"):
+        train.train(dataclasses.replace(config, data=data), tmp_path / "run")
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
+    assert reasons.keys() == {3, 6}
+    assert reasons[3] == "an answer is empty"
+    assert "gone.png is missing" in reasons[6]
+    assert "2 records left out" in caplog.text
+    assert "sources.some: 2 of 8 records break the format and are left out" in caplog.text
+
+
+def test_held_out_records_are_measured_at_the_end(finished, tmp_path):
+    config, _ = finished("preference")
+    [source] = config.data.sources.values()
+    data = dataclasses.replace(config.data, heldout=source)
+    train.train(dataclasses.replace(config, data=data, heldout_steps=1), tmp_path)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last.keys() >= {"step", "heldout_loss", "heldout_reward_accuracy"}
+    assert 0 <= last["heldout_reward_accuracy"] <= 1
+
+
+def test_held_out_batches_are_measured_in_micro_batches(tiny_config):
+    """Two batches of sixteen samples in halves; a mean over all of them."""
+    sizes = []
+
+    class Loss:
+        def __call__(self, params, frozen, teacher, batch, rng):
+            sizes.append(batch["x"].shape)
+            return 0.0, {"x": (batch["x"].sum(), batch["x"].size)}
+
+    config = tiny_config("sft", batch_size=16, accumulate=2, heldout_steps=2)
+    state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
+    records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
+    run = train.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, work=None)
+    means = train.measure(config, run, state, records, sharding.make_mesh(config.mesh))
+    assert means == {"heldout_x": 15.0}
+    assert sizes == [(8,)]  # compiled once
+
+
+def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_path, monkeypatch):
+    config, whole = finished("preference")
+    [source] = config.data.sources.values()
+    data = dataclasses.replace(config.data, heldout=source)
+    config = dataclasses.replace(config, data=data, heldout_steps=1)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "save_model", fail)
+        train.train(config, tmp_path)
+    train.train(config, tmp_path)
+    assert rows(tmp_path)[:4] == rows(whole)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 4]
+
+
+def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
+    config, _ = finished("sft")
+    runs, prepare = [], train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *args: runs.append(prepare(*args)) or runs[-1])
+    train.train(config, tmp_path)
+    assert runs[0].step._cache_size() == 1
+    assert jax.tree.all(jax.tree.map(lambda x: x.is_deleted(), runs[0].state.params))
+
+
+def test_one_pass_of_a_shared_tower_serves_both_models(
+    tiny_config, tiny_models, tmp_path, monkeypatch, caplog
+):
+    """The student takes the teacher's own folder; sharing changes no number."""
+    folder = str(tiny_models["teacher"])
+    config = tiny_config("d2d", student=folder, teacher=folder, tokenizer="", steps=2, remat="none")
+    with caplog.at_level(logging.INFO, logger="moddistill"):
+        train.train(config, tmp_path / "shared")
+    assert "takes the features of the student's tower" in caplog.text
+    monkeypatch.setattr(train, "same_tower", lambda *_: False)
+    train.train(config, tmp_path / "apart")
+    for shared, apart in zip(rows(tmp_path / "shared"), rows(tmp_path / "apart"), strict=True):
+        assert shared == pytest.approx(apart, rel=1e-4, abs=1e-6)
+    work = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("shared", "apart")]
+    shared, apart = (row["teacher_tflops"] / row["student_tflops"] for row in work)
+    assert shared < apart
+
+
+def test_profiled_steps_leave_a_trace(tiny_config, tmp_path):
+    config = tiny_config("sft", profile_steps=(2, 3))
+    train.train(config, tmp_path)
+    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000

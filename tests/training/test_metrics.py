@@ -1,0 +1,113 @@
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from moddistill.models.flops import Work
+from moddistill.training.metrics import MetricsLog, check_finite, read_metrics, weighted_means
+
+WORK = Work(student=3e12, teacher=1e12, positions=400)
+
+
+def step(loss, weight, tokens=100):
+    scalars = {"loss": (loss * weight, weight), "tokens": (tokens, 1)}
+    return {name: tuple(map(jnp.float32, pair)) for name, pair in scalars.items()}
+
+
+def test_means_are_weighted():
+    # (2 * 1 + 5 * 3) / 4
+    assert weighted_means([step(2, 1), step(5, 3)])["loss"] == 17 / 4
+
+
+def test_mean_of_nothing_is_nan():
+    assert math.isnan(weighted_means([step(0, 0)])["loss"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_stops_the_run(bad):
+    check_finite({"loss": (1.0, 1.0), "kd": (2.0, 1.0)}, 7, "none yet")
+    with pytest.raises(FloatingPointError, match=f"step 7: kd is {bad}; .* is runs/a/4"):
+        check_finite({"kd": (bad, 1.0), "loss": (1.0, 1.0)}, 7, "runs/a/4")
+
+
+def test_the_step_that_went_wrong_is_named_and_no_row_is_written(tmp_path):
+    with MetricsLog(tmp_path, start=4, steps=8, title="sft", work=WORK) as log:
+        for loss in (1.0, math.nan, math.nan):
+            log.add(step(loss, 1))
+        with pytest.raises(FloatingPointError, match="step 6: loss is nan"):
+            log.report(7, 0.5, "none yet")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_rows(tmp_path):
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", work=WORK) as log:
+        for loss in (1.0, 3.0):
+            log.add(step(loss, 1))
+        log.report(2, 0.5, "none yet")
+    [row] = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["loss"], row["lr"]) == (2, 2.0, 0.5)
+    # 200 tokens in the time the row covers.
+    assert row["tokens_per_second"] == pytest.approx(200 / row["seconds"])
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_speed_is_that_of_real_tokens(tmp_path):
+    """Half of 400 positions are real, in two steps of 4 TFLOP when full."""
+    log = MetricsLog(tmp_path, 0, 4, "d2d", WORK, peak_flops=1e13)
+    with log:
+        for _ in range(2):
+            log.add(step(1, 1, tokens=200))
+        log.report(2, 0.5, "none yet")
+    [row] = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["student_tflops"] * row["seconds"] == pytest.approx(3.0)
+    assert row["teacher_tflops"] * row["seconds"] == pytest.approx(1.0)
+    assert row["mfu"] == pytest.approx(4 / row["seconds"] / 10)
+
+
+def test_rows_behind_the_last_checkpoint_are_cut_and_seconds_go_on(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with MetricsLog(tmp_path, start=2, steps=4, title="sft", work=WORK) as log:
+        log.add(step(4, 1))
+        log.report(3, 0.0, "none yet")
+    written = read_metrics(file)
+    assert [row["step"] for row in written] == [1, 2, 3]
+    assert written[-1]["loss"] == 4.0
+    assert 20 < written[-1]["seconds"] < 30
+
+
+def test_rows_of_held_out_records_are_written_again(tmp_path):
+    """A run that was cut off between its last row and its model folder measures them once more."""
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": 2, "loss": 1.0, "seconds": 10.0}, {"step": 2, "heldout_loss": 1.0}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with MetricsLog(tmp_path, start=2, steps=2, title="sft", work=WORK):
+        pass
+    assert read_metrics(file) == rows[:1]
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "lo')
+    assert [row["step"] for row in read_metrics(file)] == [1]
+    with MetricsLog(tmp_path, start=1, steps=4, title="sft", work=WORK) as log:
+        log.add(step(4, 1))
+        log.report(2, 0.0, "none yet")
+    assert [row["step"] for row in read_metrics(file)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "not JSON: Expecting"), ("[1]", r"'\[1\]' is no row; accepted: an"), ("", "not JSON")],
+)
+def test_any_other_broken_line_is_named(line, message, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {message}"):
+        read_metrics(file)
+
+
+def test_no_file_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

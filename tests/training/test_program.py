@@ -1,0 +1,77 @@
+import dataclasses
+
+import jax
+import pytest
+from flax import linen as nn
+
+from moddistill.config import MeshConfig, MoeConfig
+from moddistill.distributed import sharding
+from moddistill.distributed.sharding import make_mesh
+from moddistill.models.presets import preset
+from moddistill.models.upcycle import upcycle_config
+from moddistill.plan import abstract_batch
+from moddistill.training.program import make_program, place
+
+
+@pytest.fixture
+def make(tiny_config):
+    """`make(stage, **settings)`: the program of a stage, of a student that has its experts."""
+
+    def run(stage, **settings):
+        config = dataclasses.replace(tiny_config(stage), **settings)
+        mesh = make_mesh(config.mesh)
+        student = upcycle_config(preset("tiny"), MoeConfig(transport="ragged"))
+        return config, mesh, make_program(config, student, preset("tiny-teacher"), mesh)
+
+    return run
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_step_takes_over_the_memory_of_its_state(make, donate):
+    config, mesh, program = make("d2s", donate=donate)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        state = place(program.state, program.places)
+        batch = abstract_batch(config, program.model.config, mesh)
+        text = program.step.lower(state, program.teacher, batch).as_text()
+    assert ("tf.aliasing_output" in text or "jax.buffer_donor" in text) == donate
+
+
+@pytest.mark.parametrize("stage", ["d2s", "preference"])
+def test_rows_of_experts_travel_as_this_run_says_and_not_as_an_earlier_one(make, stage):
+    _, _, program = make(stage, moe=MoeConfig(transport="all_to_all"))
+    assert program.model.config.decoder.moe.transport == "all_to_all"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "message"),
+    [
+        ({"tensor": 4}, {}, r"mesh\.tensor is 4, .* student's .*/key/.* has 2 kv_heads; accepted"),
+        ({"tensor": 2}, {"mlp": 33}, r"mesh\.tensor is 2, .* has 33 mlp; accepted: a divisor of 3"),
+        ({"expert": 8}, {"moe": MoeConfig()}, r"mesh\.expert is 8, .*/experts_.* has 4 expert;"),
+        (
+            {"fsdp": 4, "expert": 2},
+            {"width": 20},
+            r"mesh\.fsdp \* config\.mesh\.expert is 8, .* 20 embed;",
+        ),
+    ],
+)
+def test_mesh_that_cannot_cut_the_student(tiny_config, tiny_architecture, mesh, sizes, message):
+    student = tiny_architecture()
+    student = dataclasses.replace(student, decoder=dataclasses.replace(student.decoder, **sizes))
+    with pytest.raises(ValueError, match=message):
+        make_program(tiny_config("sft"), student, None, make_mesh(MeshConfig(**mesh)))
+
+
+def test_mesh_that_cannot_cut_the_teacher(tiny_config, tiny_architecture):
+    student, teacher = tiny_architecture("demo-teacher"), tiny_architecture()
+    mesh = make_mesh(MeshConfig(tensor=4))
+    with pytest.raises(ValueError, match=r"mesh\.tensor is 4, .* the teacher's .* has 2 kv_heads"):
+        make_program(tiny_config("d2d"), student, teacher, mesh)
+
+
+def test_ragged_transport_between_cpus(tiny_config, tiny_architecture):
+    config = tiny_config("sft", moe={"transport": "ragged"})
+    student = tiny_architecture("tiny", MoeConfig())
+    make_program(config, student, None, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(ValueError, match=r"moe\.transport of the student is 'ragged'.*: ring, all"):
+        make_program(config, student, None, make_mesh(MeshConfig()))

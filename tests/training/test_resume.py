@@ -1,0 +1,264 @@
+"""A run that resumes with settings that differ from those it began with."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moddistill import train
+from moddistill.data.records import Quarantine, Rejected
+from moddistill.distributed import sharding
+from moddistill.params import flatten
+from moddistill.storage.atomic_dir import new_folder
+from moddistill.storage.model_folder import VERSION, load, read_source
+from moddistill.training.metrics import read_metrics
+
+
+def with_fields(config, **changes):
+    """The config with other fields; a dict changes a part's."""
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            value = dataclasses.replace(getattr(config, name), **value)
+        config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """`finished(stage)`: the config and the workdir of a whole run of four steps."""
+    runs = {}
+
+    def run(stage):
+        if stage not in runs:
+            config = tiny_config(stage, batch_size=16, remat="none", donate=True)
+            runs[stage] = config, tmp_path_factory.mktemp(stage)
+            train.train(*runs[stage])
+        return runs[stage]
+
+    return run
+
+
+@pytest.fixture
+def halfway(finished, tmp_path):
+    """`halfway(stage)`: the config and a workdir in which the run was killed after two steps."""
+
+    def copy(stage):
+        config, whole = finished(stage)
+        workdir = tmp_path / "halfway"
+        shutil.copytree(whole / "checkpoints" / "2", workdir / "checkpoints" / "2")
+        for name in ("config.json", "metrics.jsonl"):
+            shutil.copy(whole / name, workdir)
+        return config, workdir
+
+    return copy
+
+
+def curve(workdir, name="loss"):
+    return [row[name] for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def steps(workdir):
+    return [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("d2d", {"accumulate": 2, "teacher_memory": "host"}),
+        ("d2s", {"scan": False, "mesh": {"data": 1, "fsdp": 2, "expert": 4}}),
+        (
+            "d2s",
+            {
+                "remat": "full",
+                "donate": False,
+                "log_every": 2,
+                "loss": {"chunk": 64},
+                "data": {"workers": 2},
+                "moe": {"transport": "all_to_all"},
+            },
+        ),
+    ],
+)
+def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
+    stage, changes, finished, halfway, caplog
+):
+    _, whole = finished(stage)
+    config, workdir = halfway(stage)
+    with caplog.at_level(logging.INFO, "moddistill"):
+        train.train(with_fields(config, **changes), workdir)
+    for name in changes:
+        assert f"resumed with another setting: config.{name}" in caplog.text
+    assert curve(workdir)[:2] == curve(whole)[:2]
+    last = [read_metrics(run / "metrics.jsonl")[-1] for run in (workdir, whole)]
+    assert last[0]["step"] == last[1]["step"] == 4
+    mean = np.mean(curve(whole)[2:]) if "log_every" in changes else curve(whole)[3]
+    np.testing.assert_allclose(last[0]["loss"], mean, rtol=1e-5)
+    ours, theirs = (flatten(load(run / "model")[1]) for run in (workdir, whole))
+    for path, value in theirs.items():
+        np.testing.assert_allclose(ours[path], value, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"seed: 0 there, 1 now"),
+        ({"batch_size": 32}, r"batch_size: 16 there, 32 now"),
+        ({"optim": {"lr": 0.5}}, r"optim\.lr: 0\.001 there, 0\.5 now"),
+        ({"teacher_weights": "int8"}, r"teacher_weights: 'dtype' there, 'int8' now"),
+    ],
+)
+def test_other_settings_may_not_change(changes, message, halfway):
+    config, workdir = halfway("d2d")
+    said = rf"holds a run with other settings \({message}\); accepted: the same .* steps, accum"
+    with pytest.raises(ValueError, match=said):
+        train.train(with_fields(config, **changes), workdir)
+
+
+def test_the_first_settings_of_a_run_that_left_no_checkpoint_bind_nothing(
+    tiny_config, tmp_path, monkeypatch
+):
+    """Out of memory at the first step; nothing of the dead run stays."""
+
+    def fail(*_):
+        raise MemoryError
+
+    dead = tiny_config("sft", seed=1, optim={"lr": 0.5})
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(sharding, "put_batch", fail)
+        train.train(dead, tmp_path)
+    assert (tmp_path / "config.json").exists()
+    Quarantine(str(tmp_path / "quarantine.jsonl")).add([Rejected("a.json", 1, "of the dead run")])
+    train.train(tiny_config("sft", batch_size=16, steps=2), tmp_path)
+    assert steps(tmp_path) == [1, 2]
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
+    config, whole = finished("d2d")
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    longer = dataclasses.replace(config, steps=6)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "save_model", fail)
+        train.train(longer, workdir)
+    assert read_source(workdir / "model")["steps"] == 4  # until there is another one
+    train.train(longer, workdir)
+    assert read_source(workdir / "model")["steps"] == 6
+    assert steps(workdir) == [1, 2, 3, 4, 5, 6]
+    assert curve(workdir)[:4] == curve(whole)
+    assert curve(workdir, "lr")[4:] == pytest.approx(
+        [float(train.schedule(config.optim, 6)(step)) for step in (4, 5)]
+    )
+    monkeypatch.setattr(train, "prepare", None)
+    train.train(longer, workdir)  # is finished
+    with pytest.raises(
+        ValueError, match=r"config\.steps is 4, but .* has made 6; accepted: at lea"
+    ):
+        train.train(config, workdir)
+
+
+def test_a_model_that_may_not_be_replaced_is_found_before_the_first_step(
+    finished, tmp_path, monkeypatch
+):
+    config, whole = finished("d2d")
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    (workdir / "model" / "README.md").write_text("mine")
+    monkeypatch.setattr(train, "prepare", None)
+    assert train.train(config, workdir) == workdir / "model"  # is finished
+    said = r"README\.md is not in digests\.json; accepted: remove or rename '.*/run/model'$"
+    with pytest.raises(ValueError, match=said):
+        train.train(dataclasses.replace(config, steps=6), workdir)
+    assert steps(workdir) == [1, 2, 3, 4]
+
+
+def test_a_model_that_another_command_wrote_is_found_before_the_first_step(
+    tiny_config, tmp_path, monkeypatch
+):
+    with new_folder(tmp_path / "model", "import", overwrite=False) as aside:
+        description = {"version": VERSION, "architecture": {}, "source": {}}
+        (aside / "model.json").write_text(json.dumps(description))
+    monkeypatch.setattr(train, "prepare", None)
+    with pytest.raises(ValueError, match=r"model' was written by import; accepted: remove or ren"):
+        train.train(tiny_config("sft"), tmp_path)
+
+
+def test_records_noted_by_someone_else_are_kept(tiny_config, tmp_path):
+    (tmp_path / "quarantine.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match=r"has quarantine\.jsonl, but no config\.json; accepted"):
+        train.train(tiny_config("sft"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["quarantine.jsonl"]
+    assert (tmp_path / "quarantine.jsonl").read_text() == "mine\n"
+
+
+def test_a_run_that_ended_before_its_model_was_loaded_can_be_started_again(
+    tiny_config, tmp_path, monkeypatch
+):
+    """One record breaks the format, which is noted first."""
+
+    def fail(*_):
+        raise MemoryError
+
+    config = tiny_config("sft", steps=1)
+    [source] = config.data.sources.values()
+    records = [{}, *json.loads(Path(source.path).read_text())]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    broken = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(train, "prepare", fail)
+        train.train(with_fields(config, data={"sources": {"some": broken}}), workdir)
+    assert (workdir / "quarantine.jsonl").exists()
+    train.train(config, workdir)
+    assert steps(workdir) == [1]
+    assert not (workdir / "quarantine.jsonl").exists()
+
+
+def test_a_change_of_steps_is_logged_with_what_it_means(halfway, caplog):
+    config, workdir = halfway("d2d")
+    with caplog.at_level(logging.INFO, "moddistill"):
+        train.train(dataclasses.replace(config, steps=3), workdir)
+    assert "config.steps: 4 before, 3 now; warm-up and decay are those of the new" in caplog.text
+    assert steps(workdir) == [1, 2, 3]
+
+
+def test_a_finished_run_without_checkpoints_cannot_go_on(finished, tmp_path):
+    config, whole = finished("d2d")
+    shutil.copytree(whole / "model", tmp_path / "model")
+    shutil.copy(whole / "config.json", tmp_path)
+    assert train.train(config, tmp_path) == tmp_path / "model"
+    message = r"config\.steps is 6, .* finished with 4 and has no checkpoint to go on from; acc.* 4"
+    with pytest.raises(ValueError, match=message):
+        train.train(dataclasses.replace(config, steps=6), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[3]", '{"steps": 4'])
+def test_settings_that_cannot_be_read(text, halfway):
+    config, workdir = halfway("d2d")
+    (workdir / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"/config\.json does not hold the settings of a run; acc"):
+        train.train(config, workdir)
+
+
+def test_checkpoint_of_another_architecture(finished, tmp_path):
+    config, whole = finished("d2s")
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
+        train.train(with_fields(config, moe={"num_experts": 2}), tmp_path)
+    assert "experts_up has shape (2, 4, 16, 32), expected (2, 2, 16, 32)" in str(error.value)
+
+
+@pytest.mark.parametrize(("profiled", "traced"), [((1, 3), True), ((1, 2), False)])
+def test_profiled_steps_of_a_run_resumed_after_the_second(profiled, traced, halfway):
+    config, workdir = halfway("d2d")
+    train.train(dataclasses.replace(config, profile_steps=profiled), workdir)
+    assert (workdir / "profile").exists() == traced

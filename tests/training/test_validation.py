@@ -1,0 +1,196 @@
+import dataclasses
+import importlib
+import math
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from experiments import llava_mod
+from moddistill import train
+from moddistill.config import RecipeConfig, SourceConfig, TrainConfig, from_config_dict
+from moddistill.training.validation import Range, check_is_workdir, check_settings, check_spread
+
+STAGES = ("sft", "init", "d2d", "d2s", "preference")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "inside", "outside", "text"),
+    [
+        (Range(0, 1), (0, 0.5, 1), (-1, 2), "0 to 1"),
+        (Range(0, 1, above=True), (0.5, 1), (0, 2), "above 0 and at most 1"),
+        (Range(0, 1, below=True), (0, 0.5), (-1, 1), "at least 0 and below 1"),
+        (Range(0, 1, above=True, below=True), (0.5,), (0, 1), "above 0 and below 1"),
+    ],
+)
+def test_ranges(accepted, inside, outside, text):
+    assert all(value in accepted for value in inside)
+    assert not any(value in accepted for value in (*outside, float("nan")))
+    assert str(accepted) == text
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("sft", {"optim": {"eps": 0.0}}, r"optim\.eps is 0\.0; accepted: above 0 and at most 1"),
+        ("sft", {"optim": {"b1": 1.0}}, r"optim\.b1 is 1\.0; accepted: at least 0 and below 1"),
+        ("sft", {"optim": {"b2": 1.0}}, r"optim\.b2 is 1\.0; accepted: at least 0 and below 1"),
+        (
+            "sft",
+            {"loss": {"preference": "sigmoid"}},
+            r"loss\.preference is 'sigmoid', but stage 'sft' does not read it; accepted: "
+            r"'kto_pair', its default, since only preference reads it",
+        ),
+        ("sft", {"loss": {"kd_positions": "all_tokens"}}, r"kd_positions .* only d2d, d2s read it"),
+        ("init", {"loss": {"kd_weight": 0.5}}, r"kd_weight is 0\.5, but stage 'init'"),
+        ("d2s", {"loss": {"beta": 0.5}}, r"beta is 0\.5, but stage 'd2s'"),
+        ("d2d", {"loss": {"ce_weight": 0.5}}, r"ce_weight .* 1\.0, .* only sft, init, d2s read"),
+        ("preference", {"loss": {"kd_weight": 2.0}}, r"kd_weight is 2\.0, but stage 'preference'"),
+        (
+            "sft",
+            {"heldout_steps": 1},
+            r"heldout\.path is '' and heldout_steps is 1; accepted: both",
+        ),
+        (
+            "sft",
+            {"data": {"heldout": SourceConfig("a.json")}},
+            r"heldout\.path is 'a\.json' and heldout_steps is 0; accepted: both, or neither",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, message):
+    with pytest.raises(ValueError, match=rf"^config\..*{message}"):
+        check_settings(tiny_config(stage, **fields))
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("sft", {"accumulate": 0}, r"config\.accumulate is 0; accepted: 1 to inf"),
+        ("sft", {"log_every": 0}, r"config\.log_every is 0; accepted: 1 to inf"),
+        ("sft", {"steps": -1}, r"config\.steps is -1; accepted: 1 to inf"),
+        ("sft", {"loss": {"chunk": 0}}, r"config\.loss\.chunk is 0; accepted: 1 to inf"),
+        ("sft", {"accumulate": 3}, r"config\.batch_size is 8; accepted: a multiple of .*3"),
+        ("d2d", {"teacher": ""}, r"config\.teacher is empty; stage 'd2d' needs"),
+        ("sft", {"teacher": "runs/t"}, r"stage 'sft' takes no teacher"),
+        ("d2d", {"teacher": "runs/none/model"}, r"^config\.teacher: 'runs/none/model' is not a m"),
+        ("d2d", {"teacher": "random:demo-teacher"}, r"does not fit: positions an image 36"),
+        ("sft", {"seed": -1}, r"config\.seed is -1; accepted: 0 to "),
+        ("sft", {"optim": {"lr": math.nan}}, r"config\.optim\.lr is nan; accepted: 0 to"),
+        (
+            "sft",
+            {"optim": {"eps": 0.0}},
+            r"config\.optim\.eps is 0\.0; accepted: above 0 and at mo",
+        ),
+        ("sft", {"optim": {"clip_norm": -1.0}}, r"config\.optim\.clip_norm is -1"),
+        ("d2d", {"moe": {"top_k": 99}}, r"config\.moe is set, but stage 'd2d' makes no experts"),
+        ("d2s", {"moe": {"num_experts": 10**9}}, r"^config\.moe\.num_experts is 1000000000; acc"),
+        ("d2s", {"moe": {"top_k": 10**9}}, r"^config\.moe\.top_k is 1000000000; accepted: 1 to"),
+        (
+            "d2s",
+            {"moe": {"upcycle": "noise", "noise_std": math.inf}},
+            r"^config\.moe\.noise_std is inf with moe\.upcycle 'noise'; accepted: above 0, at mo",
+        ),
+        (
+            "d2s",
+            {"moe": {"dispatch": "capacity", "capacity_factor": 1e7}},
+            r"^config\.moe\.capacity_factor is 10000000\.0; accepted: above 0, at most 1,000,000",
+        ),
+        ("d2d", {"loss": {"kd_weight": 0.0}}, r"loss\.kd_weight and .* leave nothing to learn"),
+        ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is '' and heldout_steps is 1"),
+        ("sft", {"profile_steps": (3,)}, r"config\.profile_steps is \(3,\); accepted: first and"),
+        ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
+        ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),
+        ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
+        ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: mesh data=3, .* does not fit 8 devices"),
+    ],
+)
+def test_a_run_with_settings_that_do_not_fit_leaves_no_model(
+    tiny_config, tmp_path, stage, fields, message
+):
+    with pytest.raises(ValueError, match=message):
+        train.train(tiny_config(stage, **fields), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", ["full", "demo", "tiny"])
+def test_settings_of_the_experiments_are_accepted(stage, size):
+    values = importlib.import_module(f"experiments.{stage}").get_config(size)
+    check_settings(from_config_dict(TrainConfig, values.to_dict()))
+
+
+@pytest.mark.parametrize("size", ["full", "demo"])
+def test_settings_of_the_recipe_are_accepted(size):
+    config = from_config_dict(RecipeConfig, llava_mod.get_config(size).to_dict())
+    for stage in config.stages.values():
+        check_settings(stage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+def spread_over(processes, **axes):
+    """A mesh whose device i belongs to process `processes[i]`."""
+    shape = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | axes
+    devices = np.array([Device(i, process) for i, process in enumerate(processes)])
+    return Mesh(devices.reshape(*shape.values()), tuple(shape))
+
+
+@pytest.mark.parametrize(
+    ("processes", "axes"),
+    [
+        ((0, 0, 1, 1), {"data": 2, "tensor": 2}),
+        ((0, 1, 0, 1), {"fsdp": 2, "expert": 2}),  # in any order, as on a torus
+    ],
+)
+def test_processes_that_have_their_samples_to_themselves(tiny_config, processes, axes):
+    check_spread(tiny_config("sft"), spread_over(processes, **axes))
+
+
+@pytest.mark.parametrize(
+    ("processes", "axes", "message"),
+    [
+        ((0, 1), {"tensor": 2}, r"mesh\.tensor is 2, along which lie devices of several .*; acce"),
+        ((0, 1, 0, 1), {"data": 2, "tensor": 2}, r"mesh\.tensor is 2"),
+        ((0, 1, 1, 1), {"data": 4}, r"processes have 1 to 3 places of samples .*; accepted"),
+    ],
+)
+def test_processes_that_do_not(tiny_config, processes, axes, message):
+    with pytest.raises(ValueError, match=message):
+        check_spread(tiny_config("sft"), spread_over(processes, **axes))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "llava"}', r"config\.json does not hold the settings of a"),
+        ("config.json", "hyper: parameters", r"config\.json does not hold the settings of a run"),
+        ("config.json", "3", r"config\.json does not hold the settings of a run; accepted: a new"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', r"has metrics\.jsonl, but no config\.json"),
+        (
+            "quarantine.jsonl",
+            "mine\n",
+            r"has quarantine\.jsonl, but no config\.json; accepted: a n",
+        ),
+        ("cut.jsonl", "mine\n", r"has cut\.jsonl, but no config\.json"),
+    ],
+)
+def test_workdir_with_files_of_others(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        check_is_workdir(tmp_path)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_workdir_that_is_new_or_of_a_run(tmp_path):
+    check_is_workdir(tmp_path / "none")
+    (tmp_path / "notes.txt").touch()
+    check_is_workdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"stage": "sft"}')
+    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
+        (tmp_path / name).touch()
+    check_is_workdir(tmp_path)
