@@ -28,7 +28,9 @@ from moddistill.data.tokenizer import load_tokenizer, train_bpe
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.model_folder import load_params, read_model_config, save_model
-from moddistill.storage.shards import Planned, create_shards, write
+from moddistill.storage.safetensors import write
+from moddistill.storage.shards import create_shards
+from moddistill.storage.tensor import Planned
 
 GIB = 2**30
 

@@ -28,10 +28,9 @@ from benchmarks.device_operations import Operation, operations
 from moddistill.config import DataConfig, LossConfig, OptimConfig, TrainConfig
 from moddistill.distributed import sharding
 from moddistill.models.moe import grouped_matmul
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import flatten, unflatten
-from moddistill.plan import architectures
-from moddistill.storage.model_folder import abstract_params
+from moddistill.planning.planner import architectures
 from moddistill.training.program import make_program
 from moddistill.training.stages import STAGES
 

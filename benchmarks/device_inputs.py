@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from moddistill.config import MeshConfig, TrainConfig
 from moddistill.distributed import sharding
-from moddistill.models.flops import SUPERVISED
 from moddistill.models.vlm import ModelConfig
-from moddistill.plan import abstract_batch
+from moddistill.planning.planner import abstract_batch
+from moddistill.training.program import SUPERVISED_SHARE
 from moddistill.training.state import State
 
 _ACCELERATOR = threading.Lock()
@@ -104,7 +104,7 @@ def _rows(
     student: ModelConfig, rows: int, length: int, full: bool, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     patches = student.vision.patches if student.vision else 0
-    answer = round(length * SUPERVISED)
+    answer = round(length * SUPERVISED_SHARE)
     tokens = rng.integers(0, student.decoder.real_ids[-1][1], (rows, length), np.int32)
     tokens[:, 1 : 1 + patches] = student.image_token
     shortest = length if full else 1 + patches + answer

@@ -17,7 +17,7 @@ from jax import Array
 
 from moddistill.config import MoeConfig
 from moddistill.losses.chunked import Heads, weighted_sum
-from moddistill.losses.distillation import cross_entropy, forward_kl
+from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.preference import KINDS, preference_losses
 from moddistill.models import attention
 from moddistill.models.moe.layer import MoE, check_moe

@@ -18,17 +18,18 @@ from benchmarks.device_inputs import on, random_batch, random_leaves, random_sta
 from moddistill.config import DataConfig, MoeConfig, TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
-from moddistill.generate import Sampling, decode
-from moddistill.models.flops import work_of
+from moddistill.inference.decode import decode
+from moddistill.inference.sampling import Sampling
+from moddistill.models.flops import step_flops
 from moddistill.models.layers import SwiGLU
 from moddistill.models.moe.layer import MoE, check_moe
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
-from moddistill.models.vlm import Vlm
-from moddistill.plan import abstract_batch, architectures, peak_bytes
-from moddistill.storage.model_folder import abstract_params
-from moddistill.training.program import make_program, place, shares_tower, without_tower
-from moddistill.training.state import cast_frozen
+from moddistill.models.vlm import Vlm, abstract_params
+from moddistill.params import cast_frozen
+from moddistill.planning.planner import abstract_batch, architectures, peak_bytes
+from moddistill.teachers.live import shares_tower, without_tower
+from moddistill.training.program import make_program, place, step_size
 
 GIB = 2**30
 _STEPS = 10
@@ -126,7 +127,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         program = make_program(config, student, teacher, mesh)
         shapes = place(program.state, program.places)
         taught = program.teacher
-        if shared := shares_tower(student, teacher, program.state):
+        if shared := shares_tower(student, teacher, program.state.params):
             taught = without_tower(taught)
         say(f"  compiling {pair.student} from {pair.teacher}")
         began = time.perf_counter()
@@ -141,7 +142,8 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         batch = random_batch(config, student, mesh, full=True)
         seconds, losses = _run(step, state, taught, sharding.put_batch(mesh, batch), left)
         measured = _peak_in_use(device)
-    work = work_of(config, student, teacher, set(program.state.params), shared)
+    size = step_size(config, student)
+    flops = step_flops(student, teacher, size, set(program.state.params), shared)
     figures = {
         "student": pair.student,
         "teacher": pair.teacher,
@@ -152,15 +154,15 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         "losses": losses,
         "compile_seconds": compiling,
         "tokens": int(np.sum(batch["segments"] > 0)),
-        "student_flops": work.student,
-        "teacher_flops": work.teacher,
+        "student_flops": flops.student,
+        "teacher_flops": flops.teacher,
         "peak_flops": peak_flops([device]),
         "planned_peak_bytes": planned,
         # Earlier sections may have taken more.
         "measured_peak_bytes": measured if measured > earlier else None,
     }
     figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
-    figures["flops_per_second"] = (work.student + work.teacher) / figures["seconds"]
+    figures["flops_per_second"] = (flops.student + flops.teacher) / figures["seconds"]
     if peak := figures["peak_flops"]:
         figures["share_of_peak"] = figures["flops_per_second"] / peak
     return figures | {"table": [_describe_step(figures)]}

@@ -43,7 +43,7 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     import jax.numpy as jnp
 
     from moddistill.losses.chunked import Heads, weighted_sum
-    from moddistill.losses.distillation import cross_entropy, forward_kl
+    from moddistill.losses.divergences import cross_entropy, forward_kl
 
     *matrices, labels, supervised = arrays()
     hidden, head, taught, teacher_head = map(jnp.asarray, matrices)

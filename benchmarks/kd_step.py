@@ -73,7 +73,8 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     from moddistill.config import LossConfig, OptimConfig, TrainConfig
     from moddistill.distributed.sharding import make_mesh, put_batch
     from moddistill.storage.model_folder import load_params
-    from moddistill.training.program import make_program, without_tower
+    from moddistill.teachers.live import without_tower
+    from moddistill.training.program import make_program
 
     student, teacher = architectures()
     config = TrainConfig(

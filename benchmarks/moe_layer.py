@@ -42,7 +42,7 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     import jax.numpy as jnp
 
     from moddistill.models.moe.expert_parallel import mix_experts
-    from moddistill.models.moe.layer import choose
+    from moddistill.models.moe.router import choose
 
     params = {name: jnp.asarray(x) for name, x in arrays().items()}
 

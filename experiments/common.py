@@ -14,8 +14,10 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from moddistill.config import DataConfig, SourceConfig, TrainConfig, nearest, to_config_dict
+from moddistill.config import DataConfig, SourceConfig, TrainConfig
+from moddistill.configdict import to_config_dict
 from moddistill.data.tokenizer import train_bpe
+from moddistill.errors import nearest
 from moddistill.models.presets import preset
 
 SIZES = ("full", "demo", "tiny")

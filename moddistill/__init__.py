@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`load`, imported when first used: reading records needs no accelerator stack."""
     if name == "load":
-        from moddistill.storage.model_folder import load  # noqa: PLC0415
+        from moddistill.convert.resolve import load  # noqa: PLC0415
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

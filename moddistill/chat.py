@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.cli import plain_errors
+from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.generate import Prompt, answer
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
 from moddistill.models.vlm import Vlm
-from moddistill.storage.model_folder import as_model_folder, load
 
 
 def converse(

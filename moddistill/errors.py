@@ -1,8 +1,9 @@
 """Errors that this project raises on purpose, and the setting that each of them is about."""
 
 import contextlib
+import difflib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _OURS = ("moddistill", "tools", "experiments")
@@ -36,3 +37,9 @@ def at_field(name: str) -> Iterator[None]:
             raise
         message = f"{part}.{text}" if text.startswith(f"{last}.") else f"{name}: {text}"
         raise ValueError(message) from error
+
+
+def nearest(name: str, accepted: Iterable[str]) -> str:
+    """`; did you mean X?` for the accepted name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(accepted), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 Flat = dict[str, Any]
@@ -76,3 +77,18 @@ def check_same(found: Flat, expected: Flat, origin: str) -> None:
     ]
     if lines:
         raise ValueError(f"{origin} does not fit the architecture:\n  " + "\n  ".join(lines))
+
+
+_ALWAYS_FLOAT32 = ("router", "scale", "blend", "blend_bias")
+
+
+def cast_frozen(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Parameters as they are kept when they do not train, such as a teacher's.
+
+    Small ones that take part in float32 arithmetic keep it.
+    """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32 if path[-1].key in _ALWAYS_FLOAT32 else dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

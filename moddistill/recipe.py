@@ -15,20 +15,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moddistill.cli import run_experiment
-from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
+from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.configdict import from_config_dict
+from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
 from moddistill.distributed.processes import is_first, wait_for_all
 from moddistill.errors import at_field
-from moddistill.evaluate import evaluate, find_benchmark
+from moddistill.evals.runner import evaluate, find_benchmark
+from moddistill.models.flops import parameter_counts
 from moddistill.reports.report import format_table, write_report
-from moddistill.storage.model_folder import (
-    as_model_folder,
-    parameter_counts,
-    read_model_config,
-    read_source,
-)
-from moddistill.train import LOG, start_logging, train
-from moddistill.training.loading import RANDOM, check_template
+from moddistill.storage.model_folder import read_model_config, read_source
+from moddistill.teachers.live import check_template
+from moddistill.training.loop import LOG, start_logging, train
 from moddistill.training.metrics import read_metrics
 from moddistill.training.validation import check_settings
 

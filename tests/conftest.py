@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moddistill.config import MoeConfig, TrainConfig, from_config_dict
+from moddistill.config import MoeConfig, TrainConfig
+from moddistill.configdict import from_config_dict
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config

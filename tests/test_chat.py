@@ -3,9 +3,10 @@ import io
 import pytest
 
 from moddistill import chat
+from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.generate import Prompt, answer
-from moddistill.storage.model_folder import load
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from moddistill.cli import parse_flags, plain_errors
-from moddistill.config import TrainConfig, from_config_dict
+from moddistill.config import TrainConfig
+from moddistill.configdict import from_config_dict
 
 # ml_collections loads config files in a way that Python 3.12 removes, and has another for 3.12.
 load_module = pytest.mark.filterwarnings(

@@ -5,7 +5,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from moddistill.config import RecipeConfig, TrainConfig, from_config_dict, nearest, to_config_dict
+from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.configdict import from_config_dict, to_config_dict
+from moddistill.errors import nearest
 
 
 def test_round_trip(tiny_config):

@@ -7,10 +7,11 @@ import pytest
 from flax import linen as nn
 
 from experiments import common, llava_mod
-from moddistill import plan
-from moddistill.config import MeshConfig, RecipeConfig, TrainConfig, from_config_dict
+from moddistill.config import MeshConfig, RecipeConfig, TrainConfig
+from moddistill.configdict import from_config_dict
 from moddistill.distributed.sharding import RULES, make_mesh
 from moddistill.models.presets import PRESETS
+from moddistill.planning import planner
 from moddistill.training.program import make_program, place
 from moddistill.training.stages import stage_of
 
@@ -103,7 +104,7 @@ def test_a_pair_changes_models_and_format_only(stage, name):
     """Records are the paper's, in the teacher's template, with at least as much room for text."""
     ours, paper = config_of(stage, f"pair={name}"), config_of(stage)
     assert ours.data.template == "chatml"
-    student, _ = plan.architectures(ours)
+    student, _ = planner.architectures(ours)
     assert ours.data.max_length - student.vision.patches >= 2048 - 576
     models = {"student": paper.student, "teacher": paper.teacher}
     assert dataclasses.replace(ours, **models, data=paper.data) == paper
@@ -183,10 +184,10 @@ def test_full_size_step_fits_together(stage, arg):
     """State, step and shardings of published sizes, by shapes alone."""
     config = config_of(stage, arg)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
-    architecture, reference = plan.architectures(config)
+    architecture, reference = planner.architectures(config)
     program = make_program(config, architecture, reference, mesh)
     state = place(program.state, program.places)
-    batch = plan.abstract_batch(config, architecture, mesh)
+    batch = planner.abstract_batch(config, architecture, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
         new, metrics = jax.eval_shape(program.step, state, program.teacher, batch)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)

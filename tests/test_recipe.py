@@ -5,8 +5,10 @@ import re
 import pytest
 
 from experiments import llava_mod, sft
-from moddistill import recipe, train
-from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
+from moddistill import recipe
+from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.configdict import from_config_dict
+from moddistill.training import loop
 from moddistill.training.metrics import read_metrics
 
 ANSWERS = {
@@ -212,7 +214,7 @@ def test_a_finished_stage_does_not_go_on(finished):
 
 def test_finished_recipe_trains_and_asks_nothing_again(finished, monkeypatch):
     config, workdir, rows = finished
-    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setattr(loop, "prepare", None)
     monkeypatch.setattr(recipe, "evaluate", None)
     monkeypatch.setattr(recipe, "_examples", lambda *_: [])
     assert recipe.run(config, workdir) == rows

@@ -1,6 +1,7 @@
 import pytest
 
-from moddistill.config import RecipeConfig, TrainConfig, from_config_dict
+from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.configdict import from_config_dict
 from moddistill.setting_names import _SYNONYMS, nearest_setting, unknown_setting
 
 KNOWN = (

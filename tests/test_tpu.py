@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import d2d, d2s
 from moddistill import plan
-from moddistill.config import MeshConfig, TrainConfig, from_config_dict
+from moddistill.config import MeshConfig, TrainConfig
+from moddistill.configdict import from_config_dict
 from moddistill.distributed import accelerators
 from moddistill.distributed.sharding import make_mesh
 from moddistill.models.moe.expert_parallel import mix_experts

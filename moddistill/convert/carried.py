@@ -9,7 +9,8 @@ from moddistill.convert.chat_template import FILE, stored_template
 from moddistill.convert.source_settings import read_generation, replaced_image_settings
 from moddistill.convert.sources import Source
 from moddistill.models.vlm import ModelConfig
-from moddistill.storage.shards import Planned, create_file, write
+from moddistill.storage.safetensors import create_file, write
+from moddistill.storage.tensor import Planned
 
 LOG = logging.getLogger("moddistill")
 POOLING = "pooling.safetensors"  # in a model folder

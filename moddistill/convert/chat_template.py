@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from moddistill.data.conversation import CHATML_SYSTEM, TEMPLATES, VICUNA_SYSTEM, end_token
+from moddistill.config import TEMPLATES
+from moddistill.data.conversation import CHATML_SYSTEM, VICUNA_SYSTEM, end_token
 from moddistill.storage.json_file import read_json, read_text
 
 FILE = "chat_template.jinja"

@@ -15,15 +15,17 @@ from moddistill.convert.sources import Source, read_source
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import unbox
 from moddistill.models.decoder import DecoderConfig
+from moddistill.models.flops import parameter_counts
 from moddistill.models.layer_plan import Segment
 from moddistill.models.vision import VisionConfig
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.models.vocabulary import num_ids
 from moddistill.params import flatten
 from moddistill.storage import model_folder
-from moddistill.storage.model_folder import abstract_params, parameter_counts, read_model_config
+from moddistill.storage.model_folder import read_model_config
 from moddistill.storage.orbax_layout import Reader
-from moddistill.storage.safetensors import Checkpoint, read_file
+from moddistill.storage.shards import read_file
+from moddistill.storage.tensor import Checkpoint
 
 
 def describe(name: str) -> dict[str, Any]:

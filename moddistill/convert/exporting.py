@@ -16,19 +16,20 @@ from moddistill.convert.carried import POOLING
 from moddistill.convert.chat_template import FILE, chat_template, end_of_answer, stored_template
 from moddistill.convert.families import llava, qwen
 from moddistill.convert.finite import FiniteCheck
+from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import Piece, Rules, pieces, prefixed
 from moddistill.convert.source_settings import check_generation, merge_generation
 from moddistill.data.conversation import end_token
-from moddistill.data.images import preprocessor_config
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import token_mask
 from moddistill.storage.atomic_dir import new_folder
-from moddistill.storage.model_folder import as_model_folder, read_model_config, read_source
+from moddistill.storage.model_folder import preprocessor_config, read_model_config, read_source
 from moddistill.storage.orbax_layout import Reader
-from moddistill.storage.safetensors import DTYPES, Tensor, read_safetensors
-from moddistill.storage.shards import Planned, create_shards, write
+from moddistill.storage.safetensors import read_safetensors, write
+from moddistill.storage.shards import create_shards
+from moddistill.storage.tensor import DTYPES, Planned, Tensor
 
 LOG = logging.getLogger("moddistill")
 # Without it, `transformers` warns of a tokenizer bug of earlier releases.

@@ -8,7 +8,7 @@ import numpy as np
 
 from moddistill.convert.rules import Piece
 from moddistill.models.vlm import ModelConfig
-from moddistill.storage.safetensors import Checkpoint, Tensor
+from moddistill.storage.tensor import Checkpoint, Tensor
 
 _MULTIPLE = 64  # rows of an embedding, as `resize_token_embeddings` is commonly called
 

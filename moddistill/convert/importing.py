@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from moddistill.config import TEMPLATES
 from moddistill.convert.carried import carry_pooling, carry_template, imported_from
 from moddistill.convert.families import llava
 from moddistill.convert.finite import FiniteCheck, is_finite
@@ -23,12 +24,12 @@ from moddistill.convert.rules import (
     slots,
 )
 from moddistill.convert.sources import Source, read_source
-from moddistill.data.conversation import TEMPLATES
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import write_description
 from moddistill.storage.orbax_layout import ArraySpec, Writer
-from moddistill.storage.safetensors import Tensor, check_weights, read_file, some_of
+from moddistill.storage.shards import read_file
+from moddistill.storage.tensor import Tensor, check_weights, some_of
 
 Placed = list[tuple[Piece, Tensor]]
 

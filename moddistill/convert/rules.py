@@ -15,11 +15,10 @@ import numpy as np
 
 from moddistill.distributed.sharding import unbox
 from moddistill.models.layer_plan import layer_index
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import flatten
-from moddistill.storage.model_folder import abstract_params
 from moddistill.storage.orbax_layout import blocks
-from moddistill.storage.safetensors import Checkpoint
+from moddistill.storage.tensor import Checkpoint
 
 _MOST_LINES = 100  # of tensors that do not fit
 

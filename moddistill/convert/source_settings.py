@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.convert.hub import part_of
-from moddistill.data.images import preprocessor_config
 from moddistill.models.limits import Spell
 from moddistill.models.vision import VisionConfig
 from moddistill.storage.json_file import read_json
+from moddistill.storage.model_folder import preprocessor_config
 
 LOG = logging.getLogger("moddistill")
 GENERATION = "generation_config.json"

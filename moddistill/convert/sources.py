@@ -15,7 +15,8 @@ from moddistill.models.decoder import DecoderConfig
 from moddistill.models.limits import check_decoder, check_pixels
 from moddistill.models.vision import VisionConfig
 from moddistill.storage.json_file import read_json
-from moddistill.storage.safetensors import Checkpoint, open_checkpoint
+from moddistill.storage.shards import open_checkpoint
+from moddistill.storage.tensor import Checkpoint
 
 # Buffers that old releases saved.
 _BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")

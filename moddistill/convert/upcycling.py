@@ -14,18 +14,14 @@ from moddistill.convert.carried import POOLING
 from moddistill.convert.chat_template import FILE
 from moddistill.convert.finite import FiniteCheck
 from moddistill.convert.importing import array_specs
+from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import Slot, slots
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.models.upcycle import upcycle_config, upcycle_expert, upcycle_router
 from moddistill.models.vlm import ModelConfig
 from moddistill.params import flatten, unflatten
 from moddistill.storage.atomic_dir import new_folder
-from moddistill.storage.model_folder import (
-    as_model_folder,
-    read_model_config,
-    read_source,
-    write_description,
-)
+from moddistill.storage.model_folder import read_model_config, read_source, write_description
 from moddistill.storage.orbax_layout import Reader, Writer
 
 _expert = jax.jit(upcycle_expert, static_argnames="moe")

@@ -8,10 +8,9 @@ prefix of it.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moddistill.config import nearest
+from moddistill.config import TEMPLATES
 from moddistill.data.records import IMAGE
-
-TEMPLATES = ("vicuna", "chatml", "plain")
+from moddistill.errors import nearest
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

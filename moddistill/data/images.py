@@ -6,7 +6,6 @@ floats would send to the accelerator.
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -67,24 +66,3 @@ def preprocess(
     """uint8 [size, size, 3]: padded to a square, resized with bicubic interpolation."""
     square = pad_to_square(image, pad_color)
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def preprocessor_config(
-    size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> dict[str, Any]:
-    """`preprocessor_config.json` with which `transformers` makes the same arrays, normalised."""
-    return {
-        "image_processor_type": "LlavaImageProcessor",
-        "do_pad": True,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }

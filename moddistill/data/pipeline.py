@@ -15,11 +15,11 @@ from typing import Any
 import grain
 from absl import flags
 
-from moddistill.config import DataConfig, nearest
+from moddistill.config import DataConfig
 from moddistill.data.examples import ExampleSpec, make_example, make_preference
 from moddistill.data.records import Quarantine, Rejected, read_conversations, read_preferences
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import at_field
+from moddistill.errors import at_field, nearest
 
 LOG = logging.getLogger("moddistill")
 KINDS = {

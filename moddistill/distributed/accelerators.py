@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from moddistill.config import nearest
+from moddistill.errors import nearest
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 

@@ -16,7 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from moddistill.config import MeshConfig, nearest
+from moddistill.config import MeshConfig
+from moddistill.errors import nearest
 from moddistill.params import flatten
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")

@@ -4,34 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from moddistill.config import LossConfig
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
+from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.router import add_router_losses
-from moddistill.models.vlm import Vlm, batch_for_teacher
+from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
-
-
-def forward_kl(
-    logits: Float[Array, "*T V"], teacher_logits: Float[Array, "*T V"]
-) -> Float[Array, "*T"]:
-    """KL(teacher || student) of next-token distributions, in nats (paper, equation of mimic loss).
-
-    The reference minimises the cross entropy to the teacher: the same gradient, larger by the
-    teacher's entropy.
-    """
-    teacher = jax.nn.log_softmax(teacher_logits)
-    student = jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-
-
-def cross_entropy(logits: Float[Array, "*T V"], labels: Int[Array, "*T"]) -> Float[Array, "*T"]:
-    """Negative log-likelihood of the labels, in nats."""
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+from moddistill.teachers.live import batch_for_teacher
 
 
 def token_loss(

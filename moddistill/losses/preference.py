@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moddistill.config import LossConfig, nearest
+from moddistill.config import LossConfig
+from moddistill.errors import nearest
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
-from moddistill.losses.distillation import cross_entropy
+from moddistill.losses.divergences import cross_entropy
 from moddistill.losses.router import add_router_losses
-from moddistill.models.vlm import Vlm, batch_for_teacher
+from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
+from moddistill.teachers.live import batch_for_teacher
 
 KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
 

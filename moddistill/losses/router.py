@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from moddistill.config import LossConfig
 from moddistill.losses import Metrics
-from moddistill.models.moe.layer import RouterStats
+from moddistill.models.moe.router import RouterStats
 
 
 def balance_loss(stats: RouterStats) -> Float[Array, ""]:

@@ -20,7 +20,8 @@ from moddistill.distributed.sharding import by_sample
 from moddistill.models.attention import Attention, Cache
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
-from moddistill.models.moe.layer import MoE, RouterStats
+from moddistill.models.moe.layer import MoE
+from moddistill.models.moe.router import RouterStats
 from moddistill.models.quantization import unpack
 from moddistill.models.vocabulary import IdRanges
 

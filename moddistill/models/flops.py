@@ -6,19 +6,14 @@ not count. Compilers count a loop's body once, so their figure is no use.
 
 from typing import NamedTuple
 
-from moddistill.config import TrainConfig
 from moddistill.distributed.sharding import unbox
 from moddistill.models.decoder import DecoderConfig
-from moddistill.models.vision import VisionConfig
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vision import NEVER_COMPUTED, VisionConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import flatten
-from moddistill.storage.model_folder import abstract_params
-from moddistill.training.stages import stage_of
-
-SUPERVISED = 0.25  # share of positions, about that of LLaVA's data
 
 
-class Work(NamedTuple):
+class StepFlops(NamedTuple):
     """Operations of one step whose rows are all full.
 
     Attributes:
@@ -32,7 +27,7 @@ class Work(NamedTuple):
     positions: int
 
 
-class Tokens(NamedTuple):
+class StepSize(NamedTuple):
     """What one step reads: rows, their length, pictures, and positions that meet the vocabulary."""
 
     rows: int
@@ -41,42 +36,38 @@ class Tokens(NamedTuple):
     supervised: int
 
 
-def work_of(
-    config: TrainConfig,
+def step_flops(
     student: ModelConfig,
     teacher: ModelConfig | None,
+    size: StepSize,
     trained: set[str],
     shared_tower: bool,
-) -> Work:
-    """The work of a stage's step, a quarter of its positions supervised.
+) -> StepFlops:
+    """FLOPs of one training step.
 
     Args:
       trained: paths of the parameters that train.
-      shared_tower: whether the teacher takes the features of the student's tower.
+      shared_tower: whether the teacher reuses the features of the student's vision encoder.
     """
-    rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
-    length = config.data.max_length
-    images = config.batch_size * config.data.max_images if student.vision else 0
-    tokens = Tokens(rows, length, images, round(rows * length * SUPERVISED))
-    taught = 0.0
+    teacher_flops = 0.0
     if teacher is not None:
-        taught = forward_flops(teacher, tokens)
-        taught -= images * tower_flops(teacher.vision) if shared_tower else 0.0
-    return Work(step_flops(student, tokens, trained), taught, rows * length)
+        teacher_flops = forward_flops(teacher, size)
+        teacher_flops -= size.images * tower_flops(teacher.vision) if shared_tower else 0.0
+    return StepFlops(training_flops(student, size, trained), teacher_flops, size.rows * size.length)
 
 
-def forward_flops(config: ModelConfig, tokens: Tokens) -> float:
+def forward_flops(config: ModelConfig, size: StepSize) -> float:
     """Of one pass through tower, projector, decoder and, at supervised positions, the head."""
-    seen = tokens.rows * tokens.length
-    total = seen * decoder_flops(config.decoder, tokens.length)
-    total += tokens.supervised * 2.0 * config.decoder.width * config.decoder.vocab_size
+    seen = size.rows * size.length
+    total = seen * decoder_flops(config.decoder, size.length)
+    total += size.supervised * 2.0 * config.decoder.width * config.decoder.vocab_size
     if config.vision is not None:
         patches = config.vision.patches
-        total += tokens.images * (tower_flops(config.vision) + patches * _projector_flops(config))
+        total += size.images * (tower_flops(config.vision) + patches * _projector_flops(config))
     return total
 
 
-def step_flops(config: ModelConfig, tokens: Tokens, trained: set[str]) -> float:
+def training_flops(config: ModelConfig, size: StepSize, trained: set[str]) -> float:
     """Of a student's forward and backward pass, in which only `trained` paths get a gradient.
 
     The gradient of activations costs as much as the forward pass wherever something below trains,
@@ -85,10 +76,10 @@ def step_flops(config: ModelConfig, tokens: Tokens, trained: set[str]) -> float:
     """
     share = _trained_share(config, trained)
     tower_trains = any(path.startswith("vision/") for path in trained)
-    tower = tokens.images * tower_flops(config.vision) if config.vision else 0.0
+    tower = size.images * tower_flops(config.vision) if config.vision else 0.0
     decoder = config.decoder
-    scores = tokens.rows * tokens.length * decoder.layers * _score_flops(decoder, tokens.length)
-    rest = forward_flops(config, tokens) - tower - scores
+    scores = size.rows * size.length * decoder.layers * _score_flops(decoder, size.length)
+    rest = forward_flops(config, size) - tower - scores
     return tower * (3.0 if tower_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
 
 
@@ -140,3 +131,18 @@ def _trained_share(config: ModelConfig, trained: set[str]) -> float:
             idle = "/experts_" in path and moe is not None
             active[path] = leaf.size * (moe.top_k / moe.num_experts if idle else 1.0)
     return sum(size for path, size in active.items() if path in trained) / sum(active.values())
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Parameters stored, and those that one token uses.
+
+    Of the experts these are the `top_k` chosen ones, of the tower those up to the selected layer.
+    """
+    flat = flatten(unbox(abstract_params(config)))
+    total = sum(leaf.size for leaf in flat.values())
+    experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
+    moe = config.decoder.moe
+    idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts if moe else 0
+    never = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
+    idle += sum(leaf.size for path, leaf in flat.items() if path.startswith(never))
+    return total, total - idle

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moddistill.config import nearest
+from moddistill.errors import nearest
 
 Placement = str | Sequence[int]
 _LONGEST_PERIOD = 4

@@ -6,7 +6,7 @@ after them.
 
 import dataclasses
 
-from moddistill.config import nearest
+from moddistill.errors import nearest
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig

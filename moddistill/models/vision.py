@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
-from moddistill.config import nearest
 from moddistill.distributed.sharding import by_sample
+from moddistill.errors import nearest
 from moddistill.models.attention import Attention
 from moddistill.models.layers import (
     DType,

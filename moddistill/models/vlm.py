@@ -10,6 +10,7 @@ states and the head's matrix, not logits: losses contract them in chunks.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from moddistill.models.attention import Cache, causal_mask
 from moddistill.models.decoder import Context, Decoder, DecoderConfig
 from moddistill.models.layers import DType
-from moddistill.models.moe.layer import RouterStats
+from moddistill.models.moe.router import RouterStats
 from moddistill.models.projector import Projector
 from moddistill.models.vision import Vision, VisionConfig
 
@@ -107,14 +108,6 @@ class Vlm(nn.Module):
         )
 
 
-def batch_for_teacher(batch: dict[str, Any], seen: Output, teacher_params: dict[str, Any]) -> Any:
-    """The student's batch for its teacher, which without a tower of its own takes the features."""
-    if "vision" in teacher_params or seen.features is None:
-        return batch
-    rest = {name: x for name, x in batch.items() if name != "images"}
-    return rest | {"features": jax.lax.stop_gradient(seen.features)}
-
-
 def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
     """The n-th patch at the n-th image position of each sample; elsewhere an arbitrary one."""
     index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
@@ -129,3 +122,10 @@ def dummy_batch(config: ModelConfig) -> dict[str, Array]:
         size = config.vision.image_size
         batch["images"] = jnp.zeros((1, 1, size, size, 3), jnp.uint8)
     return batch
+
+
+@functools.cache  # tracing a model takes part of a second, and many ask
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
+    model = Vlm(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch(config)))["params"]

@@ -7,28 +7,24 @@ digests.json             of all these files, checked by whatever reads them
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 
-from moddistill.config import from_config_dict
-from moddistill.data.conversation import TEMPLATES
-from moddistill.data.images import preprocessor_config
-from moddistill.data.tokenizer import Tokenizer
+from moddistill.config import TEMPLATES
+from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import is_first
 from moddistill.distributed.sharding import unbox
 from moddistill.models.limits import check_architecture
-from moddistill.models.vision import NEVER_COMPUTED
-from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten, unflatten
 from moddistill.storage.atomic_dir import new_folder_of_all
 from moddistill.storage.digests import verify
@@ -39,11 +35,18 @@ _BLOCK = 32 * 2**20  # bytes
 _LARGEST_CONTEXT = 1_000_000_000  # positions
 
 
+@runtime_checkable
+class SavesFiles(Protocol):
+    """A tokenizer, of which only this much is needed here."""
+
+    def save(self, folder: str) -> None: ...
+
+
 def save_model(
     folder: str | Path,
     config: ModelConfig,
     params: dict[str, Any],
-    tokenizer: Tokenizer,
+    tokenizer: SavesFiles,
     source: dict[str, Any],
 ) -> None:
     """Writes a model folder; an interrupted write leaves none.
@@ -58,27 +61,6 @@ def save_model(
             ocp.save(aside / "params", params)
         if is_first():
             write_description(aside, config, tokenizer, source)
-
-
-def as_model_folder(name: str | Path) -> Path:
-    """A model folder for anything that names a model.
-
-    A model folder is taken as it is. A Hugging Face folder or hub name is imported once into
-    `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
-
-    Raises:
-      ValueError: if it is none of these, or its weights cannot be imported.
-    """
-    folder = Path(name)
-    if (folder / "model.json").is_file():
-        return folder
-    is_hub_name = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
-    if not (folder / "config.json").is_file() and not is_hub_name:
-        return folder  # reading it says what is missing
-    # The converter stands above the library; this is the one place that reaches up to it.
-    from moddistill.convert.cache import imported  # noqa: PLC0415
-
-    return imported(str(name))
 
 
 def _storage(path: tuple[Any, ...], array: jax.Array) -> Any:
@@ -102,7 +84,7 @@ def _has_blocks(shape: Sequence[int], itemsize: int) -> bool:
 
 
 def write_description(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, source: dict[str, Any]
+    folder: Path, config: ModelConfig, tokenizer: SavesFiles, source: dict[str, Any]
 ) -> None:
     """Everything of a model folder but its parameters."""
     description = {
@@ -196,28 +178,6 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
-@functools.cache  # tracing a model takes part of a second, and many ask
-def abstract_params(config: ModelConfig) -> Any:
-    """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
-    model = Vlm(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch(config)))["params"]
-
-
-def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """Parameters stored, and those that one token uses.
-
-    Of the experts these are the `top_k` chosen ones, of the tower those up to the selected layer.
-    """
-    flat = flatten(unbox(abstract_params(config)))
-    total = sum(leaf.size for leaf in flat.values())
-    experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
-    moe = config.decoder.moe
-    idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts if moe else 0
-    never = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
-    idle += sum(leaf.size for path, leaf in flat.items() if path.startswith(never))
-    return total, total - idle
-
-
 def load_params(
     folder: str | Path,
     config: ModelConfig,
@@ -278,15 +238,22 @@ def _unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
-    """A model as `(model, params)`, all in float32 on the first device.
-
-    Args:
-      folder: a model folder, a Hugging Face folder or a hub name.
-
-    Raises:
-      ValueError: if it is none of these, or its parameters do not fit its architecture.
-    """
-    folder = as_model_folder(folder)
-    config = read_model_config(folder)
-    return Vlm(config), load_params(folder, config, dtype=jnp.float32)
+def preprocessor_config(
+    size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> dict[str, Any]:
+    """`preprocessor_config.json` with which `transformers` makes the same arrays, normalised."""
+    return {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_pad": True,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }

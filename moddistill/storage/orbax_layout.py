@@ -17,10 +17,9 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.distributed.sharding import unbox
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten, unflatten
 from moddistill.storage.digests import verify
-from moddistill.storage.model_folder import abstract_params
 
 _ITEM = "state"  # where Orbax keeps the arrays of a checkpoint that is one tree
 _IN_FLIGHT = 128 * 2**20  # bytes

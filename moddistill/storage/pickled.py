@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from moddistill.storage.pickle_reader import STORAGES, Refused, View, load
-from moddistill.storage.safetensors import DTYPES, Checkpoint, Tensor
+from moddistill.storage.tensor import DTYPES, Checkpoint, Tensor
 
 _LARGEST_PICKLE = 16 * 2**20  # bytes; a tensor takes about 200
 _LOCAL_HEADER = 30  # bytes before the name of an entry of a zip archive

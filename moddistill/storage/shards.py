@@ -1,32 +1,93 @@
-"""Writes safetensors: every tensor at its final place, in any order, one at a time in memory."""
+"""Checkpoints of one or several weight files, as tensors by name.
 
-import dataclasses
+`open_checkpoint` reads one `.safetensors` or `.bin` file, or the shards that an index lists. Only
+headers are read, so opening a checkpoint of any size takes milliseconds. `create_shards` splits the
+tensors of an export over files of a limited size and writes their index.
+"""
+
 import json
-import math
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-import numpy as np
+from moddistill.storage.json_file import read_json
+from moddistill.storage.pickled import read_pickled
+from moddistill.storage.safetensors import LARGEST_HEADER, create_file, read_safetensors
+from moddistill.storage.tensor import (
+    Checkpoint,
+    Planned,
+    Tensor,
+    check_count,
+    some_of,
+)
 
-from moddistill.storage.safetensors import DTYPES, Tensor
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A tensor that is going to be written."""
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The tensors of a folder's weight files by name.
 
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
+    Raises:
+      ValueError: no weight file, a shard that is missing, corrupt, cut off or outside the folder.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_file(folder / name)  # also beside an index, as `transformers` does
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index)
+    raise ValueError(
+        f"{str(folder)!r} has no weights; accepted: model.safetensors or pytorch_model.bin, whole "
+        "or in shards with their index"
+    )
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+
+def read_file(file: Path) -> Checkpoint:
+    """The tensors of one file; safetensors by its name, otherwise a `.bin`."""
+    return (read_safetensors if file.suffix == ".safetensors" else read_pickled)(file)
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    places = _weight_map(index)
+    names = sorted(set(places.values()))
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise ValueError(f"{index} names {name!r:.80}, which is outside of its folder")
+        if len(name) > 200 or not name.isprintable():
+            raise ValueError(f"{index} names {name!r:.80}; accepted: the name of a file")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index} names {len(missing)} of {len(names)} files that are missing: "
+            + some_of(missing)
+        )
+    shards: dict[str, Checkpoint] = {}
+    for name in names:
+        shards[name] = read_file(index.parent / name)
+        check_count(sum(len(shard) for shard in shards.values()), str(index))
+    lost = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
+    if lost:
+        raise ValueError(
+            f"{index} places tensors in shards that do not hold them: "
+            + some_of([f"{tensor} in {places[tensor]}" for tensor in lost])
+        )
+    beside = {name: x for shard in shards.values() for name, x in shard.items()}
+    return beside | {tensor: shards[shard][tensor] for tensor, shard in places.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        places = read_json(index, LARGEST_HEADER).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index} is no index of shards: {error}") from None
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise ValueError(
+            f"{index} is no index of shards: its weight_map is {places!r:.80}; accepted: an object "
+            "of tensors' names and files"
+        )
+    check_count(len(places), str(index))
+    return places
 
 
 def parse_size(text: str) -> int:
@@ -67,57 +128,3 @@ def create_shards(folder: Path, tensors: Sequence[Planned], largest: int) -> dic
     for name, shard in zip(names, shards, strict=True):
         places |= create_file(folder / name, shard)
     return places
-
-
-def write(place: Tensor, array: np.ndarray, origin: str = "") -> None:
-    """Puts an array of the planned shape into its place, in the planned dtype.
-
-    Args:
-      origin: folder and name of the tensor, for errors; by default the file that is written.
-
-    Raises:
-      ValueError: if the array has another shape, or a number that is too large for the dtype.
-    """
-    origin = origin or str(place.file)
-    if array.shape != place.shape:
-        raise ValueError(f"{origin}: {array.shape} was given for {place.shape}")
-    with np.errstate(over="ignore"):
-        written = array.astype(place.dtype, copy=False)
-    if array.dtype != place.dtype and np.any(np.isinf(written) & np.isfinite(array)):
-        accepted = "bfloat16 or float32" if place.dtype == np.float16 else "float32"
-        largest = float(np.abs(array[np.isfinite(array)]).max())
-        raise ValueError(
-            f"{origin} has the number {largest:.4g}, which is too large for {place.dtype}; "
-            f"accepted: {accepted}"
-        )
-    place.map("r+")[...] = written
-
-
-def create_file(file: Path, tensors: Sequence[Planned]) -> dict[str, Tensor]:
-    """One file, whose tensors are zero until they are written."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        end = position + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        if hasattr(os, "posix_fallocate"):
-            # A page of a file with holes that a full disk cannot back kills the process.
-            os.posix_fallocate(stream.fileno(), 0, start + position)
-        else:  # macOS
-            stream.truncate(start + position)
-    return {
-        tensor.name: Tensor(
-            file, start + header[tensor.name]["data_offsets"][0], tensor.dtype, tensor.shape
-        )
-        for tensor in tensors
-    }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moddistill.distributed.processes import is_first
 from moddistill.losses import Metrics
-from moddistill.models.flops import Work
+from moddistill.models.flops import StepFlops
 
 Row = dict[str, float | int]  # `step` and named numbers
 HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
@@ -22,7 +22,7 @@ HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 class MetricsLog:
     """Means over the steps since the last report, and where they are written.
 
-    `work` is that of one step, `peak_flops` what the devices can do in a second, if that is known.
+    `flops` are those of one step; `peak_flops` is the peak of the devices per second, if known.
 
     Use as a context manager. Rows that a cut-off run will write again, those of steps after `start`
     and of held-out records, are removed, so each stands there once.
@@ -34,7 +34,7 @@ class MetricsLog:
         start: int,
         steps: int,
         title: str,
-        work: Work,
+        flops: StepFlops,
         peak_flops: float | None = None,
     ):
         self.path = workdir / "metrics.jsonl"
@@ -45,7 +45,7 @@ class MetricsLog:
         if self.writes:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self.work = work
+        self.flops = flops
         self.peak_flops = peak_flops
         self.bar = tqdm(
             total=steps,
@@ -98,14 +98,14 @@ class MetricsLog:
 
         Operations are those of real tokens: padding and recomputation do not count.
         """
-        share = tokens_per_second / self.work.positions
+        share = tokens_per_second / self.flops.positions
         speed = {
             "tokens_per_second": tokens_per_second,
-            "student_tflops": self.work.student * share / 1e12,
-            "teacher_tflops": self.work.teacher * share / 1e12,
+            "student_tflops": self.flops.student * share / 1e12,
+            "teacher_tflops": self.flops.teacher * share / 1e12,
         }
         if self.peak_flops:
-            both = (self.work.student + self.work.teacher) * share
+            both = (self.flops.student + self.flops.teacher) * share
             speed["mfu"] = both / self.peak_flops
         return speed
 

@@ -14,14 +14,24 @@ from jax.sharding import Mesh
 from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
 from moddistill.losses import Loss
+from moddistill.models.flops import StepSize
 from moddistill.models.quantization import packed_shapes
-from moddistill.models.vlm import ModelConfig, Vlm
-from moddistill.params import flatten
-from moddistill.storage.model_folder import abstract_params
+from moddistill.models.vlm import ModelConfig, Vlm, abstract_params
+from moddistill.params import cast_frozen, flatten
 from moddistill.training.optim import make_optimizer
 from moddistill.training.stages import stage_of, trainable_paths
-from moddistill.training.state import State, cast_frozen, make_state, state_shardings
+from moddistill.training.state import State, make_state, state_shardings
 from moddistill.training.step import make_step
+
+SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
+
+
+def step_size(config: TrainConfig, student: ModelConfig) -> StepSize:
+    """What one step of a stage reads when all rows are full, for counting its FLOPs."""
+    rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
+    length = config.data.max_length
+    images = config.batch_size * config.data.max_images if student.vision else 0
+    return StepSize(rows, length, images, round(rows * length * SUPERVISED_SHARE))
 
 
 class Program(NamedTuple):
@@ -114,18 +124,6 @@ def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> di
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
     shapes = place(shapes, sharding.param_shardings(mesh, boxed))
     return packed_shapes(shapes, config.teacher_weights, config.teacher_memory)
-
-
-def shares_tower(student: ModelConfig, teacher: ModelConfig | None, state: State) -> bool:
-    """Whether one pass of one tower can serve both models, if their weights are the same."""
-    if teacher is None or student.vision is None or student.vision != teacher.vision:
-        return False
-    return not any(path.startswith("vision/") for path in state.params)
-
-
-def without_tower(teacher: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a teacher that takes the student's features."""
-    return {name: part for name, part in teacher.items() if name != "vision"}
 
 
 def place(shapes: Any, shardings: Any) -> Any:

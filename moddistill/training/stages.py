@@ -9,7 +9,8 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
-from moddistill.config import TrainConfig, nearest
+from moddistill.config import TrainConfig
+from moddistill.errors import nearest
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
 from moddistill.models.vision import NEVER_COMPUTED

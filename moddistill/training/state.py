@@ -3,13 +3,10 @@
 from typing import Any
 
 import flax
-import jax
 import jax.numpy as jnp
 import optax
 
-from moddistill.params import Flat, flatten, split, unflatten
-
-_ALWAYS_FLOAT32 = ("router", "scale", "blend", "blend_bias")
+from moddistill.params import Flat, cast_frozen, flatten, split, unflatten
 
 
 @flax.struct.dataclass
@@ -57,15 +54,3 @@ def state_shardings(
             transform_non_params=lambda _: replicated,
         ),
     )
-
-
-def cast_frozen(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Parameters as they are kept when they do not train, such as a teacher's.
-
-    Small ones that take part in float32 arithmetic keep it.
-    """
-
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float32 if path[-1].key in _ALWAYS_FLOAT32 else dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)

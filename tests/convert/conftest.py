@@ -5,10 +5,11 @@ import pytest
 from moddistill.config import MoeConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
 from moddistill.models.vlm import Vlm
-from moddistill.storage.model_folder import load, read_model_config, save_model
+from moddistill.storage.model_folder import read_model_config, save_model
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 from tests.data import qwen_ranks

@@ -21,10 +21,11 @@ from moddistill.data.tokenizer import load_tokenizer, train_bpe
 from moddistill.distributed.sharding import unbox
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config
-from moddistill.models.vlm import ModelConfig
-from moddistill.storage.model_folder import abstract_params, save_model
-from moddistill.storage.safetensors import open_checkpoint, read_file
-from moddistill.storage.shards import Planned, create_file
+from moddistill.models.vlm import ModelConfig, abstract_params
+from moddistill.storage.model_folder import save_model
+from moddistill.storage.safetensors import create_file
+from moddistill.storage.shards import open_checkpoint, read_file
+from moddistill.storage.tensor import Planned
 
 TEXTS = ["what colour is the shape? a red circle, no triangle. yes no " * 3]
 

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moddistill.storage.safetensors import open_checkpoint, read_file
+from moddistill.storage.shards import open_checkpoint, read_file
 from tests.convert.hostile import DEEP, VALUES, Case
 from tests.convert.hostile_folders import pickled, save_pickled, save_tensors
 

@@ -17,8 +17,10 @@ from transformers import (
 from moddistill.config import MoeConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
-from moddistill.generate import Prompt, answer
-from moddistill.storage.model_folder import load, save_model
+from moddistill.convert.resolve import load
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
+from moddistill.storage.model_folder import save_model
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
-from moddistill.storage.safetensors import open_checkpoint, read_safetensors
+from moddistill.storage.safetensors import read_safetensors
+from moddistill.storage.shards import open_checkpoint
 from tests.convert import hf_folders as hf
 
 DEEP = "[" * 100_000

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import moddistill
-from moddistill import generate, train
+from moddistill import generate
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import as_model_folder
 from moddistill.models.vlm import Vlm
-from moddistill.storage.model_folder import as_model_folder, read_model_config
+from moddistill.storage.model_folder import read_model_config
+from moddistill.training import loop
 from tests.convert import hf_folders as hf
 
 
@@ -69,7 +71,7 @@ def test_student_and_teacher_of_a_stage(llava, tiny_config, tmp_path, tokenizer)
         steps=1,
         data={"template": "chatml"},
     )
-    folder = train.train(dataclasses.replace(config, save_every=1), tmp_path / "run")
+    folder = loop.train(dataclasses.replace(config, save_every=1), tmp_path / "run")
     assert read_model_config(folder).decoder.width == 32
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from moddistill.config import TEMPLATES
 from moddistill.convert.chat_template import chat_template
-from moddistill.data.conversation import TEMPLATES, prompt, render
+from moddistill.data.conversation import prompt, render
 from moddistill.data.examples import ExampleSpec, make_example
 from moddistill.data.records import Record
 from moddistill.data.tokenizer import load_tokenizer

@@ -10,9 +10,10 @@ from transformers import AutoModelForImageTextToText
 from moddistill.config import MoeConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
-from moddistill.storage.model_folder import load, save_model
-from moddistill.storage.safetensors import open_checkpoint
+from moddistill.storage.model_folder import save_model
+from moddistill.storage.shards import open_checkpoint
 from tests.convert import hf_folders as hf
 from tests.convert.published_names import published_name, published_names, vllm_name
 

@@ -12,19 +12,21 @@ from transformers import (
     AutoTokenizer,
 )
 
-from moddistill import generate
 from moddistill.config import MoeConfig
 from moddistill.convert import exporting
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.generate import Prompt, answer
+from moddistill.inference import decode
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.params import flatten
 from moddistill.storage import model_folder, orbax_layout
-from moddistill.storage.model_folder import load, read_model_config, save_model
-from moddistill.storage.safetensors import open_checkpoint
+from moddistill.storage.model_folder import read_model_config, save_model
+from moddistill.storage.shards import open_checkpoint
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 
@@ -222,7 +224,7 @@ def test_plain_answers_end_with_their_line(tmp_path, tiny_architecture, init, sm
     export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     general = small_tokenizer.special("<|endoftext|>")
-    assert ends == [general, generate._end_id("plain", small_tokenizer)]
+    assert ends == [general, decode._end_id("plain", small_tokenizer)]
 
 
 def test_language_model_without_a_row_for_the_image_token_is_exported_without_it(

@@ -14,13 +14,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from moddistill.config import LossConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.generate import Prompt, answer
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
-from moddistill.storage.model_folder import load
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 

@@ -9,11 +9,12 @@ from moddistill.config import MoeConfig
 from moddistill.convert.chat_template import chat_template
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.params import flatten
 from moddistill.storage import orbax_layout
-from moddistill.storage.model_folder import load, read_model_config, save_model
-from moddistill.storage.safetensors import open_checkpoint
+from moddistill.storage.model_folder import read_model_config, save_model
+from moddistill.storage.shards import open_checkpoint
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 from tests.convert.published_names import published_name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moddistill.convert.importing import import_model
-from moddistill.storage.model_folder import load
+from moddistill.convert.resolve import load
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 

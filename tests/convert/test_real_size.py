@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from moddistill.convert.importing import import_model
 from moddistill.data.tokenizer import load_tokenizer
+from moddistill.models.flops import parameter_counts
 from moddistill.models.presets import preset
-from moddistill.storage.model_folder import parameter_counts
 from tests import torch_or_skip as torch
 from tests.data.qwen_ranks import write_tokenizer_json
 

@@ -11,9 +11,9 @@ from moddistill.config import MoeConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
-from moddistill.data.images import preprocessor_config
-from moddistill.storage.model_folder import load, save_model
+from moddistill.storage.model_folder import preprocessor_config, save_model
 from tests.convert import hf_folders as hf
 
 GB = 10**9

@@ -12,15 +12,18 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
 from experiments import common
-from moddistill.config import MeshConfig, TrainConfig, from_config_dict
+from moddistill.config import MeshConfig, TrainConfig
+from moddistill.configdict import from_config_dict
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.resolve import load
 from moddistill.distributed import sharding
 from moddistill.distributed.sharding import make_mesh
-from moddistill.generate import Prompt, answer
-from moddistill.storage.model_folder import load, read_model_config
-from moddistill.train import open_streams, train
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
+from moddistill.storage.model_folder import read_model_config
 from moddistill.training.loading import student_tokenizer
+from moddistill.training.loop import open_streams, train
 from moddistill.training.metrics import read_metrics
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf

@@ -12,8 +12,8 @@ from moddistill.data.images import (
     mean_color,
     pad_to_square,
     preprocess,
-    preprocessor_config,
 )
+from moddistill.storage.model_folder import preprocessor_config
 
 
 def random_image(width, height):

@@ -24,11 +24,11 @@ from moddistill.distributed.sharding import (
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
+from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
 from moddistill.planning.hlo_collectives import collectives
-from moddistill.storage.model_folder import abstract_params
-from moddistill.train import open_streams, prepare
 from moddistill.training.loading import student_tokenizer
+from moddistill.training.loop import open_streams, prepare
 from moddistill.training.program import place
 from moddistill.training.stages import STAGES
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moddistill import evaluate
-from moddistill.generate import Prompt, answer
-from moddistill.storage.model_folder import load
+from moddistill.convert.resolve import load
+from moddistill.evals import runner
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
 
 QUESTIONS = [("what colour is it?", "red"), ("is it red?", "yes"), ("is it blue?", "no")]
 
@@ -34,8 +35,8 @@ def results(data, tiny_models, tmp_path_factory):
     """What the command prints for a sparse model answering in batches of two, and its folder."""
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluate, "BATCH", 2)
-        scores = evaluate.evaluate(tiny_models["sparse"], "easy_vqa", data, out)
+        patched.setattr(runner, "BATCH", 2)
+        scores = runner.evaluate(tiny_models["sparse"], "easy_vqa", data, out)
     return scores, out
 
 
@@ -56,7 +57,7 @@ def test_scores_are_those_of_the_benchmark(results):
     scores, out = results
     assert json.loads((out / "scores.json").read_text()) == scores
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    expected = evaluate.find_benchmark("easy_vqa").score(rows)
+    expected = runner.find_benchmark("easy_vqa").score(rows)
     assert {k: v for k, v in scores.items() if k != "expert_load"} == expected
     assert scores["questions"] == 3
 
@@ -72,12 +73,12 @@ def test_shares_of_the_experts_sum_to_one(results):
 
 def test_unknown_benchmark():
     with pytest.raises(ValueError, match=r"'easyvqa' is unknown; .*did you mean 'easy_vqa'"):
-        evaluate.find_benchmark("easyvqa")
+        runner.find_benchmark("easyvqa")
 
 
 def test_results_do_not_go_into_a_model_folder(data, tiny_models):
     """Another file there would make the model unreadable."""
     folder = tiny_models["dense"]
     with pytest.raises(ValueError, match=r"--out is '.*', a model whose digests\.json lists all"):
-        evaluate.evaluate(folder, "easy_vqa", data, folder)
+        runner.evaluate(folder, "easy_vqa", data, folder)
     assert not (folder / "scores.json").exists()

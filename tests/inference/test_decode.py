@@ -8,18 +8,12 @@ import pytest
 from PIL import Image
 
 from moddistill import generate
+from moddistill.convert.resolve import load
 from moddistill.data.conversation import render
-from moddistill.generate import (
-    Prompt,
-    Sampling,
-    _end_id,
-    answer,
-    choose_token,
-    decode,
-    prompt_batch,
-)
+from moddistill.inference.decode import _end_id, answer, decode
+from moddistill.inference.prompts import Prompt, prompt_batch
+from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.vlm import Vlm
-from moddistill.storage.model_folder import load
 
 NEW = 6
 GREEDY = Sampling()

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moddistill.config import LossConfig, MeshConfig
 from moddistill.distributed.sharding import BATCH_AXES, make_mesh
 from moddistill.losses.chunked import Heads, logits_of, next_token, weighted_sum
-from moddistill.losses.distillation import cross_entropy, forward_kl
+from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.models.vocabulary import token_mask
 
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCAB, TEACHER_VOCAB = 37, 8, 12, 22, 25

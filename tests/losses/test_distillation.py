@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moddistill.config import LossConfig, MoeConfig
-from moddistill.losses.distillation import cross_entropy, forward_kl, positions_of, token_loss
+from moddistill.losses.distillation import positions_of, token_loss
+from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moddistill.losses.router import balance_loss, z_loss
-from moddistill.models.moe.layer import RouterStats
+from moddistill.models.moe.router import RouterStats
 
 
 def stats(first, prob, z=(0.0,)):

@@ -7,14 +7,19 @@ import pytest
 
 from moddistill.config import MoeConfig
 from moddistill.distributed.sharding import unbox
-from moddistill.models.flops import Tokens, decoder_flops, forward_flops, step_flops, tower_flops
+from moddistill.models.flops import (
+    StepSize,
+    decoder_flops,
+    forward_flops,
+    tower_flops,
+    training_flops,
+)
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
-from moddistill.models.vlm import Vlm
+from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import flatten, unflatten
-from moddistill.storage.model_folder import abstract_params
 
-TOKENS = Tokens(rows=2, length=64, images=0, supervised=128)
+TOKENS = StepSize(rows=2, length=64, images=0, supervised=128)
 
 
 def one_layer(moe=None):
@@ -44,7 +49,7 @@ def test_forward_is_what_the_compiler_counts():
 @pytest.mark.parametrize("length", [64, 512])
 def test_backward_is_what_the_compiler_counts(length, trained):
     """Of all weights, and of a part above which attention is frozen (and the embedding is not)."""
-    config, tokens = one_layer(), Tokens(rows=2, length=length, images=0, supervised=2 * length)
+    config, tokens = one_layer(), StepSize(rows=2, length=length, images=0, supervised=2 * length)
     paths = set(flatten(unbox(abstract_params(config))))
     trained = {path for path in paths if re.fullmatch(trained, path)} | {"decoder/embedding"}
 
@@ -57,7 +62,7 @@ def test_backward_is_what_the_compiler_counts(length, trained):
         return jax.grad(loss)(some, params, batch)
 
     found = compiled_flops(config, gradient, tokens)
-    assert step_flops(config, tokens, trained) == pytest.approx(found, rel=0.03)
+    assert training_flops(config, tokens, trained) == pytest.approx(found, rel=0.03)
 
 
 def test_only_the_chosen_experts_count():
@@ -78,5 +83,5 @@ def test_frozen_weights_cost_no_gradient():
     config = one_layer()
     paths = set(flatten(unbox(abstract_params(config))))
     mlp = {path for path in paths if "/mlp/" in path}
-    some, everything = (step_flops(config, TOKENS, trained) for trained in (mlp, paths))
+    some, everything = (training_flops(config, TOKENS, trained) for trained in (mlp, paths))
     assert 2 * forward_flops(config, TOKENS) < some < everything

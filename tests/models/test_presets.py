@@ -4,10 +4,11 @@ import pytest
 
 from moddistill.config import MoeConfig
 from moddistill.distributed.sharding import unbox
+from moddistill.models.flops import parameter_counts
 from moddistill.models.presets import CLIP_L_336, PRESETS, preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
-from moddistill.storage.model_folder import abstract_params, parameter_counts
 
 
 def billions(count):

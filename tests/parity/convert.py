@@ -8,9 +8,8 @@ from flax import linen as nn
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.layer_plan import stack
 from moddistill.models.vision import VisionConfig
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten
-from moddistill.storage.model_folder import abstract_params
 from tests import torch_or_skip as torch
 
 

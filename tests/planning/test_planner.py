@@ -7,10 +7,11 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments import d2s
-from moddistill import plan
-from moddistill.config import MeshConfig, TrainConfig, from_config_dict
+from moddistill.config import MeshConfig, TrainConfig
+from moddistill.configdict import from_config_dict
 from moddistill.distributed.sharding import MESH_AXES
 from moddistill.models.presets import PRESETS
+from moddistill.planning import planner
 from moddistill.training.program import make_program
 
 
@@ -18,7 +19,7 @@ from moddistill.training.program import make_program
 def report(tiny_config):
     """The plan of the smallest sparse stage on eight simulated devices."""
     config = tiny_config("d2s", mesh={"data": 2, "fsdp": 2, "expert": 2})
-    return plan.plan(config, "cpu:8")
+    return planner.plan(config, "cpu:8")
 
 
 def test_what_a_plan_says(report):
@@ -35,7 +36,7 @@ def test_what_a_plan_says(report):
 
 def test_parameters_and_moments_are_split(tiny_config, report):
     """Moments are twice the trained parameters, and a share of each lies on every device."""
-    alone = plan.plan(tiny_config("d2s", mesh={"data": 8}), "cpu:8")
+    alone = planner.plan(tiny_config("d2s", mesh={"data": 8}), "cpu:8")
     parts, whole = report["arguments"], alone["arguments"]
     assert whole["moments"] == pytest.approx(2 * whole["trained"], abs=16)
     assert parts["trained"] < 0.4 * whole["trained"]
@@ -60,8 +61,8 @@ def test_a_chip_holds_its_share_of_parameters_and_moments(fsdp, expert, tensor):
     def held(*sizes):
         chips = [Chip(i) for i in range(math.prod(sizes))]
         mesh = Mesh(np.array(chips).reshape(1, *sizes), MESH_AXES)
-        program = make_program(config, *plan.architectures(config), mesh)
-        return plan.argument_bytes(program, {})
+        program = make_program(config, *planner.architectures(config), mesh)
+        return planner.argument_bytes(program, {})
 
     whole, share = held(1, 1, 1), held(fsdp, expert, tensor)
     for part in ("trained", "moments", "frozen", "teacher"):
@@ -70,7 +71,7 @@ def test_a_chip_holds_its_share_of_parameters_and_moments(fsdp, expert, tensor):
 
 
 def test_report_for_people(report):
-    text = plan.describe(report)
+    text = planner.describe(report)
     assert text.startswith("cpu:8: 8 chips, 8 samples at once\npeak ")
     assert "teacher" in text
 
@@ -79,13 +80,13 @@ def test_models_that_do_not_exist_stand_for_their_preset(tiny_config):
     config = dataclasses.replace(
         tiny_config("d2s"), student="runs/qwen2-0.5b/d2d/model", teacher="runs/qwen2-7b/sft/model"
     )
-    student, teacher = plan.architectures(config)
+    student, teacher = planner.architectures(config)
     assert (student.decoder.width, student.decoder.moe.num_experts) == (896, 4)
     assert teacher.decoder.width == 3584
     with pytest.raises(ValueError, match="'runs/x/model' is not there and names no preset"):
-        plan.architectures(dataclasses.replace(config, student="runs/x/model"))
+        planner.architectures(dataclasses.replace(config, student="runs/x/model"))
     with pytest.raises(ValueError, match=r"names qwen2-0\.5b and qwen2-7b; accepted: a model"):
-        plan.architectures(dataclasses.replace(config, student="qwen2-7b/qwen2-0.5b/model"))
+        planner.architectures(dataclasses.replace(config, student="qwen2-7b/qwen2-0.5b/model"))
 
 
 @pytest.mark.parametrize(("fitting", "tried"), [(2, [1, 2]), (8, [1, 2, 4])])
@@ -98,21 +99,21 @@ def test_largest_micro_batch(tiny_config, monkeypatch, fitting, tried):
         seen.append(candidate.accumulate)
         return {"fits": candidate.accumulate >= fitting}
 
-    monkeypatch.setattr(plan, "plan", pretend)
-    monkeypatch.setattr(plan.accelerators, "devices_of", lambda _: jax.devices())
-    assert plan.fit(config, "v5e:2x4") == {"fits": fitting <= 4}
+    monkeypatch.setattr(planner, "plan", pretend)
+    monkeypatch.setattr(planner.accelerators, "devices_of", lambda _: jax.devices())
+    assert planner.fit(config, "v5e:2x4") == {"fits": fitting <= 4}
     assert seen == tried
 
 
 def test_no_largest_micro_batch_where_memory_is_unknown(tiny_config):
     with pytest.raises(ValueError, match="how much memory 'cpu:8' has left"):
-        plan.fit(tiny_config("d2s"), "cpu:8")
+        planner.fit(tiny_config("d2s"), "cpu:8")
 
 
 def test_a_described_gpu_has_no_host_memory(tiny_config, monkeypatch):
-    monkeypatch.setattr(plan.accelerators, "devices_of", lambda _: jax.devices())
+    monkeypatch.setattr(planner.accelerators, "devices_of", lambda _: jax.devices())
     with pytest.raises(ValueError, match=r"teacher_memory is 'host'.*'h100:8'.*accepted: 'device'"):
-        plan.plan(tiny_config("d2s", teacher_memory="host"), "h100:8")
+        planner.plan(tiny_config("d2s", teacher_memory="host"), "h100:8")
 
 
 def test_a_teacher_that_does_not_fit(tiny_config):
@@ -120,12 +121,12 @@ def test_a_teacher_that_does_not_fit(tiny_config):
         tiny_config("d2s"), student="random:qwen2-0.5b", teacher="random:tiny-teacher"
     )
     with pytest.raises(ValueError, match="teacher 'random:tiny-teacher' does not fit: image token"):
-        plan.architectures(config)
+        planner.architectures(config)
 
 
 def test_a_tower_from_elsewhere_belongs_to_the_student(tiny_config):
     config = dataclasses.replace(
         tiny_config("init"), student="random:demo-language", vision="random:demo-teacher"
     )
-    student, _ = plan.architectures(config)
+    student, _ = planner.architectures(config)
     assert student.vision == PRESETS["demo-teacher"].vision

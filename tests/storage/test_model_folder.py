@@ -10,15 +10,10 @@ import pytest
 import moddistill
 from moddistill.config import MoeConfig
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.models.flops import parameter_counts
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, unflatten
-from moddistill.storage.model_folder import (
-    _has_blocks,
-    load_params,
-    parameter_counts,
-    read_model_config,
-    save_model,
-)
+from moddistill.storage.model_folder import _has_blocks, load_params, read_model_config, save_model
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moddistill.storage.pickled import read_pickled
-from moddistill.storage.safetensors import open_checkpoint, read_safetensors
-from moddistill.storage.shards import Planned, create_shards, parse_size, write
+from moddistill.storage.safetensors import read_safetensors, write
+from moddistill.storage.shards import create_shards, open_checkpoint, parse_size
+from moddistill.storage.tensor import Planned
 from tests import torch_or_skip as torch
 
 ARRAYS = {

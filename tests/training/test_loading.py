@@ -9,10 +9,13 @@ import pytest
 import tokenizers
 
 from moddistill.config import MeshConfig, MoeConfig
+from moddistill.convert import resolve
+from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import Tokenizer, train_bpe
 from moddistill.distributed.sharding import make_mesh
 from moddistill.params import flatten
-from moddistill.storage.model_folder import load, save_model
+from moddistill.storage.model_folder import save_model
+from moddistill.teachers import live
 from moddistill.training import loading
 from moddistill.training.program import make_program
 
@@ -132,14 +135,14 @@ def changed(config, **fields):
 )
 def test_teacher_that_does_not_fit(tiny_architecture, fields, message):
     student = tiny_architecture()
-    loading.check_teacher(student, student, "runs/t")
+    live.check_teacher(student, student, "runs/t")
     with pytest.raises(ValueError, match=f"teacher 'runs/t' .*{message}"):
-        loading.check_teacher(changed(student, **fields), student, "runs/t")
+        live.check_teacher(changed(student, **fields), student, "runs/t")
 
 
 def test_teacher_may_have_more_padding_rows(tiny_architecture):
     student = tiny_architecture()
-    loading.check_teacher(changed(student, vocab_size=400), student, "runs/t")
+    live.check_teacher(changed(student, vocab_size=400), student, "runs/t")
 
 
 def test_teacher_with_other_words(tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path):
@@ -150,7 +153,7 @@ def test_teacher_with_other_words(tiny_config, tiny_architecture, tiny_models, t
     save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, other, {})
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
     with pytest.raises(ValueError, match=r"has another vocabulary: token .*; accepted: equal"):
-        loading.teacher_architecture(config, tiny_architecture(), tokenizer)
+        live.teacher_architecture(config, tiny_architecture(), tokenizer)
 
 
 def with_token(tokenizer, token):
@@ -172,7 +175,7 @@ def test_control_token_of_one_side_is_masked_on_both(
     config = dataclasses.replace(config, decoder=decoder)
     save_model(tmp_path / "teacher", config, load(tiny_models["teacher"])[1], theirs, {})
     settings = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    accepted = loading.teacher_architecture(settings, tiny_architecture(), ours)
+    accepted = live.teacher_architecture(settings, tiny_architecture(), ours)
     assert accepted.decoder.real_ids == ((0, tokenizer.image_id),)
 
 
@@ -200,7 +203,7 @@ def test_token_with_two_ids_is_named_with_both(
     ids = (last + 2, last) if where == "teacher" else (last, last + 2)
     message = rf"token '<\|im_end\|>' is {ids[0]} there and {ids[1]} in the student; accepted: eq"
     with pytest.raises(ValueError, match=message):
-        loading.teacher_architecture(config, tiny_architecture(), ours)
+        live.teacher_architecture(config, tiny_architecture(), ours)
 
 
 def test_word_of_one_side_is_refused(
@@ -219,7 +222,7 @@ def test_word_of_one_side_is_refused(
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
     message = rf"token '<tool_call>' is None there and {tokenizer.image_id + 1} in the student"
     with pytest.raises(ValueError, match=message):
-        loading.teacher_architecture(config, tiny_architecture(), Tokenizer(backend))
+        live.teacher_architecture(config, tiny_architecture(), Tokenizer(backend))
 
 
 def test_teacher_is_kept_in_the_frozen_dtype(
@@ -227,9 +230,9 @@ def test_teacher_is_kept_in_the_frozen_dtype(
 ):
     config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
     student = tiny_architecture()
-    teacher = loading.teacher_architecture(config, student, tokenizer)
+    teacher = live.teacher_architecture(config, student, tokenizer)
     shapes = make_program(config, student, teacher, mesh).teacher
-    flat = flatten(loading.load_teacher(config, teacher, shapes, mesh))
+    flat = flatten(live.load_teacher(config, teacher, shapes, mesh))
     assert flat["decoder/embedding"].dtype == jnp.bfloat16
     assert flat["decoder/norm/scale"].dtype == jnp.float32
 
@@ -242,9 +245,9 @@ def test_teacher_is_packed_and_off_loaded(
     fields = {"teacher_weights": "int8", "teacher_memory": "host"}
     config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
     student = tiny_architecture()
-    teacher = loading.teacher_architecture(config, student, tokenizer)
+    teacher = live.teacher_architecture(config, student, tokenizer)
     shapes = make_program(config, student, teacher, mesh).teacher
-    params = loading.load_teacher(config, teacher, shapes, mesh)
+    params = live.load_teacher(config, teacher, shapes, mesh)
     jax.tree.map(lambda x, shape: chex.assert_equal(x.sharding, shape.sharding), params, shapes)
     kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["gate"]["kernel"]
     assert kernel["int8"].dtype == jnp.int8
@@ -258,14 +261,14 @@ def test_teacher_is_packed_and_off_loaded(
 def test_towers_are_the_same_if_all_their_weights_are(tiny_models):
     params = load(tiny_models["teacher"])[1]
     frozen = {path: x for path, x in flatten(params).items() if path.startswith("vision/")}
-    assert loading.same_tower(frozen, params)
+    assert live.same_tower(frozen, params)
     path = "vision/patch/kernel"
-    assert not loading.same_tower(frozen | {path: frozen[path].at[0, 0].add(1.0)}, params)
+    assert not live.same_tower(frozen | {path: frozen[path].at[0, 0].add(1.0)}, params)
     del frozen[path]
-    assert not loading.same_tower(frozen, params)
+    assert not live.same_tower(frozen, params)
 
 
 def test_tokenizer_with_too_many_ids(tiny_config):
     tokenizer = train_bpe(random_words(), 400)
     with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the model's embedding 320"):
-        loading.architecture("random:tiny", tokenizer)
+        resolve.architecture("random:tiny", tokenizer)

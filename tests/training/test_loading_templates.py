@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from moddistill.storage.model_folder import save_model
+from moddistill.teachers import live
 from moddistill.training import loading
 
 
@@ -28,15 +29,15 @@ def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, 
         r"is 'chatml'; accepted: 'chatml', or the teacher imported with --template vicuna$"
     )
     with pytest.raises(ValueError, match=message):
-        loading.teacher_architecture(config, student, tokenizer)
+        live.teacher_architecture(config, student, tokenizer)
     data = dataclasses.replace(config.data, template="chatml")
     same = dataclasses.replace(config, data=data)
-    assert loading.teacher_architecture(same, student, tokenizer).template == "chatml"
+    assert live.teacher_architecture(same, student, tokenizer).template == "chatml"
 
 
 def test_new_weights_know_no_template(tiny_config, tiny_architecture, tokenizer):
     config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
-    loading.teacher_architecture(config, tiny_architecture(), tokenizer)
+    live.teacher_architecture(config, tiny_architecture(), tokenizer)
 
 
 @pytest.mark.parametrize(("stage", "warned"), [("init", False), ("sft", False), ("d2d", True)])

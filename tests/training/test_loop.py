@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill import train
+from moddistill.convert.resolve import load
 from moddistill.distributed import sharding
 from moddistill.params import flatten
-from moddistill.storage.model_folder import load, save_model
+from moddistill.storage.model_folder import save_model
+from moddistill.training import loop
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 
@@ -48,7 +49,7 @@ def finished(tiny_config, tmp_path_factory):
         if stage not in runs:
             config = tiny_config(stage, remat="full" if stage == "init" else "none")
             workdir = tmp_path_factory.mktemp(stage)
-            train.train(config, workdir)
+            loop.train(config, workdir)
             runs[stage] = config, workdir
         return runs[stage]
 
@@ -69,7 +70,7 @@ def test_images_are_padded_with_the_mean_of_the_tower(
         train, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
     )
     stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
-    train.open_streams(stage, tokenizer, tmp_path)
+    loop.open_streams(stage, tokenizer, tmp_path)
     assert specs and {spec.pad_color[0] for spec in specs} == {color}
 
 
@@ -103,11 +104,11 @@ def test_a_run_that_was_cut_off_resumes_bit_for_bit(finished, tmp_path, monkeypa
 
     monkeypatch.setattr(sharding, "put_batch", put_three)
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert len(rows(tmp_path)) == 3
     assert not (tmp_path / "model").exists()
     monkeypatch.setattr(sharding, "put_batch", put_batch)
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     assert rows(tmp_path) == rows(whole)
     ours, theirs = (flatten(load(workdir / "model")[1]) for workdir in (tmp_path, whole))
     for path, value in theirs.items():
@@ -119,7 +120,7 @@ def test_only_the_trainable_parameters_moved(finished, tiny_config, tmp_path):
     _, workdir = finished("d2s")
     _, after = load(workdir / "model")
     config = tiny_config("d2s", remat="none", optim={"lr": 0.0})
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     before = flatten(load(tmp_path / "model")[1])
     moved = {path for path, x in flatten(after).items() if np.any(x != before[path])}
     assert moved == {path for path in before if "/moe/" in path or path.startswith("projector/")}
@@ -128,8 +129,8 @@ def test_only_the_trainable_parameters_moved(finished, tiny_config, tmp_path):
 def test_finished_run_is_left_alone(finished, monkeypatch):
     config, workdir = finished("sft")
     before = {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
-    monkeypatch.setattr(train, "prepare", None)
-    assert train.train(config, workdir) == workdir / "model"
+    monkeypatch.setattr(loop, "prepare", None)
+    assert loop.train(config, workdir) == workdir / "model"
     assert before == {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
 
 
@@ -139,7 +140,7 @@ def test_an_update_that_is_not_finite_stops_the_run(tiny_config, tmp_path, save_
     optim = {"lr": 1e38, "warmup_ratio": 0.25}
     config = tiny_config("sft", save_every=save_every, log_every=save_every, optim=optim)
     with pytest.raises(FloatingPointError) as error:
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert str(error.value).startswith("step 2: param_norm is inf; the last good checkpoint is ")
     assert str(error.value).endswith(last_good)
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -150,7 +151,7 @@ def test_an_update_that_is_not_finite_stops_the_run(tiny_config, tmp_path, save_
 
 def test_a_last_step_that_breaks_the_parameters_leaves_no_model(tiny_config, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 1: param_norm is inf; .* none yet"):
-        train.train(tiny_config("sft", steps=1, optim={"lr": 1e38}), tmp_path)
+        loop.train(tiny_config("sft", steps=1, optim={"lr": 1e38}), tmp_path)
     assert not (tmp_path / "model").exists()
 
 
@@ -161,10 +162,10 @@ def test_missing_image_root_is_found_before_any_model_is_made(finished, tmp_path
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, heldout=heldout), heldout_steps=1
     )
-    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setattr(loop, "prepare", None)
     said = r"^config\.data\.heldout: .* 'no/such/folder' is no folder of images"
     with pytest.raises(ValueError, match=said):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["sft", "preference"])
@@ -175,10 +176,10 @@ def test_records_with_images_need_a_student_that_sees(
     save_model(tmp_path / "text", blind, init(blind), tokenizer, {})
     config = tiny_config(stage, student=str(tmp_path / "text"), tokenizer="")
     [name] = config.data.sources
-    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setattr(loop, "prepare", None)
     said = rf"^config\.data\.sources\.{name}: 8 of 8 records have images, .*; accepted: .*vision="
     with pytest.raises(ValueError, match=said):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
 
 
 def test_records_left_out_are_counted(finished, tmp_path, caplog):
@@ -192,7 +193,7 @@ def test_records_left_out_are_counted(finished, tmp_path, caplog):
     source = dataclasses.replace(source, path=str(tmp_path / "records.json"))
     data = dataclasses.replace(config.data, sources={"some": source})
     with caplog.at_level(logging.WARNING, "moddistill"):
-        train.train(dataclasses.replace(config, data=data), tmp_path / "run")
+        loop.train(dataclasses.replace(config, data=data), tmp_path / "run")
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
     assert reasons.keys() == {3, 6}
@@ -206,7 +207,7 @@ def test_held_out_records_are_measured_at_the_end(finished, tmp_path):
     config, _ = finished("preference")
     [source] = config.data.sources.values()
     data = dataclasses.replace(config.data, heldout=source)
-    train.train(dataclasses.replace(config, data=data, heldout_steps=1), tmp_path)
+    loop.train(dataclasses.replace(config, data=data, heldout_steps=1), tmp_path)
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last.keys() >= {"step", "heldout_loss", "heldout_reward_accuracy"}
     assert 0 <= last["heldout_reward_accuracy"] <= 1
@@ -224,8 +225,8 @@ def test_held_out_batches_are_measured_in_micro_batches(tiny_config):
     config = tiny_config("sft", batch_size=16, accumulate=2, heldout_steps=2)
     state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
     records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
-    run = train.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, work=None)
-    means = train.measure(config, run, state, records, sharding.make_mesh(config.mesh))
+    run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
+    means = loop.measure(config, run, state, records, sharding.make_mesh(config.mesh))
     assert means == {"heldout_x": 15.0}
     assert sizes == [(8,)]  # compiled once
 
@@ -240,18 +241,18 @@ def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train, "save_model", fail)
-        train.train(config, tmp_path)
-    train.train(config, tmp_path)
+        patched.setattr(loop, "save_model", fail)
+        loop.train(config, tmp_path)
+    loop.train(config, tmp_path)
     assert rows(tmp_path)[:4] == rows(whole)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 4]
 
 
 def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
     config, _ = finished("sft")
-    runs, prepare = [], train.prepare
-    monkeypatch.setattr(train, "prepare", lambda *args: runs.append(prepare(*args)) or runs[-1])
-    train.train(config, tmp_path)
+    runs, prepare = [], loop.prepare
+    monkeypatch.setattr(loop, "prepare", lambda *args: runs.append(prepare(*args)) or runs[-1])
+    loop.train(config, tmp_path)
     assert runs[0].step._cache_size() == 1
     assert jax.tree.all(jax.tree.map(lambda x: x.is_deleted(), runs[0].state.params))
 
@@ -263,10 +264,10 @@ def test_one_pass_of_a_shared_tower_serves_both_models(
     folder = str(tiny_models["teacher"])
     config = tiny_config("d2d", student=folder, teacher=folder, tokenizer="", steps=2, remat="none")
     with caplog.at_level(logging.INFO, logger="moddistill"):
-        train.train(config, tmp_path / "shared")
+        loop.train(config, tmp_path / "shared")
     assert "takes the features of the student's tower" in caplog.text
-    monkeypatch.setattr(train, "same_tower", lambda *_: False)
-    train.train(config, tmp_path / "apart")
+    monkeypatch.setattr(loop, "same_tower", lambda *_: False)
+    loop.train(config, tmp_path / "apart")
     for shared, apart in zip(rows(tmp_path / "shared"), rows(tmp_path / "apart"), strict=True):
         assert shared == pytest.approx(apart, rel=1e-4, abs=1e-6)
     work = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("shared", "apart")]
@@ -276,6 +277,6 @@ def test_one_pass_of_a_shared_tower_serves_both_models(
 
 def test_profiled_steps_leave_a_trace(tiny_config, tmp_path):
     config = tiny_config("sft", profile_steps=(2, 3))
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000

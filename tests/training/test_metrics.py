@@ -4,10 +4,10 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from moddistill.models.flops import Work
+from moddistill.models.flops import StepFlops
 from moddistill.training.metrics import MetricsLog, check_finite, read_metrics, weighted_means
 
-WORK = Work(student=3e12, teacher=1e12, positions=400)
+FLOPS = StepFlops(student=3e12, teacher=1e12, positions=400)
 
 
 def step(loss, weight, tokens=100):
@@ -32,7 +32,7 @@ def test_a_value_that_is_not_finite_stops_the_run(bad):
 
 
 def test_the_step_that_went_wrong_is_named_and_no_row_is_written(tmp_path):
-    with MetricsLog(tmp_path, start=4, steps=8, title="sft", work=WORK) as log:
+    with MetricsLog(tmp_path, start=4, steps=8, title="sft", flops=FLOPS) as log:
         for loss in (1.0, math.nan, math.nan):
             log.add(step(loss, 1))
         with pytest.raises(FloatingPointError, match="step 6: loss is nan"):
@@ -41,7 +41,7 @@ def test_the_step_that_went_wrong_is_named_and_no_row_is_written(tmp_path):
 
 
 def test_rows(tmp_path):
-    with MetricsLog(tmp_path, start=0, steps=4, title="sft", work=WORK) as log:
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=FLOPS) as log:
         for loss in (1.0, 3.0):
             log.add(step(loss, 1))
         log.report(2, 0.5, "none yet")
@@ -54,7 +54,7 @@ def test_rows(tmp_path):
 
 def test_speed_is_that_of_real_tokens(tmp_path):
     """Half of 400 positions are real, in two steps of 4 TFLOP when full."""
-    log = MetricsLog(tmp_path, 0, 4, "d2d", WORK, peak_flops=1e13)
+    log = MetricsLog(tmp_path, 0, 4, "d2d", FLOPS, peak_flops=1e13)
     with log:
         for _ in range(2):
             log.add(step(1, 1, tokens=200))
@@ -69,7 +69,7 @@ def test_rows_behind_the_last_checkpoint_are_cut_and_seconds_go_on(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with MetricsLog(tmp_path, start=2, steps=4, title="sft", work=WORK) as log:
+    with MetricsLog(tmp_path, start=2, steps=4, title="sft", flops=FLOPS) as log:
         log.add(step(4, 1))
         log.report(3, 0.0, "none yet")
     written = read_metrics(file)
@@ -83,7 +83,7 @@ def test_rows_of_held_out_records_are_written_again(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": 2, "loss": 1.0, "seconds": 10.0}, {"step": 2, "heldout_loss": 1.0}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with MetricsLog(tmp_path, start=2, steps=2, title="sft", work=WORK):
+    with MetricsLog(tmp_path, start=2, steps=2, title="sft", flops=FLOPS):
         pass
     assert read_metrics(file) == rows[:1]
 
@@ -92,7 +92,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "lo')
     assert [row["step"] for row in read_metrics(file)] == [1]
-    with MetricsLog(tmp_path, start=1, steps=4, title="sft", work=WORK) as log:
+    with MetricsLog(tmp_path, start=1, steps=4, title="sft", flops=FLOPS) as log:
         log.add(step(4, 1))
         log.report(2, 0.0, "none yet")
     assert [row["step"] for row in read_metrics(file)] == [1, 2]

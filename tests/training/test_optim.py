@@ -6,8 +6,8 @@ import pytest
 from flax import linen as nn
 
 from moddistill.config import MoeConfig, OptimConfig
+from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
-from moddistill.storage.model_folder import abstract_params
 from moddistill.training.optim import decay_mask, make_optimizer, schedule
 
 

@@ -9,7 +9,7 @@ from moddistill.distributed import sharding
 from moddistill.distributed.sharding import make_mesh
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
-from moddistill.plan import abstract_batch
+from moddistill.planning.planner import abstract_batch
 from moddistill.training.program import make_program, place
 
 

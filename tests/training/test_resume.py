@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moddistill import train
+from moddistill.convert.resolve import load
 from moddistill.data.records import Quarantine, Rejected
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.atomic_dir import new_folder
-from moddistill.storage.model_folder import VERSION, load, read_source
+from moddistill.storage.model_folder import VERSION, read_source
+from moddistill.training import loop
 from moddistill.training.metrics import read_metrics
 
 
@@ -36,7 +37,7 @@ def finished(tiny_config, tmp_path_factory):
         if stage not in runs:
             config = tiny_config(stage, batch_size=16, remat="none", donate=True)
             runs[stage] = config, tmp_path_factory.mktemp(stage)
-            train.train(*runs[stage])
+            loop.train(*runs[stage])
         return runs[stage]
 
     return run
@@ -89,7 +90,7 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
     _, whole = finished(stage)
     config, workdir = halfway(stage)
     with caplog.at_level(logging.INFO, "moddistill"):
-        train.train(with_fields(config, **changes), workdir)
+        loop.train(with_fields(config, **changes), workdir)
     for name in changes:
         assert f"resumed with another setting: config.{name}" in caplog.text
     assert curve(workdir)[:2] == curve(whole)[:2]
@@ -115,7 +116,7 @@ def test_other_settings_may_not_change(changes, message, halfway):
     config, workdir = halfway("d2d")
     said = rf"holds a run with other settings \({message}\); accepted: the same .* steps, accum"
     with pytest.raises(ValueError, match=said):
-        train.train(with_fields(config, **changes), workdir)
+        loop.train(with_fields(config, **changes), workdir)
 
 
 def test_the_first_settings_of_a_run_that_left_no_checkpoint_bind_nothing(
@@ -129,10 +130,10 @@ def test_the_first_settings_of_a_run_that_left_no_checkpoint_bind_nothing(
     dead = tiny_config("sft", seed=1, optim={"lr": 0.5})
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(sharding, "put_batch", fail)
-        train.train(dead, tmp_path)
+        loop.train(dead, tmp_path)
     assert (tmp_path / "config.json").exists()
     Quarantine(str(tmp_path / "quarantine.jsonl")).add([Rejected("a.json", 1, "of the dead run")])
-    train.train(tiny_config("sft", batch_size=16, steps=2), tmp_path)
+    loop.train(tiny_config("sft", batch_size=16, steps=2), tmp_path)
     assert steps(tmp_path) == [1, 2]
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
     assert not (tmp_path / "quarantine.jsonl").exists()
@@ -148,22 +149,22 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train, "save_model", fail)
-        train.train(longer, workdir)
+        patched.setattr(loop, "save_model", fail)
+        loop.train(longer, workdir)
     assert read_source(workdir / "model")["steps"] == 4  # until there is another one
-    train.train(longer, workdir)
+    loop.train(longer, workdir)
     assert read_source(workdir / "model")["steps"] == 6
     assert steps(workdir) == [1, 2, 3, 4, 5, 6]
     assert curve(workdir)[:4] == curve(whole)
     assert curve(workdir, "lr")[4:] == pytest.approx(
-        [float(train.schedule(config.optim, 6)(step)) for step in (4, 5)]
+        [float(loop.schedule(config.optim, 6)(step)) for step in (4, 5)]
     )
-    monkeypatch.setattr(train, "prepare", None)
-    train.train(longer, workdir)  # is finished
+    monkeypatch.setattr(loop, "prepare", None)
+    loop.train(longer, workdir)  # is finished
     with pytest.raises(
         ValueError, match=r"config\.steps is 4, but .* has made 6; accepted: at lea"
     ):
-        train.train(config, workdir)
+        loop.train(config, workdir)
 
 
 def test_a_model_that_may_not_be_replaced_is_found_before_the_first_step(
@@ -173,11 +174,11 @@ def test_a_model_that_may_not_be_replaced_is_found_before_the_first_step(
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "model" / "README.md").write_text("mine")
-    monkeypatch.setattr(train, "prepare", None)
-    assert train.train(config, workdir) == workdir / "model"  # is finished
+    monkeypatch.setattr(loop, "prepare", None)
+    assert loop.train(config, workdir) == workdir / "model"  # is finished
     said = r"README\.md is not in digests\.json; accepted: remove or rename '.*/run/model'$"
     with pytest.raises(ValueError, match=said):
-        train.train(dataclasses.replace(config, steps=6), workdir)
+        loop.train(dataclasses.replace(config, steps=6), workdir)
     assert steps(workdir) == [1, 2, 3, 4]
 
 
@@ -187,15 +188,15 @@ def test_a_model_that_another_command_wrote_is_found_before_the_first_step(
     with new_folder(tmp_path / "model", "import", overwrite=False) as aside:
         description = {"version": VERSION, "architecture": {}, "source": {}}
         (aside / "model.json").write_text(json.dumps(description))
-    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setattr(loop, "prepare", None)
     with pytest.raises(ValueError, match=r"model' was written by import; accepted: remove or ren"):
-        train.train(tiny_config("sft"), tmp_path)
+        loop.train(tiny_config("sft"), tmp_path)
 
 
 def test_records_noted_by_someone_else_are_kept(tiny_config, tmp_path):
     (tmp_path / "quarantine.jsonl").write_text("mine\n")
     with pytest.raises(ValueError, match=r"has quarantine\.jsonl, but no config\.json; accepted"):
-        train.train(tiny_config("sft"), tmp_path)
+        loop.train(tiny_config("sft"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["quarantine.jsonl"]
     assert (tmp_path / "quarantine.jsonl").read_text() == "mine\n"
 
@@ -215,10 +216,10 @@ def test_a_run_that_ended_before_its_model_was_loaded_can_be_started_again(
     broken = dataclasses.replace(source, path=str(tmp_path / "records.json"))
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(train, "prepare", fail)
-        train.train(with_fields(config, data={"sources": {"some": broken}}), workdir)
+        patched.setattr(loop, "prepare", fail)
+        loop.train(with_fields(config, data={"sources": {"some": broken}}), workdir)
     assert (workdir / "quarantine.jsonl").exists()
-    train.train(config, workdir)
+    loop.train(config, workdir)
     assert steps(workdir) == [1]
     assert not (workdir / "quarantine.jsonl").exists()
 
@@ -226,7 +227,7 @@ def test_a_run_that_ended_before_its_model_was_loaded_can_be_started_again(
 def test_a_change_of_steps_is_logged_with_what_it_means(halfway, caplog):
     config, workdir = halfway("d2d")
     with caplog.at_level(logging.INFO, "moddistill"):
-        train.train(dataclasses.replace(config, steps=3), workdir)
+        loop.train(dataclasses.replace(config, steps=3), workdir)
     assert "config.steps: 4 before, 3 now; warm-up and decay are those of the new" in caplog.text
     assert steps(workdir) == [1, 2, 3]
 
@@ -235,10 +236,10 @@ def test_a_finished_run_without_checkpoints_cannot_go_on(finished, tmp_path):
     config, whole = finished("d2d")
     shutil.copytree(whole / "model", tmp_path / "model")
     shutil.copy(whole / "config.json", tmp_path)
-    assert train.train(config, tmp_path) == tmp_path / "model"
+    assert loop.train(config, tmp_path) == tmp_path / "model"
     message = r"config\.steps is 6, .* finished with 4 and has no checkpoint to go on from; acc.* 4"
     with pytest.raises(ValueError, match=message):
-        train.train(dataclasses.replace(config, steps=6), tmp_path)
+        loop.train(dataclasses.replace(config, steps=6), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[3]", '{"steps": 4'])
@@ -246,19 +247,19 @@ def test_settings_that_cannot_be_read(text, halfway):
     config, workdir = halfway("d2d")
     (workdir / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"/config\.json does not hold the settings of a run; acc"):
-        train.train(config, workdir)
+        loop.train(config, workdir)
 
 
 def test_checkpoint_of_another_architecture(finished, tmp_path):
     config, whole = finished("d2s")
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
-        train.train(with_fields(config, moe={"num_experts": 2}), tmp_path)
+        loop.train(with_fields(config, moe={"num_experts": 2}), tmp_path)
     assert "experts_up has shape (2, 4, 16, 32), expected (2, 2, 16, 32)" in str(error.value)
 
 
 @pytest.mark.parametrize(("profiled", "traced"), [((1, 3), True), ((1, 2), False)])
 def test_profiled_steps_of_a_run_resumed_after_the_second(profiled, traced, halfway):
     config, workdir = halfway("d2d")
-    train.train(dataclasses.replace(config, profile_steps=profiled), workdir)
+    loop.train(dataclasses.replace(config, profile_steps=profiled), workdir)
     assert (workdir / "profile").exists() == traced

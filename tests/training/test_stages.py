@@ -6,8 +6,8 @@ from flax import linen as nn
 
 from moddistill.config import LossConfig, MoeConfig, TrainConfig
 from moddistill.models.vision import NEVER_COMPUTED
+from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
-from moddistill.storage.model_folder import abstract_params
 from moddistill.training.stages import STAGES, stage_of, trainable_paths
 
 

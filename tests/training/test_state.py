@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import pytest
 
 from moddistill.config import MoeConfig, OptimConfig
-from moddistill.params import flatten, match
+from moddistill.params import cast_frozen, flatten, match
 from moddistill.training.optim import make_optimizer
-from moddistill.training.state import cast_frozen, make_state
+from moddistill.training.state import make_state
 
 
 @pytest.fixture(scope="module")

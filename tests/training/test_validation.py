@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments import llava_mod
-from moddistill import train
-from moddistill.config import RecipeConfig, SourceConfig, TrainConfig, from_config_dict
+from moddistill.config import RecipeConfig, SourceConfig, TrainConfig
+from moddistill.configdict import from_config_dict
+from moddistill.training import loop
 from moddistill.training.validation import Range, check_is_workdir, check_settings, check_spread
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
@@ -109,7 +110,7 @@ def test_a_run_with_settings_that_do_not_fit_leaves_no_model(
     tiny_config, tmp_path, stage, fields, message
 ):
     with pytest.raises(ValueError, match=message):
-        train.train(tiny_config(stage, **fields), tmp_path)
+        loop.train(tiny_config(stage, **fields), tmp_path)
     assert not (tmp_path / "model").exists()
 
 

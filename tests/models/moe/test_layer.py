@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moddistill.config import MoeConfig
-from moddistill.models.moe.layer import MoE, check_moe, choose
+from moddistill.models.moe.layer import MoE, check_moe
+from moddistill.models.moe.router import choose
 from tests.models import draw
 
 MLP = 12

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moddistill.losses.router import balance_loss, z_loss
-from moddistill.models.moe.layer import RouterStats, capacity_slots, router_stats, within_capacity
+from moddistill.models.moe.router import RouterStats, capacity_slots, router_stats, within_capacity
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Resolves what a user names as a model: a model folder, a Hugging Face folder or a hub name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moddistill.convert.cache import imported
+from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.sharding import param_shardings, unbox
+from moddistill.models.presets import preset, with_vocabulary
+from moddistill.models.vlm import ModelConfig, Vlm, abstract_params, dummy_batch
+from moddistill.storage.model_folder import load_params, read_model_config
+
+
+def as_model_folder(name: str | Path) -> Path:
+    """A model folder for anything that names a model.
+
+    A model folder is taken as it is. A Hugging Face folder or hub name is imported once into
+    `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
+
+    Raises:
+      ValueError: if it is none of these, or its weights cannot be imported.
+    """
+    folder = Path(name)
+    if (folder / "model.json").is_file():
+        return folder
+    is_hub_name = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    if not (folder / "config.json").is_file() and not is_hub_name:
+        return folder  # reading it says what is missing
+    return imported(str(name))
+
+
+def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
+    """A model as `(model, params)`, all in float32 on the first device.
+
+    Args:
+      folder: a model folder, a Hugging Face folder or a hub name.
+
+    Raises:
+      ValueError: if it is none of these, or its parameters do not fit its architecture.
+    """
+    folder = as_model_folder(folder)
+    config = read_model_config(folder)
+    return Vlm(config), load_params(folder, config, dtype=jnp.float32)
+
+
+RANDOM = "random:"
+
+
+def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
+    """The architecture of a model folder, a Hugging Face folder or `random:PRESET`."""
+    if spec.startswith(RANDOM):
+        config = preset(spec.removeprefix(RANDOM))
+        return with_vocabulary(config, tokenizer.real_ids, tokenizer.image_id)
+    return read_model_config(as_model_folder(spec))
+
+
+def spec_params(spec: str, config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
+    """Parameters of a model folder as they are stored, or new ones."""
+    if spec.startswith(RANDOM):
+        return random_params(config, mesh, rng)
+    shardings = param_shardings(mesh, abstract_params(config))
+    return load_params(as_model_folder(spec), config, shardings=shardings)
+
+
+def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
+    """New float32 parameters, made in their shards."""
+    shardings = param_shardings(mesh, abstract_params(config))
+
+    def init(rng: jax.Array) -> dict[str, Any]:
+        return unbox(Vlm(config).init(rng, dummy_batch(config)))["params"]
+
+    return jax.jit(init, out_shardings=shardings)(rng)

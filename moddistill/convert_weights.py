@@ -1,0 +1,147 @@
+"""Weights in and out.
+
+    python -m tools.convert_weights import --hf DIR_OR_NAME [--vision DIR_OR_NAME] --out DIR
+    python -m tools.convert_weights upcycle --model DIR --num_experts 4 --top_k 2 --out DIR
+    python -m tools.convert_weights export --model DIR --out DIR [--max_shard_size 5GB]
+    python -m tools.convert_weights inspect DIR
+
+A folder that exists is only replaced with --overwrite; an interrupted command leaves none.
+"""
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from moddistill.cli import plain_errors
+from moddistill.config import MoeConfig
+from moddistill.convert.describe import describe
+from moddistill.convert.exporting import export_model
+from moddistill.convert.importing import import_model
+from moddistill.convert.upcycling import upcycle_model
+from moddistill.models.flops import parameter_counts
+from moddistill.models.vlm import ModelConfig
+from moddistill.storage.shards import parse_size
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m tools.convert_weights`."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("moddistill").setLevel(logging.INFO)
+    with plain_errors():
+        args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|upcycle|export|inspect")
+    _import_arguments(commands.add_parser("import", help="Hugging Face weights to a model folder"))
+    _upcycle_arguments(commands.add_parser("upcycle", help="a dense model folder to a sparse one"))
+    _export_arguments(commands.add_parser("export", help="a model folder to Hugging Face weights"))
+    inspect = commands.add_parser("inspect", help="what a folder holds")
+    inspect.add_argument("folder", help="model folder, Hugging Face folder or hub name")
+    inspect.set_defaults(run=lambda args: print(json.dumps(describe(args.folder), indent=2)))
+    return parser
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf", required=True, help="folder or hub name of the model")
+    parser.add_argument("--vision", default="", help="folder or hub name of the tower")
+    parser.add_argument("--projector", default="", help="mm_projector.bin or safetensors")
+    parser.add_argument("--template", default="", help="vicuna, chatml or plain")
+    parser.add_argument("--select_layer", type=int, help="hidden state of the tower, such as -2")
+    parser.add_argument("--seed", type=int, default=0, help="of a new projector")
+    _output_arguments(parser)
+    parser.set_defaults(run=_import)
+
+
+def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    default = MoeConfig()
+    parser.add_argument("--model", required=True, type=Path, help="dense model folder")
+    parser.add_argument("--num_experts", type=int, default=default.num_experts)
+    parser.add_argument("--top_k", type=int, default=default.top_k)
+    parser.add_argument(
+        "--placement",
+        default=default.placement,
+        help="sparse, dense, first_half, second_half or indices such as (0,2,5)",
+    )
+    parser.add_argument("--upcycle", choices=("copy", "noise", "drop"), default=default.upcycle)
+    parser.add_argument("--noise_std", type=float, default=0.0, help="for --upcycle noise")
+    parser.add_argument("--drop_fraction", type=float, default=0.0, help="for --upcycle drop")
+    parser.add_argument("--moe_intermediate_size", type=int, default=0, help="splits each expert")
+    parser.add_argument("--seed", type=int, default=0, help="of routers, noise and drops")
+    _output_arguments(parser)
+    parser.set_defaults(run=_upcycle)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help="model folder")
+    parser.add_argument("--max_shard_size", default="5GB", help="of a weight file")
+    parser.add_argument(
+        "--dtype", default="", help="float32, bfloat16 or float16; as stored if absent"
+    )
+    _output_arguments(parser)
+    parser.set_defaults(run=_export)
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _import(args: argparse.Namespace) -> None:
+    config = import_model(
+        args.hf,
+        args.out,
+        vision=args.vision,
+        projector=args.projector,
+        template=args.template,
+        select_layer=args.select_layer,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    _print_written(args.out, config)
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    placement = args.placement
+    if re.fullmatch(r"\(?\s*\d+(\s*,\s*\d+)*\s*,?\s*\)?", placement):
+        placement = tuple(int(index) for index in re.findall(r"\d+", placement))
+    moe = MoeConfig(
+        num_experts=args.num_experts,
+        top_k=args.top_k,
+        placement=placement,
+        upcycle=args.upcycle,
+        noise_std=args.noise_std,
+        drop_fraction=args.drop_fraction,
+        moe_intermediate_size=args.moe_intermediate_size,
+    )
+    config = upcycle_model(args.model, args.out, moe, seed=args.seed, overwrite=args.overwrite)
+    _print_written(args.out, config)
+
+
+def _export(args: argparse.Namespace) -> None:
+    fields = export_model(
+        args.model,
+        args.out,
+        max_shard_size=parse_size(args.max_shard_size),
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.out}: {fields['architectures'][0]}, {fields['dtype']}")
+
+
+def _print_written(folder: Path, config: ModelConfig) -> None:
+    total, activated = parameter_counts(config)
+    print(f"{folder}: {total:,} parameters, {activated:,} of them for a token")
+
+
+if __name__ == "__main__":
+    main()

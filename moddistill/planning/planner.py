@@ -1,0 +1,258 @@
+"""Compiles the real step of an experiment for an accelerator that is only described."""
+
+import dataclasses
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from moddistill.config import TrainConfig
+from moddistill.convert.resolve import as_model_folder
+from moddistill.distributed import accelerators, sharding
+from moddistill.models.flops import step_flops
+from moddistill.models.presets import PRESETS, preset
+from moddistill.models.upcycle import upcycle_config
+from moddistill.models.vlm import ModelConfig
+from moddistill.planning.hlo_collectives import collectives
+from moddistill.storage.model_folder import read_model_config
+from moddistill.teachers.live import check_teacher, shares_tower, without_tower
+from moddistill.training.loading import trained_architecture
+from moddistill.training.program import Program, make_program, place, step_size
+from moddistill.training.stages import stage_of
+from moddistill.training.validation import check_settings, check_spread
+
+LOG = logging.getLogger("moddistill")
+_RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
+
+
+def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
+    """What the step of an experiment takes on a topology; sizes are bytes of one chip.
+
+    Raises:
+      ValueError: for settings or a topology that do not fit.
+    """
+    check_settings(config)
+    student, teacher = architectures(config)
+    devices = accelerators.devices_of(topology)
+    _check_memory(config, topology)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    check_spread(config, mesh)
+    # Outside of the mesh, whose devices cannot run even the smallest operation.
+    program = make_program(config, student, teacher, mesh)
+    state = place(program.state, program.places)
+    if shared := shares_tower(student, teacher, program.state.params):
+        program = program._replace(teacher=without_tower(program.teacher))
+    batch = abstract_batch(config, student, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        compiled = _compile(program.step.lower(state, program.teacher, batch), topology)
+    cores = accelerators.devices_per_chip(topology)
+    report = {
+        "topology": topology,
+        "chips": len(devices) // cores,
+        "shared_tower": shared,
+        "micro_batch": config.batch_size // config.accumulate,
+        "steps": config.steps,
+        "samples": config.steps * config.batch_size,
+        **_memory(compiled, topology),
+        "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
+        "collectives": _collectives(compiled, len(devices)) if compiled else None,
+    }
+    size = step_size(config, student)
+    flops = step_flops(student, teacher, size, set(program.state.params), shared)
+    report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
+    return report | _verdict(report, topology, utilisation)
+
+
+def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
+    """The plan with the largest micro-batch that fits; the smallest one's if none does.
+
+    Micro-batches are of equal size and give each device at least one sample.
+    """
+    if accelerators.parse(topology)[0] == "cpu":
+        raise ValueError(
+            f"nobody knows how much memory {topology!r} has left; accepted with --fit: a topology "
+            f"of {', '.join(accelerators.CHIPS)}"
+        )
+    mesh = sharding.make_mesh(config.mesh, accelerators.devices_of(topology))
+    places = sharding.sample_places(mesh)
+    size = config.batch_size
+    counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % places == 0]
+    for accumulate in counts or [1]:
+        candidate = dataclasses.replace(config, accumulate=accumulate)
+        report = plan(candidate, topology, utilisation)
+        if report["fits"]:
+            break
+    return report
+
+
+def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]:
+    """Student, with its experts, and teacher of an experiment whose models may not exist yet."""
+    student = _architecture(config.student)
+    if config.stage == "preference" and not student.decoder.moe:
+        student = upcycle_config(student, config.moe)  # a preset for what `d2s` made of it
+    tower = _architecture(config.vision) if config.vision else None
+    student = trained_architecture(config, student, tower)
+    if not config.teacher:
+        return student, None
+    teacher = _architecture(config.teacher)
+    check_teacher(teacher, student, config.teacher)
+    return student, teacher
+
+
+def _architecture(spec: str) -> ModelConfig:
+    folder = Path(spec)
+    if not spec.startswith("random:") and folder.exists():
+        return read_model_config(as_model_folder(folder))
+    names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
+    if len(names) != 1:
+        raise ValueError(
+            f"{spec!r} is not there and names {' and '.join(sorted(names)) or 'no preset'}; "
+            "accepted: a model folder, random:PRESET, or a path with one of "
+            f"{', '.join(PRESETS)}"
+        )
+    return preset(names.pop())
+
+
+def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Shapes of a batch as the pipeline gives it, with their sharding."""
+    where = sharding.batch_sharding(mesh)
+
+    def shape(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *size), dtype, sharding=where)
+
+    length = config.data.max_length
+    side = {name: shape(length) for name in ("tokens", "positions", "segments")}
+    side["loss_mask"] = shape(length, dtype=bool)
+    both = stage_of(config).records == "preference"
+    batch = {"chosen": side, "rejected": dict(side)} if both else side
+    if student.vision is not None:
+        size = student.vision.image_size
+        batch["images"] = shape(config.data.max_images, size, size, 3, dtype=jnp.uint8)
+    return batch
+
+
+def _check_memory(config: TrainConfig, topology: str) -> None:
+    name, _ = accelerators.parse(topology)
+    if config.teacher_memory == "host" and name in accelerators.GPUS:
+        raise ValueError(
+            f"config.teacher_memory is 'host', which a GPU that is only described, as "
+            f"{topology!r}, does not have; accepted: 'device', or a TPU"
+        )
+
+
+def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
+    """What the compiler says of a chip; None without a program."""
+    memory = compiled.memory_analysis() if compiled else None
+    if memory is None:
+        return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
+    cores = accelerators.devices_per_chip(topology)
+    return {
+        "peak_bytes_per_chip": cores * peak_bytes(memory, accelerators.parse(topology)[0]),
+        "argument_bytes_per_chip": cores * memory.argument_size_in_bytes,
+        "temp_bytes_per_chip": cores * memory.temp_size_in_bytes,
+    }
+
+
+def peak_bytes(memory: Any, name: str) -> int:
+    """Peak bytes of one device from a program's `memory_analysis()`; `name` is "cpu" for CPUs."""
+    if name != "cpu":  # host memory is counted in the peak, too
+        return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # not in the peak of CPUs
+    return sizes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _compile(lowered: Any, topology: str) -> Any:
+    """The compiled program; None if the compiler finds that it cannot fit."""
+    try:
+        return lowered.compile(compiler_options=accelerators.compiler_options(topology))
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in reason or "vmem" in reason.lower():
+            raise ValueError(
+                f"the compiler for {topology!r} refuses this step: {reason}; accepted: settings "
+                "that it knows how to build there"
+            ) from error
+        LOG.warning("%s", reason)
+        return None
+
+
+def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
+    """None where the compiler cannot print its program."""
+    if chips == 1:
+        return {}
+    try:
+        return collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
+    """Bytes of one device by what they are for; those of a teacher in host memory apart."""
+    state = place(program.state, program.places)
+    parts = {
+        "trained": state.params,
+        "moments": state.opt_state,
+        "frozen": state.frozen,
+        "teacher": program.teacher,
+        "batch": batch,
+    }
+    sizes = dict.fromkeys((*parts, "host"), 0)
+    for name, part in parts.items():
+        for x in jax.tree.leaves(part):
+            where = "host" if x.sharding.memory_kind == "pinned_host" else name
+            sizes[where] += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sizes
+
+
+def _verdict(report: dict[str, Any], topology: str, utilisation: float) -> dict[str, Any]:
+    name, _ = accelerators.parse(topology)
+    if name == "cpu":
+        return {"fits": None}
+    chip = accelerators.CHIPS[name]
+    allowed = round(chip.memory * _RESERVED)
+    flops = report["model_flops_per_step"] + report["teacher_flops_per_step"]
+    speed = chip.flops * report["chips"] * utilisation
+    return {
+        "allowed_bytes_per_chip": allowed,
+        "fits": report["peak_bytes_per_chip"] is not None
+        and report["peak_bytes_per_chip"] <= allowed,
+        "days": report["steps"] * flops / speed / 86400,
+        "utilisation": utilisation,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for people."""
+    gib = {
+        key: math.nan if value is None else value / 2**30
+        for key, value in report.items()
+        if key.endswith("per_chip")
+    }
+    lines = [
+        f"{report['topology']}: {report['chips']} chips, {report['micro_batch']} samples at once",
+        f"peak       {gib['peak_bytes_per_chip']:8.2f} GiB a chip",
+        f"arguments  {gib['argument_bytes_per_chip']:8.2f} GiB",
+    ]
+    for name, size in ((name, size) for name, size in report["arguments"].items() if size):
+        lines.append(f"  {name:<9}{size / 2**30:8.2f} GiB")
+    lines.append(f"temporary  {gib['temp_bytes_per_chip']:8.2f} GiB")
+    if report["collectives"] is None:
+        lines.append("collectives are unknown: there is no program, or it cannot be printed")
+    for kind, entry in (report["collectives"] or {}).items():
+        lines.append(f"{kind:<18} {entry['count']:4} times, {entry['bytes'] / 2**20:10.1f} MiB")
+    lines.append(f"student    {report['model_flops_per_step'] / 1e12:10.1f} TFLOP a step")
+    lines.append(f"teacher    {report['teacher_flops_per_step'] / 1e12:10.1f} TFLOP a step")
+    if report["fits"] is not None:
+        word = "fits" if report["fits"] else "does not fit"
+        lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
+        lines.append(
+            f"{report['days']:.2f} days at {report['utilisation']:.0%} utilisation, "
+            f"for {report['steps']:,} steps or {report['samples']:,} samples"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""A tensor of a weight file: where its bytes are, and its dtype."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+# Names of the format; those of quantised weights too, so that they can be refused by name.
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+
+
+ACCEPTED_WEIGHTS = "float32, bfloat16 or float16, such as the bfloat16 release"
+
+
+WEIGHTS = tuple(DTYPES[name] for name in ("F32", "BF16", "F16"))
+
+
+_MOST_TENSORS = 100_000  # of a checkpoint
+
+
+Checkpoint = Mapping[str, "Tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where the bytes of an array lie: little-endian, the last axis fastest."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The array, as the file's pages: they come with their use and go with the array."""
+        return self.map("r")
+
+    def map(self, mode: Literal["r", "r+"]) -> np.ndarray:
+        """The array's bytes in the file; with `r+`, what is assigned to it is written there."""
+        if not self.nbytes:
+            return np.zeros(self.shape, self.dtype)
+        if self.offset + self.nbytes > (size := self.file.stat().st_size):
+            raise ValueError(
+                f"{self.file} is cut off: {self.nbytes} bytes are wanted at offset {self.offset}, "
+                f"the file has {size}"
+            )
+        data = np.memmap(self.file, np.uint8, mode, self.offset, (self.nbytes,))
+        return np.asarray(data).view(self.dtype).reshape(self.shape)
+
+    def rows(self, part: slice) -> "Tensor":
+        """A range of the first axis."""
+        start, stop, _ = part.indices(self.shape[0])
+        skipped = start * (self.nbytes // self.shape[0])
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(self, offset=self.offset + skipped, shape=shape)
+
+
+def check_count(tensors: int, origin: str) -> None:
+    if tensors > _MOST_TENSORS:
+        raise ValueError(f"{origin} holds {tensors:,} tensors; accepted: up to {_MOST_TENSORS:,}")
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many there are besides."""
+    shown = ", ".join(name if len(name) < 200 else f"{name[:200]}..." for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_weights(names: Iterable[str], checkpoint: Checkpoint, origin: str) -> None:
+    """Raises ValueError for weights that are quantised or no floating point, naming some."""
+    dtypes = {name: checkpoint[name].dtype for name in names if name in checkpoint}
+    wrong = [f"{name} is {dtype.name}" for name, dtype in dtypes.items() if dtype not in WEIGHTS]
+    if wrong:
+        raise ValueError(f"{origin}: {some_of(wrong)}; accepted: {ACCEPTED_WEIGHTS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor that is going to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
