@@ -17,7 +17,7 @@ from PIL import Image
 from moddistill.config import DataConfig, SourceConfig, TrainConfig
 from moddistill.configdict import to_config_dict
 from moddistill.data.tokenizer import train_bpe
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.models.presets import preset
 
 SIZES = ("full", "demo", "tiny")
@@ -84,7 +84,7 @@ def parse(arg: str | None) -> tuple[str, Models]:
       arg: `demo`, `tiny`, `student=PRESET`, `teacher=PRESET` or `pair=NAME`, separated by commas.
 
     Raises:
-      ValueError: for anything else, for models of a smaller size, which has its own, or for a pair
+      UserError: for anything else, for models of a smaller size, which has its own, or for a pair
         with another student or teacher.
     """
     options: dict[str, str] = {}
@@ -92,7 +92,7 @@ def parse(arg: str | None) -> tuple[str, Models]:
         key, _, value = item.partition("=")
         key = "size" if item in SIZES else key
         if key in options:
-            raise ValueError(f"experiment argument {arg!r} has two {key}s; accepted: one of each")
+            raise UserError(f"experiment argument {arg!r} has two {key}s; accepted: one of each")
         if item in SIZES:
             options["size"] = item
         elif key in ("student", "teacher") and value:
@@ -102,13 +102,13 @@ def parse(arg: str | None) -> tuple[str, Models]:
             options[key] = _known_pair(value)
         else:
             known = (*SIZES, "student=PRESET", "teacher=PRESET", *(f"pair={x}" for x in PAIRS))
-            raise ValueError(
+            raise UserError(
                 f"experiment argument {item!r} is unknown; accepted: {', '.join(known)}"
                 + nearest(item, known)
             )
     size = options.pop("size", "full")
     if options and size != "full":
-        raise ValueError(
+        raise UserError(
             f"experiment argument {arg!r} sets {' and '.join(sorted(options))}, but {size} has "
             "its own models; accepted: presets at full size, or the size alone"
         )
@@ -126,7 +126,7 @@ def presets(student: str = STUDENT, teacher: str = TEACHER) -> Models:
 
 def _known_pair(name: str) -> str:
     if name not in PAIRS:
-        raise ValueError(
+        raise UserError(
             f"pair {name!r} is unknown; accepted: {', '.join(PAIRS)}{nearest(name, PAIRS)}"
         )
     return name
@@ -134,7 +134,7 @@ def _known_pair(name: str) -> str:
 
 def _pair(options: dict[str, str], arg: str | None) -> Models:
     if others := sorted(set(options) - {"pair"}):
-        raise ValueError(
+        raise UserError(
             f"experiment argument {arg!r} sets {' and '.join(others)}, but a pair names both "
             "models; accepted: only pair=NAME, or student= and teacher="
         )
@@ -149,7 +149,7 @@ def choose(
     if size == "full":
         return to_config_dict(full(models))
     if size not in smaller:
-        raise ValueError(f"there is no size {size!r} here; accepted: full, {', '.join(smaller)}")
+        raise UserError(f"there is no size {size!r} here; accepted: full, {', '.join(smaller)}")
     return to_config_dict(smaller[size]())
 
 

@@ -12,6 +12,7 @@ import ml_collections
 
 from experiments import common
 from moddistill.config import DataConfig, OptimConfig, TrainConfig
+from moddistill.errors import UserError
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -20,7 +21,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def full(models: common.Models) -> TrainConfig:
     if models.has_projector:
-        raise ValueError(
+        raise UserError(
             f"the projector of {models.student!r} is trained already; accepted: its recipe without "
             "this stage, which starts at d2d"
         )

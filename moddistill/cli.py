@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moddistill.config import SourceConfig
 from moddistill.distributed.processes import join
-from moddistill.errors import is_ours
+from moddistill.errors import UserError
 from moddistill.setting_names import unknown_setting
 
 _PARSERS = {"absl", "ml_collections"}
@@ -30,10 +30,8 @@ def plain_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
-        if is_ours(error):
-            sys.exit(f"error: {error}")
-        raise
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:
@@ -103,7 +101,7 @@ class _ExperimentParser(flags.ArgumentParser):
         """The experiment's config, with the sources that overrides add.
 
         Raises:
-          ValueError: for an override of a setting that the experiment does not have, or of several
+          UserError: for an override of a setting that the experiment does not have, or of several
             at once by anything but a dict.
         """
         config = self.loader.parse(path)
@@ -119,7 +117,7 @@ def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) 
     """Adds the source that `[...]data.sources.NAME.FIELD` is about, if its path is overridden too.
 
     Raises:
-      ValueError: if there is no such source, and no path that would make it a new one.
+      UserError: if there is no such source, and no path that would make it a new one.
     """
     match = re.fullmatch(r"((?:.+\.)?data\.sources)\.([^.]+)(\.[^.]+)?", setting)
     sources = match and _at(config, match[1])
@@ -127,16 +125,16 @@ def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) 
         return
     source = f"{match[1]}.{match[2]}"
     if not match[2].isidentifier():
-        raise ValueError(
+        raise UserError(
             f"config.{source}: {match[2]!r} cannot name a source here; accepted: letters, digits "
             "and _"
         )
     if not match[3]:
-        raise ValueError(
+        raise UserError(
             f"config.{source} is {overrides[setting]!r}; accepted: --config.{source}.path=FILE"
         )
     if f"{source}.path" not in overrides:
-        raise ValueError(
+        raise UserError(
             f"config.{source} is not a source; accepted: {', '.join(sources) or 'none yet'}, or a "
             f"new one with --config.{source}.path=FILE"
         )
@@ -145,13 +143,13 @@ def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) 
 
 
 def _check_setting(config: ConfigDict, setting: str) -> None:
-    """Raises ValueError with the nearest setting if there is none of that dotted name."""
+    """Raises UserError with the nearest setting if there is none of that dotted name."""
     if "[" not in setting and _at(config, setting) is _MISSING:
         raise unknown_setting("config", setting, list(_settings(config)))
 
 
 def _check_part(config: ConfigDict, name: str, value: str) -> None:
-    """Raises ValueError if `name` has settings in it and `value` is no dict of them."""
+    """Raises UserError if `name` has settings in it and `value` is no dict of them."""
     part = _at(config, name)
     if not isinstance(part, ConfigDict):
         return
@@ -167,7 +165,7 @@ def _check_part(config: ConfigDict, name: str, value: str) -> None:
         accepted = f"--config.{name}.path=FILE"
     else:
         accepted = f"its settings one by one, such as --config.{name}.{next(_settings(part))}=VALUE"
-    raise ValueError(f"config.{name} is {value!r}; accepted: {accepted}")
+    raise UserError(f"config.{name} is {value!r}; accepted: {accepted}")
 
 
 _MISSING = object()
@@ -196,7 +194,8 @@ def _cause(error: BaseException) -> BaseException:
     """The error of this project that a parser of flags has put its own words around, or `error`."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, ValueError) and is_ours(inner):
+        # ml_collections raises the type of the error again, with a traceback in its message.
+        if isinstance(inner, UserError) and not str(inner).startswith("Error whilst parsing"):
             return inner
         inner = inner.__context__
     return error

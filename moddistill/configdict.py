@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.setting_names import unknown_setting
 
 
@@ -36,7 +36,7 @@ def from_config_dict(cls: type, values: Mapping[str, Any], origin: str = "config
     """An instance of the config dataclass `cls` from nested mappings.
 
     Raises:
-      ValueError: for a key that `cls` does not have, a value of another type or none of the
+      UserError: for a key that `cls` does not have, a value of another type or none of the
         accepted ones, naming both.
     """
     for setting in _strays(cls, values):
@@ -84,7 +84,7 @@ def _build(cls: type, values: Mapping[str, Any], origin: str) -> Any:
         if field.default is field.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - set(values)):
-        raise ValueError(f"{origin} lacks {', '.join(missing)}")
+        raise UserError(f"{origin} lacks {', '.join(missing)}")
     return cls(
         **{key: _convert(fields[key], value, f"{origin}.{key}") for key, value in values.items()}
     )
@@ -103,7 +103,7 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
         accepted = typing.get_args(kind)
         if value not in accepted:
             hint = nearest(value, accepted) if isinstance(value, str) else ""
-            raise ValueError(f"{origin} is {value!r:.200}; accepted: {', '.join(accepted)}{hint}")
+            raise UserError(f"{origin} is {value!r:.200}; accepted: {', '.join(accepted)}{hint}")
         return value
     plain = tuple(typing.get_origin(option) or option for option in options)
     if tuple in plain and isinstance(value, str) and value.startswith("("):
@@ -114,7 +114,7 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
         value = float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         names = ", ".join(option.__name__ for option in plain)
-        raise ValueError(f"{origin} is {value!r:.200}; accepted: a value of type {names}")
+        raise UserError(f"{origin} is {value!r:.200}; accepted: a value of type {names}")
     if isinstance(value, tuple):
         [element] = {typing.get_args(option)[0] for option in options if typing.get_args(option)}
         return tuple(_convert(element, item, f"{origin}[{i}]") for i, item in enumerate(value))
@@ -126,6 +126,6 @@ def _typed_tuple(text: str, origin: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
-        raise ValueError(
+        raise UserError(
             f"{origin} is {text!r}; accepted: a name, or a tuple such as (0, 2) or ('a', 'b')"
         ) from None

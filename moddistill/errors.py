@@ -1,42 +1,78 @@
-"""Errors that this project raises on purpose, and the setting that each of them is about."""
+"""Errors that users can act on, and the wording that they share.
+
+Every check of user input raises `UserError`; commands show its message as one line without a
+traceback. All other exceptions are defects and keep their traceback.
+"""
 
 import contextlib
 import difflib
-import traceback
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import Any
 
-_OURS = ("moddistill", "tools", "experiments")
+_LONGEST_VALUE = 200  # characters of a value in a message
 
 
-def is_ours(error: BaseException) -> bool:
-    """True if code of this project raised the error, rather than a library that it calls."""
-    # An experiment is loaded by the path that was typed, which may be relative.
-    raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    root = Path(__file__).resolve().parents[1]
-    return raiser.is_relative_to(root) and raiser.relative_to(root).parts[0] in _OURS
+class UserError(ValueError):
+    """A setting, file or argument is wrong; the message names value, origin and expectation."""
+
+
+class DivergedError(UserError, FloatingPointError):
+    """A loss or parameter is no longer finite."""
+
+
+def invalid(origin: str, value: Any, expected: str) -> UserError:
+    """Returns the error for a value that is not what `origin` needs.
+
+    >>> invalid("config.optim.lr", -1.0, ">= 0")
+    UserError('config.optim.lr: expected >= 0, got -1.0')
+    """
+    return UserError(f"{origin}: expected {expected}, got {_short(value)}")
+
+
+def not_one_of(origin: str, value: Any, choices: Iterable[str]) -> UserError:
+    """Returns the error for a value outside an enumeration, with the closest choice if any.
+
+    >>> not_one_of("config.moe.dispatch", "droples", ("dropless", "capacity"))
+    UserError("config.moe.dispatch: expected one of 'dropless', 'capacity', got 'droples' (did you mean 'dropless'?)")
+    """  # noqa: E501
+    choices = list(choices)
+    names = ", ".join(map(repr, choices))
+    return UserError(
+        f"{origin}: expected one of {names}, got {_short(value)}{did_you_mean(value, choices)}"
+    )
+
+
+def did_you_mean(value: Any, choices: Iterable[str]) -> str:
+    """Returns ` (did you mean 'X'?)` for the choice closest to `value`, or an empty string."""
+    close = difflib.get_close_matches(value, list(choices), n=1) if isinstance(value, str) else ()
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
 @contextlib.contextmanager
 def at_field(name: str) -> Iterator[None]:
-    """Puts the name of a setting before the message of a ValueError raised here by this project.
+    """Puts the name of a setting before the message of a `UserError` raised inside.
 
-    A message that names a setting already (`config.x` in `config.y`) stays as it is; so do errors
-    of other libraries. One that begins with the last part of the name continues it.
+    A message that names a setting already (`config.x` in `config.y`) stays as it is. One that
+    begins with the last part of the name continues it.
 
         with at_field("config.student"):
             read_model_config("runs/x")  # config.student: 'runs/x' is not a model folder: ...
         with at_field("config.moe"):
-            check_moe(config.moe)  # config.moe.top_k is 5; accepted: ...
+            check_moe(config.moe)  # config.moe.top_k: expected 1 to 4, got 5
     """
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         text, (part, _, last) = str(error), name.rpartition(".")
-        if not is_ours(error) or text.startswith(name.partition(".")[0] + "."):
+        if text.startswith(name.partition(".")[0] + "."):
             raise
         message = f"{part}.{text}" if text.startswith(f"{last}.") else f"{name}: {text}"
-        raise ValueError(message) from error
+        raise UserError(message) from error
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from moddistill.errors import UserError
+
 Flat = dict[str, Any]
 
 
@@ -26,7 +28,7 @@ def unflatten(flat: Flat) -> dict[str, Any]:
 
 
 def match(paths: Sequence[str], patterns: Sequence[str], origin: str) -> set[str]:
-    """The paths that any pattern matches; ValueError if one of the patterns matches none.
+    """The paths that any pattern matches; UserError if one of the patterns matches none.
 
     Args:
       origin: where the patterns come from, for the message.
@@ -36,7 +38,7 @@ def match(paths: Sequence[str], patterns: Sequence[str], origin: str) -> set[str
         hits = {path for path in paths if re.fullmatch(pattern, path)}
         if not hits:
             parts = sorted({path.split("/")[0] for path in paths})
-            raise ValueError(
+            raise UserError(
                 f"{origin}: pattern {pattern!r} matches no parameter; paths begin with {parts}, "
                 f"for example {sorted(paths)[0]!r}"
             )
@@ -63,7 +65,7 @@ def count(params: Any) -> int:
 
 
 def check_same(found: Flat, expected: Flat, origin: str) -> None:
-    """Raises one ValueError that lists every missing, unexpected and misshapen leaf."""
+    """Raises one UserError that lists every missing, unexpected and misshapen leaf."""
     lines = [
         f"missing {path} {expected[path].shape}" for path in sorted(expected.keys() - found.keys())
     ]
@@ -76,7 +78,7 @@ def check_same(found: Flat, expected: Flat, origin: str) -> None:
         if tuple(found[path].shape) != tuple(expected[path].shape)
     ]
     if lines:
-        raise ValueError(f"{origin} does not fit the architecture:\n  " + "\n  ".join(lines))
+        raise UserError(f"{origin} does not fit the architecture:\n  " + "\n  ".join(lines))
 
 
 _ALWAYS_FLOAT32 = ("router", "scale", "blend", "blend_bias")

@@ -20,7 +20,7 @@ from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
 from moddistill.distributed.processes import is_first, wait_for_all
-from moddistill.errors import at_field
+from moddistill.errors import UserError, at_field
 from moddistill.evals.runner import evaluate, find_benchmark
 from moddistill.models.flops import parameter_counts
 from moddistill.reports.report import format_table, write_report
@@ -37,7 +37,7 @@ def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
     """Trains, evaluates and reports; returns the rows of the table, in the first process.
 
     Raises:
-      ValueError: if the order and the stages do not name the same things, records, pictures or
+      UserError: if the order and the stages do not name the same things, records, pictures or
         questions of any stage are missing, or a stage fails.
     """
     _check(config, workdir)
@@ -102,7 +102,7 @@ def write_predictions(config: RecipeConfig, workdir: Path) -> None:
 
 
 def _check(config: RecipeConfig, workdir: Path) -> None:
-    """Raises ValueError for what would stop a later stage, before the first one takes its time."""
+    """Raises UserError for what would stop a later stage, before the first one takes its time."""
     for name, stage in config.stages.items():
         with at_field(f"stage {name!r}"):
             check_settings(stage)
@@ -112,12 +112,12 @@ def _check(config: RecipeConfig, workdir: Path) -> None:
                 _check_sources(stage, workdir)
                 _check_template(config, stage, workdir)
     if sorted(config.order) != sorted(config.stages):
-        raise ValueError(
+        raise UserError(
             f"config.order is {config.order}; accepted: each of {tuple(config.stages)} once"
         )
     unknown = [name for name in config.evaluated if name not in config.stages]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"config.evaluated names {unknown}; accepted: stages, {', '.join(config.order)}"
         )
     if config.benchmark:
@@ -127,7 +127,7 @@ def _check(config: RecipeConfig, workdir: Path) -> None:
             with at_field("config.benchmark_data"):
                 benchmark.questions(Path(config.benchmark_data))
     elif config.evaluated:
-        raise ValueError(
+        raise UserError(
             f"config.evaluated is {config.evaluated}, but config.benchmark is empty; accepted: a "
             "benchmark, or ()"
         )
@@ -161,10 +161,10 @@ def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> 
 
 
 def _check_steps(stage: TrainConfig, folder: Path) -> None:
-    """Raises ValueError if a finished stage would go on, and leave scores and later stages old."""
+    """Raises UserError if a finished stage would go on, and leave scores and later stages old."""
     steps = read_source(folder / "model").get("steps")
     if steps != stage.steps:
-        raise ValueError(
+        raise UserError(
             f"config.steps is {stage.steps}, but {folder} is finished with {steps}; accepted: "
             f"{steps}, since later stages begin with its model, or another --workdir"
         )

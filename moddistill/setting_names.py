@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+from moddistill.errors import UserError
+
 # Names of these settings in other trainers.
 _OTHER_NAMES = {
     "student": "model model_path model_name_or_path base_model student_model",
@@ -75,7 +77,7 @@ def _shared(a: Sequence[str], b: Sequence[str]) -> int:
     return sum(x == y for x, y in zip(a, b, strict=False))
 
 
-def unknown_setting(origin: str, setting: str, known: Iterable[str]) -> ValueError:
+def unknown_setting(origin: str, setting: str, known: Iterable[str]) -> UserError:
     """The error for a dotted name that is not in `known`, with the nearest or those accepted."""
     known = list(known)
     hint = nearest_setting(setting, known)
@@ -84,4 +86,4 @@ def unknown_setting(origin: str, setting: str, known: Iterable[str]) -> ValueErr
         inside = [each.removeprefix(f"{part}.") for each in known if each.startswith(f"{part}.")]
         names = dict.fromkeys(each.split(".")[0] for each in inside or known)
         hint = f"; accepted: {', '.join(names)}"
-    return ValueError(f"{origin}.{setting} is not a setting{hint}")
+    return UserError(f"{origin}.{setting} is not a setting{hint}")

@@ -19,7 +19,7 @@ def imported(name: str) -> Path:
     Of several processes that share a cache the first imports.
 
     Raises:
-      ValueError: as `import_model`.
+      UserError: as `import_model`.
     """
     source = local_folder(name).resolve()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -26,7 +26,7 @@ def imported_from(
       new: paths of parameters that no source has.
 
     Raises:
-      ValueError: if the source's settings are no JSON objects.
+      UserError: if the source's settings are no JSON objects.
     """
     model = sources[0]
     is_whole = model.projector is not None and config.vision is not None

@@ -80,7 +80,7 @@ def known_template(folder: Path) -> str:
 
 
 def chat_template(template: str) -> str:
-    """The Jinja template of a conversation format; ValueError for an unknown one."""
+    """The Jinja template of a conversation format; UserError for an unknown one."""
     end_token(template)
     return (
         _TEXT

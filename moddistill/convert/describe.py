@@ -14,6 +14,7 @@ from moddistill.convert.rules import slots
 from moddistill.convert.sources import Source, read_source
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import unbox
+from moddistill.errors import UserError
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.flops import parameter_counts
 from moddistill.models.layer_plan import Segment
@@ -32,7 +33,7 @@ def describe(name: str) -> dict[str, Any]:
     """Facts of a model folder, a Hugging Face folder or a projector's file, as one JSON object.
 
     Raises:
-      ValueError: if it is none of these.
+      UserError: if it is none of these.
     """
     folder = Path(name)
     if (folder / "model.json").is_file():
@@ -71,7 +72,7 @@ def _with_export(folder: Path, config: ModelConfig) -> dict[str, Any]:
     uses = _uses(config) + (["upcycle"] if config.decoder.moe is None else [])
     try:
         exported_pieces(config, folder)
-    except ValueError as error:
+    except UserError as error:
         return {"uses": uses, "not exported": str(error)}
     return {"uses": [*uses, "export"]}
 
@@ -96,7 +97,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
         facts["image"] = _image(source.vision)
     try:
         place(source, config)
-    except ValueError as error:
+    except UserError as error:
         return facts | {"uses": [], "not imported": str(error).splitlines()}
     if is_whole:
         return facts | {"uses": ["import", *_uses(config)]}

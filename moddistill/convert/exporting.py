@@ -22,6 +22,7 @@ from moddistill.convert.source_settings import check_generation, merge_generatio
 from moddistill.data.conversation import end_token
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import token_mask
 from moddistill.storage.atomic_dir import new_folder
@@ -51,7 +52,7 @@ def export_model(
       dtype: of all weights; as they are stored if empty.
 
     Raises:
-      ValueError: for a model that no class of `transformers` computes.
+      UserError: for a model that no class of `transformers` computes.
     """
     given, model = model, as_model_folder(model)
     config = read_model_config(model)
@@ -91,9 +92,9 @@ def _hf_config(config: ModelConfig) -> dict[str, Any]:
 def _check_exportable(config: ModelConfig) -> None:
     moe = config.decoder.moe
     if moe is not None and moe.residual:
-        raise ValueError("moe.residual is true; no class of transformers has such experts")
+        raise UserError("moe.residual is true; no class of transformers has such experts")
     if moe is not None and moe.dispatch != "dropless":
-        raise ValueError(
+        raise UserError(
             f"moe.dispatch is {moe.dispatch!r}; transformers drops no token, so answers would "
             "differ; accepted: 'dropless'"
         )
@@ -109,7 +110,7 @@ def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
     """All arrays of a model folder's export; a tied head too, if the source had stored one.
 
     Raises:
-      ValueError: for a model that no class of `transformers` computes.
+      UserError: for a model that no class of `transformers` computes.
     """
     _check_exportable(config)
     found = pieces(config, _rules(config))
@@ -138,7 +139,7 @@ def _pooling(model: Path) -> dict[str, Tensor]:
 
 def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
     if wanted and wanted not in _DTYPES:
-        raise ValueError(f"dtype is {wanted!r}; accepted: {', '.join(_DTYPES)}")
+        raise UserError(f"dtype is {wanted!r}; accepted: {', '.join(_DTYPES)}")
     return _DTYPES[wanted] if wanted else stored
 
 

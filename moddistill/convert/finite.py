@@ -4,6 +4,8 @@ import collections
 
 import numpy as np
 
+from moddistill.errors import UserError
+
 _MOST_LINES = 20
 _BLOCK = 2**17  # numbers, which stay in the cache
 # Bits of the exponent, by bytes of a number.
@@ -31,7 +33,7 @@ class FiniteCheck:
         counts["infinite"] += int(np.sum(np.isinf(array)))
 
     def close(self) -> None:
-        """Raises one ValueError that lists the tensors counted, if there are any."""
+        """Raises one UserError that lists the tensors counted, if there are any."""
         if not self.counts:
             return
         lines = [
@@ -40,7 +42,7 @@ class FiniteCheck:
         ]
         more = len(lines) - _MOST_LINES
         lines = lines[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(
+        raise UserError(
             f"{self.origin}: {len(self.counts)} tensors hold numbers that are not finite; "
             "accepted: finite weights:\n  " + "\n  ".join(lines)
         )

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.errors import UserError
 from moddistill.models.limits import check_numbers
 
 _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "*.jinja")
@@ -14,12 +15,12 @@ def local_folder(name: str) -> Path:
     """`name` itself if it is a folder, otherwise what the hub has under it, fetched once.
 
     Raises:
-      ValueError: neither a folder nor a name that can be fetched from here.
+      UserError: neither a folder nor a name that can be fetched from here.
     """
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no folder; accepted: a folder, or a hub name ORGANISATION/MODEL"
         )
     # Half a second to import, and folders do not need it.
@@ -30,24 +31,24 @@ def local_folder(name: str) -> Path:
     # What its transport raises, behind a proxy that refuses for one, changes with its releases.
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no folder here, and the hub cannot be asked for it ({reason}); accepted: "
             "a folder, or a hub name where there is a network"
         ) from None
 
 
 def part_of(fields: Mapping[str, Any], name: str, origin: str) -> dict[str, Any]:
-    """An object inside a config, empty if it is absent; ValueError if it is something else."""
+    """An object inside a config, empty if it is absent; UserError if it is something else."""
     part = fields.get(name)
     if part is None:
         return {}
     if not isinstance(part, dict):
-        raise ValueError(f"{origin}: {name} is {part!r:.80}; accepted: an object")
+        raise UserError(f"{origin}: {name} is {part!r:.80}; accepted: an object")
     return part
 
 
 def check_not_quantized(fields: Mapping[str, Any], origin: str) -> None:
-    """Raises ValueError for a config of quantised weights, its own or of a part."""
+    """Raises UserError for a config of quantised weights, its own or of a part."""
     for name, part in (("", fields), *_parts(fields)):
         quantization = part.get("quantization_config")
         if quantization is not None:
@@ -55,7 +56,7 @@ def check_not_quantized(fields: Mapping[str, Any], origin: str) -> None:
             method = quantization
             if isinstance(quantization, dict):
                 method = quantization.get("quant_method", quantization)
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {prefix}quantization_config is {method!r:.80}; accepted: weights that "
                 "are not quantised, such as the bfloat16 release"
             )
@@ -80,7 +81,7 @@ def with_defaults(
       needed: fields; a config that states all of them is given back as it is.
 
     Raises:
-      ValueError: for numbers out of range, and fields that `transformers` refuses.
+      UserError: for numbers out of range, and fields that `transformers` refuses.
     """
     if needed and all(name in fields for name in needed):
         return dict(fields)
@@ -97,7 +98,7 @@ def with_defaults(
     # Its checks of fields raise errors of many kinds.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"{origin}: a config of type {kind!r} is refused by transformers: {reason:.200}"
         ) from None
 

@@ -24,6 +24,7 @@ from moddistill.convert.rules import (
     slots,
 )
 from moddistill.convert.sources import Source, read_source
+from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import write_description
@@ -53,13 +54,13 @@ def import_model(
       template: conversation format; that of the source's family if empty.
 
     Raises:
-      ValueError: for parts that are missing, doubled or do not fit, with everything that is wrong.
+      UserError: for parts that are missing, doubled or do not fit, with everything that is wrong.
     """
     sources = [read_source(local_folder(name), select_layer)]
     if select_layer is not None and not vision and sources[0].vision is None:
-        raise ValueError(f"--select_layer is {select_layer}, but there is no tower")
+        raise UserError(f"--select_layer is {select_layer}, but there is no tower")
     if sources[0].decoder is None:
-        raise ValueError(f"{name!r} is a vision tower; give it as --vision beside a language model")
+        raise UserError(f"{name!r} is a vision tower; give it as --vision beside a language model")
     if vision:
         layer = sources[0].select_layer if select_layer is None else select_layer
         sources.append(_tower(vision, sources[0], layer))
@@ -82,9 +83,9 @@ def import_model(
 def _tower(name: str, language: Source, select_layer: int | None) -> Source:
     source = read_source(local_folder(name), select_layer)
     if source.vision is None or source.decoder is not None:
-        raise ValueError(f"{name!r} is no vision tower alone; accepted: a CLIP or SigLIP model")
+        raise UserError(f"{name!r} is no vision tower alone; accepted: a CLIP or SigLIP model")
     if language.vision is not None:
-        raise ValueError(f"{str(language.folder)!r} brings its own tower; --vision is not needed")
+        raise UserError(f"{str(language.folder)!r} brings its own tower; --vision is not needed")
     return source
 
 
@@ -93,16 +94,16 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
     vision = sources[-1].vision
     kind = language.projector or "mlp2x_gelu"
     if language.projector and projector:
-        raise ValueError(
+        raise UserError(
             f"{str(language.folder)!r} brings its own projector; --projector is not needed"
         )
     if vision is None and (language.projector or projector):
-        raise ValueError(
+        raise UserError(
             f"there is a projector, but no tower in {str(language.folder)!r}; accepted: the one it "
             "was trained with, as --vision"
         )
     if template and template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown; accepted: {', '.join(TEMPLATES)}")
+        raise UserError(f"template {template!r} is unknown; accepted: {', '.join(TEMPLATES)}")
     return with_image_row(
         ModelConfig(
             language.decoder,
@@ -115,7 +116,7 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
 
 
 def _place_all(sources: Sequence[Source], config: ModelConfig, projector: str) -> Placed:
-    """All arrays of all parts; one ValueError with what is wrong with any of them."""
+    """All arrays of all parts; one UserError with what is wrong with any of them."""
     placed, wrong = [], []
     steps = [functools.partial(place, source, config) for source in sources]
     if projector:
@@ -123,17 +124,17 @@ def _place_all(sources: Sequence[Source], config: ModelConfig, projector: str) -
     for step in steps:
         try:
             placed += step()
-        except ValueError as error:
+        except UserError as error:
             wrong.append(str(error))
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise UserError("\n".join(wrong))
     if len(sources) == 2:
         _check_tower(*sources)
     return placed
 
 
 def _check_tower(language: Source, tower: Source) -> None:
-    """Raises ValueError if the language model's checkpoint has another tower than the one given.
+    """Raises UserError if the language model's checkpoint has another tower than the one given.
 
     Code of LLaVA saves its tower along, under one more name for every module around it.
     """
@@ -146,7 +147,7 @@ def _check_tower(language: Source, tower: Source) -> None:
             inner.removeprefix("vision_model.")
         )
         if given is None or not _is_cast_of(tensor, given):
-            raise ValueError(
+            raise UserError(
                 f"{language.folder} has a tower of its own, whose {name} is not that of "
                 f"{tower.folder}; accepted: the tower it was trained with, as --vision"
             )
@@ -162,7 +163,7 @@ def place(source: Source, config: ModelConfig) -> Placed:
     """The arrays of a source's parts and where their bytes are.
 
     Raises:
-      ValueError: listing every one that is missing, unexpected or of another shape.
+      UserError: listing every one that is missing, unexpected or of another shape.
     """
     found = pieces(config, source.rules, source.parts)
     pooling = [name for name in source.checkpoint if _is_pooling(name, source)]
@@ -177,7 +178,7 @@ def place(source: Source, config: ModelConfig) -> Placed:
     finite = FiniteCheck(str(source.folder))
     for name, tensor in source.checkpoint.items():
         if source.zero and re.fullmatch(source.zero, name) and np.any(tensor.read()):
-            raise ValueError(f"{source.folder}: {name} is not zero; its expert is not built here")
+            raise UserError(f"{source.folder}: {name} is not zero; its expert is not built here")
     for name in pooling:
         finite.add(name, source.checkpoint[name].read())
     finite.close()
@@ -196,7 +197,7 @@ def _check_tied(source: Source, found: Sequence[Piece]) -> None:
     head, embedding = (source.checkpoint[name].read() for name in (source.tied, table))
     # Values that are not finite are reported when the tensor is copied.
     if not np.array_equal(head, embedding) and is_finite(head):
-        raise ValueError(
+        raise UserError(
             f"{source.folder}: {source.tied} differs from {table}, but the config ties them"
         )
 
@@ -204,13 +205,13 @@ def _check_tied(source: Source, found: Sequence[Piece]) -> None:
 def _place_projector(file: Path, config: ModelConfig) -> Placed:
     """A projector saved by itself, under any of the names the original code gives it."""
     if not file.is_file():
-        raise ValueError(f"{str(file)!r} is no file; accepted: mm_projector.bin or safetensors")
+        raise UserError(f"{str(file)!r} is no file; accepted: mm_projector.bin or safetensors")
     checkpoint = read_file(file)
     pattern = r"(model\.)?(mm_projector\.)?(image_spatial_proj\.)?"
     prefixes = sorted({re.match(pattern, name)[0] for name in checkpoint})
     if len(prefixes) != 1:
         names = some_of(sorted(checkpoint)) or "none"
-        raise ValueError(f"{file}: its tensors are {names}; accepted: those of one projector")
+        raise UserError(f"{file}: its tensors are {names}; accepted: those of one projector")
     rules = prefixed(llava.original_projector(config.projector), prefixes[0])
     found = pieces(config, rules, ("projector",))
     check_weights([piece.name for piece in found], checkpoint, str(file))

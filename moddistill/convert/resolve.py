@@ -23,7 +23,7 @@ def as_model_folder(name: str | Path) -> Path:
     `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
 
     Raises:
-      ValueError: if it is none of these, or its weights cannot be imported.
+      UserError: if it is none of these, or its weights cannot be imported.
     """
     folder = Path(name)
     if (folder / "model.json").is_file():
@@ -41,7 +41,7 @@ def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
       folder: a model folder, a Hugging Face folder or a hub name.
 
     Raises:
-      ValueError: if it is none of these, or its parameters do not fit its architecture.
+      UserError: if it is none of these, or its parameters do not fit its architecture.
     """
     folder = as_model_folder(folder)
     config = read_model_config(folder)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moddistill.distributed.sharding import unbox
+from moddistill.errors import UserError
 from moddistill.models.layer_plan import layer_index
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import flatten
@@ -162,7 +163,7 @@ def pieces(
       parts: first path components of the parameters that are meant.
 
     Raises:
-      ValueError: naming the parameters that the format has no place for.
+      UserError: naming the parameters that the format has no place for.
     """
     patterns = [(re.compile(pattern(rule.path)), rule) for rule in rules]
     found, without = [], []
@@ -176,7 +177,7 @@ def pieces(
         [(match, rule)] = hits
         found.append(Piece(rule.name.format(**match.groupdict()), slot, rule.transform))
     if without:
-        raise ValueError(
+        raise UserError(
             f"this format has no place for {len(without)} parameters of the model, such as "
             f"{without[0]!r}"
         )
@@ -191,7 +192,7 @@ def pattern(path: str) -> str:
 def check_complete(
     wanted: Sequence[Piece], checkpoint: Checkpoint, ignored: Sequence[str], origin: str
 ) -> None:
-    """Raises one ValueError that lists every missing, unexpected and misshapen tensor.
+    """Raises one UserError that lists every missing, unexpected and misshapen tensor.
 
     Args:
       ignored: patterns of names that may be there and are not read.
@@ -214,20 +215,20 @@ def check_complete(
     if lines:
         more = len(lines) - _MOST_LINES
         shown = lines[:_MOST_LINES] + ([f"and {more:,} more"] if more > 0 else [])
-        raise ValueError(
+        raise UserError(
             f"{origin}: {len(lines)} tensors do not fit the architecture its config.json states:\n"
             "  " + "\n  ".join(line[:500] for line in shown)
         )
 
 
 def dtypes_of(wanted: Sequence[Piece], checkpoint: Checkpoint) -> dict[str, np.dtype]:
-    """The stored dtype of each parameter; ValueError if its slices differ in it."""
+    """The stored dtype of each parameter; UserError if its slices differ in it."""
     found: dict[str, tuple[str, np.dtype]] = {}
     for piece in wanted:
         dtype = checkpoint[piece.name].dtype
         name, other = found.setdefault(piece.slot.path, (piece.name, dtype))
         if other != dtype:
-            raise ValueError(
+            raise UserError(
                 f"{piece.name} is {dtype}, {name} is {other}; accepted: one dtype for all layers"
             )
     return {path: dtype for path, (_, dtype) in found.items()}

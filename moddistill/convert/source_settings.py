@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.convert.hub import part_of
+from moddistill.errors import UserError
 from moddistill.models.limits import Spell
 from moddistill.models.vision import VisionConfig
 from moddistill.storage.json_file import read_json
@@ -25,7 +26,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
     """The generation settings of a Hugging Face folder, without its metadata; empty if none.
 
     Raises:
-      ValueError: if the file is no JSON object, or as `check_generation`.
+      UserError: if the file is no JSON object, or as `check_generation`.
     """
     if not os.path.lexists(folder / GENERATION):
         return {}
@@ -39,7 +40,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def check_generation(fields: Mapping[str, Any], origin: str, spell: Spell = str) -> None:
-    """Raises ValueError for settings that are not valid JSON, and for ids that are not token ids.
+    """Raises UserError for settings that are not valid JSON, and for ids that are not token ids.
 
     Args:
       spell: from a name in `fields` to that of the field in `origin`.
@@ -52,7 +53,7 @@ def check_generation(fields: Mapping[str, Any], origin: str, spell: Spell = str)
             accepted = f"finite numbers and text in UTF-8, nested at most {_DEEPEST} times"
         if accepted:
             field = ascii(spell(name))[1:-1]
-            raise ValueError(f"{origin}: {field} is {reprlib.repr(value)}; accepted: {accepted}")
+            raise UserError(f"{origin}: {field} is {reprlib.repr(value)}; accepted: {accepted}")
 
 
 def _is_writable(value: Any) -> bool:

@@ -11,6 +11,7 @@ from moddistill.convert.hub import check_not_quantized, part_of, with_defaults
 from moddistill.convert.rules import Rules, prefixed
 from moddistill.convert.source_settings import image_processor
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.errors import UserError
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.limits import check_decoder, check_pixels
 from moddistill.models.vision import VisionConfig
@@ -67,13 +68,13 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
       select_layer: hidden state of the tower to use; as the config says if None, or LLaVA's -2.
 
     Raises:
-      ValueError: for an architecture that is not known, naming those that are.
+      UserError: for an architecture that is not known, naming those that are.
     """
     fields = read_json(folder / "config.json")
     origin = str(folder / "config.json")
     kind = fields.get("model_type", "")
     if not isinstance(kind, str):
-        raise ValueError(f"{origin}: model_type is {kind!r:.80}; accepted: a name")
+        raise UserError(f"{origin}: model_type is {kind!r:.80}; accepted: a name")
     check_not_quantized(fields, origin)
     if kind in qwen.DENSE_TYPES + qwen.SPARSE_TYPES:
         needed = qwen.NEEDED.get(kind, ())
@@ -86,7 +87,7 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
     if "llava" in kind and "qwen" in kind:
         return _original(folder, fields, select_layer)
     known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.WITH_TOWER, *llava.TOWERS, "llava")
-    raise ValueError(
+    raise UserError(
         f"{str(folder)!r} is of architecture {kind!r:.80}; accepted: {', '.join(known)}, and the "
         "original LLaVA code's with Qwen (llava_qwen2 and the like)"
     )
@@ -131,12 +132,12 @@ def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
 
 
 def _check_parts(fields: dict[str, Any], origin: str) -> None:
-    """Raises ValueError for a text or vision model that is not known."""
+    """Raises UserError for a text or vision model that is not known."""
     known = {"text_config": qwen.DENSE_TYPES + qwen.SPARSE_TYPES, "vision_config": llava.TOWERS}
     for part, accepted in known.items():
         kind = part_of(fields, part, origin).get("model_type")
         if kind not in tuple(accepted):
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {part} is of type {kind!r:.80}; accepted: {', '.join(accepted)}"
             )
 
@@ -150,7 +151,7 @@ def _llava(
     llava.check_projector(hf, origin)
     tokenizer = load_tokenizer(str(folder))
     if hf["image_token_index"] != tokenizer.image_id:
-        raise ValueError(
+        raise UserError(
             f"{origin}: image_token_index is {hf['image_token_index']}, but <image> is "
             f"{tokenizer.image_id} in the tokenizer; accepted: the same id"
         )
@@ -180,7 +181,7 @@ def _tied(stated: dict[str, Any], head: str, checkpoint: Checkpoint, origin: str
     name = "tie_word_embeddings"
     said = [part[name] for part in (stated, stated["text_config"]) if name in part]
     if wrong := [value for value in said if type(value) is not bool]:
-        raise ValueError(f"{origin}: {name} is {wrong[0]!r:.80}; accepted: true or false")
+        raise UserError(f"{origin}: {name} is {wrong[0]!r:.80}; accepted: true or false")
     return any(said) if said else f"{head}lm_head.weight" not in checkpoint
 
 
@@ -197,9 +198,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
     check_decoder(decoder, origin)
     layer = fields.get("mm_vision_select_layer")
     if layer is not None and (type(layer) is not int or not -1000 <= layer < 0):
-        raise ValueError(
-            f"{origin}: mm_vision_select_layer is {layer!r:.80}; accepted: one below 0"
-        )
+        raise UserError(f"{origin}: mm_vision_select_layer is {layer!r:.80}; accepted: one below 0")
     projector = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
     inner = "image_spatial_proj."
     spatial = any(inner in name for name in checkpoint)
@@ -241,5 +240,5 @@ def _three(fields: dict[str, Any], name: str, origin: str) -> tuple[float, ...]:
 def _projector_rules(kind: Any, origin: str) -> Rules:
     try:
         return llava.original_projector(kind if isinstance(kind, str) else repr(kind))
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None

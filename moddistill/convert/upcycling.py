@@ -33,7 +33,7 @@ def upcycle_model(
     """Writes the sparse form of a dense model folder and returns its architecture.
 
     Raises:
-      ValueError: if the model is sparse already, or `moe` does not fit it.
+      UserError: if the model is sparse already, or `moe` does not fit it.
     """
     given, model = model, as_model_folder(model)
     dense = read_model_config(model)

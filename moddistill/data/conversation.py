@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from moddistill.config import TEMPLATES
 from moddistill.data.records import IMAGE
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -36,12 +36,12 @@ def render(template: str, turns: Sequence[tuple[str, str]]) -> list[Piece]:
     answer and a line break; the question's words are dropped.
 
     Raises:
-      ValueError: the template is unknown, there is no turn, or `plain` has not exactly one turn
+      UserError: the template is unknown, there is no turn, or `plain` has not exactly one turn
         with exactly one `<image>`.
     """
     _check_template(template)
     if not turns:
-        raise ValueError("a conversation has at least one turn")
+        raise UserError("a conversation has at least one turn")
     if template == "plain":
         return _render_plain(turns)
     pieces = _system(template)
@@ -54,7 +54,7 @@ def prompt(template: str, turns: Sequence[tuple[str, str]], question: str) -> li
     """What generation is given: finished turns, then a question up to where its answer begins.
 
     Raises:
-      ValueError: as `render`; `plain` has no earlier turns.
+      UserError: as `render`; `plain` has no earlier turns.
     """
     _check_template(template)
     if template == "plain":
@@ -73,15 +73,15 @@ def _check_template(template: str) -> None:
     if template not in TEMPLATES:
         accepted = ", ".join(TEMPLATES)
         hint = nearest(template, TEMPLATES)
-        raise ValueError(f"template {template!r} is unknown; accepted: {accepted}{hint}")
+        raise UserError(f"template {template!r} is unknown; accepted: {accepted}{hint}")
 
 
 def _render_plain(turns: Sequence[tuple[str, str]]) -> list[Piece]:
     if len(turns) != 1:
-        raise ValueError(f"the plain template takes exactly one turn, not {len(turns)}")
+        raise UserError(f"the plain template takes exactly one turn, not {len(turns)}")
     question, answer = turns[0]
     if question.count(IMAGE) != 1:
-        raise ValueError(f"the plain template takes one {IMAGE}, not {question.count(IMAGE)}")
+        raise UserError(f"the plain template takes one {IMAGE}, not {question.count(IMAGE)}")
     # Apart, since tokenizers merge it with the full stop before it, and nothing could end on that.
     end = Piece("\n", supervised=True)
     return [Piece(IMAGE, special=True), Piece(answer, supervised=True), end]

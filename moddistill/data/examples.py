@@ -12,6 +12,7 @@ from moddistill.data.conversation import Piece, prompt, render
 from moddistill.data.images import PAD_COLOR, load_image, preprocess
 from moddistill.data.records import IMAGE, PreferencePair, Record
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dic
     length, the number of tokens before the cut.
 
     Raises:
-      ValueError: too many images, images beyond `max_length`, no supervised token within it, or
+      UserError: too many images, images beyond `max_length`, no supervised token within it, or
         an image file that cannot be decoded.
     """
     _check_images(record.images, spec)
@@ -54,7 +55,7 @@ def make_preference(
     `{"chosen": {tokens, loss_mask, positions, segments}, "rejected": {...}, "images": ...}`.
 
     Raises:
-      ValueError: as `make_example`, and when a side is longer than `max_length`, because a cut
+      UserError: as `make_example`, and when a side is longer than `max_length`, because a cut
         answer has another probability.
     """
     _check_images(pair.images, spec)
@@ -76,15 +77,15 @@ def encode_prompt(
     """Ids of a generation prompt, the image id repeated for every patch.
 
     Raises:
-      ValueError: `<image>` is not written once for every image, or there are images for a
+      UserError: `<image>` is not written once for every image, or there are images for a
         text-only model.
     """
     pieces = prompt(template, turns, question)
     written = pieces.count(Piece(IMAGE, special=True))
     if written != images_count:
-        raise ValueError(f"{IMAGE} is written {written} times, but there are {images_count} images")
+        raise UserError(f"{IMAGE} is written {written} times, but there are {images_count} images")
     if images_count and not image_tokens:
-        raise ValueError(f"{images_count} images were given to a text-only model")
+        raise UserError(f"{images_count} images were given to a text-only model")
     return _encode(pieces, tokenizer, image_tokens)[0]
 
 
@@ -96,7 +97,7 @@ def _preference_side(
     context = [piece._replace(supervised=False) for piece in pieces[:before]]
     ids, mask = _encode(context + pieces[before:], tokenizer, spec.image_tokens)
     if len(ids) > spec.max_length:
-        raise ValueError(f"the {side} side has {len(ids)} tokens; {spec.max_length} are allowed")
+        raise UserError(f"the {side} side has {len(ids)} tokens; {spec.max_length} are allowed")
     return _arrays(ids, mask, tokenizer.pad_id, spec.max_length)
 
 
@@ -118,16 +119,16 @@ def _encode(
 
 def _check_images(images: Sequence[str], spec: ExampleSpec) -> None:
     if images and not spec.image_tokens:
-        raise ValueError(f"{len(images)} images in a record for a text-only model")
+        raise UserError(f"{len(images)} images in a record for a text-only model")
     if len(images) > spec.max_images:
-        raise ValueError(f"{len(images)} images; max_images is {spec.max_images}")
+        raise UserError(f"{len(images)} images; max_images is {spec.max_images}")
 
 
 def _check_cut(ids: list[int], mask: list[bool], image_id: int, length: int) -> None:
     if image_id in ids[length:]:
-        raise ValueError(f"an image lies beyond max_length {length} ({len(ids)} tokens)")
+        raise UserError(f"an image lies beyond max_length {length} ({len(ids)} tokens)")
     if not any(mask[:length]):
-        raise ValueError(f"no answer token within max_length {length} ({len(ids)} tokens)")
+        raise UserError(f"no answer token within max_length {length} ({len(ids)} tokens)")
 
 
 def _arrays(ids: list[int], mask: list[bool], pad_id: int, length: int) -> dict[str, np.ndarray]:

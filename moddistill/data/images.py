@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moddistill.errors import UserError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,16 +29,16 @@ def load_image(path: str) -> Image.Image:
     """The RGB image of a file.
 
     Raises:
-      ValueError: the file is there and is no readable image, or its pixels have no known range.
+      UserError: the file is there and is no readable image, or its pixels have no known range.
       OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
     try:
         return _as_rgb(Image.open(io.BytesIO(data)))
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a readable image (no known format)") from None
+        raise UserError(f"{path}: not a readable image (no known format)") from None
     except Exception as error:  # each format's decoder has its own for broken bytes
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise UserError(f"{path}: not a readable image ({error})") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -45,7 +47,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(np.rint(pixels).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no range; accepted: 8 or 16 bits a channel")
+        raise UserError(f"mode {image.mode} has no range; accepted: 8 or 16 bits a channel")
     return image.convert("RGB")
 
 

@@ -19,7 +19,7 @@ from moddistill.config import DataConfig
 from moddistill.data.examples import ExampleSpec, make_example, make_preference
 from moddistill.data.records import Quarantine, Rejected, read_conversations, read_preferences
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import at_field, nearest
+from moddistill.errors import UserError, at_field, nearest
 
 LOG = logging.getLogger("moddistill")
 KINDS = {
@@ -53,15 +53,15 @@ def make_dataset(
       origin: the setting that `config.sources` comes from, for messages.
 
     Raises:
-      ValueError: an unknown kind, no source, a weight that is not positive, a source that cannot be
+      UserError: an unknown kind, no source, a weight that is not positive, a source that cannot be
         read, images for a model without a vision encoder; and while iterating, a source of which
         every record is rejected.
     """
     if kind not in KINDS:
         hint = nearest(kind, KINDS)
-        raise ValueError(f"record kind {kind!r} is unknown; accepted: {', '.join(KINDS)}{hint}")
+        raise UserError(f"record kind {kind!r} is unknown; accepted: {', '.join(KINDS)}{hint}")
     if not config.sources:
-        raise ValueError(
+        raise UserError(
             f"{origin} is empty; accepted: at least one source, such as --{origin}.NAME.path=FILE "
             f"--{origin}.NAME.images=FOLDER"
         )
@@ -73,7 +73,7 @@ def make_dataset(
     for number, (name, source) in enumerate(sorted(config.sources.items())):
         where = f"{origin}.{name}"
         if not source.weight > 0:
-            raise ValueError(f"{where}.weight is {source.weight}; accepted: above 0")
+            raise UserError(f"{where}.weight is {source.weight}; accepted: above 0")
         with at_field(where):
             records, rejected = read(source.path, source.images)
         _check_images(records, spec, where)
@@ -92,10 +92,10 @@ def make_dataset(
 
 
 def _check_images(records: Sequence[Any], spec: ExampleSpec, origin: str) -> None:
-    """Raises ValueError for records with images if the model has no vision encoder."""
+    """Raises UserError for records with images if the model has no vision encoder."""
     count = sum(bool(record.images) for record in records)
     if count and not spec.image_tokens:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {count} of {len(records)} records have images, but the model has no vision "
             "encoder; accepted: records without images, a student that has one, such as an import "
             "with --vision, or --config.vision=MODEL, which adds that model's"
@@ -209,7 +209,7 @@ class _Maker:
             self.quarantine.add([Rejected(record.file, record.line, str(error))])
             self.rejected.add(record.line)
             if len(self.rejected) == self.records:
-                raise ValueError(
+                raise UserError(
                     f"{record.file}: none of its {self.records} records can be used; "
                     f"see {self.quarantine.path} (the last one: {error})"
                 ) from error

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.errors import UserError
+
 IMAGE = "<image>"
 
 # One process may reject from several threads; the file itself is safe through O_APPEND.
@@ -62,7 +64,7 @@ def read_conversations(path: str, image_root: str) -> tuple[list[Record], list[R
     with human and ends with gpt. Image names are relative to `image_root`.
 
     Raises:
-      ValueError: the file is missing or is not JSON (`.jsonl`: a line that does not parse is a
+      UserError: the file is missing or is not JSON (`.jsonl`: a line that does not parse is a
         rejected record), images are used and `image_root` is no folder, or no record is left.
     """
     return _read(path, image_root, _conversation)
@@ -75,13 +77,13 @@ def read_preferences(path: str, image_root: str) -> tuple[list[PreferencePair], 
     image and no `<image>` written, `<image>` and a line break are put in front of it.
 
     Raises:
-      ValueError: as `read_conversations`.
+      UserError: as `read_conversations`.
     """
     return _read(path, image_root, _preference)
 
 
 def check_source(path: str, image_root: str) -> None:
-    """Raises the ValueError that reading gives for a missing file or a folder that images need."""
+    """Raises the UserError that reading gives for a missing file or a folder that images need."""
     if not os.path.isfile(path):
         raise _no_file(path)
     if not os.path.isdir(image_root):
@@ -133,14 +135,14 @@ def _read(path: str, image_root: str, parse: Callable[..., Any]) -> tuple[list, 
     records, rejected = [], []
     items = _items(path)
     if not items:
-        raise ValueError(f"{path}: there are no records in this file")
+        raise UserError(f"{path}: there are no records in this file")
     _check_folder(path, image_root, items)
     for line, item in items:
         try:
             if isinstance(item, Exception):
-                raise ValueError(f"not JSON: {item}")
+                raise UserError(f"not JSON: {item}")
             if not isinstance(item, dict):
-                raise ValueError(f"a record is an object, not {_short(item)}")
+                raise UserError(f"a record is an object, not {_short(item)}")
             images = _images(item, image_root)
             name = str(item.get("id", line))
             records.append(parse(item, file=path, line=line, id=name, images=images))
@@ -149,7 +151,7 @@ def _read(path: str, image_root: str, parse: Callable[..., Any]) -> tuple[list, 
             rejected.append(Rejected(path, line, str(error)))
     if not records:
         reasons = "; ".join(f"{item.line}: {item.reason}" for item in rejected[:3])
-        raise ValueError(f"{path}: all {len(rejected)} records are rejected ({reasons})")
+        raise UserError(f"{path}: all {len(rejected)} records are rejected ({reasons})")
     return records, rejected
 
 
@@ -160,21 +162,21 @@ def _items(path: str) -> list[tuple[int, Any]]:
     except (FileNotFoundError, IsADirectoryError):
         raise _no_file(path) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
     if path.endswith(".jsonl"):
         # Not splitlines: a JSON string may hold U+2028 and its like unescaped.
         lines = enumerate(text.split("\n"), start=1)
         return [(number, _loads(line)) for number, line in lines if line.strip()]
     items = _loads(text)
     if isinstance(items, Exception):
-        raise ValueError(f"{path}: not JSON: {items}")
+        raise UserError(f"{path}: not JSON: {items}")
     if not isinstance(items, list):
-        raise ValueError(f"{path}: a JSON list of records is wanted, not {_short(items)}")
+        raise UserError(f"{path}: a JSON list of records is wanted, not {_short(items)}")
     return list(enumerate(items, start=1))
 
 
-def _no_file(path: str) -> ValueError:
-    return ValueError(f"{path!r}: no such data file; a .json or .jsonl file is wanted")
+def _no_file(path: str) -> UserError:
+    return UserError(f"{path!r}: no such data file; a .json or .jsonl file is wanted")
 
 
 def _loads(text: str) -> Any:
@@ -189,7 +191,7 @@ def _check_folder(path: str, image_root: str, items: list[tuple[int, Any]]) -> N
     """A wrong folder is one mistake of the configuration, not one of every record."""
     for line, item in items if not os.path.isdir(image_root) else ():
         if isinstance(item, dict) and item.get("image"):
-            raise ValueError(
+            raise UserError(
                 f"{path}, record {line}: has an image, but {image_root!r} is no folder of images"
             )
 
@@ -200,18 +202,18 @@ def _images(item: dict, root: str) -> tuple[str, ...]:
         return ()
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"image is a name or a list of names, not {_short(names)}")
+        raise UserError(f"image is a name or a list of names, not {_short(names)}")
     paths = tuple(os.path.join(root, name) for name in names)
     for file in paths:
         if not os.path.isfile(file):
-            raise ValueError(f"image file {file} is missing")
+            raise UserError(f"image file {file} is missing")
     return paths
 
 
 def _conversation(item: dict, *, images: tuple[str, ...], **where: Any) -> Record:
     values = _alternating(item.get("conversations"))
     if len(values) % 2:
-        raise ValueError("the conversation ends with human; it must end with gpt")
+        raise UserError("the conversation ends with human; it must end with gpt")
     turns = tuple(zip(values[::2], values[1::2], strict=True))
     _check_turns(turns)
     _check_image_count([question for question, _ in turns], images)
@@ -221,15 +223,15 @@ def _conversation(item: dict, *, images: tuple[str, ...], **where: Any) -> Recor
 def _preference(item: dict, *, images: tuple[str, ...], **where: Any) -> PreferencePair:
     values = _preference_values(item, images)
     if len(values) % 2 == 0:
-        raise ValueError("the conversation ends with gpt; before chosen and rejected it is human")
+        raise UserError("the conversation ends with gpt; before chosen and rejected it is human")
     history = tuple(zip(values[:-1:2], values[1::2], strict=True))
     answers = {name: item.get(name) for name in ("chosen", "rejected")}
     for name, answer in answers.items():
         if not isinstance(answer, str):
-            raise ValueError(f"{name} is a text, not {_short(answer)}")
+            raise UserError(f"{name} is a text, not {_short(answer)}")
         _text(answer)
     if answers["chosen"] == answers["rejected"]:
-        raise ValueError("chosen and rejected are the same")
+        raise UserError("chosen and rejected are the same")
     _check_turns(history + tuple((values[-1], answer) for answer in answers.values()))
     _check_image_count(values[::2], images)
     return PreferencePair(images=images, history=history, question=values[-1], **answers, **where)
@@ -240,7 +242,7 @@ def _preference_values(item: dict, images: tuple[str, ...]) -> list[str]:
         return _alternating(item["conversations"])
     question = item.get("question")
     if not isinstance(question, str):
-        raise ValueError("a preference record has conversations, or question as a text")
+        raise UserError("a preference record has conversations, or question as a text")
     if len(images) == 1 and IMAGE not in question:
         question = f"{IMAGE}\n{question}"
     return [_text(question)]
@@ -249,14 +251,14 @@ def _preference_values(item: dict, images: tuple[str, ...]) -> list[str]:
 def _alternating(messages: Any) -> list[str]:
     """The texts of messages that alternate between human and gpt, human first."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"conversations is a list of messages, not {_short(messages)}")
+        raise UserError(f"conversations is a list of messages, not {_short(messages)}")
     values = []
     for number, message in enumerate(messages, start=1):
         role = ("human", "gpt")[(number - 1) % 2]
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise ValueError(f"message {number} has no text under value: {_short(message)}")
+            raise UserError(f"message {number} has no text under value: {_short(message)}")
         if message.get("from") != role:
-            raise ValueError(f"message {number} is from {message.get('from')!r}, not {role!r}")
+            raise UserError(f"message {number} is from {message.get('from')!r}, not {role!r}")
         values.append(_text(message["value"]))
     return values
 
@@ -266,22 +268,22 @@ def _text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"text is not valid Unicode: {error}") from None
+        raise UserError(f"text is not valid Unicode: {error}") from None
     return value
 
 
 def _check_turns(turns: tuple[tuple[str, str], ...]) -> None:
     for _, answer in turns:
         if not answer.strip():
-            raise ValueError("an answer is empty")
+            raise UserError("an answer is empty")
         if IMAGE in answer:
-            raise ValueError(f"{IMAGE} stands in an answer; it belongs in a question")
+            raise UserError(f"{IMAGE} stands in an answer; it belongs in a question")
 
 
 def _check_image_count(questions: Sequence[str], images: tuple[str, ...]) -> None:
     written = sum(question.count(IMAGE) for question in questions)
     if written != len(images):
-        raise ValueError(f"{IMAGE} is written {written} times, but there are {len(images)} images")
+        raise UserError(f"{IMAGE} is written {written} times, but there are {len(images)} images")
 
 
 def _short(value: Any) -> str:

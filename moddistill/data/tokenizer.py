@@ -23,6 +23,7 @@ from moddistill.data.tokenizer_file import (
     in_words,
     read_fields,
 )
+from moddistill.errors import UserError
 from moddistill.models.vocabulary import IdRanges, id_ranges
 from moddistill.storage.digests import verify
 
@@ -44,7 +45,7 @@ class Tokenizer:
         for token in CONTROLS:
             exists = token in required or self.backend.token_to_id(token) is not None
             if exists and self.special(token) in self.encode(token):
-                raise ValueError(f"text {token!r} is read as a control token by this tokenizer")
+                raise UserError(f"text {token!r} is read as a control token by this tokenizer")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Control tokens written in it are encoded as the characters they are."""
@@ -54,11 +55,11 @@ class Tokenizer:
         """Id of a control token.
 
         Raises:
-          ValueError: the vocabulary has no such token.
+          UserError: the vocabulary has no such token.
         """
         token_id = self.backend.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"the tokenizer has no token {token!r}")
+            raise UserError(f"the tokenizer has no token {token!r}")
         return token_id
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -120,7 +121,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
     turns otherwise.
 
     Raises:
-      ValueError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`; or it
+      UserError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`; or it
         is a model folder whose tokenizer is damaged.
     """
     file = Path(folder) / "tokenizer.json"
@@ -129,7 +130,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
     if not file.is_file():
         file = Path(folder) / "vocab.json"
     if not file.is_file():
-        raise ValueError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
+        raise UserError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
     backend = (_read if file.name == "tokenizer.json" else _read_vocabulary)(file)
     # A model that cannot encode raises the library's own kind of error.
     with in_words(f"{file}: "):
@@ -142,7 +143,7 @@ def _read(file: Path) -> tokenizers.Tokenizer:
     with in_words(no_tokenizer, accepted):
         fields = read_fields(file)
     if not isinstance(fields.get("model"), dict):
-        raise ValueError(f"{no_tokenizer}it has no model{accepted}")
+        raise UserError(f"{no_tokenizer}it has no model{accepted}")
     check_parts(file, fields)
     # What was checked, and not the file, in which a name may occur twice.
     names = ("version", "added_tokens", "model", *PARTS)
@@ -183,12 +184,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     with too few different words give fewer.
 
     Raises:
-      ValueError: `vocab_size` has no room for the 256 bytes and the control tokens.
+      UserError: `vocab_size` has no room for the 256 bytes and the control tokens.
     """
     controls = (END_OF_TEXT, IM_START, IM_END)
     smallest = 256 + len(controls)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {smallest}")
+        raise UserError(f"vocab_size is {vocab_size}; it must be at least {smallest}")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(controls),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -221,7 +222,7 @@ def _with_image(backend: tokenizers.Tokenizer) -> Tokenizer:
     present = [token for token in CONTROLS if backend.token_to_id(token) is not None]
     _with_controls(backend, [*present, IMAGE] if is_new else present)
     if is_new and (image_id := backend.token_to_id(IMAGE)) in used:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has no token {IMAGE!r}, and its next id, {image_id}, is taken; "
             "accepted: ids without gaps, or a tokenizer with the token"
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.errors import UserError
 from moddistill.storage.json_file import parse, read_text
 
 _LARGEST_FILE = 36 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
@@ -43,7 +44,7 @@ _UNSET = (
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a tokenizer; ValueError as `read_json`.
+    """The object in a JSON file of a tokenizer; UserError as `read_json`.
 
     A file of a few megabytes with millions of lists would fill gigabytes.
     """
@@ -51,28 +52,28 @@ def read_fields(file: Path) -> dict[str, Any]:
     _check_count(file, "lists and objects", text.count("[") + text.count("{"))
     fields = parse(text, str(file))
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {fields!r:.40}; accepted: a JSON object")
+        raise UserError(f"{file} holds {fields!r:.40}; accepted: a JSON object")
     return fields
 
 
 def check_merges(file: Path) -> None:
-    """Raises ValueError for a `merges.txt` that is too large."""
+    """Raises UserError for a `merges.txt` that is too large."""
     _check_count(file, "merges", read_text(file, _LARGEST_FILE).count("\n"))
 
 
 def _check_count(file: Path, name: str, count: int, most: int = _MOST_PARTS) -> None:
     if count > most:
-        raise ValueError(f"{file} has {count:,} {name}; accepted: at most {most:,}")
+        raise UserError(f"{file} has {count:,} {name}; accepted: at most {most:,}")
 
 
 def check_parts(file: Path, fields: dict[str, Any]) -> None:
-    """Raises ValueError for fields that Qwen's byte-level BPE does not have."""
+    """Raises UserError for fields that Qwen's byte-level BPE does not have."""
     model = fields["model"]
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"{file}: model.type is {model['type']!r:.80}; accepted: 'BPE'")
+        raise UserError(f"{file}: model.type is {model['type']!r:.80}; accepted: 'BPE'")
     for name in _UNSET:
         if model.get(name):
-            raise ValueError(f"{file}: model.{name} is {model[name]!r:.80}; accepted: null")
+            raise UserError(f"{file}: model.{name} is {model[name]!r:.80}; accepted: null")
     for name, inside, most in (
         ("added_tokens", fields, _MOST_ADDED),
         ("merges", model, _MOST_PARTS),
@@ -86,11 +87,11 @@ def check_parts(file: Path, fields: dict[str, Any]) -> None:
         if types not in accepted:
             choices = " or ".join(" + ".join(choice) or "null" for choice in accepted)
             found = " + ".join(types) or "null"
-            raise ValueError(f"{file}: {name} is of type {found!r:.80}; accepted: {choices}")
+            raise UserError(f"{file}: {name} is of type {found!r:.80}; accepted: {choices}")
         for part in parts:
             for field, value in _EXACT.get(part["type"], {}).items():
                 if part.get(field) != value:
-                    raise ValueError(
+                    raise UserError(
                         f"{file}: {name}: {field} of {part['type']} is {part.get(field)!r:.80}; "
                         f"accepted: Qwen's, {value!r}"
                     )
@@ -109,21 +110,21 @@ def _is_typed(part: Any) -> bool:
 
 
 def check_ids(file: Path, vocabulary: Any, added: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError for ids that are too large, or that two tokens share."""
+    """Raises UserError for ids that are too large, or that two tokens share."""
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     _check_count(file, "tokens", len(ids))
     for token in added:
         ids[token["content"]] = token["id"]
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number <= _LARGEST_ID:
-            raise ValueError(
+            raise UserError(
                 f"{file}: the id of {token!r:.80} is {number!r:.80}; accepted: a whole number from "
                 f"0 to {_LARGEST_ID:,}"
             )
     if len(set(ids.values())) < len(ids):
         [(number, times)] = collections.Counter(ids.values()).most_common(1)
         shared = [token for token in ids if ids[token] == number][:2]
-        raise ValueError(
+        raise UserError(
             f"{file}: {times} tokens have the id {number}, such as {shared!r:.120}; accepted: an "
             "id for each"
         )
@@ -131,7 +132,7 @@ def check_ids(file: Path, vocabulary: Any, added: Sequence[dict[str, Any]]) -> N
 
 @contextlib.contextmanager
 def in_words(before: str, after: str = "") -> Iterator[None]:
-    """Turns errors of a library, and panics of Rust, into a ValueError of one line."""
+    """Turns errors of a library, and panics of Rust, into a UserError of one line."""
     try:
         yield
     except (TimeoutError, MemoryError):
@@ -141,4 +142,4 @@ def in_words(before: str, after: str = "") -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())
-        raise ValueError(f"{before}{reason:.400}{after}") from None
+        raise UserError(f"{before}{reason:.400}{after}") from None

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -78,23 +78,23 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:
-    """Name and sizes of `NAME:AxBxC`; ValueError for a name or form that is not known."""
+    """Name and sizes of `NAME:AxBxC`; UserError for a name or form that is not known."""
     name, _, sizes = topology.partition(":")
     known = (*CHIPS, "cpu")
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"topology {topology!r} is of an unknown accelerator; accepted: {', '.join(known)}"
             + nearest(name, known)
         )
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise ValueError(
+        raise UserError(
             f"topology {topology!r} states no sizes; accepted: such as v5e:4x4, v5p:2x2x1, h100:8 "
             "or cpu:8"
         )
     counts = tuple(int(size) for size in sizes.split("x"))
     directions = _DIRECTIONS.get(name, len(counts))
     if len(counts) != directions:
-        raise ValueError(
+        raise UserError(
             f"topology {topology!r} has {len(counts)} sizes; accepted: {directions}, as chips of "
             f"{name} lie in so many directions, such as {name}:{'x'.join('2' * directions)}"
         )
@@ -105,7 +105,7 @@ def devices_of(topology: str) -> list[Any]:
     """Devices to compile for; they cannot run anything unless they are this machine's own.
 
     Raises:
-      ValueError: without that accelerator's compiler, or for a topology that it does not know.
+      UserError: without that accelerator's compiler, or for a topology that it does not know.
     """
     name, sizes = parse(topology)
     if name == "cpu":
@@ -116,7 +116,7 @@ def devices_of(topology: str) -> list[Any]:
         return list(topologies.get_topology_desc(**options).devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"topology {topology!r} cannot be compiled for here ({reason}); accepted: a topology "
             f"of that accelerator, with the extra `{extra}` installed (pip install "
             f"'moddistill[{extra}]'), which needs no such device"
@@ -194,7 +194,7 @@ def devices_per_chip(topology: str) -> int:
 def _host_devices(count: int) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise ValueError(
+        raise UserError(
             f"topology 'cpu:{count}' needs {count} devices, there are {len(devices)}; accepted: no "
             "more than these (JAX_NUM_CPU_DEVICES sets their number)"
         )

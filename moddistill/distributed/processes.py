@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moddistill.errors import UserError
+
 _SILENCE = 60  # seconds after which a process counts as dead
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # how many they have started
 
@@ -26,16 +28,16 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
       index: of this process, from 0; likewise.
 
     Raises:
-      ValueError: for HOST:PORT without the other two, for those without it, an index outside of
+      UserError: for HOST:PORT without the other two, for those without it, an index outside of
         the count, `auto` where nothing tells, or a process of several that is to be alone.
     """
     needed = coordinator not in ("", "auto")
     if needed and not re.fullmatch(r"[^:]+:\d+|\[.+\]:\d+", coordinator):
-        raise ValueError(f"--coordinator is {coordinator!r}; accepted: HOST:PORT, or auto")
+        raise UserError(f"--coordinator is {coordinator!r}; accepted: HOST:PORT, or auto")
     if (count is not None, index is not None) != (needed, needed):
         given = {"coordinator": coordinator or None, "processes": count, "process": index}
         said = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
-        raise ValueError(
+        raise UserError(
             f"flags are {said}; accepted: --coordinator HOST:PORT with both --processes and "
             "--process, --coordinator auto alone, or none of them"
         )
@@ -46,7 +48,7 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
         _join_by_environment()
         return
     if not 0 <= index < count:
-        raise ValueError(
+        raise UserError(
             f"--process is {index} of --processes {count}; accepted: 0 to one less than that"
         )
     jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=_SILENCE)
@@ -56,31 +58,31 @@ def _join_by_environment() -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"--coordinator is 'auto', but nothing here tells of other processes ({error}); "
             "accepted: auto in a task of Slurm or Open MPI, on a TPU pod or GKE, else HOST:PORT"
         ) from None
 
 
 def _check_alone() -> None:
-    """Raises ValueError in one of several tasks, which would all write the same run."""
+    """Raises UserError in one of several tasks, which would all write the same run."""
     for name in _LAUNCHERS:
         if int(os.environ.get(name, "1")) > 1:
-            raise ValueError(
+            raise UserError(
                 f"--coordinator is empty, but {name} is {os.environ[name]}; accepted: "
                 "--coordinator auto, or one task"
             )
 
 
 def check_same_everywhere(what: str, text: str) -> None:
-    """Raises ValueError unless all processes bring the same text; all must call it."""
+    """Raises UserError unless all processes bring the same text; all must call it."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     found = multihost_utils.process_allgather(digest)
     different = [i for i, other in enumerate(found) if np.any(other != found[0])]
     if different:
-        raise ValueError(
+        raise UserError(
             f"{what} of process {different[0]} are not those of process 0; accepted: the same "
             "command in every process"
         )

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moddistill.config import MeshConfig
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.params import flatten
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -63,7 +63,7 @@ def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, or over those given.
 
     Raises:
-      ValueError: if the axis sizes do not multiply to their number.
+      UserError: if the axis sizes do not multiply to their number.
     """
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     devices = jax.device_count() if among is None else len(among)
@@ -71,7 +71,7 @@ def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
     filled = [devices // max(known, 1) if size == -1 else size for size in sizes]
     if sizes.count(-1) > 1 or min(filled) < 1 or math.prod(filled) != devices:
         shape = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise ValueError(
+        raise UserError(
             f"mesh {shape} does not fit {devices} devices; accepted: positive sizes whose product "
             "is their number, one of them -1 for what is left"
         )
@@ -82,10 +82,10 @@ def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
 
 
 def resolve(names: PartitionSpec) -> PartitionSpec:
-    """Mesh axes for an array's logical names; ValueError for a name the table does not have."""
+    """Mesh axes for an array's logical names; UserError for a name the table does not have."""
     for name in names:
         if name is not None and name not in RULES:
-            raise ValueError(
+            raise UserError(
                 f"logical axis {name!r} is unknown; accepted: {', '.join(RULES)}"
                 + nearest(name, RULES)
             )
@@ -113,7 +113,7 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def check_cuts(mesh: Mesh, boxed: Any, whose: str) -> None:
-    """Raises ValueError for a parameter that cannot be cut into equal parts along the mesh.
+    """Raises UserError for a parameter that cannot be cut into equal parts along the mesh.
 
     Args:
       boxed: an abstract init whose leaves carry logical names.
@@ -126,7 +126,7 @@ def check_cuts(mesh: Mesh, boxed: Any, whose: str) -> None:
             pieces = math.prod(mesh.shape[axis] for axis in axes)
             if size % pieces:
                 said = " * ".join(f"config.mesh.{axis}" for axis in axes)
-                raise ValueError(
+                raise UserError(
                     f"{said} is {pieces}, along which the {whose}'s {path} has {size} {name}; "
                     f"accepted: a divisor of {size}"
                 )

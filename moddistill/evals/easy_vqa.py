@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.errors import UserError
+
 YES_NO = ("yes", "no")
 
 
@@ -27,11 +29,11 @@ class Question:
 def questions(data: Path) -> list[Question]:
     """The questions of `data`/test.json in their published order.
 
-    A ValueError if the file is missing or a record is no single question with one answer.
+    A UserError if the file is missing or a record is no single question with one answer.
     """
     path = data / "test.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} does not exist: make it with python -m tools.easy_vqa --out {data}"
         )
     return [_question(record, path) for record in json.loads(path.read_text())]
@@ -41,7 +43,7 @@ def _question(record: dict[str, Any], path: Path) -> Question:
     turns = record["conversations"]
     roles = [turn["from"] for turn in turns]
     if roles != ["human", "gpt"]:
-        raise ValueError(f"{path}, record {record['id']}: roles {roles}, expected ['human', 'gpt']")
+        raise UserError(f"{path}, record {record['id']}: roles {roles}, expected ['human', 'gpt']")
     prompt, answer = (turn["value"] for turn in turns)
     return Question(record["id"], path.parent / "images" / record["image"], prompt, answer)
 
@@ -53,7 +55,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, float | int]:
     `accuracy`, `accuracy_yes_no` (answer yes or no) and `accuracy_other` are shares of right
     answers, `false_yes_rate` is the share of "yes" among questions whose answer is "no".
     `questions` counts the rows, `unparsed` the yes/no questions answered with neither.
-    A ValueError if nothing counts towards a rate.
+    A UserError if nothing counts towards a rate.
     """
     pairs = [(_normal(row["answer"]), _normal(row["prediction"])) for row in rows]
     yes_no = [pair for pair in pairs if pair[0] in YES_NO]
@@ -73,5 +75,5 @@ def _normal(text: str) -> str:
 
 def _share(hits: list[bool], name: str) -> float:
     if not hits:
-        raise ValueError(f"{name}: none of the rows counts towards it, expected at least one")
+        raise UserError(f"{name}: none of the rows counts towards it, expected at least one")
     return sum(hits) / len(hits)

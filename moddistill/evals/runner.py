@@ -16,7 +16,7 @@ from moddistill import evals
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.inference.decode import answer, without_drops
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.models.vlm import Vlm
@@ -32,10 +32,10 @@ LOAD_SAMPLES = 512
 
 
 def find_benchmark(name: str) -> ModuleType:
-    """The module of a benchmark; ValueError with the known names for another one."""
+    """The module of a benchmark; UserError with the known names for another one."""
     known = sorted(module.name for module in pkgutil.iter_modules(evals.__path__))
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"benchmark {name!r} is unknown; accepted: {', '.join(known)}{nearest(name, known)}"
         )
     return importlib.import_module(f"{evals.__name__}.{name}")
@@ -49,7 +49,7 @@ def evaluate(folder: str | Path, name: str, data: Path, out: Path) -> dict[str, 
     """
     module = find_benchmark(name)
     if (out / digests.NAME).exists():
-        raise ValueError(
+        raise UserError(
             f"--out is {str(out)!r}, a model whose {digests.NAME} lists all its files; accepted: "
             "another folder"
         )

@@ -101,7 +101,7 @@ def answer(
     """Answers of a batch of prompts, each as if it were alone: experts drop nothing.
 
     Raises:
-      ValueError: when `<image>` is not written once for every image.
+      UserError: when `<image>` is not written once for every image.
     """
     batch = prompt_batch(prompts, model.config, tokenizer)
     end_id = _end_id(model.config.template, tokenizer)

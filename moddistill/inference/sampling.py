@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moddistill.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -16,9 +18,9 @@ class Sampling:
 
     def __post_init__(self):
         if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; accepted: 0 (greedy) or more")
+            raise UserError(f"temperature is {self.temperature}; accepted: 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; accepted: above 0, at most 1")
+            raise UserError(f"top_p is {self.top_p}; accepted: above 0, at most 1")
 
 
 def choose_token(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moddistill.config import LossConfig
+from moddistill.errors import UserError
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
 from moddistill.losses.divergences import cross_entropy, forward_kl
@@ -24,7 +25,7 @@ def token_loss(
     coefficient = {"kd": config.kd_weight, "ce": config.ce_weight}
     terms = tuple(name for name in terms if coefficient[name])
     if not terms:
-        raise ValueError("config.loss.kd_weight and ce_weight leave nothing to learn; one is not 0")
+        raise UserError("config.loss.kd_weight and ce_weight leave nothing to learn; one is not 0")
 
     def token_fn(logits: Array, teacher_logits: Array | None, labels: Array) -> dict[str, Array]:
         values = {"ce": cross_entropy(logits, labels)} if "ce" in terms else {}

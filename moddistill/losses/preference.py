@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moddistill.config import LossConfig
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
 from moddistill.losses.divergences import cross_entropy
@@ -38,7 +38,7 @@ def preference_losses(
     means, clipped at zero and, unlike the reference's, not differentiated (as in TRL).
 
     Raises:
-      ValueError: for an unknown kind.
+      UserError: for an unknown kind.
     """
     margin = chosen - rejected
     if kind == "sigmoid":
@@ -56,7 +56,7 @@ def preference_losses(
         keep = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
         avoid = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
         return (keep + avoid) / 2
-    raise ValueError(
+    raise UserError(
         f"loss.preference is {kind!r}; accepted: {', '.join(KINDS)}{nearest(kind, KINDS)}"
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 
 Placement = str | Sequence[int]
 _LONGEST_PERIOD = 4
@@ -32,7 +32,7 @@ def moe_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
     """Indices of the expert layers: every second one from 0, all, a half, or those listed.
 
     Raises:
-      ValueError: for an unknown placement, or indices that repeat or lie outside the stack.
+      UserError: for an unknown placement, or indices that repeat or lie outside the stack.
     """
     half = num_layers // 2
     named = {
@@ -42,14 +42,14 @@ def moe_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
         "second_half": range(half, num_layers),
     }
     if isinstance(placement, str) and placement not in named:
-        raise ValueError(
+        raise UserError(
             f"moe.placement is {placement!r:.200}; accepted: {', '.join(named)}, or indices"
             + nearest(placement, named)
         )
     indices = tuple(named[placement] if isinstance(placement, str) else sorted(placement))
     inside = indices and indices[0] >= 0 and indices[-1] < num_layers
     if not inside or len(set(indices)) < len(indices):
-        raise ValueError(
+        raise UserError(
             f"moe.placement is {placement!r:.200}, which is layers {indices!r:.200}; accepted: at "
             f"least one, different ones, from 0 to {num_layers - 1}"
         )

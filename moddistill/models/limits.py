@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moddistill.errors import UserError
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.moe.layer import MAX_EXPERTS, check_moe
 from moddistill.models.projector import projector_depth
@@ -53,7 +54,7 @@ def spelt(limits: Mapping[str, int | float], names: Mapping[str, str]) -> dict[s
 def check_numbers(
     values: Mapping[str, Any], limits: Mapping[str, int | float], origin: str, spell: Spell = str
 ) -> None:
-    """Raises ValueError for values that are no numbers above 0 and up to their limit.
+    """Raises UserError for values that are no numbers above 0 and up to their limit.
 
     Args:
       spell: from a name in `limits` to that of the field in `origin`.
@@ -63,14 +64,14 @@ def check_numbers(
         accepted = (int, float) if isinstance(largest, float) else (int,)
         if type(value) not in accepted or not 0 < value <= largest:
             kind = "a" if float in accepted else "a whole"
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {spell(name)} is {value!r:.80}; accepted: {kind} number above 0, at "
                 f"most {largest:,}"
             )
 
 
 def check_architecture(config: ModelConfig, origin: str) -> None:
-    """Raises ValueError for sizes that are out of range or do not fit each other.
+    """Raises UserError for sizes that are out of range or do not fit each other.
 
     Fields are named as in `config`, such as `decoder.layers`.
     """
@@ -78,22 +79,22 @@ def check_architecture(config: ModelConfig, origin: str) -> None:
     if config.vision is not None:
         check_vision(config.vision, origin, "vision.{}".format)
     if not 0 <= config.image_token <= LARGEST_ID:
-        raise ValueError(
+        raise UserError(
             f"{origin}: image_token is {config.image_token!r:.80}; accepted: 0 to {LARGEST_ID:,}"
         )
     if any(start <= config.image_token < stop for start, stop in config.decoder.real_ids):
-        raise ValueError(
+        raise UserError(
             f"{origin}: image_token is {config.image_token}; accepted: an id that is in no real_ids"
         )
     _with_origin(origin, projector_depth, config.projector)
 
 
 def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> None:
-    """Raises ValueError for sizes of a decoder; see `check_architecture`."""
+    """Raises UserError for sizes of a decoder; see `check_architecture`."""
     check_numbers(vars(config), DECODER, origin, spell)
     _check_divides("kv_heads", "heads", config, origin, spell)
     if config.head_dim % 2:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {spell('head_dim')} is {config.head_dim}; accepted: an even number, for "
             "rotary positions turn pairs"
         )
@@ -107,20 +108,20 @@ def _check_divides(
 ) -> None:
     divisor, number = getattr(config, part), getattr(config, whole)
     if number % divisor:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {spell(part)} is {divisor}; accepted: a number that divides "
             f"{spell(whole)}, {number}"
         )
 
 
 def _check_ids(config: DecoderConfig, field: str) -> None:
-    """Raises ValueError unless `real_ids` are ranges in ascending order, each id with a row."""
+    """Raises UserError unless `real_ids` are ranges in ascending order, each id with a row."""
     edges = [edge for pair in config.real_ids for edge in pair]
     is_whole = all(type(edge) is int for edge in edges) and len(edges) == 2 * len(config.real_ids)
     if not (edges and is_whole and edges[0] >= 0 and edges[-1] <= config.vocab_size) or any(
         first >= second for first, second in itertools.pairwise(edges)
     ):
-        raise ValueError(
+        raise UserError(
             f"{field} is {config.real_ids!r:.80}; accepted: ranges (first, last + 1) in ascending "
             f"order, apart from each other, within 0 to vocab_size, {config.vocab_size}"
         )
@@ -131,30 +132,30 @@ def _check_experts(config: DecoderConfig, origin: str) -> None:
     limits = {name: EXPERTS[name] for name in EXPERTS if name != "moe_intermediate_size"}
     check_numbers(vars(moe), limits, origin, "moe.{}".format)
     if not 0 <= moe.moe_intermediate_size <= EXPERTS["moe_intermediate_size"]:
-        raise ValueError(
+        raise UserError(
             f"{origin}: moe.moe_intermediate_size is {moe.moe_intermediate_size!r:.80}; accepted: "
             f"0 to {EXPERTS['moe_intermediate_size']:,}"
         )
     _with_origin(origin, check_moe, moe)
     count = moe.num_experts * len(_with_origin(origin, lambda: config.moe_layers))
     if count > _EXPERTS_OF_ALL_LAYERS:
-        raise ValueError(
+        raise UserError(
             f"{origin}: moe.num_experts is {moe.num_experts}, {count:,} in all layers; accepted: "
             f"at most {_EXPERTS_OF_ALL_LAYERS:,} in all"
         )
     if len(config.plan) > _SEGMENTS:
-        raise ValueError(
+        raise UserError(
             f"{origin}: moe.placement makes {len(config.plan)} segments of equal layers; accepted: "
             f"at most {_SEGMENTS}"
         )
 
 
 def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
-    """Raises ValueError for sizes of a vision encoder; see `check_architecture`."""
+    """Raises UserError for sizes of a vision encoder; see `check_architecture`."""
     check_numbers(vars(config), VISION, origin, spell)
     _check_divides("heads", "width", config, origin, spell)
     if not 0 < config.patches <= _PATCHES:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {spell('patch_size')} is {config.patch_size} for images of "
             f"{config.image_size} pixels, {config.patches:,} patches; accepted: 1 to {_PATCHES:,}"
         )
@@ -163,15 +164,15 @@ def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
 
 
 def check_pixels(values: Any, field: str, above_zero: bool = False) -> None:
-    """Raises ValueError unless there are three numbers from 0 to 1, one for each channel."""
+    """Raises UserError unless there are three numbers from 0 to 1, one for each channel."""
     least, kind = (_SMALLEST_STD, "above 0, at most 1") if above_zero else (0.0, "from 0 to 1")
     is_right = isinstance(values, list | tuple) and len(values) == 3
     if not is_right or any(type(x) not in (int, float) or not least <= x <= 1 for x in values):
-        raise ValueError(f"{field} is {values!r:.80}; accepted: three numbers {kind}")
+        raise UserError(f"{field} is {values!r:.80}; accepted: three numbers {kind}")
 
 
 def _with_origin(origin: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None

@@ -6,7 +6,7 @@ after them.
 
 import dataclasses
 
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
@@ -134,19 +134,19 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture of that name; ValueError with the known names otherwise."""
+    """The architecture of that name; UserError with the known names otherwise."""
     if name not in PRESETS:
-        raise ValueError(
+        raise UserError(
             f"preset {name!r} is unknown; accepted: {', '.join(PRESETS)}{nearest(name, PRESETS)}"
         )
     return PRESETS[name]
 
 
 def with_vocabulary(config: ModelConfig, real_ids: IdRanges, image_token: int) -> ModelConfig:
-    """The architecture fitted to a tokenizer; ValueError if one of its ids has no embedding row."""
+    """The architecture fitted to a tokenizer; UserError if one of its ids has no embedding row."""
     ids = real_ids[-1][1]
     if ids > config.decoder.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {ids} ids, the model's embedding "
             f"{config.decoder.vocab_size} rows; accepted: no more ids than rows"
         )

@@ -5,16 +5,17 @@ import re
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from moddistill.errors import UserError
 from moddistill.models.layers import DType, Linear, exact_gelu
 
 
 def projector_depth(kind: str) -> int:
-    """Number of linear layers of a projector kind; ValueError for an unknown one."""
+    """Number of linear layers of a projector kind; UserError for an unknown one."""
     if kind == "linear":
         return 1
     match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if not match:
-        raise ValueError(
+        raise UserError(
             f"projector is {kind!r:.80}; accepted: linear, or mlpNx_gelu such as mlp2x_gelu"
         )
     return int(match[1])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moddistill.config import MoeConfig
+from moddistill.errors import UserError
 from moddistill.models.layer_plan import stack, unstack
 from moddistill.models.moe.layer import check_moe
 from moddistill.models.vlm import ModelConfig
@@ -25,9 +26,9 @@ _KERNELS = ("gate", "up", "down")
 
 
 def upcycle_config(config: ModelConfig, moe: MoeConfig) -> ModelConfig:
-    """The sparse architecture; ValueError if the model is sparse or `moe` makes no sense."""
+    """The sparse architecture; UserError if the model is sparse or `moe` makes no sense."""
     if config.decoder.moe is not None:
-        raise ValueError(
+        raise UserError(
             f"the model already has {config.decoder.moe.num_experts} experts in layers "
             f"{config.decoder.moe_layers}; only a dense model can be upcycled"
         )
@@ -121,22 +122,22 @@ def _slices(moe: MoeConfig, dense: int) -> int:
 
 
 def _check_slices(moe: MoeConfig, dense: int) -> None:
-    """Raises ValueError unless experts make up whole copies of a layer of width `dense`."""
+    """Raises UserError unless experts make up whole copies of a layer of width `dense`."""
     size = moe.moe_intermediate_size or dense
     if dense % size:
-        raise ValueError(
+        raise UserError(
             f"moe.moe_intermediate_size is {size}; accepted: 0, or a width that divides the dense "
             f"layer's, {dense}"
         )
     slices = _slices(moe, dense)
     for name in ("num_experts", "top_k"):
         if getattr(moe, name) % slices:
-            raise ValueError(
+            raise UserError(
                 f"moe.{name} is {getattr(moe, name)}, but moe.moe_intermediate_size {size} cuts a "
                 f"layer of width {dense} into {slices} experts; accepted: a multiple of {slices}"
             )
     if slices > 1 and not moe.norm_topk_prob:
-        raise ValueError(
+        raise UserError(
             f"moe.norm_topk_prob is {moe.norm_topk_prob}, but moe.moe_intermediate_size {size} "
             f"cuts a layer of width {dense} into {slices} experts, whose weights must add up to "
             "one; accepted: True"

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from moddistill.distributed.sharding import by_sample
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.models.attention import Attention
 from moddistill.models.layers import (
     DType,
@@ -34,7 +34,7 @@ class VisionConfig:
     patches, `gelu_tanh`, `norm_eps` 1e-6, and 0.5 for every mean and deviation.
 
     Raises:
-      ValueError: for an unknown activation, or a `select_layer` outside the tower.
+      UserError: for an unknown activation, or a `select_layer` outside the tower.
     """
 
     image_size: int
@@ -54,12 +54,12 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
+            raise UserError(
                 f"vision.activation is {self.activation!r}; accepted: {', '.join(ACTIVATIONS)}"
                 + nearest(self.activation, ACTIVATIONS)
             )
         if not -self.layers <= self.select_layer <= -1:
-            raise ValueError(
+            raise UserError(
                 f"vision.select_layer is {self.select_layer}; accepted: {-self.layers} (above the "
                 f"first of {self.layers} layers) to -1 (above the last)"
             )

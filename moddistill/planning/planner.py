@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import as_model_folder
 from moddistill.distributed import accelerators, sharding
+from moddistill.errors import UserError
 from moddistill.models.flops import step_flops
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
@@ -35,7 +36,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     """What the step of an experiment takes on a topology; sizes are bytes of one chip.
 
     Raises:
-      ValueError: for settings or a topology that do not fit.
+      UserError: for settings or a topology that do not fit.
     """
     check_settings(config)
     student, teacher = architectures(config)
@@ -75,7 +76,7 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
     Micro-batches are of equal size and give each device at least one sample.
     """
     if accelerators.parse(topology)[0] == "cpu":
-        raise ValueError(
+        raise UserError(
             f"nobody knows how much memory {topology!r} has left; accepted with --fit: a topology "
             f"of {', '.join(accelerators.CHIPS)}"
         )
@@ -111,7 +112,7 @@ def _architecture(spec: str) -> ModelConfig:
         return read_model_config(as_model_folder(folder))
     names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
     if len(names) != 1:
-        raise ValueError(
+        raise UserError(
             f"{spec!r} is not there and names {' and '.join(sorted(names)) or 'no preset'}; "
             "accepted: a model folder, random:PRESET, or a path with one of "
             f"{', '.join(PRESETS)}"
@@ -140,7 +141,7 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dic
 def _check_memory(config: TrainConfig, topology: str) -> None:
     name, _ = accelerators.parse(topology)
     if config.teacher_memory == "host" and name in accelerators.GPUS:
-        raise ValueError(
+        raise UserError(
             f"config.teacher_memory is 'host', which a GPU that is only described, as "
             f"{topology!r}, does not have; accepted: 'device', or a TPU"
         )
@@ -174,7 +175,7 @@ def _compile(lowered: Any, topology: str) -> Any:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in reason or "vmem" in reason.lower():
-            raise ValueError(
+            raise UserError(
                 f"the compiler for {topology!r} refuses this step: {reason}; accepted: settings "
                 "that it knows how to build there"
             ) from error

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from moddistill.errors import UserError
+
 # Bookkeeping of a metrics row, told in words rather than drawn.
 NOT_DRAWN = ("step", "tokens_per_second", "seconds")
 WIDTH, HEIGHT = 300, 100  # of a curve's own coordinates
@@ -44,13 +46,13 @@ def curve(name: str, points: Sequence[tuple[int, float | int]], size: str = "sma
     """A line chart of (step, value); `size` is "large" or "small".
 
     Raises:
-      ValueError: there is no point, or a value is not finite.
+      UserError: there is no point, or a value is not finite.
     """
     if not points:
-        raise ValueError(f"curve {name!r} has no points, expected at least one")
+        raise UserError(f"curve {name!r} has no points, expected at least one")
     for step, value in points:
         if not math.isfinite(value):
-            raise ValueError(f"curve {name!r} is {value} at step {step}, expected a finite number")
+            raise UserError(f"curve {name!r} is {value} at step {step}, expected a finite number")
     steps, values = zip(*points, strict=True)
     low, high = min(values), max(values)
 
@@ -80,11 +82,11 @@ def stage_card(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The curves of one stage: `loss` large, every other named number small.
 
     Raises:
-      ValueError: no row has a loss, or a value is not finite.
+      UserError: no row has a loss, or a value is not finite.
     """
     names = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_DRAWN))
     if "loss" not in names:
-        raise ValueError(f"stage {name!r} has no 'loss' in its {len(rows)} rows of metrics")
+        raise UserError(f"stage {name!r} has no 'loss' in its {len(rows)} rows of metrics")
     curves = {key: [(row["step"], row[key]) for row in rows if key in row] for key in names}
     loss = curve("loss", curves.pop("loss"), "large")
     parts = "".join(curve(key, points) for key, points in curves.items())
@@ -107,12 +109,12 @@ def load_card(load: Mapping[str, Any]) -> str:
     `load` has `layer`, `image` and `text`; the last two are one number an expert, in any unit.
 
     Raises:
-      ValueError: the two differ in length, or one is negative or adds up to nothing.
+      UserError: the two differ in length, or one is negative or adds up to nothing.
     """
     shares = {kind: _shares(load, kind) for kind in ("image", "text")}
     experts = len(shares["image"])
     if len(shares["text"]) != experts:
-        raise ValueError(
+        raise UserError(
             f"layer {load['layer']} has loads of {experts} experts for image tokens and of"
             f" {len(shares['text'])} for text tokens, expected the same number"
         )
@@ -136,7 +138,7 @@ def _shares(load: Mapping[str, Any], kind: str) -> list[float]:
     values = load[kind]
     total = sum(values)
     if not total > 0 or min(values) < 0:
-        raise ValueError(
+        raise UserError(
             f"layer {load['layer']}: {kind} loads {values}, expected non-negative ones with a sum"
         )
     return [value / total for value in values]

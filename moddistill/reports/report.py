@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from moddistill.errors import UserError
 from moddistill.reports.charts import load_card, stage_card
 
 COLUMNS = {
@@ -135,7 +136,7 @@ def write_report(
       loads: `layer`, and for its `image` and `text` tokens one number an expert.
 
     Raises:
-      ValueError: a row of the table lacks a column or has an unknown one, an image is missing, or
+      UserError: a row of the table lacks a column or has an unknown one, an image is missing, or
         something cannot be drawn (see `charts`).
     """
     page = PAGE.format(
@@ -153,7 +154,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown, aligned so that a terminal shows it well too.
 
     Raises:
-      ValueError: a row lacks a column or has an unknown one.
+      UserError: a row lacks a column or has an unknown one.
     """
     rows = [tuple(COLUMNS.values()), *map(_cells, table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -167,7 +168,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     if set(row) != set(COLUMNS):
-        raise ValueError(f"table row {dict(row)}: expected exactly the keys {', '.join(COLUMNS)}")
+        raise UserError(f"table row {dict(row)}: expected exactly the keys {', '.join(COLUMNS)}")
     rates = [f"{row[key]:.3f}" for key in ("accuracy", "yes_no", "other", "false_yes")]
     counts = [f"{row[key]:,}" for key in ("parameters", "activated")]
     return (str(row["model"]), *rates, *counts, f"{row['seconds']:,.0f}")
@@ -200,7 +201,7 @@ def _said(text: str, answer: str) -> str:
 
 def _picture(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"image {path} of an example does not exist, expected a picture file")
+        raise UserError(f"image {path} of an example does not exist, expected a picture file")
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moddistill.distributed.processes import from_first, is_first, wait_for_all
+from moddistill.errors import UserError
 from moddistill.storage.digests import verify, write_digests
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,14 +31,14 @@ def new_folder(
       keep: files and folders that are read; `folder` may not be one of them or hold one.
 
     Raises:
-      ValueError: if `folder` exists, now or at the end, and may not be replaced; if the disk is
+      UserError: if `folder` exists, now or at the end, and may not be replaced; if the disk is
         full.
     """
     target = folder.resolve()
     _put_back(target)
     for source in keep:
         if target.exists() and source.exists() and source.resolve().is_relative_to(target):
-            raise ValueError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
+            raise UserError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
     _check_free(target, written_by, overwrite)
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     with _named_when_written(aside, target, written_by, overwrite):
@@ -71,7 +72,7 @@ def check_replaceable(folder: Path, written_by: str) -> None:
     """Checks, in all processes together, what `new_folder_of_all` will find when it ends.
 
     Raises:
-      ValueError: if `folder` exists, unless the same command wrote it and it is unchanged.
+      UserError: if `folder` exists, unless the same command wrote it and it is unchanged.
     """
     accepted = f"remove or rename {str(folder)!r}"
     _check_free(folder.resolve(), written_by, overwrite=True, accepted=accepted, shared=True)
@@ -89,7 +90,7 @@ def _named_when_written(
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} cannot be written: {error.strerror}; accepted: a disk with room"
         ) from error
     finally:
@@ -130,7 +131,7 @@ def _unfinished(folder: Path) -> list[Path]:
 def _check_free(
     folder: Path, written_by: str, overwrite: bool, accepted: str = "", shared: bool = False
 ) -> None:
-    """Raises ValueError if a folder exists, unless it may be overwritten.
+    """Raises UserError if a folder exists, unless it may be overwritten.
 
     Args:
       accepted: the way out, for the message, where it is not `--overwrite`.
@@ -140,13 +141,13 @@ def _check_free(
         return
     if not (overwrite and folder.is_dir()):
         accepted = accepted or "a new folder, or --overwrite"
-        raise ValueError(f"{str(folder)!r} exists; accepted: {accepted}")
+        raise UserError(f"{str(folder)!r} exists; accepted: {accepted}")
     accepted = (
         accepted or f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
     )
     for name, place in (("working", Path.cwd()), ("home", Path.home())):
         if place.is_relative_to(folder):
-            raise ValueError(f"{str(folder)!r} holds the {name} directory; accepted: {accepted}")
+            raise UserError(f"{str(folder)!r} holds the {name} directory; accepted: {accepted}")
     found = verify(folder, accepted=accepted, shared=shared).written_by
     if found != written_by:
-        raise ValueError(f"{str(folder)!r} was written by {found}; accepted: {accepted}")
+        raise UserError(f"{str(folder)!r} was written by {found}; accepted: {accepted}")

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from moddistill.distributed.processes import any_process
+from moddistill.errors import UserError
 
 NAME = "digests.json"
 UNDAMAGED = "an undamaged copy of the folder"
@@ -46,10 +47,10 @@ def write_digests(folder: Path, written_by: str) -> None:
 
 
 def read_digests(folder: Path, accepted: str = UNDAMAGED) -> Digests:
-    """Reads `digests.json`; ValueError if it is missing or damaged."""
+    """Reads `digests.json`; UserError if it is missing or damaged."""
     file = folder / NAME
     if not file.is_file():
-        raise ValueError(f"{folder} has no {NAME}; accepted: {accepted}")
+        raise UserError(f"{folder} has no {NAME}; accepted: {accepted}")
     content = file.read_bytes()
     try:
         fields = json.loads(content)
@@ -58,7 +59,7 @@ def read_digests(folder: Path, accepted: str = UNDAMAGED) -> Digests:
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
-        raise ValueError(f"{file} is damaged: its own sha256 differs; accepted: {accepted}")
+        raise UserError(f"{file} is damaged: its own sha256 differs; accepted: {accepted}")
     return digests
 
 
@@ -78,7 +79,7 @@ def verify(
       shared: whether all processes call this together; each then reads its share of the files.
 
     Raises:
-      ValueError: naming the files that are missing, unexpected or damaged.
+      UserError: naming the files that are missing, unexpected or damaged.
     """
     digests = read_digests(folder, accepted)
     chosen = sorted(digests.files) if names is None else list(names)
@@ -88,7 +89,7 @@ def verify(
         wrong += [f"{name} is not in {NAME}" for name in unknown]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise ValueError(
+        raise UserError(
             f"{folder} is not as {digests.written_by} wrote it: {', '.join(wrong[:_SHOWN])}{more}; "
             f"accepted: {accepted}"
         )

@@ -23,6 +23,7 @@ from moddistill.config import TEMPLATES
 from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import is_first
 from moddistill.distributed.sharding import unbox
+from moddistill.errors import UserError
 from moddistill.models.limits import check_architecture
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten, unflatten
@@ -52,7 +53,7 @@ def save_model(
     """Writes a model folder; an interrupted write leaves none.
 
     Raises:
-      ValueError: if the folder exists, unless this function wrote it and it is unchanged.
+      UserError: if the folder exists, unless this function wrote it and it is unchanged.
     """
     with new_folder_of_all(Path(folder), "train") as aside:
         context = ocp.Context()
@@ -105,21 +106,19 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     """The architecture of a model folder.
 
     Raises:
-      ValueError: if it is none, of another version, or its `model.json` is damaged.
+      UserError: if it is none, of another version, or its `model.json` is damaged.
     """
     description = _read_description(folder)
     origin = str(Path(folder) / "model.json")
     try:
         config = from_config_dict(ModelConfig, description["architecture"], origin)
-    except ValueError as error:
+    except UserError as error:
         # The checks of the config dataclasses themselves do not know the file.
         message = str(error)
-        raise ValueError(
-            message if message.startswith(origin) else f"{origin}: {message}"
-        ) from None
+        raise UserError(message if message.startswith(origin) else f"{origin}: {message}") from None
     check_architecture(config, origin)
     if config.template not in TEMPLATES:
-        raise ValueError(
+        raise UserError(
             f"{origin}: template is {config.template!r:.80}; accepted: {', '.join(TEMPLATES)}"
         )
     return config
@@ -133,7 +132,7 @@ def read_source(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_imported(imported: Any, origin: str) -> None:
-    """Raises ValueError unless what an import has noted is of the kind that it writes."""
+    """Raises UserError unless what an import has noted is of the kind that it writes."""
     is_names = lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x)  # noqa: E731
     checks = {
         "from": (is_names, "a list of names"),
@@ -148,10 +147,10 @@ def _check_imported(imported: Any, origin: str) -> None:
         "replaced": (is_names, "a list of texts"),
     }
     if not isinstance(imported, dict):
-        raise ValueError(f"{origin}: source.imported is {imported!r:.80}; accepted: an object")
+        raise UserError(f"{origin}: source.imported is {imported!r:.80}; accepted: an object")
     for name, (is_right, accepted) in checks.items():
         if name in imported and not is_right(imported[name]):
-            raise ValueError(
+            raise UserError(
                 f"{origin}: source.imported.{name} is {imported[name]!r:.80}; accepted: {accepted}"
             )
 
@@ -159,18 +158,18 @@ def _check_imported(imported: Any, origin: str) -> None:
 def _read_description(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "model.json"
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} is not a model folder: it has no model.json; accepted: the `model/` "
             "folder that a stage writes, a Hugging Face folder, or `random:PRESET` for new weights"
         )
     description = read_json(file)
     if description.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{file} has version {description.get('version')!r:.40}; this release reads {VERSION}"
         )
     for part in ("architecture", "source"):
         if not isinstance(description.get(part), dict):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {part} is {description.get(part)!r:.40}; accepted: an object, as a stage "
                 "or an import writes it"
             )
@@ -197,19 +196,19 @@ def load_params(
       part: the only component to load, such as `vision`; all by default.
 
     Raises:
-      ValueError: naming damaged files, or listing every parameter that is missing, unexpected or of
+      UserError: naming damaged files, or listing every parameter that is missing, unexpected or of
         another shape.
     """
     path = Path(folder).resolve() / "params"
     if not path.is_dir():
-        raise ValueError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
+        raise UserError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
     verify(Path(folder), shared=shardings is not None)
     expected = flatten(unbox(abstract_params(config)))
     try:
         found = flatten(ocp.metadata(path).metadata)
     # Files that are missing or damaged end in errors of many kinds.
     except Exception as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise UserError(_unreadable(path, error)) from error
     check_same(found, expected, str(path))
     single = SingleDeviceSharding(jax.devices()[0])
     places = flatten(shardings) if shardings else dict.fromkeys(expected, single)
@@ -228,7 +227,7 @@ def load_params(
         with context:
             return ocp.load(path, unflatten(wanted))
     except Exception as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise UserError(_unreadable(path, error)) from error
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -17,6 +17,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.distributed.sharding import unbox
+from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten, unflatten
 from moddistill.storage.digests import verify
@@ -89,7 +90,7 @@ class Reader:
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{str(folder.parent)!r} has no params folder; accepted: a whole model folder"
             )
         verify(folder.parent)
@@ -107,7 +108,7 @@ class Reader:
             return _open(self.folder, path).dtype.numpy_dtype
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ValueError for parameters that are missing, or of another shape than `config`'s.
+        """Raises UserError for parameters that are missing, or of another shape than `config`'s.
 
         All are listed.
         """
@@ -125,7 +126,7 @@ class Reader:
             yield
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: {path} cannot be read: {reason:.300}; accepted: params/ as a "
                 "stage or an import writes it"
             ) from error

@@ -8,6 +8,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from moddistill.errors import UserError
+
 # The storages of PyTorch, and the names that safetensors has for their dtypes.
 STORAGES = {
     "DoubleStorage": "F64",
@@ -28,7 +30,7 @@ _MOST_AXES = 8
 _LARGEST = 2**40  # of an axis, a stride or a start
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A file that can be read and is not accepted."""
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from moddistill.errors import UserError
 from moddistill.storage.pickle_reader import STORAGES, Refused, View, load
 from moddistill.storage.tensor import DTYPES, Checkpoint, Tensor
 
@@ -39,7 +40,7 @@ def read_pickled(file: Path) -> Checkpoint:
     """The tensors of a `.bin` file that holds one flat dictionary of them.
 
     Raises:
-      ValueError: the file is no such archive, or its pickle names anything else than tensors.
+      UserError: the file is no such archive, or its pickle names anything else than tensors.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -48,7 +49,7 @@ def read_pickled(file: Path) -> Checkpoint:
         raise
     # A broken archive can fail in any way.
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is no PyTorch archive of tensors ({error}); accepted: what torch.save writes "
             "since version 1.6, or safetensors"
         ) from None

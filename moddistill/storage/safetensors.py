@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moddistill.errors import UserError
 from moddistill.storage.tensor import (
     ACCEPTED_WEIGHTS,
     DTYPES,
@@ -33,66 +34,66 @@ def read_safetensors(file: Path) -> Checkpoint:
     """The tensors of one file, whose header is checked against its length.
 
     Raises:
-      ValueError: naming the file and the byte offset where it is wrong.
+      UserError: naming the file and the byte offset where it is wrong.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(
+            raise UserError(
                 f"{file} is no whole safetensors file: at offset 0 a header of {length} bytes is "
                 f"announced, the file has {size}"
             )
         if length > LARGEST_HEADER:
-            raise ValueError(
+            raise UserError(
                 f"{file}: its header has {length:,} bytes; accepted: up to {LARGEST_HEADER:,}"
             )
         text = stream.read(length)
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise ValueError(f"it is {header!r:.80}; accepted: an object")
+            raise UserError(f"it is {header!r:.80}; accepted: an object")
         header.pop("__metadata__", None)
         check_count(len(header), str(file))
         tensors = {name: _tensor(file, 8 + length, name, x) for name, x in header.items()}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: broken header at offset 8: {error}") from None
+        raise UserError(f"{file}: broken header at offset 8: {error}") from None
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
-            raise ValueError(f"{file}: {name:.80} begins at offset {tensor.offset}, expected {end}")
+            raise UserError(f"{file}: {name:.80} begins at offset {tensor.offset}, expected {end}")
         end += tensor.nbytes
         if end > size:
-            raise ValueError(
+            raise UserError(
                 f"{file} is cut off: {name:.80} ends at offset {end}, the file at {size}"
             )
     if end != size:
-        raise ValueError(f"{file}: its tensors end at offset {end}, the file at {size}")
+        raise UserError(f"{file}: its tensors end at offset {end}, the file at {size}")
     return tensors
 
 
 def _tensor(file: Path, start: int, name: str, entry: Any) -> Tensor:
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or any(field not in entry for field in fields):
-        raise ValueError(f"{name:.80} is {entry!r:.80}; accepted: {', '.join(fields)}")
+        raise UserError(f"{name:.80} is {entry!r:.80}; accepted: {', '.join(fields)}")
     dtype, shape, offsets = (entry[field] for field in fields)
     if dtype in _SUBBYTE:
-        raise ValueError(f"{name:.80} is {dtype}, which is quantised; accepted: {ACCEPTED_WEIGHTS}")
+        raise UserError(f"{name:.80} is {dtype}, which is quantised; accepted: {ACCEPTED_WEIGHTS}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r:.80} is unknown; accepted: {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r:.80} is unknown; accepted: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > _MOST_AXES:
-        raise ValueError(f"{shape!r:.80} is a shape; accepted: a list of up to {_MOST_AXES}")
+        raise UserError(f"{shape!r:.80} is a shape; accepted: a list of up to {_MOST_AXES}")
     if not isinstance(offsets, list) or len(offsets) != 2:
-        raise ValueError(f"{offsets!r:.80} are offsets; accepted: a list of two")
+        raise UserError(f"{offsets!r:.80} are offsets; accepted: a list of two")
     for number in (*offsets, *shape):
         if type(number) is not int or not 0 <= number <= _LARGEST_AXIS:
-            raise ValueError(
+            raise UserError(
                 f"{number!r:.80} in a shape or an offset; accepted: a whole number from 0"
             )
     begin, end = offsets
     tensor = Tensor(file, start + begin, DTYPES[dtype], tuple(shape))
     if end - begin != tensor.nbytes:
-        raise ValueError(f"{end - begin} bytes for shape {tensor.shape} of {dtype}")
+        raise UserError(f"{end - begin} bytes for shape {tensor.shape} of {dtype}")
     return tensor
 
 
@@ -103,17 +104,17 @@ def write(place: Tensor, array: np.ndarray, origin: str = "") -> None:
       origin: folder and name of the tensor, for errors; by default the file that is written.
 
     Raises:
-      ValueError: if the array has another shape, or a number that is too large for the dtype.
+      UserError: if the array has another shape, or a number that is too large for the dtype.
     """
     origin = origin or str(place.file)
     if array.shape != place.shape:
-        raise ValueError(f"{origin}: {array.shape} was given for {place.shape}")
+        raise UserError(f"{origin}: {array.shape} was given for {place.shape}")
     with np.errstate(over="ignore"):
         written = array.astype(place.dtype, copy=False)
     if array.dtype != place.dtype and np.any(np.isinf(written) & np.isfinite(array)):
         accepted = "bfloat16 or float32" if place.dtype == np.float16 else "float32"
         largest = float(np.abs(array[np.isfinite(array)]).max())
-        raise ValueError(
+        raise UserError(
             f"{origin} has the number {largest:.4g}, which is too large for {place.dtype}; "
             f"accepted: {accepted}"
         )

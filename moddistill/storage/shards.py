@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from moddistill.errors import UserError
 from moddistill.storage.json_file import read_json
 from moddistill.storage.pickled import read_pickled
 from moddistill.storage.safetensors import LARGEST_HEADER, create_file, read_safetensors
@@ -28,7 +29,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The tensors of a folder's weight files by name.
 
     Raises:
-      ValueError: no weight file, a shard that is missing, corrupt, cut off or outside the folder.
+      UserError: no weight file, a shard that is missing, corrupt, cut off or outside the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
@@ -36,7 +37,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index)
-    raise ValueError(
+    raise UserError(
         f"{str(folder)!r} has no weights; accepted: model.safetensors or pytorch_model.bin, whole "
         "or in shards with their index"
     )
@@ -53,12 +54,12 @@ def _read_shards(index: Path) -> Checkpoint:
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
-            raise ValueError(f"{index} names {name!r:.80}, which is outside of its folder")
+            raise UserError(f"{index} names {name!r:.80}, which is outside of its folder")
         if len(name) > 200 or not name.isprintable():
-            raise ValueError(f"{index} names {name!r:.80}; accepted: the name of a file")
+            raise UserError(f"{index} names {name!r:.80}; accepted: the name of a file")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{index} names {len(missing)} of {len(names)} files that are missing: "
             + some_of(missing)
         )
@@ -68,7 +69,7 @@ def _read_shards(index: Path) -> Checkpoint:
         check_count(sum(len(shard) for shard in shards.values()), str(index))
     lost = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
     if lost:
-        raise ValueError(
+        raise UserError(
             f"{index} places tensors in shards that do not hold them: "
             + some_of([f"{tensor} in {places[tensor]}" for tensor in lost])
         )
@@ -79,10 +80,10 @@ def _read_shards(index: Path) -> Checkpoint:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         places = read_json(index, LARGEST_HEADER).get("weight_map")
-    except ValueError as error:
-        raise ValueError(f"{index} is no index of shards: {error}") from None
+    except UserError as error:
+        raise UserError(f"{index} is no index of shards: {error}") from None
     if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
-        raise ValueError(
+        raise UserError(
             f"{index} is no index of shards: its weight_map is {places!r:.80}; accepted: an object "
             "of tensors' names and files"
         )
@@ -91,11 +92,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` or `2GiB`; ValueError for another text."""
+    """Bytes of `5GB`, `500MB` or `2GiB`; UserError for another text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", text.strip(), re.IGNORECASE)
     size = round(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size < 1:
-        raise ValueError(f"max_shard_size is {text!r}; accepted: a number and a unit, such as 5GB")
+        raise UserError(f"max_shard_size is {text!r}; accepted: a number and a unit, such as 5GB")
     return size
 
 

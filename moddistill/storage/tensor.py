@@ -9,6 +9,8 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from moddistill.errors import UserError
+
 # Names of the format; those of quantised weights too, so that they can be refused by name.
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -67,7 +69,7 @@ class Tensor:
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
         if self.offset + self.nbytes > (size := self.file.stat().st_size):
-            raise ValueError(
+            raise UserError(
                 f"{self.file} is cut off: {self.nbytes} bytes are wanted at offset {self.offset}, "
                 f"the file has {size}"
             )
@@ -84,7 +86,7 @@ class Tensor:
 
 def check_count(tensors: int, origin: str) -> None:
     if tensors > _MOST_TENSORS:
-        raise ValueError(f"{origin} holds {tensors:,} tensors; accepted: up to {_MOST_TENSORS:,}")
+        raise UserError(f"{origin} holds {tensors:,} tensors; accepted: up to {_MOST_TENSORS:,}")
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
@@ -94,11 +96,11 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
 
 
 def check_weights(names: Iterable[str], checkpoint: Checkpoint, origin: str) -> None:
-    """Raises ValueError for weights that are quantised or no floating point, naming some."""
+    """Raises UserError for weights that are quantised or no floating point, naming some."""
     dtypes = {name: checkpoint[name].dtype for name in names if name in checkpoint}
     wrong = [f"{name} is {dtype.name}" for name, dtype in dtypes.items() if dtype not in WEIGHTS]
     if wrong:
-        raise ValueError(f"{origin}: {some_of(wrong)}; accepted: {ACCEPTED_WEIGHTS}")
+        raise UserError(f"{origin}: {some_of(wrong)}; accepted: {ACCEPTED_WEIGHTS}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which ids teacher and student share."""
 
 from moddistill.data.tokenizer import CONTROLS, Tokenizer
+from moddistill.errors import UserError
 from moddistill.models.vocabulary import IdRanges, id_ranges
 
 
@@ -10,7 +11,7 @@ def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
     A control token that no template uses may be missing on one side: no sample contains it.
 
     Raises:
-      ValueError: if another token is missing on one side, or one has two ids.
+      UserError: if another token is missing on one side, or one has two ids.
     """
     theirs, ours = teacher.backend.get_vocab(), student.backend.get_vocab()
     optional = (teacher.special_tokens | student.special_tokens) - set(CONTROLS)
@@ -22,7 +23,7 @@ def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
     ]
     if different:
         token = min(different)
-        raise ValueError(
+        raise UserError(
             f"teacher {origin!r} has another vocabulary: token {token!r} is {theirs.get(token)} "
             f"there and {ours.get(token)} in the student; accepted: equal token ids"
         )

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import RANDOM, architecture, as_model_folder, random_params
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.errors import at_field
+from moddistill.errors import UserError, at_field
 from moddistill.models.quantization import pack_all, unpacked_shapes
 from moddistill.models.vlm import ModelConfig, Output
 from moddistill.params import Flat, cast_frozen, flatten
@@ -22,7 +22,7 @@ from moddistill.teachers.alignment import shared_ids
 def teacher_architecture(
     config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer
 ) -> ModelConfig | None:
-    """The teacher's architecture, if there is one; ValueError if it does not fit the student.
+    """The teacher's architecture, if there is one; UserError if it does not fit the student.
 
     Its `real_ids` are those that it shares with the student.
     """
@@ -41,12 +41,12 @@ def teacher_architecture(
 
 
 def check_template(config: TrainConfig, trained_with: str) -> None:
-    """Raises ValueError unless records are rendered in the template that the teacher knows.
+    """Raises UserError unless records are rendered in the template that the teacher knows.
 
     In another one its distributions are those of text that it was never trained on.
     """
     if config.data.template != trained_with:
-        raise ValueError(
+        raise UserError(
             f"config.data.template is {config.data.template!r}, but the template of the teacher "
             f"{config.teacher!r} is {trained_with!r}; accepted: {trained_with!r}, or the teacher "
             f"imported with --template {config.data.template}"
@@ -83,18 +83,18 @@ def same_tower(student: Flat, teacher: dict[str, Any]) -> bool:
 
 
 def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
-    """Raises ValueError unless both models read the same tokens and images of the same size."""
+    """Raises UserError unless both models read the same tokens and images of the same size."""
     pairs = {
         "image token": (teacher.image_token, student.image_token),
     }
     if student.vision is not None and teacher.vision is None:
-        raise ValueError(f"teacher {origin!r} has no vision tower, the student has one")
+        raise UserError(f"teacher {origin!r} has no vision tower, the student has one")
     if student.vision is not None:
         pairs["positions an image"] = (teacher.vision.patches, student.vision.patches)
         pairs["image size"] = (teacher.vision.image_size, student.vision.image_size)
     for name, (theirs, ours) in pairs.items():
         if theirs != ours:
-            raise ValueError(
+            raise UserError(
                 f"teacher {origin!r} does not fit: {name} {theirs}, the student's {ours}; "
                 "accepted: a teacher with the student's tokenizer and image positions"
             )

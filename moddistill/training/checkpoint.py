@@ -20,6 +20,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.distributed.processes import from_first, is_first
+from moddistill.errors import UserError
 from moddistill.params import Flat, check_same
 from moddistill.storage.digests import NAME, verify, write_digests
 from moddistill.training.state import State
@@ -104,7 +105,7 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
     """The newest saved state, with the frozen parameters of `state`; sets `position` back to it.
 
     Raises:
-      ValueError: if a file of the checkpoint is damaged; if it is of another architecture,
+      UserError: if a file of the checkpoint is damaged; if it is of another architecture,
         optimizer or trainable set, or of another number of processes, each of which has its own
         position.
     """
@@ -131,7 +132,7 @@ def _check_processes(folder: Path) -> None:
     names = (re.search(r"-of-(\d+)", file.name) for file in (folder / "data").iterdir())
     counts = {int(name[1]) for name in names if name}
     if counts - {jax.process_count()}:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder} is of {max(counts)} processes, and now there are "
             f"{jax.process_count()}; accepted: as many as before"
         )

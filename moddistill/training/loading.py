@@ -17,7 +17,7 @@ from moddistill.convert.resolve import (
 )
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import param_shardings
-from moddistill.errors import at_field
+from moddistill.errors import UserError, at_field
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.storage.model_folder import load_params, read_model_config
@@ -30,7 +30,7 @@ def student_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer of the student's folder, or `config.tokenizer` for a random student."""
     if not config.student.startswith(RANDOM):
         if config.tokenizer:
-            raise ValueError(
+            raise UserError(
                 f"config.tokenizer is {config.tokenizer!r}, but the student {config.student!r} "
                 "brings its own; accepted: an empty string"
             )
@@ -39,7 +39,7 @@ def student_tokenizer(config: TrainConfig) -> Tokenizer:
             read_model_config(folder)
             return load_tokenizer(str(folder))
     if not config.tokenizer:
-        raise ValueError(
+        raise UserError(
             f"config.tokenizer is empty; a student with new weights ({config.student!r}) needs a "
             "tokenizer folder"
         )
@@ -65,18 +65,18 @@ def trained_architecture(
     target = dataclasses.replace(base, template=config.data.template)
     if tower is not None:
         if base.vision is not None:
-            raise ValueError(
+            raise UserError(
                 f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
                 "tower already; accepted: an empty string"
             )
         if tower.vision is None:
-            raise ValueError(
+            raise UserError(
                 f"config.vision is {config.vision!r}, which has no vision encoder; accepted: a "
                 "model with one"
             )
         is_new = config.student.startswith(RANDOM)
         if not is_new and base.image_token >= base.decoder.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"config.student is {config.student!r}, in which <image> is id {base.image_token} "
                 f"and the embedding has {base.decoder.vocab_size} rows; accepted: a student that "
                 "was imported with --vision, which adds the row"

@@ -89,8 +89,8 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     """Runs or resumes one stage and returns the model folder it wrote.
 
     Raises:
-      ValueError: for settings, records or models that do not fit.
-      FloatingPointError: when a metric is no longer finite.
+      UserError: for settings, records or models that do not fit.
+      DivergedError: when a metric is no longer finite.
     """
     check_settings(config)
     check_same_everywhere("settings", repr((config, workdir)))

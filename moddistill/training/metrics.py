@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from moddistill.distributed.processes import is_first
+from moddistill.errors import DivergedError, UserError
 from moddistill.losses import Metrics
 from moddistill.models.flops import StepFlops
 
@@ -75,7 +76,7 @@ class MetricsLog:
         """Writes the means since the last report, `step` being the newest; waits for the device.
 
         Raises:
-          FloatingPointError: if a metric of one of these steps is not finite; nothing is written.
+          DivergedError: if a metric of one of these steps is not finite; nothing is written.
         """
         rows = jax.device_get(self.pending)
         self.pending = []
@@ -130,11 +131,11 @@ def weighted_means(metrics: list[HostMetrics]) -> dict[str, float]:
 
 
 def check_finite(metrics: HostMetrics, step: int, last_good: str) -> None:
-    """Raises FloatingPointError if the sum of a metric is NaN or infinite, the loss first."""
+    """Raises DivergedError if the sum of a metric is NaN or infinite, the loss first."""
     for name in sorted(metrics, key=lambda name: name != "loss"):
         value = float(metrics[name][0])
         if not math.isfinite(value):
-            raise FloatingPointError(
+            raise DivergedError(
                 f"step {step}: {name} is {value}; the last good checkpoint is {last_good}"
             )
 
@@ -145,7 +146,7 @@ def read_metrics(path: Path) -> list[Row]:
     A last line without a line break was cut off as it was written, and is left out.
 
     Raises:
-      ValueError: for another line that is no row.
+      UserError: for another line that is no row.
     """
     if not path.is_file():
         return []
@@ -157,7 +158,7 @@ def _row(line: str, origin: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{origin}: not JSON: {error}") from None
+        raise UserError(f"{origin}: not JSON: {error}") from None
     if not isinstance(row, dict) or "step" not in row:
-        raise ValueError(f"{origin}: {line[:60]!r} is no row; accepted: an object with a step")
+        raise UserError(f"{origin}: {line[:60]!r} is no row; accepted: an object with a step")
     return row

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
+from moddistill.errors import UserError
 from moddistill.losses import Loss
 from moddistill.models.flops import StepSize
 from moddistill.models.quantization import packed_shapes
@@ -62,7 +63,7 @@ def make_program(
     """Everything of a stage that its architectures decide.
 
     Raises:
-      ValueError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
+      UserError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
     """
     student, teacher = (_over(config.moe.transport, x) for x in (student, teacher))
     dtype = jnp.dtype(config.dtype)
@@ -101,7 +102,7 @@ def _over(transport: str, model: ModelConfig | None) -> ModelConfig | None:
 
 
 def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
-    """`abstract_params`; ValueError unless the mesh can hold the model."""
+    """`abstract_params`; UserError unless the mesh can hold the model."""
     _check_transport(config, mesh, whose)
     boxed = abstract_params(config)
     sharding.check_cuts(mesh, boxed, whose)
@@ -112,7 +113,7 @@ def _check_transport(config: ModelConfig, mesh: Mesh, whose: str) -> None:
     moe = config.decoder.moe
     platform = mesh.devices.flat[0].platform
     if moe and moe.transport == "ragged" and platform == "cpu" and mesh.size > 1:
-        raise ValueError(
+        raise UserError(
             f"config.moe.transport of the {whose} is 'ragged', which CPUs do not have, and the "
             f"mesh has {mesh.size}; accepted: ring, all_to_all"
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from moddistill.config import TrainConfig
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
 from moddistill.models.vision import NEVER_COMPUTED
@@ -78,17 +78,17 @@ STAGES: dict[str, Stage] = {
 
 
 def stage_of(config: TrainConfig) -> Stage:
-    """The row of the config's stage; ValueError for an unknown one or a teacher too few or many."""
+    """The row of the config's stage; UserError for an unknown one or a teacher too few or many."""
     if config.stage not in STAGES:
-        raise ValueError(
+        raise UserError(
             f"config.stage is {config.stage!r}; accepted: {', '.join(STAGES)}"
             + nearest(config.stage, STAGES)
         )
     stage = STAGES[config.stage]
     if stage.teacher and not config.teacher:
-        raise ValueError(f"config.teacher is empty; stage {config.stage!r} needs a model folder")
+        raise UserError(f"config.teacher is empty; stage {config.stage!r} needs a model folder")
     if config.teacher and not stage.teacher:
-        raise ValueError(
+        raise UserError(
             f"config.teacher is {config.teacher!r}; stage {config.stage!r} takes no teacher"
         )
     return stage
@@ -100,13 +100,13 @@ def trainable_paths(config: TrainConfig, paths: Sequence[str]) -> set[str]:
     Parameters that are never computed are left out: they have no gradient, and would decay.
 
     Raises:
-      ValueError: for an unknown set, a pattern that matches nothing, or nothing that is computed.
+      UserError: for an unknown set, a pattern that matches nothing, or nothing that is computed.
     """
     origin = "config.trainable"
     found = match(paths, _patterns(config, paths), origin)
     computed = {path for path in found if not path.startswith(_NEVER_COMPUTED)}
     if not computed:
-        raise ValueError(
+        raise UserError(
             f"{origin} is {config.trainable!r}, of which nothing is ever computed; accepted: "
             "patterns that match other parameters too"
         )
@@ -124,7 +124,7 @@ def _patterns(config: TrainConfig, paths: Sequence[str]) -> tuple[str, ...]:
         left = (p for p in stage.also if any(re.fullmatch(p, path) for path in paths))
         return (*stage.trains, *left)
     if isinstance(chosen, str):
-        raise ValueError(
+        raise UserError(
             f"config.trainable is {chosen!r}; accepted: 'paper', 'reference', or a tuple of "
             "patterns of parameter paths"
         )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from moddistill.config import LossConfig, MoeConfig, TrainConfig
 from moddistill.distributed.processes import is_first
 from moddistill.distributed.sharding import BATCH_AXES, sample_places
+from moddistill.errors import UserError
 from moddistill.params import flatten
 from moddistill.training.stages import STAGES, stage_of
 
@@ -80,19 +81,19 @@ _RANGES = {
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Raises ValueError for an unknown stage, numbers without a meaning, or settings not used."""
+    """Raises UserError for an unknown stage, numbers without a meaning, or settings not used."""
     stage = stage_of(config)
     for name, accepted in _RANGES.items():
         value = operator.attrgetter(name)(config)
         if value not in accepted:
-            raise ValueError(f"config.{name} is {value}; accepted: {accepted}")
+            raise UserError(f"config.{name} is {value}; accepted: {accepted}")
     if not stage.sparse and config.moe != MoeConfig(transport=config.moe.transport):
-        raise ValueError(
+        raise UserError(
             f"config.moe is set, but stage {config.stage!r} makes no experts; accepted: its "
             "defaults and any moe.transport, since the student brings its own"
         )
     if bool(config.heldout_steps) != bool(config.data.heldout.path):
-        raise ValueError(
+        raise UserError(
             f"config.data.heldout.path is {config.data.heldout.path!r} and heldout_steps is "
             f"{config.heldout_steps}; accepted: both, or neither"
         )
@@ -100,7 +101,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_losses(config)
     profiled = config.profile_steps
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
-        raise ValueError(
+        raise UserError(
             f"config.profile_steps is {profiled}; accepted: first and last step, such as (10, 12), "
             f"of 1 to {config.steps}, or ()"
         )
@@ -108,19 +109,19 @@ def check_settings(config: TrainConfig) -> None:
         "dtype",
         "device",
     ):
-        raise ValueError(
+        raise UserError(
             "config.teacher_weights or teacher_memory is set, but config.teacher is empty; "
             "accepted: their defaults"
         )
     if config.batch_size % config.accumulate:
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {config.batch_size}; accepted: a multiple of accumulate, "
             f"{config.accumulate}"
         )
 
 
 def _check_read(config: TrainConfig) -> None:
-    """Raises ValueError for settings of losses that the stage does not have."""
+    """Raises UserError for settings of losses that the stage does not have."""
     default = LossConfig()
     readers: dict[str, list[str]] = {}
     for stage, row in STAGES.items():
@@ -129,7 +130,7 @@ def _check_read(config: TrainConfig) -> None:
     for name, stages in readers.items():
         value = getattr(config.loss, name)
         if config.stage not in stages and value != getattr(default, name):
-            raise ValueError(
+            raise UserError(
                 f"config.loss.{name} is {value!r}, but stage {config.stage!r} does not read it; "
                 f"accepted: {getattr(default, name)!r}, its default, since only "
                 f"{', '.join(stages)} {'read' if len(stages) > 1 else 'reads'} it"
@@ -137,7 +138,7 @@ def _check_read(config: TrainConfig) -> None:
 
 
 def _check_losses(config: TrainConfig) -> None:
-    """Raises ValueError for settings of losses and experts that the chosen variant never reads."""
+    """Raises UserError for settings of losses and experts that the chosen variant never reads."""
     loss, moe = config.loss, config.moe
     unread = (
         (loss.label_smoothing and loss.preference != "sigmoid", "loss.label_smoothing", "sigmoid"),
@@ -155,28 +156,28 @@ def _check_losses(config: TrainConfig) -> None:
     for wrong, name, reader in unread:
         if wrong:
             value = operator.attrgetter(name)(config)
-            raise ValueError(f"config.{name} is {value!r}, which only {reader} reads")
+            raise UserError(f"config.{name} is {value!r}, which only {reader} reads")
 
 
 def check_spread(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless the samples and positions can be spread over the devices."""
+    """Raises UserError unless the samples and positions can be spread over the devices."""
     _check_processes(mesh)
     places = sample_places(mesh)
     if (config.batch_size // config.accumulate) % places:
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {config.batch_size} in {config.accumulate} micro-batches; "
             f"accepted: micro-batches of a multiple of {places} samples, for the mesh has so many "
             f"devices along {', '.join(BATCH_AXES)}"
         )
     if config.data.max_length % mesh.shape["tensor"]:
-        raise ValueError(
+        raise UserError(
             f"config.data.max_length is {config.data.max_length}; accepted: a multiple of "
             f"mesh.tensor, {mesh.shape['tensor']}, along which positions meet the vocabulary"
         )
 
 
 def _check_processes(mesh: Mesh) -> None:
-    """Raises ValueError unless each process alone has its samples, as many as the others.
+    """Raises UserError unless each process alone has its samples, as many as the others.
 
     Each reads its own; of two that shared a place, each would put another sample there. Together
     with whole places for each micro-batch, this spreads `batch_size` evenly over processes too.
@@ -185,20 +186,20 @@ def _check_processes(mesh: Mesh) -> None:
     places = mesh.devices.reshape(-1, tensor)  # `tensor` is the last axis
     owners = [{device.process_index for device in place} for place in places]
     if max(map(len, owners)) > 1:
-        raise ValueError(
+        raise UserError(
             f"config.mesh.tensor is {tensor}, along which lie devices of several processes; "
             "accepted: a size, such as 1, with all devices of a sample in one process"
         )
     held = Counter(owner for [owner] in owners)
     if len(set(held.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"config.mesh: processes have {min(held.values())} to {max(held.values())} places of "
             "samples on the mesh; accepted: as many in each"
         )
 
 
 def check_is_workdir(workdir: Path) -> None:
-    """Raises ValueError for a folder with files that a run would overwrite, but did not write."""
+    """Raises UserError for a folder with files that a run would overwrite, but did not write."""
     file = workdir / "config.json"
     accepted = "accepted: a new --workdir, or that of a run"
     if file.is_file():
@@ -207,11 +208,11 @@ def check_is_workdir(workdir: Path) -> None:
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict) or "stage" not in settings:
-            raise ValueError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
+            raise UserError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
         return
     for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
         if (workdir / name).exists():
-            raise ValueError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
+            raise UserError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
 
 
 def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
@@ -223,7 +224,7 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
       A line for each setting that changes, for the log.
 
     Raises:
-      ValueError: if a setting has changed that would make another result, or `steps` are fewer than
+      UserError: if a setting has changed that would make another result, or `steps` are fewer than
         the run has made.
     """
     file, last = workdir / "config.json", last_step(workdir)
@@ -237,18 +238,18 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
         if name not in _FREE
     ]
     if fixed:
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a run with other settings ({'; '.join(fixed)}); accepted: the same "
             f"settings to resume it, of which {', '.join(_FREE)} may change, or another --workdir"
         )
     if last is None and "steps" in changed:
-        raise ValueError(
+        raise UserError(
             f"config.steps is {config.steps}, but the run in {workdir} is finished with "
             f"{changed['steps'][0]} and has no checkpoint to go on from; accepted: "
             f"{changed['steps'][0]}, or another --workdir"
         )
     if last is not None and config.steps < last:
-        raise ValueError(
+        raise UserError(
             f"config.steps is {config.steps}, but the run in {workdir} has made {last}; accepted: "
             f"at least {last}, or another --workdir"
         )

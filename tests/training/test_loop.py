@@ -67,7 +67,7 @@ def test_images_are_padded_with_the_mean_of_the_tower(
     save_model(tmp_path / "model", config, init(config), tokenizer, {})
     specs = []
     monkeypatch.setattr(
-        train, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
+        loop, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
     )
     stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
     loop.open_streams(stage, tokenizer, tmp_path)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from moddistill.cli import plain_errors
 from moddistill.data import conversation, tokenizer
+from moddistill.errors import UserError
 from tools.easy_vqa import images, published, records
 
 VOCAB_SIZE = 512  # at most: the text has words for fewer
@@ -59,7 +60,7 @@ class Options:
         least = {"augmentations": 0, "questions_per_record": 1, "preference_pairs": 1, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected at least {bound}")
+                raise UserError(f"--{name}={getattr(self, name)}: expected at least {bound}")
 
 
 def make_records(source: Path, options: Options, rng: random.Random) -> dict[str, list[dict]]:
@@ -120,14 +121,14 @@ def write(out: Path, options: Options) -> dict[str, int]:
 
 
 def is_built(out: Path, options: Options) -> bool:
-    """Whether `out` holds what `options` make; a ValueError if it holds something else."""
+    """Whether `out` holds what `options` make; a UserError if it holds something else."""
     if not out.exists():
         return False
     if not (out / BUILD).is_file():
-        raise ValueError(f"--out={out} exists and is no easy-VQA folder: remove it or name another")
+        raise UserError(f"--out={out} exists and is no easy-VQA folder: remove it or name another")
     before, now = json.loads((out / BUILD).read_text())["options"], dataclasses.asdict(options)
     if before != now:
-        raise ValueError(
+        raise UserError(
             f"--out={out} was built with {before}, not {now}: remove it or name another"
         )
     return True

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from moddistill.errors import UserError
+
 COLORS = ("black", "gray", "red", "blue", "green", "yellow", "brown", "teal")
 SHAPES = ("circle", "rectangle", "triangle")
 YES_NO = ("yes", "no")
@@ -24,10 +26,10 @@ class Question(NamedTuple):
 
 
 def package_folder() -> Path:
-    """The folder `data` of the installed package; a ValueError if it is not installed."""
+    """The folder `data` of the installed package; a UserError if it is not installed."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise ValueError("the package easy_vqa is not installed: pip install easy-vqa==1.0")
+        raise UserError("the package easy_vqa is not installed: pip install easy-vqa==1.0")
     return Path(spec.origin).parent / "data"
 
 
@@ -49,7 +51,7 @@ def by_image(questions: Iterable[Question]) -> dict[int, list[Question]]:
 def deduce(questions: Sequence[Question], values: Sequence[str]) -> str | None:
     """The one of `values` (all colours, or all shapes) that the answers leave possible.
 
-    None if several remain; a ValueError if the answers contradict each other.
+    None if several remain; a UserError if the answers contradict each other.
     """
     possible = set(values)
     for text, answer, _ in questions:
@@ -65,7 +67,7 @@ def deduce(questions: Sequence[Question], values: Sequence[str]) -> str | None:
         elif words & set(values):
             possible &= words
     if not possible:
-        raise ValueError(f"answers about train image {questions[0].image} contradict each other")
+        raise UserError(f"answers about train image {questions[0].image} contradict each other")
     return possible.pop() if len(possible) == 1 else None
 
 

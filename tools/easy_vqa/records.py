@@ -7,6 +7,7 @@ variants, since flips and shifts change neither colour nor shape.
 import random
 from collections.abc import Iterable, Sequence
 
+from moddistill.errors import UserError
 from tools.easy_vqa.images import image_name
 from tools.easy_vqa.published import COLORS, SHAPES, YES_NO, Question, caption
 
@@ -95,7 +96,7 @@ def preference_records(
     for kind, share in PAIR_SHARES.items():
         wanted = round(pairs * share)
         if wanted > len(pools[kind]):
-            raise ValueError(
+            raise UserError(
                 f"{pairs} preference pairs need {wanted} of kind {kind!r}, but the questions give"
                 f" {len(pools[kind])}: lower --preference_pairs"
             )

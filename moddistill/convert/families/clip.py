@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moddistill.convert.rules import FLAT, PATCHES, Rule, Rules, matrix
+from moddistill.errors import UserError
 from moddistill.models import limits
 from moddistill.models.vision import VisionConfig
 
@@ -74,11 +75,11 @@ def vision_config(
       pixels: `mean` and `std` of the pixels, where a processor's config states them.
 
     Raises:
-      ValueError: for an activation that is not built, or sizes that make no sense.
+      UserError: for an activation that is not built, or sizes that make no sense.
     """
     activation = hf.get("hidden_act")
     if activation not in tuple(ACTIVATIONS):
-        raise ValueError(
+        raise UserError(
             f"{origin}: hidden_act is {activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
         )
     return built(
@@ -87,7 +88,7 @@ def vision_config(
 
 
 def built(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
-    """The tower with the sizes of a config; ValueError for those that make no sense."""
+    """The tower with the sizes of a config; UserError for those that make no sense."""
     sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
     limits.check_numbers(sizes, limits.VISION, origin, SIZES.get)
     config = VisionConfig(**(sizes | {"norm_eps": float(sizes["norm_eps"])}), **others)

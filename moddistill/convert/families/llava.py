@@ -7,6 +7,7 @@ from typing import Any
 
 from moddistill.convert.families import clip, qwen, siglip
 from moddistill.convert.rules import Rule, Rules, matrix, prefixed
+from moddistill.errors import UserError
 from moddistill.models.projector import projector_depth
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
@@ -114,14 +115,14 @@ def tower_family(vision: VisionConfig) -> Any:
 
 
 def select_layer(hf: Mapping[str, Any], origin: str) -> int:
-    """The hidden state of the tower that a LLaVA config selects; ValueError for several."""
+    """The hidden state of the tower that a LLaVA config selects; UserError for several."""
     layer = hf.get("vision_feature_layer")
     strategy = hf.get("vision_feature_select_strategy")
     wanted = "default" if hf["vision_config"]["model_type"] == "clip_vision_model" else "full"
     if type(layer) is not int or layer >= 0:
-        raise ValueError(f"{origin}: vision_feature_layer is {layer!r:.80}; accepted: one below 0")
+        raise UserError(f"{origin}: vision_feature_layer is {layer!r:.80}; accepted: one below 0")
     if strategy != wanted:
-        raise ValueError(
+        raise UserError(
             f"{origin}: vision_feature_select_strategy is {strategy!r:.80}; accepted: {wanted!r} "
             f"for {hf['vision_config']['model_type']}, so that its patches are kept and no other "
             "token"
@@ -130,7 +131,7 @@ def select_layer(hf: Mapping[str, Any], origin: str) -> int:
 
 
 def check_original(fields: Mapping[str, Any], origin: str) -> None:
-    """Raises ValueError for settings of the original code that are not built here."""
+    """Raises UserError for settings of the original code that are not built here."""
     accepted = {
         "mm_vision_select_feature": ("patch", None),
         "mm_use_im_start_end": (False, None),
@@ -138,14 +139,14 @@ def check_original(fields: Mapping[str, Any], origin: str) -> None:
     }
     for name, values in accepted.items():
         if fields.get(name) not in values:
-            raise ValueError(f"{origin}: {name} is {fields[name]!r:.80}; accepted: {values[0]!r}")
+            raise UserError(f"{origin}: {name} is {fields[name]!r:.80}; accepted: {values[0]!r}")
 
 
 def check_projector(hf: Mapping[str, Any], origin: str) -> None:
-    """Raises ValueError unless the projector is two layers with exact GELU and biases."""
+    """Raises UserError unless the projector is two layers with exact GELU and biases."""
     found = hf["projector_hidden_act"], hf.get("multimodal_projector_bias", True)
     if found != ("gelu", True):
-        raise ValueError(
+        raise UserError(
             f"{origin}: projector_hidden_act and multimodal_projector_bias are {found!r:.80}; "
             "accepted: ('gelu', True)"
         )
@@ -155,14 +156,14 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The fields of a LLaVA config for a multimodal model.
 
     Raises:
-      ValueError: for a projector that LLaVA has no place for.
+      UserError: for a projector that LLaVA has no place for.
     """
     if config.projector != "mlp2x_gelu":
-        raise ValueError(
+        raise UserError(
             f"projector is {config.projector!r}; LlavaForConditionalGeneration holds mlp2x_gelu"
         )
     if config.image_token >= config.decoder.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the image token is {config.image_token}, the embedding has "
             f"{config.decoder.vocab_size} rows; accepted: an id with a row"
         )

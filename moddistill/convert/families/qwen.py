@@ -7,6 +7,7 @@ from typing import Any
 from moddistill.config import MoeConfig
 from moddistill.convert.hub import part_of
 from moddistill.convert.rules import FLAT, Rule, Rules, matrix
+from moddistill.errors import UserError
 from moddistill.models import limits
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vocabulary import IdRanges
@@ -126,11 +127,11 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
       real_ids: ids of the tokenizer, without `<image>`.
 
     Raises:
-      ValueError: for another model type, or a field whose effect is not built.
+      UserError: for another model type, or a field whose effect is not built.
     """
     kind = hf.get("model_type")
     if kind not in DENSE_TYPES + SPARSE_TYPES:
-        raise ValueError(
+        raise UserError(
             f"{origin}: text model {kind!r:.80} is unknown; accepted: "
             + ", ".join(DENSE_TYPES + SPARSE_TYPES)
         )
@@ -149,7 +150,7 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
     }
     for field, (value, accepted) in checks.items():
         if value not in accepted:
-            raise ValueError(f"{origin}: {field} is {value!r:.80}; accepted: {accepted[0]!r}")
+            raise UserError(f"{origin}: {field} is {value!r:.80}; accepted: {accepted[0]!r}")
     sizes = {ours: hf.get(theirs) for ours, theirs in _SIZES.items()}
     sizes |= {"rope_theta": rope.get("rope_theta")}
     sizes["kv_heads"] = sizes["heads"] if sizes["kv_heads"] is None else sizes["kv_heads"]
@@ -159,7 +160,7 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
         sizes["head_dim"] = sizes["width"] // sizes["heads"]
     limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _spell)
     if real_ids[-1][1] > hf["vocab_size"]:
-        raise ValueError(
+        raise UserError(
             f"{origin}: the tokenizer has {real_ids[-1][1]} ids, the embedding "
             f"{hf['vocab_size']} rows"
         )
@@ -196,7 +197,7 @@ def _moe_config(hf: Mapping[str, Any], origin: str) -> MoeConfig:
     limits.check_numbers(sizes, limits.EXPERTS, origin, _spell)
     dense = hf.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise ValueError(
+        raise UserError(
             f"{origin}: mlp_only_layers is {dense!r:.80}; accepted: a list of layers' numbers"
         )
     if sizes["moe_intermediate_size"] == hf["intermediate_size"]:
@@ -273,7 +274,7 @@ def deepspeed_moe(
     """The experts of an original sparse checkpoint, counted by their names; None for a dense one.
 
     Raises:
-      ValueError: if the config does not say how many experts a token takes.
+      UserError: if the config does not say how many experts a token takes.
     """
     experts = r"mlp\.deepspeed_moe\.experts\.deepspeed_experts"
     pattern = rf"model\.layers\.(\d{{1,9}})\.{experts}\.(\d{{1,9}})\..*"
@@ -282,9 +283,9 @@ def deepspeed_moe(
         return None
     moe = part_of(fields, "moe", origin)
     if "top_k_experts" not in moe:
-        raise ValueError(f"{origin} has no moe.top_k_experts, but the weights have experts")
+        raise UserError(f"{origin} has no moe.top_k_experts, but the weights have experts")
     if moe.get("use_residual"):
-        raise ValueError(
+        raise UserError(
             f"{origin}: moe.use_residual is {moe['use_residual']!r:.80}; accepted: false"
         )
     top_k = moe["top_k_experts"]

@@ -5,6 +5,7 @@ from typing import Any
 
 from moddistill.convert.families import clip
 from moddistill.convert.rules import PATCHES, Rule, Rules
+from moddistill.errors import UserError
 from moddistill.models.vision import VisionConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -24,7 +25,7 @@ def vision_config(
     """The tower that a vision config states; arguments and errors as in `clip`."""
     activation = hf.get("hidden_act")
     if activation != "gelu_pytorch_tanh":
-        raise ValueError(
+        raise UserError(
             f"{origin}: hidden_act is {activation!r:.80}; accepted: 'gelu_pytorch_tanh'"
         )
     return clip.built(

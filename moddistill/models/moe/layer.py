@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from moddistill.config import MoeConfig
-from moddistill.errors import nearest
+from moddistill.errors import UserError, nearest
 from moddistill.models.layers import DType, SwiGLU, init_fan_in, init_normal, init_zeros
 from moddistill.models.moe.expert_parallel import mix_experts, mix_on_one_device
 from moddistill.models.moe.router import (
@@ -33,20 +33,20 @@ _MAX_NOISE = 1e4  # in float16, a draw beyond six deviations is still finite
 
 
 def check_moe(config: MoeConfig) -> MoeConfig:
-    """The config with `norm_topk_prob` decided; raises ValueError for values without a meaning."""
+    """The config with `norm_topk_prob` decided; raises UserError for values without a meaning."""
     if not 1 <= config.num_experts <= MAX_EXPERTS:
-        raise ValueError(f"moe.num_experts is {config.num_experts}; accepted: 1 to {MAX_EXPERTS:,}")
+        raise UserError(f"moe.num_experts is {config.num_experts}; accepted: 1 to {MAX_EXPERTS:,}")
     if not 1 <= config.top_k <= config.num_experts:
-        raise ValueError(
+        raise UserError(
             f"moe.top_k is {config.top_k}; accepted: 1 to moe.num_experts ({config.num_experts})"
         )
     if config.dispatch not in DISPATCHES:
-        raise ValueError(
+        raise UserError(
             f"moe.dispatch is {config.dispatch!r}; accepted: {', '.join(DISPATCHES)}"
             + nearest(config.dispatch, DISPATCHES)
         )
     if not 0 < config.capacity_factor <= 1e6:
-        raise ValueError(
+        raise UserError(
             f"moe.capacity_factor is {config.capacity_factor}; accepted: above 0, at most 1,000,000"
         )
     _check_upcycle(config)
@@ -56,7 +56,7 @@ def check_moe(config: MoeConfig) -> MoeConfig:
 
 def _check_upcycle(config: MoeConfig) -> None:
     if config.upcycle not in UPCYCLES:
-        raise ValueError(
+        raise UserError(
             f"moe.upcycle is {config.upcycle!r}; accepted: {', '.join(UPCYCLES)}"
             + nearest(config.upcycle, UPCYCLES)
         )
@@ -67,16 +67,16 @@ def _check_upcycle(config: MoeConfig) -> None:
     for variant, name, largest, accepted in numbers:
         value = getattr(config, name)
         if config.upcycle != variant and value != 0:
-            raise ValueError(
+            raise UserError(
                 f"moe.{name} is {value}, but moe.upcycle is {config.upcycle!r}; accepted: 0, or "
                 f"upcycle {variant!r}"
             )
         if config.upcycle == variant and not 0 < value <= largest:
-            raise ValueError(
+            raise UserError(
                 f"moe.{name} is {value} with moe.upcycle {variant!r}; accepted: {accepted}"
             )
     if config.moe_intermediate_size < 0:
-        raise ValueError(
+        raise UserError(
             f"moe.moe_intermediate_size is {config.moe_intermediate_size}; accepted: the width of "
             "an expert, or 0 for the dense layer's"
         )
