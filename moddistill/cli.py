@@ -32,6 +32,10 @@ def plain_errors() -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
 
 
 def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:

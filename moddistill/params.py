@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 
 Flat = dict[str, Any]
 
@@ -35,6 +35,10 @@ def match(paths: Sequence[str], patterns: Sequence[str], origin: str) -> set[str
     """
     found: set[str] = set()
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise invalid(origin, pattern, f"regular expressions of paths ({error})") from None
         hits = {path for path in paths if re.fullmatch(pattern, path)}
         if not hits:
             parts = sorted({path.split("/")[0] for path in paths})

@@ -1,12 +1,15 @@
 """Conversation formats as Jinja templates, which render what training saw."""
 
+import logging
 import os
 from pathlib import Path
 
 from moddistill.config import TEMPLATES
-from moddistill.data.conversation import CHATML_SYSTEM, VICUNA_SYSTEM, end_token
+from moddistill.data.conversation import CHATML_SYSTEM, IM_START, VICUNA_SYSTEM, end_token
+from moddistill.errors import UserError
 from moddistill.storage.json_file import read_json, read_text
 
+LOG = logging.getLogger("moddistill")
 FILE = "chat_template.jinja"
 
 # A picture stands before what follows it, on a line of its own, as in LLaVA's records.
@@ -66,17 +69,37 @@ def stored_template(folder: Path) -> str:
         if os.path.lexists(folder / name):
             found = read_json(folder / name).get("chat_template")
             if isinstance(found, str):
-                return found
+                return _check_unicode(found, folder / name)
     return ""
 
 
-def known_template(folder: Path) -> str:
-    """The conversation format whose template a folder brings; empty if it is none of ours.
+def _check_unicode(text: str, file: Path) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{file}: expected a chat_template in Unicode, got {error}") from None
+    return text
 
-    Exports bring one of these, and must come back as what they are.
+
+def known_template(folder: Path) -> str:
+    """Returns the conversation format of the chat template in a folder.
+
+    Exports bring the template of one of our formats, which is recognised. Any other template is
+    taken for ChatML, the format of Qwen; if it lacks ChatML's tokens, a warning says so.
     """
     stored = stored_template(folder)
-    return next((name for name in TEMPLATES if chat_template(name) == stored), "")
+    for name in TEMPLATES:
+        if chat_template(name) == stored:
+            return name
+    if stored and IM_START not in stored:
+        LOG.warning(
+            "%s: its chat template is not one of %s and has no %s; the model is imported with the "
+            "template chatml, unless --template names another",
+            folder,
+            ", ".join(TEMPLATES),
+            IM_START,
+        )
+    return "chatml"
 
 
 def chat_template(template: str) -> str:

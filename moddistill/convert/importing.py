@@ -1,6 +1,7 @@
 """Hugging Face weights in: a model folder from one checkpoint, or from its parts."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def import_model(
         # checkpoints bring one that they were not trained with.
         if len(sources) == 1 and sources[0].template == config.template == "chatml":
             carry_template(sources[0].folder, aside)
-        _write_params(aside / "params", config, placed, fresh)
+        weights = _write_params(aside / "params", config, placed, fresh)
+        description["imported"]["weights"] = weights
         carry_pooling(sources[-1], aside)
         write_description(aside, config, sources[0].tokenizer, description)
     return config
@@ -236,7 +238,9 @@ def _new_projector(config: ModelConfig, placed: Placed, seed: int) -> dict[str, 
 
 def _write_params(
     folder: Path, config: ModelConfig, placed: Placed, fresh: dict[str, np.ndarray]
-) -> None:
+) -> str:
+    """Writes all arrays; returns the SHA-256 of their names and bytes in the order of the files."""
+    digest = hashlib.sha256()
     found = [piece for piece, _ in placed]
     dtypes = dtypes_of(found, {piece.name: tensor for piece, tensor in placed})
     dtypes |= {path: array.dtype for path, array in fresh.items()}
@@ -244,12 +248,20 @@ def _write_params(
     with Writer(folder, array_specs(config, dtypes)) as writer:
         for path, array in fresh.items():
             writer.write(path, (), array)
+            _add_array(digest, path, array)
         for piece, tensor in _with_progress(placed):
             for index, rows in piece.parts(tensor.dtype.itemsize):
                 array = (tensor if rows == slice(None) else tensor.rows(rows)).read()
                 finite.add(piece.name, array)
+                _add_array(digest, piece.name, array)
                 _move(piece, array, rows, writer, index)
     finite.close()
+    return digest.hexdigest()
+
+
+def _add_array(digest: "hashlib._Hash", name: str, array: np.ndarray) -> None:
+    digest.update(f"{name} {array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
 
 
 def _move(piece: Piece, array: np.ndarray, rows: slice, writer: Writer, index: Index) -> None:

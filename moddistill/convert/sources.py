@@ -15,6 +15,7 @@ from moddistill.errors import UserError
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.limits import check_decoder, check_pixels
 from moddistill.models.vision import VisionConfig
+from moddistill.storage import digests
 from moddistill.storage.json_file import read_json
 from moddistill.storage.shards import open_checkpoint
 from moddistill.storage.tensor import Checkpoint
@@ -22,6 +23,7 @@ from moddistill.storage.tensor import Checkpoint
 # Buffers that old releases saved.
 _BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")
 SELECT_LAYER = -2  # LLaVA's
+_UNDAMAGED = f"an undamaged copy, or the folder without its {digests.NAME}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,9 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
     Raises:
       UserError: for an architecture that is not known, naming those that are.
     """
+    if (folder / digests.NAME).is_file():  # an export of ours
+        listed = digests.read_digests(folder, _UNDAMAGED).files
+        digests.verify(folder, sorted(listed), accepted=_UNDAMAGED)
     fields = read_json(folder / "config.json")
     origin = str(folder / "config.json")
     kind = fields.get("model_type", "")
@@ -105,7 +110,7 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         decoder=qwen.decoder_config(hf, tokenizer.real_ids, origin),
         context=qwen.context_length(hf, origin),
         tokenizer=tokenizer,
-        template=known_template(folder) or "chatml",
+        template=known_template(folder),
     )
 
 
@@ -172,7 +177,7 @@ def _llava(
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
-        template=known_template(folder) or "chatml",
+        template=known_template(folder),
     )
 
 

@@ -17,7 +17,9 @@ from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer_file import (
     PARTS,
     WORD,
+    added_ids,
     check_ids,
+    check_loaded_ids,
     check_merges,
     check_parts,
     in_words,
@@ -150,17 +152,22 @@ def _read(file: Path) -> tokenizers.Tokenizer:
     kept = {name: fields[name] for name in names if name in fields}
     with in_words(no_tokenizer, accepted):
         backend = tokenizers.Tokenizer.from_str(json.dumps(kept))
-    check_ids(file, fields["model"].get("vocab"), fields.get("added_tokens") or [])
+    added = fields.get("added_tokens") or []
+    check_ids(file, fields["model"].get("vocab"), added)
+    check_loaded_ids(file, {token["content"]: token["id"] for token in added}, backend)
     return backend
 
 
 def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
     """The tokenizer of `vocab.json` and `merges.txt`, as `transformers` reads them."""
-    check_ids(file, read_fields(file), [])
+    vocabulary = read_fields(file)
     check_merges(file.with_name("merges.txt"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if file.with_name(name).exists():
-            read_fields(file.with_name(name))
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    config, _, listed = (
+        read_fields(file.with_name(name)) if file.with_name(name).exists() else {} for name in names
+    )
+    added = added_ids(file.with_name(names[0]), config) | listed
+    check_ids(file, vocabulary, [{"content": token, "id": i} for token, i in added.items()])
     # Seconds to import, and most folders do not need it.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -174,6 +181,7 @@ def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
         backend = loaded.backend_tokenizer
         fields = json.loads(backend.to_str())
     check_parts(file.parent, fields)
+    check_loaded_ids(file.parent, added, backend)
     return backend
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.errors import UserError
+from tokenizers import Tokenizer
+
+from moddistill.errors import UserError, invalid
 from moddistill.storage.json_file import parse, read_text
 
 _LARGEST_FILE = 36 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
@@ -128,6 +130,36 @@ def check_ids(file: Path, vocabulary: Any, added: Sequence[dict[str, Any]]) -> N
             f"{file}: {times} tokens have the id {number}, such as {shared!r:.120}; accepted: an "
             "id for each"
         )
+
+
+def added_ids(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """Ids of the `added_tokens_decoder` of `tokenizer_config.json`, by token."""
+    decoder = fields.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or len(decoder) > _MOST_ADDED:
+        raise invalid(f"{file}: added_tokens_decoder", decoder, f"up to {_MOST_ADDED:,} tokens")
+    found = {}
+    for number, token in decoder.items():
+        if not number.isdecimal() or not isinstance(token, dict):
+            raise invalid(f"{file}: added_tokens_decoder", {number: token}, "a token by its id")
+        found[str(token.get("content"))] = int(number)
+    return found
+
+
+def check_loaded_ids(origin: Path, stated: dict[str, int], backend: Tokenizer) -> None:
+    """Checks that added tokens have the ids that their file states.
+
+    The tokenizers library numbers added tokens anew where ids have gaps or are shared with the
+    vocabulary, and rows of the embedding would then belong to other tokens.
+
+    Raises:
+      UserError: naming a token with both ids.
+    """
+    for token, number in stated.items():
+        if backend.token_to_id(token) != number:
+            raise UserError(
+                f"{origin}: expected token {token!r:.80} at its id {number}, got "
+                f"{backend.token_to_id(token)} when loaded, as ids have gaps or are shared"
+            )
 
 
 @contextlib.contextmanager

@@ -48,11 +48,7 @@ def evaluate(folder: str | Path, name: str, data: Path, out: Path) -> dict[str, 
     that each expert got, of `image` and of `text` tokens.
     """
     module = find_benchmark(name)
-    if (out / digests.NAME).exists():
-        raise UserError(
-            f"--out is {str(out)!r}, a model whose {digests.NAME} lists all its files; accepted: "
-            "another folder"
-        )
+    digests.check_outside(out / "scores.json", "--out")
     folder = as_model_folder(folder)
     questions = module.questions(data)
     model, params = load(folder)

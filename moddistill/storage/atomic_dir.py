@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moddistill.distributed.processes import from_first, is_first, wait_for_all
 from moddistill.errors import UserError
-from moddistill.storage.digests import verify, write_digests
+from moddistill.storage.digests import check_outside, verify, write_digests
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFINISHED, _REPLACED = ".partial", ".old"
@@ -35,6 +35,7 @@ def new_folder(
         full.
     """
     target = folder.resolve()
+    check_outside(target, "--out")
     _put_back(target)
     for source in keep:
         if target.exists() and source.exists() and source.resolve().is_relative_to(target):

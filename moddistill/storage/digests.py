@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from moddistill.errors import UserError
 
 NAME = "digests.json"
 UNDAMAGED = "an undamaged copy of the folder"
+_LARGEST_FILE = 16 * 2**20  # bytes; a file of 100,000 names has 12 MB
 _SHOWN = 3  # file names in an error
 
 
@@ -51,16 +52,46 @@ def read_digests(folder: Path, accepted: str = UNDAMAGED) -> Digests:
     file = folder / NAME
     if not file.is_file():
         raise UserError(f"{folder} has no {NAME}; accepted: {accepted}")
-    content = file.read_bytes()
+    with file.open("rb") as opened:
+        content = opened.read(_LARGEST_FILE + 1)
+    digests = _parse(content) if len(content) <= _LARGEST_FILE else None
+    if digests is None:
+        raise UserError(f"{file} is damaged: its own sha256 differs; accepted: {accepted}")
+    return digests
+
+
+def fingerprint(folder: Path) -> str:
+    """Identifies the content of a folder: the digest of the digests of all its files."""
+    read_digests(folder)
+    return _sha256(folder / NAME)
+
+
+def check_outside(folder: Path, origin: str) -> None:
+    """Checks that writing to `folder` does not change a folder that has digests.
+
+    Raises:
+      UserError: if a folder above `folder` has a `digests.json`, which would no longer list all of
+        its files.
+    """
+    for parent in folder.resolve().parents:
+        if (parent / NAME).is_file():
+            raise UserError(
+                f"{origin}: expected a folder outside of {str(parent)!r}, whose {NAME} lists all "
+                f"its files, got {str(folder)!r}"
+            )
+
+
+def _parse(content: bytes) -> Digests | None:
+    """The content of an intact `digests.json` that names only files below its folder."""
     try:
         fields = json.loads(content)
         digests = Digests(fields["written_by"], dict(fields["files"]))
         intact = _render(digests).encode() == content
     except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise UserError(f"{file} is damaged: its own sha256 differs; accepted: {accepted}")
-    return digests
+        return None
+    names = map(PurePosixPath, digests.files)
+    confined = all(not name.is_absolute() and ".." not in name.parts for name in names)
+    return digests if intact and confined else None
 
 
 def verify(

@@ -142,6 +142,7 @@ def _check_imported(imported: Any, origin: str) -> None:
             lambda x: x is None or (type(x) is int and 0 < x <= _LARGEST_CONTEXT),
             f"a whole number above 0, at most {_LARGEST_CONTEXT:,}",
         ),
+        "weights": (lambda x: isinstance(x, str), "a digest"),
         "stored_head": (lambda x: isinstance(x, bool), "true or false"),
         "generation": (lambda x: isinstance(x, dict), "an object"),
         "replaced": (is_names, "a list of texts"),

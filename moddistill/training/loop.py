@@ -49,6 +49,7 @@ from moddistill.training.loading import (
 from moddistill.training.metrics import MetricsLog, weighted_means
 from moddistill.training.optim import schedule
 from moddistill.training.program import make_program, step_size
+from moddistill.training.provenance import check_models, write_models
 from moddistill.training.stages import stage_of
 from moddistill.training.state import State
 from moddistill.training.validation import (
@@ -100,10 +101,13 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     if result.exists() and read_source(result).get("steps") == config.steps:
         LOG.info("%s is finished: %s", config.stage, result)
         return result
+    resumes = last_step(workdir) is not None
+    if resumes:
+        check_models(config, workdir)
     check_replaceable(result, "train")  # before the steps, after which `save_model` does
     for change in changes:
         LOG.info("resumed with another setting: %s", change)
-    if is_first() and last_step(workdir) is None:
+    if is_first() and not resumes:
         for name in _NOTED:  # by a run that left no checkpoint
             (workdir / name).unlink(missing_ok=True)
     wait_for_all("reading the workdir")
@@ -112,7 +116,9 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     check_spread(config, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         tokenizer = student_tokenizer(config)
-        write_settings(config, workdir)  # before anything else lies in the workdir
+        write_settings(config, workdir)  # before any other file of the workdir
+        if not resumes:
+            write_models(config, workdir)
         streams = open_streams(config, tokenizer, workdir)
         run = prepare(config, tokenizer, mesh)
         state = _loop(config, run, streams, mesh, workdir)

@@ -15,6 +15,7 @@ from moddistill.distributed.processes import is_first
 from moddistill.distributed.sharding import BATCH_AXES, sample_places
 from moddistill.errors import UserError
 from moddistill.params import flatten
+from moddistill.storage.digests import check_outside
 from moddistill.training.stages import STAGES, stage_of
 
 # Settings that a run may change when it resumes: of memory, speed and reports, and its length.
@@ -202,6 +203,7 @@ def check_is_workdir(workdir: Path) -> None:
     """Raises UserError for a folder with files that a run would overwrite, but did not write."""
     file = workdir / "config.json"
     accepted = "accepted: a new --workdir, or that of a run"
+    check_outside(file, "--workdir")
     if file.is_file():
         try:
             settings = json.loads(file.read_text())
@@ -210,7 +212,7 @@ def check_is_workdir(workdir: Path) -> None:
         if not isinstance(settings, dict) or "stage" not in settings:
             raise UserError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
         return
-    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
+    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl", "checkpoints"):
         if (workdir / name).exists():
             raise UserError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
 

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.sources import read_source
 from moddistill.storage.safetensors import read_safetensors
 from moddistill.storage.shards import open_checkpoint
 from tests.convert import hf_folders as hf
@@ -158,3 +159,16 @@ def test_model_folder_without_parameters(copied, tmp_path):
     for use in (describe, lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9)):
         with pytest.raises(ValueError, match="has no params folder; accepted: a whole model"):
             use(folder)
+
+
+def test_damaged_export_is_not_imported(sparse, tmp_path):
+    _, out, _ = sparse("CLIP and Qwen2")
+    folder = shutil.copytree(out, tmp_path / "export")
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"does not match digests\.json.*an undamaged"):
+        read_source(folder)
+    (folder / "digests.json").unlink()
+    read_source(folder)

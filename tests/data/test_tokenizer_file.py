@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.data.tokenizer_file import in_words
+from moddistill.errors import UserError
 
 TEXT = "a red circle, isn't it?\n  yes 12 狗 cafe\u0301"
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -87,3 +88,38 @@ def test_a_panic_of_the_library_is_an_error_of_one_line(small):
 def test_interruptions_are_not_taken_for_errors_of_the_library(kind):
     with pytest.raises(kind), in_words("file: "):
         raise kind
+
+
+def with_added(fields, **ids):
+    """A tokenizer file in which added tokens have other ids, or there are more of them."""
+    known = {token["content"]: token for token in fields["added_tokens"]}
+    like = next(iter(known.values()))
+    for content, number in ids.items():
+        known[content] = known.get(content, like | {"content": content}) | {"id": number}
+    return list(known.values())
+
+
+@pytest.mark.parametrize(
+    "ids", [{"<|im_start|>": 302}, {"<|late|>": 310}, {"<|": 301, "<|late|>": 309}]
+)
+def test_added_tokens_that_would_be_numbered_anew_are_refused(ids, small, tmp_path):
+    fields = json.loads(small.backend.to_str())
+    with pytest.raises(UserError, match=r"expected token '.*' at its id \d+, got \d+ when loaded"):
+        load_tokenizer(write(small, tmp_path, added_tokens=with_added(fields, **ids)))
+
+
+@pytest.mark.parametrize("number", [5, 298])
+def test_ids_of_added_tokens_json_are_checked(number, small, tmp_path):
+    """5 is the id of a byte, 298 that of another added token."""
+    fields = json.loads(small.backend.to_str())
+    (tmp_path / "vocab.json").write_text(json.dumps(fields["model"]["vocab"]))
+    merges = fields["model"]["merges"]
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    ids = {token["content"]: token["id"] for token in fields["added_tokens"]}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
+    load_tokenizer(str(tmp_path))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids | {"<|x|>": number}))
+    with pytest.raises(UserError, match=r"2 tokens have the id|at its id"):
+        load_tokenizer(str(tmp_path))

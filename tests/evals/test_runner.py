@@ -79,6 +79,8 @@ def test_unknown_benchmark():
 def test_results_do_not_go_into_a_model_folder(data, tiny_models):
     """Another file there would make the model unreadable."""
     folder = tiny_models["dense"]
-    with pytest.raises(ValueError, match=r"--out is '.*', a model whose digests\.json lists all"):
+    with pytest.raises(
+        ValueError, match=r"--out: expected a folder outside of '.*', whose digests\.json"
+    ):
         runner.evaluate(folder, "easy_vqa", data, folder)
     assert not (folder / "scores.json").exists()

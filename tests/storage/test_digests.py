@@ -1,6 +1,7 @@
 """Damage is found: one flipped bit anywhere in a model folder or a checkpoint."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import moddistill
 from moddistill.data.tokenizer import load_tokenizer
+from moddistill.storage import digests
 from moddistill.storage.digests import NAME, read_digests, verify, write_digests
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.training import checkpoint
@@ -174,3 +176,34 @@ def test_digests_are_those_of_sha256sum(folder):
         ["sha256sum", "-c"], input=lines, cwd=folder, capture_output=True, text=True
     )
     assert done.stdout == "a: OK\nbelow/b: OK\n"
+
+
+@pytest.mark.parametrize("name", ["/proc/kmsg", "../a", "below/../../a"])
+def test_digests_of_files_outside_the_folder_are_refused(name, folder, monkeypatch):
+    monkeypatch.setattr(digests, "_list_files", lambda _: [name])
+    monkeypatch.setattr(digests, "_sha256", lambda file, sync=False: "00")
+    write_digests(folder, "import")
+    with pytest.raises(ValueError, match=r"digests\.json is damaged"):
+        read_digests(folder)
+
+
+def test_digests_of_unbounded_size_are_refused_without_reading_them(folder):
+    os.truncate(folder / NAME, 2**31)
+    with pytest.raises(ValueError, match=r"digests\.json is damaged"):
+        verify(folder)
+
+
+def test_nothing_is_written_below_a_folder_with_digests(folder):
+    digests.check_outside(folder, "--out")
+    digests.check_outside(folder.parent / "other", "--out")
+    for inside in (folder / "new", folder / "below" / "new" / "deeper"):
+        with pytest.raises(ValueError, match=r"^--out: expected a folder outside of '.*/folder'"):
+            digests.check_outside(inside, "--out")
+
+
+def test_fingerprint_is_of_the_content(folder, tmp_path):
+    before = digests.fingerprint(folder)
+    assert digests.fingerprint(shutil.copytree(folder, tmp_path / "copy")) == before
+    (folder / "a").write_text("second")
+    write_digests(folder, "import")
+    assert digests.fingerprint(folder) != before

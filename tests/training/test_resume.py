@@ -17,6 +17,8 @@ from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import VERSION, read_source
 from moddistill.training import loop
 from moddistill.training.metrics import read_metrics
+from moddistill.training.provenance import write_models
+from moddistill.training.validation import write_settings
 
 
 def with_fields(config, **changes):
@@ -51,7 +53,7 @@ def halfway(finished, tmp_path):
         config, whole = finished(stage)
         workdir = tmp_path / "halfway"
         shutil.copytree(whole / "checkpoints" / "2", workdir / "checkpoints" / "2")
-        for name in ("config.json", "metrics.jsonl"):
+        for name in ("config.json", "models.json", "metrics.jsonl"):
             shutil.copy(whole / name, workdir)
         return config, workdir
 
@@ -252,9 +254,12 @@ def test_settings_that_cannot_be_read(text, halfway):
 
 def test_checkpoint_of_another_architecture(finished, tmp_path):
     config, whole = finished("d2s")
+    other = with_fields(config, moe={"num_experts": 2})
+    write_settings(other, tmp_path)
+    write_models(other, tmp_path)
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
-        loop.train(with_fields(config, moe={"num_experts": 2}), tmp_path)
+        loop.train(other, tmp_path)
     assert "experts_up has shape (2, 4, 16, 32), expected (2, 2, 16, 32)" in str(error.value)
 
 
