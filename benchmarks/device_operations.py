@@ -15,11 +15,12 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.losses.chunked import Heads, weighted_sum
 from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.preference import KINDS, preference_losses
 from moddistill.models import attention
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE, check_moe
 
 Arrays = dict[str, Any]
@@ -191,7 +192,7 @@ def _plain_attention(inputs: Arrays, constants: Arrays) -> Array:
 def expert_layer(dispatch: str, tokens: int, width: int, mlp: int) -> Operation:
     """Four experts, two for each token; no token chooses the last one, and some are padding."""
     rng = np.random.default_rng(3)
-    config = check_moe(MoeConfig(num_experts=4, top_k=2, dispatch=dispatch, capacity_factor=1.0))
+    config = check_moe(ExpertConfig(num_experts=4, top_k=2, dispatch=dispatch, capacity_factor=1.0))
     hidden, router = _normal(rng, tokens, width), _normal(rng, width, 4, scale=width**-0.5)
     hidden[:, 0], router[0] = 1.0, (0.0, 0.0, 0.0, -64.0)
     inputs = {
@@ -209,7 +210,7 @@ def expert_layer(dispatch: str, tokens: int, width: int, mlp: int) -> Operation:
     def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
         params = {name: x for name, x in inputs.items() if name != "hidden"}
         hidden, valid = inputs["hidden"].astype(dtype)[None], constants["valid"][None]
-        layer = MoE(config, mlp, dtype)
+        layer = MoE(config, mlp, ComputeConfig(dtype=dtype))
         mixed, _ = layer.apply({"params": params}, hidden, valid, jnp.zeros_like(valid))
         return mixed[0].astype(jnp.float32)
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device_inputs import on, random_batch, random_leaves, random_state, say
-from moddistill.config import DataConfig, MoeConfig, TrainConfig
+from moddistill.config import DataConfig, ExpertConfig, TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
 from moddistill.inference.decode import decode
 from moddistill.inference.sampling import Sampling
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.flops import step_flops
 from moddistill.models.layers import SwiGLU
 from moddistill.models.moe.layer import MoE, check_moe
@@ -205,13 +206,13 @@ def _describe_step(figures: dict[str, Any]) -> list[str]:
 
 def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     """An expert layer of the student against a dense layer of the same FLOPs, both passes."""
-    config = check_moe(MoeConfig())
+    config = check_moe(ExpertConfig())
     decoder = preset(_TINY.student if tiny else PAIRS[0].student).decoder
     width, mlp, tokens = decoder.width, decoder.mlp, 256 if tiny else 16_384
     with on(device):
         x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
         flags = (jnp.ones((1, tokens), bool), jnp.zeros((1, tokens), bool))
-        sparse = MoE(config, mlp, jnp.bfloat16)
+        sparse = MoE(config, mlp, ComputeConfig(dtype=jnp.bfloat16))
         dense = SwiGLU(config.top_k * mlp, jnp.bfloat16)
         seconds = {}
         for name, layer, rest in (("experts", sparse, flags), ("dense", dense, ())):
@@ -238,7 +239,7 @@ def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     """Answers of the sparse and the dense student to prompts with an image, greedily."""
     dense = preset(_TINY.student if tiny else PAIRS[0].student)
-    models = {"sparse": upcycle_config(dense, MoeConfig()), "dense": dense}
+    models = {"sparse": upcycle_config(dense, ExpertConfig()), "dense": dense}
     results, table = {}, []
     for name, config in models.items():
         for rows in (1, 32):
@@ -255,7 +256,7 @@ def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
     """Seconds of the prompt and of each new token; both from answers of two lengths."""
-    model = Vlm(config, dtype=jnp.bfloat16)
+    model = Vlm(config, ComputeConfig(dtype=jnp.bfloat16))
     length = config.vision.patches + _WORDS
     with on(device) as mesh:
         shapes = jax.eval_shape(

@@ -23,7 +23,7 @@ BALANCE, RATE = 0.01, 1e-4
 
 
 def architectures():
-    from moddistill.config import MoeConfig
+    from moddistill.config import ExpertConfig
     from moddistill.models.decoder import DecoderConfig
     from moddistill.models.upcycle import upcycle_config
     from moddistill.models.vision import VisionConfig
@@ -40,7 +40,7 @@ def architectures():
     )
     teacher = ModelConfig(decoder(1024, 2816, False), tower, "mlp2x_gelu", "chatml", IMAGE)
     dense = dataclasses.replace(teacher, decoder=decoder(512, 1408, True))
-    return upcycle_config(dense, MoeConfig()), teacher
+    return upcycle_config(dense, ExpertConfig()), teacher
 
 
 def records() -> dict[str, np.ndarray]:

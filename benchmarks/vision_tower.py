@@ -43,13 +43,14 @@ def make_files(folder: Path) -> None:
 def ours(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
+    from moddistill.models.compute import ComputeConfig
     from moddistill.models.vision import Vision
     from moddistill.storage.model_folder import load_params
 
     config = architecture()
     params = {"params": load_params(folder / "model", config, part="vision")["vision"]}
     params = jax.block_until_ready(params)
-    tower = Vision(config.vision, jax.numpy.float32, remat="none")
+    tower = Vision(config.vision, ComputeConfig())
     images = jax.numpy.asarray(pictures())
     see = jax.jit(tower.apply)
     return lambda: figures(np.asarray(see(params, images)))

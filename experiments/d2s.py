@@ -15,7 +15,7 @@ balance loss, which the paper does not mention, with 0.01, twice; here it counts
 import ml_collections
 
 from experiments import common
-from moddistill.config import DataConfig, MoeConfig, OptimConfig, TrainConfig
+from moddistill.config import DataConfig, ExpertConfig, OptimConfig, TrainConfig
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -31,7 +31,7 @@ def full(models: common.Models) -> TrainConfig:
         batch_size=256,  # paper; 128 in the reference's script
         data=models.data("data/d2s.json"),
         optim=OptimConfig(lr=2e-5),
-        moe=MoeConfig(num_experts=4, top_k=2, placement="sparse"),
+        moe=ExpertConfig(num_experts=4, top_k=2, placement="sparse"),
     )
 
 

@@ -12,6 +12,9 @@ from typing import Literal
 
 Template = Literal["vicuna", "chatml", "plain"]
 TEMPLATES: tuple[str, ...] = typing.get_args(Template)
+UpcycleMethod = Literal["copy", "noise", "drop"]
+UPCYCLE_METHODS: tuple[str, ...] = typing.get_args(UpcycleMethod)
+ExpertTransport = Literal["all_gather", "all_to_all", "ragged"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,8 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeConfig:
-    """The expert layers a dense student is upcycled to."""
+class ExpertConfig:
+    """The expert layers of a sparse model."""
 
     num_experts: int = 4
     top_k: int = 2
@@ -85,14 +88,18 @@ class MoeConfig:
     norm_topk_prob: bool | None = None  # None: renormalise for top_k >= 2, raw for 1
     dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: float = 1.5
-    # How rows travel between devices with different experts, in any stage; ragged on TPU and GPU.
-    transport: Literal["ring", "all_to_all", "ragged"] = "ring"
     residual: bool = False
-    # copy | noise: added to each copy | drop: part of each copy is drawn anew
-    upcycle: Literal["copy", "noise", "drop"] = "copy"
+    moe_intermediate_size: int = 0  # width of an expert; 0: the dense layer's
+
+
+@dataclasses.dataclass(frozen=True)
+class UpcycleConfig:
+    """How experts are initialised from the feed-forward layer of a dense model."""
+
+    # copy | noise: added to each copy | drop: part of each copy is re-initialised
+    method: UpcycleMethod = "copy"
     noise_std: float = 0.0
     drop_fraction: float = 0.0
-    moe_intermediate_size: int = 0  # width of an expert; 0: the dense layer's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +130,8 @@ class TrainConfig:
     remat: Literal["none", "products", "full"] = "full"
     scan: bool = True  # layers as a loop; False: compiles longer, runs faster where they are few
     donate: bool = True  # a step takes over the memory of parameters and moments
+    # Collective that moves tokens to their experts, in any stage; ragged needs a TPU or GPU.
+    expert_transport: ExpertTransport = "all_gather"
     # Of the teacher's layers: int8 halves them; host memory holds those that fit nowhere else.
     teacher_weights: Literal["dtype", "int8"] = "dtype"
     teacher_memory: Literal["device", "host"] = "device"
@@ -130,7 +139,8 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
-    moe: MoeConfig = MoeConfig()
+    moe: ExpertConfig = ExpertConfig()  # experts that a sparse stage adds to a dense student
+    upcycle: UpcycleConfig = UpcycleConfig()  # how it makes them
 
 
 @dataclasses.dataclass(frozen=True)

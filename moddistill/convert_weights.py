@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moddistill.cli import plain_errors
-from moddistill.config import MoeConfig
+from moddistill.config import UPCYCLE_METHODS, ExpertConfig, UpcycleConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
@@ -63,7 +63,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
-    default = MoeConfig()
+    default = ExpertConfig()
     parser.add_argument("--model", required=True, type=Path, help="dense model folder")
     parser.add_argument("--num_experts", type=int, default=default.num_experts)
     parser.add_argument("--top_k", type=int, default=default.top_k)
@@ -72,7 +72,7 @@ def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.placement,
         help="sparse, dense, first_half, second_half or indices such as (0,2,5)",
     )
-    parser.add_argument("--upcycle", choices=("copy", "noise", "drop"), default=default.upcycle)
+    parser.add_argument("--upcycle", choices=UPCYCLE_METHODS, default="copy")
     parser.add_argument("--noise_std", type=float, default=0.0, help="for --upcycle noise")
     parser.add_argument("--drop_fraction", type=float, default=0.0, help="for --upcycle drop")
     parser.add_argument("--moe_intermediate_size", type=int, default=0, help="splits each expert")
@@ -114,16 +114,14 @@ def _upcycle(args: argparse.Namespace) -> None:
     placement = args.placement
     if re.fullmatch(r"\(?\s*\d+(\s*,\s*\d+)*\s*,?\s*\)?", placement):
         placement = tuple(int(index) for index in re.findall(r"\d+", placement))
-    moe = MoeConfig(
+    moe = ExpertConfig(
         num_experts=args.num_experts,
         top_k=args.top_k,
         placement=placement,
-        upcycle=args.upcycle,
-        noise_std=args.noise_std,
-        drop_fraction=args.drop_fraction,
         moe_intermediate_size=args.moe_intermediate_size,
     )
-    config = upcycle_model(args.model, args.out, moe, seed=args.seed, overwrite=args.overwrite)
+    how = UpcycleConfig(args.upcycle, args.noise_std, args.drop_fraction)
+    config = upcycle_model(args.model, args.out, moe, how, seed=args.seed, overwrite=args.overwrite)
     _print_written(args.out, config)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moddistill.config import MoeConfig, TrainConfig
+from moddistill.config import ExpertConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.models.presets import preset, with_vocabulary
@@ -155,7 +155,7 @@ def tiny_models(tiny_architecture, init, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     architectures = {
         "dense": tiny_architecture("tiny"),
-        "sparse": tiny_architecture("tiny", MoeConfig()),
+        "sparse": tiny_architecture("tiny", ExpertConfig()),
         "teacher": tiny_architecture("tiny-teacher"),
     }
     for seed, (name, config) in enumerate(architectures.items()):

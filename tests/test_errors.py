@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.errors import at_field
 from moddistill.models.moe.layer import check_moe
 from moddistill.storage.model_folder import read_model_config
@@ -32,7 +32,7 @@ def test_the_name_is_continued_by_a_message_that_begins_with_its_last_part():
         pytest.raises(ValueError, match=r"^config\.moe\.top_k is 9; accepted"),
         at_field("config.moe"),
     ):
-        check_moe(MoeConfig(top_k=9))
+        check_moe(ExpertConfig(top_k=9))
 
 
 def test_errors_of_libraries_stay_as_they_are():

@@ -1,5 +1,6 @@
 """Dense model folder to sparse one, layer by layer, without holding either in memory."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig, UpcycleConfig
 from moddistill.convert.carried import POOLING
 from moddistill.convert.chat_template import FILE
 from moddistill.convert.finite import FiniteCheck
@@ -17,27 +18,40 @@ from moddistill.convert.importing import array_specs
 from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import Slot, slots
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.models.upcycle import upcycle_config, upcycle_expert, upcycle_router
+from moddistill.models.upcycle import (
+    COPY,
+    check_upcycle,
+    upcycle_config,
+    upcycle_expert,
+    upcycle_router,
+)
 from moddistill.models.vlm import ModelConfig
 from moddistill.params import flatten, unflatten
 from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import read_model_config, read_source, write_description
 from moddistill.storage.orbax_layout import Reader, Writer
 
-_expert = jax.jit(upcycle_expert, static_argnames="moe")
+_expert = jax.jit(upcycle_expert, static_argnames=("moe", "how"))
 
 
 def upcycle_model(
-    model: Path, out: Path, moe: MoeConfig, *, seed: int = 0, overwrite: bool = False
+    model: Path,
+    out: Path,
+    moe: ExpertConfig,
+    how: UpcycleConfig = COPY,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> ModelConfig:
     """Writes the sparse form of a dense model folder and returns its architecture.
 
     Raises:
-      UserError: if the model is sparse already, or `moe` does not fit it.
+      UserError: if the model is sparse already, or `moe` or `how` does not fit it.
     """
     given, model = model, as_model_folder(model)
     dense = read_model_config(model)
     sparse = upcycle_config(dense, moe)
+    check_upcycle(how)
     reader = Reader(model / "params")
     reader.check(dense)
     before, after = slots(dense), slots(sparse)
@@ -57,11 +71,11 @@ def upcycle_model(
                 for name, array in flatten(upcycle_router(mlp, sparse.decoder.moe, rng)).items():
                     _write(writer, after[prefix + name], array)
                 for number in range(sparse.decoder.moe.num_experts):
-                    expert = _expert(mlp, sparse.decoder.moe, rng, number)
+                    expert = _expert(mlp, sparse.decoder.moe, how, rng, number)
                     for name, array in expert.items():
                         _write(writer, after[f"{prefix}{name}/{number}"], array)
         finite.close()
-        source = {"upcycled": {"from": str(model), "seed": seed}}
+        source = {"upcycled": {"from": str(model), "seed": seed} | dataclasses.asdict(how)}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
         write_description(aside, sparse, load_tokenizer(str(model)), source)
         for name in (POOLING, FILE):

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import by_sample
 from moddistill.models.attention import Attention, Cache
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
 from moddistill.models.moe.layer import MoE
@@ -43,7 +44,7 @@ class DecoderConfig:
     tied_head: bool = True
     qkv_bias: bool = True
     qk_norm: bool = False
-    moe: MoeConfig | None = None
+    moe: ExpertConfig | None = None
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -71,7 +72,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     has_experts: bool
-    dtype: DType
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(
@@ -84,7 +85,7 @@ class Block(nn.Module):
             config.head_dim,
             config.rope_theta,
             False,
-            self.dtype,
+            self.compute.dtype,
             config.qkv_bias,
             config.norm_eps if config.qk_norm else None,
             name="attention",
@@ -94,10 +95,10 @@ class Block(nn.Module):
         hidden = hidden + mixed
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(hidden)
         if self.has_experts:
-            experts = MoE(config.moe, config.mlp, self.dtype, name="moe")
+            experts = MoE(config.moe, config.mlp, self.compute, name="moe")
             mixed, stats = experts(normed, context.valid, context.is_image)
         else:
-            mixed, stats = SwiGLU(config.mlp, self.dtype, name="mlp")(normed), None
+            mixed, stats = SwiGLU(config.mlp, self.compute.dtype, name="mlp")(normed), None
         return hidden + mixed, stats, cache
 
 
@@ -106,7 +107,7 @@ class Period(nn.Module):
 
     config: DecoderConfig
     pattern: tuple[bool, ...]
-    dtype: DType
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, hidden, context, caches):
@@ -114,7 +115,7 @@ class Period(nn.Module):
         all_stats = []
         new_caches = []
         for j, has_experts in enumerate(self.pattern):
-            block = Block(self.config, has_experts, self.dtype, name=f"block_{j}")
+            block = Block(self.config, has_experts, self.compute, name=f"block_{j}")
             hidden, stats, cache = block(hidden, context, caches[j] if caches else None)
             all_stats += [stats] if has_experts else []
             new_caches.append(cache)
@@ -122,17 +123,10 @@ class Period(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens and image features in, final hidden states and the head's matrix out.
-
-    `remat` is as in `TrainConfig`; `packed` says that the layers' parameters are kept as
-    `models/packing.py` does, `unroll` that layers are compiled one by one instead of as a loop.
-    """
+    """Tokens and image features in, final hidden states and the head's matrix out."""
 
     config: DecoderConfig
-    dtype: DType
-    remat: str
-    packed: bool = False
-    unroll: bool = False
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(
@@ -147,7 +141,7 @@ class Decoder(nn.Module):
         config = self.config
         shape = (config.vocab_size, config.width)
         table = self.param("embedding", init_normal("vocab", "embed"), shape, jnp.float32)
-        hidden = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        hidden = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
         if image_hidden is not None:
             hidden = jnp.where(context.is_image[..., None], image_hidden, hidden)
         stats = []
@@ -159,10 +153,10 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
-                unroll=segment.repeats if self.unroll else 1,
+                unroll=segment.repeats if self.compute.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            segment_module = scan(config, segment.pattern, self.dtype, name=f"segment_{i}")
+            segment_module = scan(config, segment.pattern, self.compute, name=f"segment_{i}")
             hidden, (segment_stats, segment_cache) = segment_module(
                 hidden, context, cache[i] if cache else None
             )
@@ -174,15 +168,15 @@ class Decoder(nn.Module):
         else:
             head = self.param("head", init_normal("vocab", "embed"), shape, jnp.float32)
         router = jax.tree.map(lambda *x: jnp.concatenate(x), *stats) if stats else None
-        return hidden, head.astype(self.dtype), router, new_cache if cache else None
+        return hidden, head.astype(self.compute.dtype), router, new_cache if cache else None
 
     def _period(self) -> Any:
         """The body of a scan, which unpacks its parameters if they are packed."""
         period = Period
-        if self.packed:
-            ready = functools.partial(unpack, dtype=self.dtype)
+        if self.compute.quantized_layers:
+            ready = functools.partial(unpack, dtype=self.compute.dtype)
             period = nn.map_variables(period, "params", trans_in_fn=ready)
-        return rematerialised(period, self.remat)
+        return rematerialised(period, self.compute.remat)
 
 
 def _layer_major(stats: list[RouterStats]) -> RouterStats:

@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moddistill.config import MoeConfig
-from moddistill.errors import UserError
+from moddistill.config import UPCYCLE_METHODS, ExpertConfig, UpcycleConfig
+from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.models.layer_plan import stack, unstack
 from moddistill.models.moe.layer import check_moe
 from moddistill.models.vlm import ModelConfig
 
+COPY = UpcycleConfig()
 _KERNELS = ("gate", "up", "down")
+_MAX_NOISE = 1e4  # in float16, a draw beyond six standard deviations is still finite
 
 
-def upcycle_config(config: ModelConfig, moe: MoeConfig) -> ModelConfig:
+def upcycle_config(config: ModelConfig, moe: ExpertConfig) -> ModelConfig:
     """The sparse architecture; UserError if the model is sparse or `moe` makes no sense."""
     if config.decoder.moe is not None:
         raise UserError(
@@ -38,7 +40,26 @@ def upcycle_config(config: ModelConfig, moe: MoeConfig) -> ModelConfig:
     return dataclasses.replace(config, decoder=decoder)
 
 
-def upcycle(params: dict[str, Any], config: ModelConfig, rng: jax.Array) -> dict[str, Any]:
+def check_upcycle(config: UpcycleConfig) -> UpcycleConfig:
+    """Returns the config; UserError for an unknown method or a number that it does not use."""
+    if config.method not in UPCYCLE_METHODS:
+        raise not_one_of("upcycle.method", config.method, UPCYCLE_METHODS)
+    for method, name, most in (("noise", "noise_std", _MAX_NOISE), ("drop", "drop_fraction", 1.0)):
+        value = getattr(config, name)
+        if config.method != method and value != 0:
+            expected = f"0 with method {config.method!r}, since only {method!r} reads it"
+            raise invalid(f"upcycle.{name}", value, expected)
+        if config.method == method and not 0 < value <= most:
+            raise invalid(f"upcycle.{name}", value, f"> 0 and <= {most:,.0f} with {method!r}")
+    return config
+
+
+def upcycle(
+    params: dict[str, Any],
+    config: ModelConfig,
+    rng: jax.Array,
+    how: UpcycleConfig = COPY,
+) -> dict[str, Any]:
     """Parameters for the sparse `config` from those of the dense model it was made from.
 
     Layer by layer as `upcycle_layer`; all else is left alone.
@@ -48,12 +69,17 @@ def upcycle(params: dict[str, Any], config: ModelConfig, rng: jax.Array) -> dict
     names = [f"segment_{i}" for i in range(len(dense_plan))]
     layers = unstack({name: params["decoder"][name] for name in names}, dense_plan)
     for i in decoder.moe_layers:
-        layers[i] = upcycle_layer(layers[i], decoder.moe, jax.random.fold_in(rng, i))
+        layers[i] = upcycle_layer(layers[i], decoder.moe, jax.random.fold_in(rng, i), how)
     rest = {name: leaf for name, leaf in params["decoder"].items() if name not in names}
     return {**params, "decoder": {**rest, **stack(layers, decoder.plan)}}
 
 
-def upcycle_layer(layer: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[str, Any]:
+def upcycle_layer(
+    layer: dict[str, Any],
+    moe: ExpertConfig,
+    rng: jax.Array,
+    how: UpcycleConfig = COPY,
+) -> dict[str, Any]:
     """The parameters of one decoder layer with experts in place of its feed-forward layer.
 
     Experts are made by `upcycle_expert`, the rest by `upcycle_router`.
@@ -62,22 +88,27 @@ def upcycle_layer(layer: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict
       layer: of a dense model, not stacked.
       moe: checked by `upcycle_config`.
       rng: decides everything that is drawn.
+      how: checked by `check_upcycle`.
     """
     mlp = layer["mlp"]
     # One after the other, so that each is computed as it is alone, to the bit.
     experts = jax.lax.map(
-        lambda number: upcycle_expert(mlp, moe, rng, number), jnp.arange(moe.num_experts)
+        lambda number: upcycle_expert(mlp, moe, how, rng, number), jnp.arange(moe.num_experts)
     )
     params = upcycle_router(mlp, moe, rng) | experts
     return {name: leaf for name, leaf in layer.items() if name != "mlp"} | {"moe": params}
 
 
 def upcycle_expert(
-    mlp: dict[str, Any], moe: MoeConfig, rng: jax.Array, number: jax.Array | int
+    mlp: dict[str, Any],
+    moe: ExpertConfig,
+    how: UpcycleConfig,
+    rng: jax.Array,
+    number: jax.Array | int,
 ) -> dict[str, Array]:
     """The kernels of one expert, in the dtype of the feed-forward layer `mlp`.
 
-    A copy of the layer or of a slice of it, changed as `moe.upcycle` says.
+    A copy of the layer or of a slice of it, changed as `how` says.
     """
     width, dense = mlp["gate"]["kernel"].shape
     slices = _slices(moe, dense)
@@ -92,14 +123,14 @@ def upcycle_expert(
 
     expert = {name: cut(name) for name in _KERNELS}
     change_rng = jax.random.fold_in(jax.random.fold_in(rng, 1), number)
-    if moe.upcycle == "noise":
-        expert = _add_noise(expert, moe.noise_std, change_rng)
-    if moe.upcycle == "drop":
-        expert = _drop(expert, moe.drop_fraction, change_rng)
+    if how.method == "noise":
+        expert = _add_noise(expert, how.noise_std, change_rng)
+    if how.method == "drop":
+        expert = _drop(expert, how.drop_fraction, change_rng)
     return {f"experts_{name}": kernel for name, kernel in expert.items()}
 
 
-def upcycle_router(mlp: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[str, Any]:
+def upcycle_router(mlp: dict[str, Any], moe: ExpertConfig, rng: jax.Array) -> dict[str, Any]:
     """What an expert layer has beside its experts.
 
     Routers are float32, normal with deviation 0.02; a residual layer is the original one with an
@@ -116,12 +147,12 @@ def upcycle_router(mlp: dict[str, Any], moe: MoeConfig, rng: jax.Array) -> dict[
     return params
 
 
-def _slices(moe: MoeConfig, dense: int) -> int:
+def _slices(moe: ExpertConfig, dense: int) -> int:
     """How many experts one copy of a layer of width `dense` is cut into."""
     return dense // (moe.moe_intermediate_size or dense)
 
 
-def _check_slices(moe: MoeConfig, dense: int) -> None:
+def _check_slices(moe: ExpertConfig, dense: int) -> None:
     """Raises UserError unless experts make up whole copies of a layer of width `dense`."""
     size = moe.moe_intermediate_size or dense
     if dense % size:

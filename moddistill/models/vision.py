@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from moddistill.distributed.sharding import by_sample
 from moddistill.errors import UserError, nearest
 from moddistill.models.attention import Attention
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.layers import (
     DType,
     LayerNorm,
@@ -102,9 +103,7 @@ class Vision(nn.Module):
     """A ViT up to the selected layer; a class token is dropped (LLaVA's `patch` feature)."""
 
     config: VisionConfig
-    dtype: DType
-    remat: str
-    unroll: bool = False
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B P D"]:
@@ -121,7 +120,12 @@ class Vision(nn.Module):
         config = self.config
         x = patchify(normalise(images, config), config.patch_size)
         patch = Linear(
-            (config.width,), ("patch",), ("embed",), config.patch_bias, self.dtype, name="patch"
+            (config.width,),
+            ("patch",),
+            ("embed",),
+            config.patch_bias,
+            self.compute.dtype,
+            name="patch",
         )
         x = patch(x)
         std = config.width**-0.5
@@ -139,14 +143,14 @@ class Vision(nn.Module):
 
     def _layers(self, length: int, name: str) -> nn.Module:
         layers = nn.scan(
-            rematerialised(VisionBlock, self.remat),
+            rematerialised(VisionBlock, self.compute.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=length,
-            unroll=length if self.unroll else 1,
+            unroll=length if self.compute.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return layers(self.config, self.dtype, name=name)
+        return layers(self.config, self.compute.dtype, name=name)
 
     def _init_never_computed(self, x: Float[Array, "B T D"]) -> None:
         """Makes the parameters of `NEVER_COMPUTED`: layers above the selected one, and their norm.

@@ -20,8 +20,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from moddistill.models.attention import Cache, causal_mask
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import Context, Decoder, DecoderConfig
-from moddistill.models.layers import DType
 from moddistill.models.moe.router import RouterStats
 from moddistill.models.projector import Projector
 from moddistill.models.vision import Vision, VisionConfig
@@ -50,13 +50,10 @@ class Output:
 
 
 class Vlm(nn.Module):
-    """A causal multimodal language model; `remat`, `packed` and `unroll` as in the decoder."""
+    """A causal multimodal language model: what it is, and how it is run."""
 
     config: ModelConfig
-    dtype: DType = jnp.float32
-    remat: str = "none"
-    packed: bool = False
-    unroll: bool = False
+    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(self, batch: dict[str, Any], cache: list[list[Cache]] | None = None) -> Output:
@@ -81,19 +78,18 @@ class Vlm(nn.Module):
         image_hidden = None
         if features is not None:
             width = config.decoder.width
-            patches = Projector(config.projector, width, self.dtype, name="projector")(features)
+            projector = Projector(config.projector, width, self.compute.dtype, name="projector")
+            patches = projector(features)
             # The rows of a preference pair share their images, which are read once.
             patches = jnp.tile(patches, (len(tokens) // len(patches), 1, 1))
             image_hidden = splice(patches, is_image)
-        decoder = Decoder(
-            config.decoder, self.dtype, self.remat, self.packed, self.unroll, name="decoder"
-        )
+        decoder = Decoder(config.decoder, self.compute, name="decoder")
         return Output(*decoder(tokens, image_hidden, context, cache), features)
 
     def _see(self, images: Array) -> Float[Array, "U X W"]:
         """The tower's features of all images of each sample, one after the other."""
         flat = images.reshape(-1, *images.shape[2:])
-        tower = Vision(self.config.vision, self.dtype, self.remat, self.unroll, name="vision")
+        tower = Vision(self.config.vision, self.compute, name="vision")
         features = tower(flat)
         return features.reshape(len(images), -1, features.shape[-1])
 

@@ -31,7 +31,7 @@ from moddistill.storage.atomic_dir import new_folder_of_all
 from moddistill.storage.digests import verify
 from moddistill.storage.json_file import read_json
 
-VERSION = 2
+VERSION = 3
 _BLOCK = 32 * 2**20  # bytes
 _LARGEST_CONTEXT = 1_000_000_000  # positions
 

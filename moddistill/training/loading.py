@@ -18,7 +18,7 @@ from moddistill.convert.resolve import (
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import param_shardings
 from moddistill.errors import UserError, at_field
-from moddistill.models.upcycle import upcycle, upcycle_config
+from moddistill.models.upcycle import check_upcycle, upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.storage.model_folder import load_params, read_model_config
 from moddistill.training.stages import stage_of
@@ -84,6 +84,8 @@ def trained_architecture(
         target = dataclasses.replace(target, vision=tower.vision)
     if not stage_of(config).sparse:
         return target
+    with at_field("config.upcycle"):
+        check_upcycle(config.upcycle)
     with at_field("config.student" if base.decoder.moe else "config.moe"):
         return upcycle_config(target, config.moe)
 
@@ -103,7 +105,7 @@ def student_params(
                 params |= _vision_params(config.vision, mesh)
     if target.decoder.moe != base.decoder.moe:
         make = jax.jit(
-            lambda params: upcycle(params, target, router_rng),
+            lambda params: upcycle(params, target, router_rng, config.upcycle),
             out_shardings=param_shardings(mesh, abstract_params(target)),
         )
         params = make(params)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from moddistill.losses import Loss
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.flops import StepSize
 from moddistill.models.quantization import packed_shapes
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params
@@ -65,24 +66,23 @@ def make_program(
     Raises:
       UserError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
     """
-    student, teacher = (_over(config.moe.transport, x) for x in (student, teacher))
-    dtype = jnp.dtype(config.dtype)
-    how = {"dtype": dtype, "remat": config.remat, "unroll": not config.scan}
-    model = Vlm(student, **how)
-    boxed = _abstract_params(student, mesh, "student")
+    compute = compute_config(config)
+    model = Vlm(student, compute)
+    boxed = _abstract_params(config, student, mesh, "student")
     params = sharding.unbox(boxed)
     trainable = trainable_paths(config, list(flatten(params)))
     optimizer = make_optimizer(config.optim, config.steps)
 
     def make(params: Any) -> State:
-        return make_state(params, trainable, optimizer, dtype)
+        return make_state(params, trainable, optimizer, compute.dtype)
 
     everywhere = sharding.replicated(mesh)
     state = jax.eval_shape(make, params)
     param_places = flatten(sharding.param_shardings(mesh, boxed))
     places = state_shardings(state, param_places, optimizer, everywhere)
     packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
-    teacher_model = None if teacher is None else Vlm(teacher, packed=packed, **how)
+    compute = dataclasses.replace(compute, quantized_layers=packed)
+    teacher_model = None if teacher is None else Vlm(teacher, compute)
     loss = stage_of(config).loss(model, teacher_model, config.loss)
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
@@ -93,34 +93,30 @@ def make_program(
     return Program(model, loss, step, make, state, places, frozen)
 
 
-def _over(transport: str, model: ModelConfig | None) -> ModelConfig | None:
-    """The architecture, its experts' rows moved as this run says and not as an earlier one did."""
-    if model is None or model.decoder.moe is None:
-        return model
-    moe = dataclasses.replace(model.decoder.moe, transport=transport)
-    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
+def compute_config(config: TrainConfig) -> ComputeConfig:
+    """How a run computes its student, and its teacher but for quantized layers."""
+    return ComputeConfig(
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        unroll=not config.scan,
+        expert_transport=config.expert_transport,
+    )
 
 
-def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
+def _abstract_params(config: TrainConfig, model: ModelConfig, mesh: Mesh, whose: str) -> Any:
     """`abstract_params`; UserError unless the mesh can hold the model."""
-    _check_transport(config, mesh, whose)
-    boxed = abstract_params(config)
+    platform = mesh.devices.flat[0].platform
+    is_ragged = model.decoder.moe is not None and config.expert_transport == "ragged"
+    if is_ragged and platform == "cpu" and mesh.size > 1:
+        expected = f"'all_gather' or 'all_to_all' on {mesh.size} CPUs, for the {whose} has experts"
+        raise invalid("config.expert_transport", config.expert_transport, expected)
+    boxed = abstract_params(model)
     sharding.check_cuts(mesh, boxed, whose)
     return boxed
 
 
-def _check_transport(config: ModelConfig, mesh: Mesh, whose: str) -> None:
-    moe = config.decoder.moe
-    platform = mesh.devices.flat[0].platform
-    if moe and moe.transport == "ragged" and platform == "cpu" and mesh.size > 1:
-        raise UserError(
-            f"config.moe.transport of the {whose} is 'ragged', which CPUs do not have, and the "
-            f"mesh has {mesh.size}; accepted: ring, all_to_all"
-        )
-
-
 def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    boxed = _abstract_params(teacher, mesh, "teacher")
+    boxed = _abstract_params(config, teacher, mesh, "teacher")
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
     shapes = place(shapes, sharding.param_shardings(mesh, boxed))

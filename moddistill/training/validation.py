@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from moddistill.config import LossConfig, MoeConfig, TrainConfig
+from moddistill.config import ExpertConfig, LossConfig, TrainConfig, UpcycleConfig
 from moddistill.distributed.processes import is_first
 from moddistill.distributed.sharding import BATCH_AXES, sample_places
 from moddistill.errors import UserError
@@ -21,7 +21,7 @@ from moddistill.training.stages import STAGES, stage_of
 # Settings that a run may change when it resumes: of memory, speed and reports, and its length.
 _FREE = (
     "steps", "accumulate", "remat", "scan", "donate", "teacher_memory", "loss.chunk",
-    "moe.transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
+    "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
     "log_every", "save_every", "profile_steps",
 )  # fmt: skip
 
@@ -88,11 +88,12 @@ def check_settings(config: TrainConfig) -> None:
         value = operator.attrgetter(name)(config)
         if value not in accepted:
             raise UserError(f"config.{name} is {value}; accepted: {accepted}")
-    if not stage.sparse and config.moe != MoeConfig(transport=config.moe.transport):
-        raise UserError(
-            f"config.moe is set, but stage {config.stage!r} makes no experts; accepted: its "
-            "defaults and any moe.transport, since the student brings its own"
-        )
+    for name, default in (("moe", ExpertConfig()), ("upcycle", UpcycleConfig())):
+        if not stage.sparse and getattr(config, name) != default:
+            raise UserError(
+                f"config.{name} is set, but stage {config.stage!r} makes no experts; accepted: its "
+                "defaults, since the student brings its own"
+            )
     if bool(config.heldout_steps) != bool(config.data.heldout.path):
         raise UserError(
             f"config.data.heldout.path is {config.data.heldout.path!r} and heldout_steps is "
@@ -149,7 +150,7 @@ def _check_losses(config: TrainConfig) -> None:
             "loss.kd_positions=response",
         ),
         (
-            moe.capacity_factor != MoeConfig().capacity_factor and moe.dispatch != "capacity",
+            moe.capacity_factor != ExpertConfig().capacity_factor and moe.dispatch != "capacity",
             "moe.capacity_factor",
             "moe.dispatch=capacity",
         ),

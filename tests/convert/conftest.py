@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
@@ -110,7 +110,7 @@ def sparse(tmp_path_factory, small_tokenizer):
             model = hf.llava(text.config(), vision, small_tokenizer.image_id)
             source = hf.save(model, root / "hf", small_tokenizer)
             import_model(str(source), root / "dense")
-            upcycle_model(root / "dense", root / "copies", MoeConfig())
+            upcycle_model(root / "dense", root / "copies", ExpertConfig())
             config = perturb(root / "copies", root / "student", small_tokenizer)
             export_model(root / "student", root / "out", max_shard_size=100_000)
             made[name] = root / "student", root / "out", config

@@ -61,7 +61,7 @@ DECODER = [
 ]
 EXPERTS = [
     "num_experts", "top_k", "placement", "norm_topk_prob", "dispatch", "capacity_factor",
-    "transport", "residual", "upcycle", "noise_std", "drop_fraction", "moe_intermediate_size",
+    "residual", "moe_intermediate_size",
 ]
 VISION = [
     "image_size", "patch_size", "width", "mlp", "layers", "heads", "select_layer", "activation",

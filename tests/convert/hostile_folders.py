@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import moddistill
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
@@ -49,7 +49,7 @@ def make_folders(root: Path) -> None:
     dense = with_vocabulary(preset("tiny"), tokenizer.real_ids, tokenizer.image_id)
     tower = dataclasses.replace(dense.vision, layers=2, select_layer=-2)
     dense = dataclasses.replace(dense, vision=tower)
-    sparse = upcycle_config(dense, MoeConfig(num_experts=2, top_k=2))
+    sparse = upcycle_config(dense, ExpertConfig(num_experts=2, top_k=2))
     text = dataclasses.replace(dense, vision=None)
     models = {
         "model": sparse,
@@ -183,7 +183,7 @@ def readers(root: Path, out: Path) -> dict[str, Callable[[Path], Any]]:
         "inspect": lambda folder: describe(str(folder)),
         "inspect file": lambda folder: describe(str(next(folder.iterdir()))),
         "export": lambda folder: export_model(folder, out, max_shard_size=10**9),
-        "upcycle": lambda folder: upcycle_model(folder, out, MoeConfig()),
+        "upcycle": lambda folder: upcycle_model(folder, out, ExpertConfig()),
         "load": moddistill.load,
         "tokenizer": lambda folder: load_tokenizer(str(folder)),
     }

@@ -14,7 +14,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
@@ -111,7 +111,7 @@ def test_three_questions_on_images(name, multimodal, image_files, small_tokenize
     assert answers == [found.token_ids for found in expected]
 
 
-@pytest.mark.parametrize("moe", [None, MoeConfig()], ids=["dense", "sparse"])
+@pytest.mark.parametrize("moe", [None, ExpertConfig()], ids=["dense", "sparse"])
 def test_three_questions_to_a_language_model(
     moe, tmp_path, tiny_architecture, init, small_tokenizer
 ):

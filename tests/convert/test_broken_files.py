@@ -140,8 +140,8 @@ def test_whole_file_beside_an_old_index(copied):
     [
         ("[]", r"holds \[\]; accepted: a JSON object"),
         (DEEP, "is not JSON: .*recursion"),
-        ('{"version": 2}', "architecture is None; accepted: an object"),
-        ('{"version": 2, "architecture": {}, "source": 3}', "source is 3; accepted: an object"),
+        ('{"version": 3}', "architecture is None; accepted: an object"),
+        ('{"version": 3, "architecture": {}, "source": 3}', "source is 3; accepted: an object"),
     ],
     ids=["list", "deep", "empty", "source"],
 )

@@ -6,7 +6,7 @@ import math
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.describe import describe
 from moddistill.storage.model_folder import save_model
 from tests import torch_or_skip as torch
@@ -25,7 +25,7 @@ def test_model_folder(tiny_models):
 
 
 def test_model_folder_that_cannot_be_exported(tmp_path, tiny_architecture, init, small_tokenizer):
-    config = tiny_architecture("tiny", MoeConfig(residual=True))
+    config = tiny_architecture("tiny", ExpertConfig(residual=True))
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     facts = describe(str(tmp_path / "ours"))
     assert facts["uses"] == ["train", "generate", "evaluate"]

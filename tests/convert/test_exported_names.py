@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import AutoModelForImageTextToText
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
@@ -107,7 +107,7 @@ def test_export_of_an_untrained_import_has_published_names(name, release, source
 
 
 @pytest.mark.parametrize("release", ["transformers 4", "transformers 5"])
-@pytest.mark.parametrize("moe", [None, MoeConfig()], ids=["dense", "sparse"])
+@pytest.mark.parametrize("moe", [None, ExpertConfig()], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", MODELS)
 def test_export_of_a_trained_model_has_published_names(
     name, moe, release, source, tmp_path, small_tokenizer

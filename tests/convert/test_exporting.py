@@ -12,7 +12,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig, UpcycleConfig
 from moddistill.convert import exporting
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
@@ -81,7 +81,7 @@ def test_greedy_answers_are_the_same(name, sparse, small_tokenizer, tmp_path):
 def test_language_model_loads_in_transformers(
     tmp_path, small_tokenizer, tiny_architecture, init, our_logits, torch_logits, random_inputs
 ):
-    config = dataclasses.replace(tiny_architecture("tiny", MoeConfig(top_k=1)), vision=None)
+    config = dataclasses.replace(tiny_architecture("tiny", ExpertConfig(top_k=1)), vision=None)
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -151,7 +151,7 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
 
     monkeypatch.setattr(orbax_layout.Reader, "read", noted)
     export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
-    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", ExpertConfig())
     assert max(sizes) == 2**20
     out = open_checkpoint(tmp_path / "out")
     head = params["decoder"]["head"]
@@ -160,20 +160,20 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
 
 
 @pytest.mark.parametrize(
-    "moe",
+    ("moe", "how"),
     [
-        MoeConfig(num_experts=3, placement=(1, 2)),
-        MoeConfig(upcycle="noise", noise_std=0.1),
-        MoeConfig(upcycle="drop", drop_fraction=0.5),
-        MoeConfig(num_experts=4, moe_intermediate_size=16),
+        (ExpertConfig(num_experts=3, placement=(1, 2)), UpcycleConfig()),
+        (ExpertConfig(), UpcycleConfig("noise", noise_std=0.1)),
+        (ExpertConfig(), UpcycleConfig("drop", drop_fraction=0.5)),
+        (ExpertConfig(num_experts=4, moe_intermediate_size=16), UpcycleConfig()),
     ],
     ids=["copy", "noise", "drop", "slices"],
 )
-def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, tmp_path, tiny_models):
-    config = upcycle_model(tiny_models["dense"], tmp_path / "sparse", moe, seed=3)
+def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, how, tmp_path, tiny_models):
+    config = upcycle_model(tiny_models["dense"], tmp_path / "sparse", moe, how, seed=3)
     assert config == upcycle_config(read_model_config(tiny_models["dense"]), moe)
     dense = load(tiny_models["dense"])[1]
-    expected = flatten(upcycle(dense, config, jax.random.key(3)))
+    expected = flatten(upcycle(dense, config, jax.random.key(3), how))
     found = flatten(load(tmp_path / "sparse")[1])
     assert found.keys() == expected.keys()
     for path, value in expected.items():
@@ -183,8 +183,8 @@ def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, tmp_path, tiny_m
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        (MoeConfig(residual=True), "moe.residual is true"),
-        (MoeConfig(dispatch="capacity"), "moe.dispatch is 'capacity'"),
+        (ExpertConfig(residual=True), "moe.residual is true"),
+        (ExpertConfig(dispatch="capacity"), "moe.dispatch is 'capacity'"),
     ],
 )
 def test_models_that_transformers_cannot_compute(

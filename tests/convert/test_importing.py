@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.chat_template import chat_template
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
@@ -136,7 +136,7 @@ def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_pat
         )
 
     config = import_model(str(source), tmp_path / "ours")
-    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", ExpertConfig())
     assert exported("ours") == exported("sparse") == (QWEN2_TEMPLATE, 4321)
     save_model(tmp_path / "trained", config, load(tmp_path / "ours")[1], small_tokenizer, {})
     assert exported("trained") == (chat_template("chatml"), 32768)

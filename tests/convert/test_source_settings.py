@@ -7,7 +7,7 @@ import pytest
 import transformers
 from transformers import AutoProcessor, GenerationConfig
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
@@ -74,7 +74,7 @@ def test_sampling_settings_come_back_until_a_stage_trains(llava, tmp_path, small
     config = import_model(str(llava(generation_config=settings)), tmp_path / "ours")
     assert "do_sample True, temperature 0.7, top_p 0.8, top_k 20" in caplog.text
     assert "a trained model is exported with greedy decoding" in caplog.text
-    upcycle_model(tmp_path / "ours", tmp_path / "sparse", MoeConfig())
+    upcycle_model(tmp_path / "ours", tmp_path / "sparse", ExpertConfig())
     found = exported(tmp_path / "ours", tmp_path / "out")
     assert found == exported(tmp_path / "sparse", tmp_path / "sparse-out")
     assert {name: found[name] for name in SAMPLING} == SAMPLING

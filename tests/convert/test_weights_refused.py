@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.upcycling import upcycle_model
@@ -80,7 +80,7 @@ def test_model_folder_whose_parameters_are_not_finite(language, tmp_path, use):
         if use == "export":
             export_model(tmp_path / "bad", tmp_path / "out", max_shard_size=10**9)
         else:
-            upcycle_model(tmp_path / "bad", tmp_path / "out", MoeConfig())
+            upcycle_model(tmp_path / "bad", tmp_path / "out", ExpertConfig())
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
-from moddistill.config import MeshConfig, MoeConfig
+from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.sharding import (
     MESH_AXES,
@@ -21,6 +21,7 @@ from moddistill.distributed.sharding import (
     put_batch,
     resolve,
 )
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import PRESETS
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
@@ -95,7 +96,7 @@ def test_widths_are_cut_along_every_axis_that_the_array_leaves_free():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("moe", [None, MoeConfig(residual=True)], ids=["dense", "sparse"])
+@pytest.mark.parametrize("moe", [None, ExpertConfig(residual=True)], ids=["dense", "sparse"])
 def test_every_parameter_has_a_place_on_the_mesh(name, moe):
     config = PRESETS[name] if moe is None else upcycle_config(PRESETS[name], moe)
     boxed = abstract_params(config)
@@ -125,7 +126,7 @@ def test_samples_are_spread_over_all_devices():
 def test_a_tower_gathers_its_kernels_and_nothing_of_its_samples():
     """With 64 samples on 8 devices along `fsdp`; activations are larger than any kernel."""
     config = VisionConfig(image_size=56, patch_size=14, width=64, mlp=128, layers=3, heads=2)
-    tower = Vision(config, jnp.float32, "full")
+    tower = Vision(config, ComputeConfig(remat="full"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     images = jax.ShapeDtypeStruct((64, 56, 56, 3), jnp.uint8, sharding=batch_sharding(mesh))
     boxed = jax.eval_shape(tower.init, jax.random.key(0), images)
@@ -225,6 +226,6 @@ def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
 
 def test_nor_do_micro_batches_with_a_packed_teacher_and_rows_sent_all_to_all(steps):
     more = {"accumulate": 2, "teacher_weights": "int8"}
-    got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), moe={"transport": "all_to_all"}, **more)
+    got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), expert_transport="all_to_all", **more)
     expected, _ = steps("d2s", one_device_mesh(), **more)
     check_same(got, expected)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import LossConfig, MoeConfig
+from moddistill.config import ExpertConfig, LossConfig
 from moddistill.losses.distillation import positions_of, token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.models.vlm import Vlm
@@ -81,7 +81,7 @@ def setting(tiny_architecture, init, random_batch):
 
     def make(kind):
         if kind not in made:
-            moe = MoeConfig() if kind == "sparse" else None
+            moe = ExpertConfig() if kind == "sparse" else None
             names = ("tiny", moe), ("tiny-teacher", None)
             student, teacher = (
                 dataclasses.replace(tiny_architecture(*name), vision=None) for name in names

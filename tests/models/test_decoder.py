@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.models.attention import causal_mask
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import Block, Context, Decoder, DecoderConfig
 from moddistill.models.layer_plan import unstack
 from moddistill.models.moe.layer import check_moe
@@ -25,7 +26,7 @@ STACKS = {
 
 
 def decoder_config(placement, layers):
-    moe = None if placement is None else check_moe(MoeConfig(3, 2, placement))
+    moe = None if placement is None else check_moe(ExpertConfig(3, 2, placement))
     return dataclasses.replace(DENSE, layers=layers, moe=moe)
 
 
@@ -43,13 +44,13 @@ def context(batch):
 def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
     config = decoder_config(placement, layers)
     batch = draw.text(config, 2, 5)
-    decoder, inputs = Decoder(config, jnp.float32, "none"), (batch["tokens"], None, context(batch))
+    decoder, inputs = Decoder(config, ComputeConfig()), (batch["tokens"], None, context(batch))
     params = draw.params(decoder, *inputs, None)
     hidden, head, router, cache = draw.apply(decoder, params, *inputs, None)
 
     x, all_stats = params["embedding"][batch["tokens"]], []
     for i, layer in enumerate(unstack(params, config.plan)):
-        block = Block(config, i in config.moe_layers, jnp.float32)
+        block = Block(config, i in config.moe_layers, ComputeConfig())
         x, stats, _ = draw.apply(block, layer, x, context(batch), None)
         all_stats += [stats] if i in config.moe_layers else []
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
@@ -71,11 +72,11 @@ def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement, re
     config = decoder_config(placement, 4)
     batch = draw.text(config, 2, 5)
     inputs = (batch["tokens"], None, context(batch), None)
-    params = draw.params(Decoder(config, jnp.float32, "none"), *inputs)
+    params = draw.params(Decoder(config, ComputeConfig()), *inputs)
 
     def outputs_and_gradients(remat):
         def loss(params):
-            hidden, _, router, _ = Decoder(config, jnp.float32, remat).apply(
+            hidden, _, router, _ = Decoder(config, ComputeConfig(remat=remat)).apply(
                 {"params": params}, *inputs
             )
             balance = 0 if router is None else jnp.sum(router.prob**2)
@@ -94,11 +95,12 @@ def test_what_is_computed_again_for_the_gradient(placement):
     config = decoder_config(placement, 2)
     batch = draw.text(config, 2, 5)
     inputs = (batch["tokens"], None, context(batch), None)
-    params = draw.params(Decoder(config, jnp.float32, "none"), *inputs)
+    params = draw.params(Decoder(config, ComputeConfig()), *inputs)
 
     def products(remat):
         def loss(params):
-            hidden = Decoder(config, jnp.float32, remat).apply({"params": params}, *inputs)[0]
+            decoder = Decoder(config, ComputeConfig(remat=remat))
+            hidden = decoder.apply({"params": params}, *inputs)[0]
             return jnp.sum(hidden**2)
 
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
@@ -110,7 +112,7 @@ def test_an_untied_head_is_a_parameter_of_its_own():
     config = dataclasses.replace(DENSE, tied_head=False)
     batch = draw.text(config, 1, 2)
     inputs = (batch["tokens"], None, context(batch), None)
-    decoder = Decoder(config, jnp.float32, "none")
+    decoder = Decoder(config, ComputeConfig())
     params = draw.params(decoder, *inputs)
     _, head, _, _ = draw.apply(decoder, params, *inputs)
     chex.assert_shape(head, (23, 8))

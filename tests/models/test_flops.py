@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import unbox
 from moddistill.models.flops import (
     StepSize,
@@ -66,7 +66,7 @@ def test_backward_is_what_the_compiler_counts(length, trained):
 
 
 def test_only_the_chosen_experts_count():
-    dense, sparse = one_layer(), one_layer(MoeConfig(num_experts=8, top_k=2, placement="dense"))
+    dense, sparse = one_layer(), one_layer(ExpertConfig(num_experts=8, top_k=2, placement="dense"))
     layer = 6 * 256 * 512
     router = 2 * 256 * 8
     difference = decoder_flops(sparse.decoder, 64) - decoder_flops(dense.decoder, 64)

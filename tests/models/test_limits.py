@@ -2,14 +2,14 @@ import dataclasses
 
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.models.limits import check_architecture
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 
 
 def changed(part, **fields):
-    config = upcycle_config(preset("tiny"), MoeConfig())
+    config = upcycle_config(preset("tiny"), ExpertConfig())
     if part == "moe":
         moe = dataclasses.replace(config.decoder.moe, **fields)
         part, fields = "decoder", {"moe": moe}
@@ -21,7 +21,7 @@ def changed(part, **fields):
 def test_all_presets_are_within_the_limits():
     for name, config in PRESETS.items():
         check_architecture(config, name)
-    check_architecture(upcycle_config(preset("qwen2-7b"), MoeConfig(num_experts=64)), "sparse")
+    check_architecture(upcycle_config(preset("qwen2-7b"), ExpertConfig(num_experts=64)), "sparse")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import unbox
 from moddistill.models.flops import parameter_counts
 from moddistill.models.presets import CLIP_L_336, PRESETS, preset, with_vocabulary
@@ -30,7 +30,7 @@ def language_model(name):
 )
 def test_students_have_the_parameters_of_the_paper(name, dense, total, activated):
     config = language_model(name)
-    sparse = upcycle_config(config, MoeConfig(num_experts=4, top_k=2, placement="sparse"))
+    sparse = upcycle_config(config, ExpertConfig(num_experts=4, top_k=2, placement="sparse"))
     assert [billions(x) for x in parameter_counts(config)] == [dense, dense]
     assert [billions(x) for x in parameter_counts(sparse)] == [total, activated]
 

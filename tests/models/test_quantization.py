@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.quantization import pack, pack_all, packed_shapes, unpack, unpacked_shapes
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
@@ -77,7 +78,8 @@ def test_a_packed_model_computes_with_its_unpacked_kernels(
     unpacked = unpack(kept, jnp.float32)
     row = jnp.arange(12)[None]
     batch = {"tokens": row, "positions": row, "segments": jnp.ones((1, 12), jnp.int32)}
-    got = jax.jit(Vlm(config, remat=remat, packed=True).apply)({"params": kept}, batch)
+    compute = ComputeConfig(remat=remat, quantized_layers=True)
+    got = jax.jit(Vlm(config, compute).apply)({"params": kept}, batch)
     expected = jax.jit(Vlm(config).apply)({"params": unpacked}, batch)
     np.testing.assert_allclose(got.hidden, expected.hidden, atol=1e-5)
     if weights == "int8":

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig, normalise, patchify
 from tests.models import draw
 
@@ -37,7 +38,7 @@ def test_pixels_are_scaled_and_normalised_by_channel():
 
 
 def tower(config, remat="none"):
-    vision = Vision(config, jnp.float32, remat)
+    vision = Vision(config, ComputeConfig(remat=remat))
     return vision, draw.params(vision, draw.pixels(1, 12, 12, 3))
 
 
@@ -68,7 +69,7 @@ def test_what_is_never_computed_is_made_by_init_and_ignored_by_apply(remat):
 
 
 def test_parameters_are_named_and_split_as_those_of_the_used_layers():
-    vision = Vision(dataclasses.replace(CONFIG, select_layer=-3), jnp.float32, "none")
+    vision = Vision(dataclasses.replace(CONFIG, select_layer=-3), ComputeConfig())
     params = jax.eval_shape(vision.init, jax.random.key(0), draw.pixels(1, 12, 12, 3))["params"]
     names, unused = (
         jax.tree.map(lambda x: x.names, params[part], is_leaf=lambda x: hasattr(x, "names"))
@@ -90,7 +91,7 @@ def test_a_tower_without_class_token_gives_all_its_positions():
 
 def test_pixels_beyond_the_last_whole_patch_are_not_seen():
     config = dataclasses.replace(CONFIG, image_size=15)
-    vision, images = Vision(config, jnp.float32, "none"), draw.pixels(1, 15, 15, 3)
+    vision, images = Vision(config, ComputeConfig()), draw.pixels(1, 15, 15, 3)
     params = draw.params(vision, images)
     assert config.patches == 9
     expected = draw.apply(vision, params, images)
@@ -113,7 +114,7 @@ def test_settings_without_a_meaning_are_named(changes, named):
 
 def test_features_are_those_below_the_selected_layer():
     vision, params = tower(dataclasses.replace(CONFIG, layers=4, select_layer=-3))
-    shorter = Vision(dataclasses.replace(CONFIG, layers=2, select_layer=-1), jnp.float32, "none")
+    shorter = Vision(dataclasses.replace(CONFIG, layers=2, select_layer=-1), ComputeConfig())
     images = draw.pixels(2, 12, 12, 3)
     ours, expected = (draw.apply(v, params, images) for v in (vision, shorter))
     chex.assert_shape(ours, (2, CONFIG.patches, CONFIG.width))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import DecoderConfig, init_cache
 from moddistill.models.layers import exact_gelu
 from moddistill.models.upcycle import upcycle_config
@@ -21,7 +22,7 @@ DECODER = DecoderConfig(
 )
 TOWER = VisionConfig(image_size=8, patch_size=4, width=6, mlp=8, layers=2, heads=2)
 DENSE = ModelConfig(DECODER, TOWER, "mlp2x_gelu", "vicuna", IMAGE)
-SPARSE = upcycle_config(DENSE, MoeConfig(num_experts=3, top_k=2))
+SPARSE = upcycle_config(DENSE, ExpertConfig(num_experts=3, top_k=2))
 BOTH = pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
 
 
@@ -69,7 +70,7 @@ def random_params(config):
 
 def run(config, batch, params=None, dtype=jnp.float32):
     """Logits, the whole output, and parameters."""
-    model = Vlm(config, dtype)
+    model = Vlm(config, ComputeConfig(dtype=dtype))
     params = random_params(config) if params is None else params
     output = draw.apply(model, params, batch)
     return np.asarray(Vlm.logits(output)), output, params
@@ -82,7 +83,7 @@ def test_image_positions_hold_projected_features_and_others_the_embedding():
     _, output, params = run(config, batch)
 
     flat = batch["images"].reshape(-1, 8, 8, 3)
-    x = Vision(TOWER, jnp.float32, "none").apply({"params": params["vision"]}, flat)
+    x = Vision(TOWER, ComputeConfig()).apply({"params": params["vision"]}, flat)
     first, second = params["projector"]["linear_0"], params["projector"]["linear_1"]
     x = exact_gelu(x @ first["kernel"] + first["bias"][None, None])
     x = (x @ second["kernel"] + second["bias"][None, None]).reshape(3, 8, 8)

@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.vision import Vision, VisionConfig
 from moddistill.params import count
 from tests import torch_or_skip as torch
@@ -52,7 +53,7 @@ def test_features_equal_the_hidden_states_of_clip_without_the_class_token(config
         states = tower(pixel_values(images, config), output_hidden_states=True).hidden_states
     theirs = states[config.select_layer][:, 1:].numpy()
 
-    vision = Vision(config, jnp.float32, remat="none")
+    vision = Vision(config, ComputeConfig())
     params = vision_params(numpy_state(tower), config)
     ours = jax.jit(vision.apply)({"params": params}, jnp.asarray(images))
 
@@ -63,7 +64,7 @@ def test_features_equal_the_hidden_states_of_clip_without_the_class_token(config
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
 def test_the_whole_of_clip_has_a_place(config):
     tower = randomise(CLIPVisionModel(clip_config(config)))
-    vision = Vision(config, jnp.float32, remat="none")
+    vision = Vision(config, ComputeConfig())
     shapes = jax.eval_shape(vision.init, jax.random.key(0), random_images(config, 1))["params"]
     params = vision_params(numpy_state(tower), config)
     chex.assert_trees_all_equal_shapes(params, nn.unbox(shapes))

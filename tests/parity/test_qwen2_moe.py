@@ -5,7 +5,8 @@ import pytest
 from transformers import Qwen2MoeConfig
 from transformers.models import qwen2_moe
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE
 from tests import torch_or_skip as torch
 from tests.parity.convert import numpy_state, randomise
@@ -66,10 +67,10 @@ def test_experts_equal_those_of_qwen2_moe(num_experts, top_k, norm_topk_prob):
     with torch.no_grad():
         theirs = block(torch.tensor(hidden)).numpy()
 
-    config = MoeConfig(num_experts, top_k, norm_topk_prob=norm_topk_prob)
+    config = ExpertConfig(num_experts, top_k, norm_topk_prob=norm_topk_prob)
     params = converted(numpy_state(block))
     valid = jnp.ones((2, 13), bool)
-    layer = MoE(config, MLP, jnp.float32)
+    layer = MoE(config, MLP, ComputeConfig())
     ours, _ = jax.jit(layer.apply)({"params": params}, jnp.asarray(hidden), valid, ~valid)
 
     assert theirs.std() > 0.1

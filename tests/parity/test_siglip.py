@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.vision import Vision, VisionConfig
 from moddistill.params import count
 from tests import torch_or_skip as torch
@@ -68,7 +69,7 @@ def test_features_equal_the_hidden_states_of_siglip(config):
         states = tower(pixel_values(images, config), output_hidden_states=True).hidden_states
     theirs = states[config.select_layer].numpy()
 
-    vision = Vision(config, jnp.float32, remat="none")
+    vision = Vision(config, ComputeConfig())
     params = vision_params(numpy_state(tower), config)
     ours = jax.jit(vision.apply)({"params": params}, jnp.asarray(images))
 
@@ -79,7 +80,7 @@ def test_features_equal_the_hidden_states_of_siglip(config):
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
 def test_the_whole_of_siglip_but_its_pooling_head_has_a_place(config):
     tower = randomise(SiglipVisionModel(siglip_config(config)))
-    vision = Vision(config, jnp.float32, remat="none")
+    vision = Vision(config, ComputeConfig())
     shapes = jax.eval_shape(vision.init, jax.random.key(0), random_images(config, 1))["params"]
     params = vision_params(numpy_state(tower), config)
     chex.assert_trees_all_equal_shapes(params, nn.unbox(shapes))

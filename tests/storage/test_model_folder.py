@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moddistill
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.models.flops import parameter_counts
 from moddistill.models.vlm import Vlm
@@ -19,7 +19,7 @@ from moddistill.storage.model_folder import _has_blocks, load_params, read_model
 @pytest.fixture(scope="module")
 def sparse(tiny_architecture, init):
     """A sparse architecture and parameters of two dtypes."""
-    config = tiny_architecture("tiny", MoeConfig(placement=(0, 3)))
+    config = tiny_architecture("tiny", ExpertConfig(placement=(0, 3)))
     params = init(config)
     params["vision"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["vision"])
     return config, params
@@ -136,7 +136,7 @@ def test_parameter_counts(tiny_architecture):
     assert parameter_counts(dataclasses.replace(config, vision=tower)) == (whole, dense)
     # Layers 0 and 2 have four experts and a router of 16 x 4; a token uses two experts.
     sparse = dense + 2 * (3 * expert + 16 * 4)
-    assert parameter_counts(tiny_architecture("tiny", MoeConfig())) == (
+    assert parameter_counts(tiny_architecture("tiny", ExpertConfig())) == (
         sparse + 2 * 16,
         sparse - 2 * 2 * expert,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moddistill.config import MeshConfig, MoeConfig
+from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.convert import resolve
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import Tokenizer, train_bpe
@@ -59,7 +59,7 @@ def test_student_of_a_folder_keeps_its_weights(start, tiny_config, tiny_models):
 def test_dense_to_sparse_copies_the_feed_forward_layers(start, tiny_config, tiny_models):
     config = tiny_config("d2s", student=str(tiny_models["dense"]), tokenizer="")
     target, params = start(config)
-    assert target.decoder.moe == MoeConfig(norm_topk_prob=True)
+    assert target.decoder.moe == ExpertConfig(norm_topk_prob=True)
     sparse, dense = flatten(params), flatten(load(tiny_models["dense"])[1])
     for i, layer in enumerate(target.decoder.moe_layers):
         gate = dense["decoder/segment_0/block_0/mlp/gate/kernel"][layer]

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from moddistill.config import MoeConfig, OptimConfig
+from moddistill.config import ExpertConfig, OptimConfig
 from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
 from moddistill.training.optim import decay_mask, make_optimizer, schedule
@@ -24,7 +24,7 @@ def test_schedule_without_warm_up_starts_at_its_peak():
 
 
 def test_matrices_are_decayed_and_nothing_else(tiny_architecture):
-    config = tiny_architecture("tiny", MoeConfig(residual=True))
+    config = tiny_architecture("tiny", ExpertConfig(residual=True))
     shapes = flatten(nn.unbox(abstract_params(config)))
     decayed = {path for path, yes in decay_mask(shapes).items() if yes}
     ends = {path.split("/")[-1] for path in decayed}

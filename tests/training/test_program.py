@@ -1,12 +1,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from moddistill.config import MeshConfig, MoeConfig
+from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.sharding import make_mesh
+from moddistill.errors import UserError
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.planning.planner import abstract_batch
@@ -20,7 +23,7 @@ def make(tiny_config):
     def run(stage, **settings):
         config = dataclasses.replace(tiny_config(stage), **settings)
         mesh = make_mesh(config.mesh)
-        student = upcycle_config(preset("tiny"), MoeConfig(transport="ragged"))
+        student = upcycle_config(preset("tiny"), ExpertConfig())
         return config, mesh, make_program(config, student, preset("tiny-teacher"), mesh)
 
     return run
@@ -37,9 +40,11 @@ def test_a_step_takes_over_the_memory_of_its_state(make, donate):
 
 
 @pytest.mark.parametrize("stage", ["d2s", "preference"])
-def test_rows_of_experts_travel_as_this_run_says_and_not_as_an_earlier_one(make, stage):
-    _, _, program = make(stage, moe=MoeConfig(transport="all_to_all"))
-    assert program.model.config.decoder.moe.transport == "all_to_all"
+def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
+    _, _, program = make(stage, expert_transport="all_to_all", remat="products", scan=False)
+    assert program.model.compute == ComputeConfig(
+        dtype=jnp.dtype("float32"), remat="products", unroll=True, expert_transport="all_to_all"
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,7 @@ def test_rows_of_experts_travel_as_this_run_says_and_not_as_an_earlier_one(make,
     [
         ({"tensor": 4}, {}, r"mesh\.tensor is 4, .* student's .*/key/.* has 2 kv_heads; accepted"),
         ({"tensor": 2}, {"mlp": 33}, r"mesh\.tensor is 2, .* has 33 mlp; accepted: a divisor of 3"),
-        ({"expert": 8}, {"moe": MoeConfig()}, r"mesh\.expert is 8, .*/experts_.* has 4 expert;"),
+        ({"expert": 8}, {"moe": ExpertConfig()}, r"mesh\.expert is 8, .*/experts_.* has 4 expert;"),
         (
             {"fsdp": 4, "expert": 2},
             {"width": 20},
@@ -70,8 +75,12 @@ def test_mesh_that_cannot_cut_the_teacher(tiny_config, tiny_architecture):
 
 
 def test_ragged_transport_between_cpus(tiny_config, tiny_architecture):
-    config = tiny_config("sft", moe={"transport": "ragged"})
-    student = tiny_architecture("tiny", MoeConfig())
+    config = tiny_config("sft", expert_transport="ragged")
+    student = tiny_architecture("tiny", ExpertConfig())
     make_program(config, student, None, make_mesh(MeshConfig(), jax.devices()[:1]))
-    with pytest.raises(ValueError, match=r"moe\.transport of the student is 'ragged'.*: ring, all"):
+    message = (
+        r"^config\.expert_transport: expected 'all_gather' or 'all_to_all' on 8 CPUs, .* student "
+        r"has experts, got 'ragged'$"
+    )
+    with pytest.raises(UserError, match=message):
         make_program(config, student, None, make_mesh(MeshConfig()))

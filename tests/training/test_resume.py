@@ -81,7 +81,7 @@ def steps(workdir):
                 "log_every": 2,
                 "loss": {"chunk": 64},
                 "data": {"workers": 2},
-                "moe": {"transport": "all_to_all"},
+                "expert_transport": "all_to_all",
             },
         ),
     ],

@@ -4,7 +4,7 @@ import re
 import pytest
 from flax import linen as nn
 
-from moddistill.config import LossConfig, MoeConfig, TrainConfig
+from moddistill.config import ExpertConfig, LossConfig, TrainConfig
 from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
@@ -14,7 +14,7 @@ from moddistill.training.stages import STAGES, stage_of, trainable_paths
 @pytest.fixture(scope="module")
 def paths(tiny_architecture):
     """Parameter paths by sparsity."""
-    architectures = {False: tiny_architecture(), True: tiny_architecture("tiny", MoeConfig())}
+    architectures = {False: tiny_architecture(), True: tiny_architecture("tiny", ExpertConfig())}
     return {k: list(flatten(nn.unbox(abstract_params(v)))) for k, v in architectures.items()}
 
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moddistill.config import MoeConfig, OptimConfig
+from moddistill.config import ExpertConfig, OptimConfig
 from moddistill.params import cast_frozen, flatten, match
 from moddistill.training.optim import make_optimizer
 from moddistill.training.state import make_state
@@ -10,7 +10,7 @@ from moddistill.training.state import make_state
 
 @pytest.fixture(scope="module")
 def params(tiny_architecture, init):
-    return init(tiny_architecture("tiny", MoeConfig(residual=True)))
+    return init(tiny_architecture("tiny", ExpertConfig(residual=True)))
 
 
 @pytest.fixture(scope="module")

@@ -85,12 +85,13 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         ),
         ("sft", {"optim": {"clip_norm": -1.0}}, r"config\.optim\.clip_norm is -1"),
         ("d2d", {"moe": {"top_k": 99}}, r"config\.moe is set, but stage 'd2d' makes no experts"),
+        ("d2d", {"upcycle": {"method": "drop"}}, r"config\.upcycle is set, but stage 'd2d' makes"),
         ("d2s", {"moe": {"num_experts": 10**9}}, r"^config\.moe\.num_experts is 1000000000; acc"),
         ("d2s", {"moe": {"top_k": 10**9}}, r"^config\.moe\.top_k is 1000000000; accepted: 1 to"),
         (
             "d2s",
-            {"moe": {"upcycle": "noise", "noise_std": math.inf}},
-            r"^config\.moe\.noise_std is inf with moe\.upcycle 'noise'; accepted: above 0, at mo",
+            {"upcycle": {"method": "noise", "noise_std": math.inf}},
+            r"^config\.upcycle\.noise_std: expected > 0 and <= 10,000 with 'noise', got inf$",
         ),
         (
             "d2s",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.convert.hub import part_of
 from moddistill.convert.rules import FLAT, Rule, Rules, matrix
 from moddistill.errors import UserError
@@ -191,7 +191,7 @@ def context_length(hf: Mapping[str, Any], origin: str) -> int | None:
     return hf["max_position_embeddings"]
 
 
-def _moe_config(hf: Mapping[str, Any], origin: str) -> MoeConfig:
+def _moe_config(hf: Mapping[str, Any], origin: str) -> ExpertConfig:
     sizes = {ours: hf.get(theirs) for ours, theirs in _EXPERT_SIZES.items()}
     sizes["num_experts"] = sizes["num_experts"] or hf.get("num_local_experts")
     limits.check_numbers(sizes, limits.EXPERTS, origin, _spell)
@@ -202,7 +202,7 @@ def _moe_config(hf: Mapping[str, Any], origin: str) -> MoeConfig:
         )
     if sizes["moe_intermediate_size"] == hf["intermediate_size"]:
         sizes["moe_intermediate_size"] = 0
-    return MoeConfig(
+    return ExpertConfig(
         **sizes,
         placement=tuple(sorted(set(range(hf["num_hidden_layers"])) - set(dense))),
         norm_topk_prob=bool(hf.get("norm_topk_prob")),
@@ -270,7 +270,7 @@ def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 def deepspeed_moe(
     fields: Mapping[str, Any], names: Mapping[str, Any], origin: str
-) -> MoeConfig | None:
+) -> ExpertConfig | None:
     """The experts of an original sparse checkpoint, counted by their names; None for a dense one.
 
     Raises:
@@ -291,7 +291,7 @@ def deepspeed_moe(
     top_k = moe["top_k_experts"]
     limit = {"moe.top_k_experts": limits.EXPERTS["top_k"]}
     limits.check_numbers({"moe.top_k_experts": top_k}, limit, origin)
-    return MoeConfig(
+    return ExpertConfig(
         num_experts=1 + max(int(expert) for _, expert in found),
         top_k=top_k,
         placement=tuple(sorted({int(layer) for layer, _ in found})),

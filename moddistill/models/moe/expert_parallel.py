@@ -3,10 +3,10 @@
 Tokens are spread over the batch axes of the mesh, experts over `expert`, their inner width over
 `tensor`. Rows travel along `expert` by one of three transports with equal results:
 
-- `ring`: devices gather each other's tokens, each computes the assignments to its own experts, and
-  the sums are scattered back.
+- `all_gather`: devices gather each other's tokens, each computes the assignments to its own
+  experts, and the sums are scattered back.
 - `all_to_all`: each device is sent the tokens that chose its experts, in buffers for the worst
-  case, that all of them did; so they are as large as what `ring` gathers.
+  case, that all of them did; so they are as large as what `all_gather` gathers.
 - `ragged`: the same without the empty part of the buffers, where the backend has the instruction
   (TPU and GPU).
 """
@@ -47,21 +47,25 @@ def mix_experts(
     chosen: Int[Array, "T k"],
     keep: Bool[Array, "T k"],
     experts: Experts,
-    transport: str = "ring",
+    transport: str = "all_gather",
 ) -> Float[Array, "T D"]:
     """As `mix_on_one_device`, to rounding, over the devices of the mesh of the context."""
     if not is_distributed():
         return mix_on_one_device(tokens, weights, chosen, keep, experts)
     rows = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
-        {"ring": _by_ring, "all_to_all": _by_all_to_all, "ragged": _by_ragged}[transport],
+        {"all_gather": _by_all_gather, "all_to_all": _by_all_to_all, "ragged": _by_ragged}[
+            transport
+        ],
         in_specs=(rows, rows, rows, rows, _KERNELS),
         out_specs=rows,
         check_vma=False,
     )(tokens, weights, chosen, keep, experts)
 
 
-def _by_ring(tokens: Array, weights: Array, chosen: Array, keep: Array, experts: Experts) -> Array:
+def _by_all_gather(
+    tokens: Array, weights: Array, chosen: Array, keep: Array, experts: Experts
+) -> Array:
     gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
     mixed = _mix_here(*map(gather, (tokens, weights, chosen, keep)), experts)
     return jax.lax.psum_scatter(mixed, "expert", tiled=True).astype(tokens.dtype)

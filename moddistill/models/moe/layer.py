@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
 from moddistill.errors import UserError, nearest
-from moddistill.models.layers import DType, SwiGLU, init_fan_in, init_normal, init_zeros
+from moddistill.models.compute import ComputeConfig
+from moddistill.models.layers import SwiGLU, init_fan_in, init_normal, init_zeros
 from moddistill.models.moe.expert_parallel import mix_experts, mix_on_one_device
 from moddistill.models.moe.router import (
     RouterStats,
@@ -27,12 +28,10 @@ from moddistill.models.moe.router import (
 )
 
 DISPATCHES = ("dropless", "capacity")
-UPCYCLES = ("copy", "noise", "drop")
 MAX_EXPERTS = 1_000
-_MAX_NOISE = 1e4  # in float16, a draw beyond six deviations is still finite
 
 
-def check_moe(config: MoeConfig) -> MoeConfig:
+def check_moe(config: ExpertConfig) -> ExpertConfig:
     """The config with `norm_topk_prob` decided; raises UserError for values without a meaning."""
     if not 1 <= config.num_experts <= MAX_EXPERTS:
         raise UserError(f"moe.num_experts is {config.num_experts}; accepted: 1 to {MAX_EXPERTS:,}")
@@ -49,37 +48,13 @@ def check_moe(config: MoeConfig) -> MoeConfig:
         raise UserError(
             f"moe.capacity_factor is {config.capacity_factor}; accepted: above 0, at most 1,000,000"
         )
-    _check_upcycle(config)
-    norm = config.top_k >= 2 if config.norm_topk_prob is None else config.norm_topk_prob
-    return dataclasses.replace(config, norm_topk_prob=norm)
-
-
-def _check_upcycle(config: MoeConfig) -> None:
-    if config.upcycle not in UPCYCLES:
-        raise UserError(
-            f"moe.upcycle is {config.upcycle!r}; accepted: {', '.join(UPCYCLES)}"
-            + nearest(config.upcycle, UPCYCLES)
-        )
-    numbers = (
-        ("noise", "noise_std", _MAX_NOISE, f"above 0, at most {_MAX_NOISE:,.0f}"),
-        ("drop", "drop_fraction", 1.0, "above 0, at most 1"),
-    )
-    for variant, name, largest, accepted in numbers:
-        value = getattr(config, name)
-        if config.upcycle != variant and value != 0:
-            raise UserError(
-                f"moe.{name} is {value}, but moe.upcycle is {config.upcycle!r}; accepted: 0, or "
-                f"upcycle {variant!r}"
-            )
-        if config.upcycle == variant and not 0 < value <= largest:
-            raise UserError(
-                f"moe.{name} is {value} with moe.upcycle {variant!r}; accepted: {accepted}"
-            )
     if config.moe_intermediate_size < 0:
         raise UserError(
             f"moe.moe_intermediate_size is {config.moe_intermediate_size}; accepted: the width of "
             "an expert, or 0 for the dense layer's"
         )
+    norm = config.top_k >= 2 if config.norm_topk_prob is None else config.norm_topk_prob
+    return dataclasses.replace(config, norm_topk_prob=norm)
 
 
 class MoE(nn.Module):
@@ -88,9 +63,9 @@ class MoE(nn.Module):
     `width` is the feed-forward width of a dense layer, and of the experts unless they have another.
     """
 
-    config: MoeConfig
+    config: ExpertConfig
     width: int
-    dtype: DType
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(
@@ -117,9 +92,11 @@ class MoE(nn.Module):
             weights = weights * keep
             weights = _normalise(weights) if config.norm_topk_prob else weights
         # The one token of an init cannot be spread over devices.
-        mix = functools.partial(mix_experts, transport=config.transport)
+        mix = functools.partial(mix_experts, transport=self.compute.expert_transport)
         mix = mix_on_one_device if self.is_initializing() else mix
-        mixed = mix(tokens.astype(self.dtype), weights, experts, keep, self._experts(tokens))
+        mixed = mix(
+            tokens.astype(self.compute.dtype), weights, experts, keep, self._experts(tokens)
+        )
         mixed = mixed.reshape(hidden.shape)
         if config.residual:
             mixed = self._add_residual(hidden, mixed)
@@ -144,7 +121,7 @@ class MoE(nn.Module):
         for name, (shape, inputs, outputs) in shapes.items():
             init = init_fan_in(inputs, outputs, batch=("expert",))
             experts[name] = self.param(f"experts_{name}", init, shape, jnp.float32)
-        return {name: kernel.astype(self.dtype) for name, kernel in experts.items()}
+        return {name: kernel.astype(self.compute.dtype) for name, kernel in experts.items()}
 
     def _add_residual(
         self, hidden: Float[Array, "B T D"], mixed: Float[Array, "B T D"]
@@ -154,6 +131,8 @@ class MoE(nn.Module):
         kernel = self.param("blend", init_normal("embed", "router"), (width, 2), jnp.float32)
         bias = self.param("blend_bias", init_zeros("router"), (2,), jnp.float32)
         logits = jnp.einsum("BTD,DE->BTE", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
-        share = jax.nn.softmax(logits + bias.astype(jnp.float32)[None, None]).astype(self.dtype)
-        dense = SwiGLU(self.width, self.dtype, name="residual")(hidden)
+        share = jax.nn.softmax(logits + bias.astype(jnp.float32)[None, None]).astype(
+            self.compute.dtype
+        )
+        dense = SwiGLU(self.width, self.compute.dtype, name="residual")(hidden)
         return share[..., :1] * mixed + share[..., 1:] * dense

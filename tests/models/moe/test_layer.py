@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import MoeConfig
+from moddistill.config import ExpertConfig
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE, check_moe
 from moddistill.models.moe.router import choose
 from tests.models import draw
@@ -16,7 +17,7 @@ def moe(hidden, config, valid=None, is_image=None, params=None, dtype=jnp.float3
     """The layer on [B, T, D], its statistics and its parameters."""
     valid = jnp.ones(hidden.shape[:2], bool) if valid is None else valid
     is_image = jnp.zeros(hidden.shape[:2], bool) if is_image is None else is_image
-    layer = MoE(check_moe(config), MLP, dtype)
+    layer = MoE(check_moe(config), MLP, ComputeConfig(dtype=dtype))
     if params is None:
         params = draw.params(layer, hidden, valid, is_image)
     output, stats = draw.apply(layer, params, hidden, valid, is_image)
@@ -26,7 +27,7 @@ def moe(hidden, config, valid=None, is_image=None, params=None, dtype=jnp.float3
 def moe_on_logits(logits, config, **kwargs):
     """The layer where hidden states are the router's logits, as its kernel is the identity."""
     hidden = jnp.asarray(logits, jnp.float32)
-    layer = MoE(check_moe(config), MLP, jnp.float32)
+    layer = MoE(check_moe(config), MLP, ComputeConfig())
     flags = jnp.ones(hidden.shape[:2], bool)
     params = draw.params(layer, hidden, flags, flags) | {"router": jnp.eye(hidden.shape[-1])}
     return moe(hidden, config, params=params, **kwargs)
@@ -61,7 +62,7 @@ def test_weights_are_probabilities_over_their_sum_or_raw(top_k, norm, expected):
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_the_only_choice_is_weighted_by_its_raw_probability(dispatch):
-    config = MoeConfig(2, 1, dispatch=dispatch, capacity_factor=2.0)
+    config = ExpertConfig(2, 1, dispatch=dispatch, capacity_factor=2.0)
     logits = [[[np.log(3.0), 0.0], [0.0, 0.0]]]  # probabilities 3/4, 1/4 and 1/2, 1/2
     output, _, params = moe_on_logits(logits, config)
     np.testing.assert_allclose(output[0, 0], 0.75 * expert(logits[0][0], params, 0), atol=1e-5)
@@ -71,7 +72,7 @@ def test_the_only_choice_is_weighted_by_its_raw_probability(dispatch):
 @pytest.mark.parametrize(("norm", "weight"), [(True, 1.0), (False, 0.75)])
 def test_a_lone_survivor_has_weight_one_unless_weights_are_raw(norm, weight):
     # One slot, ceil(2 / 2 * 0.5 * 2), which the first choices take; both second ones are dropped.
-    config = MoeConfig(2, 2, norm_topk_prob=norm, dispatch="capacity", capacity_factor=0.5)
+    config = ExpertConfig(2, 2, norm_topk_prob=norm, dispatch="capacity", capacity_factor=0.5)
     logits = [[[np.log(3.0), 0.0], [0.0, np.log(3.0)]]]
     output, stats, params = moe_on_logits(logits, config)
     for i in range(2):
@@ -84,7 +85,7 @@ def test_a_lone_survivor_has_weight_one_unless_weights_are_raw(norm, weight):
 
 def test_a_token_that_loses_both_choices_gives_zero():
     # One slot, ceil(3 / 2 * 0.3 * 2): the first token takes it in both experts.
-    config = MoeConfig(2, 2, dispatch="capacity", capacity_factor=0.3)
+    config = ExpertConfig(2, 2, dispatch="capacity", capacity_factor=0.3)
     logits = [[[2.0, 1.0]] * 3]
     output, stats, params = moe_on_logits(logits, config)
     p = 1 / (1 + np.exp(-1.0))
@@ -96,8 +97,8 @@ def test_a_token_that_loses_both_choices_gives_zero():
 
 def test_capacity_that_holds_everything_changes_nothing():
     hidden = draw.normal(2, 9, 8)
-    ample = MoeConfig(4, 2, dispatch="capacity", capacity_factor=4.0)
-    dropless, _, params = moe(hidden, MoeConfig(4, 2))
+    ample = ExpertConfig(4, 2, dispatch="capacity", capacity_factor=4.0)
+    dropless, _, params = moe(hidden, ExpertConfig(4, 2))
     capacity, stats, _ = moe(hidden, ample, params=params)
     np.testing.assert_allclose(capacity, dropless, atol=1e-6)
     assert stats.dropped == 0
@@ -106,7 +107,7 @@ def test_capacity_that_holds_everything_changes_nothing():
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_padding_is_neither_routed_nor_counted(dispatch, top_k):
-    config = MoeConfig(4, top_k, dispatch=dispatch, capacity_factor=0.7)
+    config = ExpertConfig(4, top_k, dispatch=dispatch, capacity_factor=0.7)
     # All rows are one token, so that padding would compete with it for the same experts.
     hidden = jnp.tile(draw.normal(1, 1, 8), (3, 5, 1))
     valid = jnp.zeros((3, 5), bool).at[1, 2:].set(True).at[2, 0].set(True)
@@ -124,7 +125,7 @@ def test_padding_is_neither_routed_nor_counted(dispatch, top_k):
 
 def test_a_batch_of_padding_alone_gives_zeros():
     for dispatch in ("dropless", "capacity"):
-        config = MoeConfig(4, 2, dispatch=dispatch)
+        config = ExpertConfig(4, 2, dispatch=dispatch)
         output, stats, _ = moe(draw.normal(1, 3, 8), config, jnp.zeros((1, 3), bool))
         assert np.all(output == 0)
         assert stats.tokens == 0 and stats.dropped == 0
@@ -133,15 +134,15 @@ def test_a_batch_of_padding_alone_gives_zeros():
 @pytest.mark.parametrize("neighbours", [0, 1, 7])
 def test_dropless_output_of_a_sample_does_not_depend_on_its_neighbours(neighbours):
     sample = draw.normal(1, 6, 8)
-    alone, _, params = moe(sample, MoeConfig(4, 2))
+    alone, _, params = moe(sample, ExpertConfig(4, 2))
     for seed in range(2):
         rows = jnp.concatenate([5 * draw.normal(neighbours, 6, 8, seed=10 + seed), sample])
-        together, _, _ = moe(rows, MoeConfig(4, 2), params=params)
+        together, _, _ = moe(rows, ExpertConfig(4, 2), params=params)
         np.testing.assert_allclose(together[-1], alone[0], atol=1e-6)
 
 
 def test_with_capacity_an_earlier_sample_displaces_a_later_one():
-    config = MoeConfig(2, 1, dispatch="capacity", capacity_factor=1.0)
+    config = ExpertConfig(2, 1, dispatch="capacity", capacity_factor=1.0)
     token = [[1.0, 0.0]]
     output, _, params = moe_on_logits([token, token], config)  # one slot, ceil(2 / 2 * 1)
     assert np.any(output[0] != 0) and np.all(output[1] == 0)
@@ -151,10 +152,10 @@ def test_with_capacity_an_earlier_sample_displaces_a_later_one():
 
 def test_the_residual_layer_is_blended_by_a_softmax():
     hidden = draw.normal(1, 4, 8)
-    config = MoeConfig(4, 2, residual=True)
+    config = ExpertConfig(4, 2, residual=True)
     output, _, params = moe(hidden, config)
     experts = {name: x for name, x in params.items() if name.startswith(("experts", "router"))}
-    mixed, _, _ = moe(hidden, MoeConfig(4, 2), params=experts)
+    mixed, _, _ = moe(hidden, ExpertConfig(4, 2), params=experts)
     kernels = [params["residual"][name]["kernel"] for name in ("gate", "up", "down")]
     for t in range(4):
         x = np.asarray(hidden[0, t], np.float64)
@@ -166,8 +167,8 @@ def test_the_residual_layer_is_blended_by_a_softmax():
 
 def test_routing_is_in_float32_whatever_the_dtype_of_the_model():
     hidden = draw.normal(2, 16, 8).astype(jnp.bfloat16)
-    output, stats, params = moe(hidden, MoeConfig(4, 2), dtype=jnp.bfloat16)
-    _, expected, _ = moe(hidden.astype(jnp.float32), MoeConfig(4, 2), params=params)
+    output, stats, params = moe(hidden, ExpertConfig(4, 2), dtype=jnp.bfloat16)
+    _, expected, _ = moe(hidden.astype(jnp.float32), ExpertConfig(4, 2), params=params)
     assert output.dtype == jnp.bfloat16
     np.testing.assert_allclose(stats.prob, expected.prob, atol=1e-5)
     np.testing.assert_array_equal(stats.load, expected.load)
@@ -175,8 +176,8 @@ def test_routing_is_in_float32_whatever_the_dtype_of_the_model():
 
 def test_routing_is_deterministic():
     hidden = draw.normal(1, 5, 8)
-    first, _, params = moe(hidden, MoeConfig(4, 2))
-    again, _, _ = moe(hidden, MoeConfig(4, 2), params=params)
+    first, _, params = moe(hidden, ExpertConfig(4, 2))
+    again, _, _ = moe(hidden, ExpertConfig(4, 2), params=params)
     np.testing.assert_array_equal(again, first)
 
 
@@ -184,7 +185,7 @@ def test_routing_is_deterministic():
     (1, None, False), (2, None, True), (3, None, True), (1, True, True), (2, False, False)
 ])  # fmt: skip
 def test_weights_are_renormalised_by_default_for_two_choices_or_more(top_k, given, decided):
-    config = check_moe(MoeConfig(4, top_k, norm_topk_prob=given))
+    config = check_moe(ExpertConfig(4, top_k, norm_topk_prob=given))
     assert config.norm_topk_prob is decided
 
 
@@ -199,22 +200,11 @@ def test_weights_are_renormalised_by_default_for_two_choices_or_more(top_k, give
         ({"capacity_factor": 0.0}, "moe.capacity_factor is 0.0; accepted: above 0, at most 1,0"),
         ({"capacity_factor": 1e7}, "moe.capacity_factor is 10000000.0; accepted: above 0"),
         ({"dispatch": "capcity"}, "'capcity'.*did you mean 'capacity'"),
-        ({"upcycle": "dropp"}, "'dropp'; accepted: copy, noise, drop; did you mean 'drop'"),
-        ({"noise_std": 0.1}, "noise_std is 0.1, but moe.upcycle is 'copy'; accepted: 0, or"),
-        ({"upcycle": "drop", "drop_fraction": 0.5, "noise_std": 0.1}, "noise_std is 0.1, but"),
-        ({"upcycle": "noise"}, "noise_std is 0.0 with moe.upcycle 'noise'; accepted: above 0"),
-        ({"upcycle": "noise", "noise_std": -1.0}, "noise_std is -1.0 with"),
-        ({"upcycle": "noise", "noise_std": 1e39}, r"is 1e\+39 with .*: above 0, at most 10,000"),
-        ({"upcycle": "noise", "noise_std": float("inf")}, "noise_std is inf with"),
-        ({"upcycle": "noise", "noise_std": float("nan")}, "noise_std is nan with"),
-        ({"drop_fraction": 0.5}, "drop_fraction is 0.5, but moe.upcycle is 'copy'"),
-        ({"upcycle": "drop"}, "drop_fraction is 0.0 with moe.upcycle 'drop'; .* at most 1"),
-        ({"upcycle": "drop", "drop_fraction": 1.5}, "drop_fraction is 1.5 with"),
         ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; accepted: the width"),
     ],
 )
 def test_settings_without_a_meaning_are_named(changes, named):
-    config = MoeConfig()
+    config = ExpertConfig()
     for name, value in changes.items():
         # Names that the annotations do not have are refused there, where tests check those.
         object.__setattr__(config, name, value)
@@ -224,7 +214,7 @@ def test_settings_without_a_meaning_are_named(changes, named):
 
 def test_experts_have_a_width_of_their_own_and_the_residual_layer_that_of_the_dense_one():
     hidden = draw.normal(1, 6, 8)
-    _, _, params = moe(hidden, MoeConfig(4, 2, residual=True, moe_intermediate_size=3))
+    _, _, params = moe(hidden, ExpertConfig(4, 2, residual=True, moe_intermediate_size=3))
     assert params["experts_gate"].shape == params["experts_up"].shape == (4, 8, 3)
     assert params["experts_down"].shape == (4, 3, 8)
     assert params["residual"]["down"]["kernel"].shape == (MLP, 8)

@@ -1,0 +1,25 @@
+"""How a model is run: settings that change speed, memory and rounding, not the architecture."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Settings of one run of a model; never stored with it.
+
+    Attributes:
+      dtype: of activations and matmuls; norms, softmax and routers stay in float32.
+      remat: `none`, `products` or `full`, as in `layers.rematerialised`.
+      unroll: compile the layers one by one instead of as a loop.
+      quantized_layers: the decoder's layers are stored as `models/quantization.py` does.
+      expert_transport: collective that moves tokens to their experts, as in `moe/expert_parallel`.
+    """
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: bool = False
+    quantized_layers: bool = False
+    expert_transport: str = "all_gather"
