@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -25,11 +26,13 @@ from moddistill.convert.rules import (
     slots,
 )
 from moddistill.convert.sources import Source, read_source
+from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
-from moddistill.models.vlm import ModelConfig
+from moddistill.models.vlm import ModelConfig, abstract_params
+from moddistill.params import flatten
 from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import write_description
-from moddistill.storage.orbax_layout import ArraySpec, Writer
+from moddistill.storage.orbax_layout import Writer
 from moddistill.storage.shards import read_file
 from moddistill.storage.tensor import Tensor, check_weights, some_of
 
@@ -271,15 +274,12 @@ def _move(piece: Piece, array: np.ndarray, rows: slice, writer: Writer, index: I
     writer.write(piece.slot.path, index, piece.transform.inward(array, tuple(shape)))
 
 
-def array_specs(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, ArraySpec]:
-    """Every array of a model and how it is cut into slices."""
-    found: dict[str, ArraySpec] = {}
-    for slot in slots(config).values():
-        before = found.get(slot.path, ArraySpec((0,) * len(slot.index), dtypes[slot.path], 0))
-        sizes = (max(n, i + 1) for n, i in zip(before.shape, slot.index, strict=False))
-        shape = (*sizes, *slot.shape)
-        found[slot.path] = ArraySpec(shape, dtypes[slot.path], len(slot.index))
-    return found
+def array_specs(
+    config: ModelConfig, dtypes: dict[str, np.dtype]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of a model."""
+    shapes = flatten(unbox(abstract_params(config)))
+    return {path: jax.ShapeDtypeStruct(x.shape, dtypes[path]) for path, x in shapes.items()}
 
 
 def _with_progress(placed: Placed) -> Iterator[tuple[Piece, Tensor]]:

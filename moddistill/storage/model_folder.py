@@ -8,15 +8,11 @@ digests.json             of all these files, checked by whatever reads them
 
 import dataclasses
 import json
-import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from moddistill.config import TEMPLATES
@@ -30,9 +26,14 @@ from moddistill.params import check_same, flatten, unflatten
 from moddistill.storage.atomic_dir import new_folder_of_all
 from moddistill.storage.digests import verify
 from moddistill.storage.json_file import read_json
+from moddistill.storage.orbax_layout import (
+    abstract_arrays,
+    check_exists,
+    read_arrays,
+    write_arrays,
+)
 
 VERSION = 3
-_BLOCK = 32 * 2**20  # bytes
 _LARGEST_CONTEXT = 1_000_000_000  # positions
 
 
@@ -56,32 +57,9 @@ def save_model(
       UserError: if the folder exists, unless this function wrote it and it is unchanged.
     """
     with new_folder_of_all(Path(folder), "train") as aside:
-        context = ocp.Context()
-        context.array.saving.scoped_storage_options_creator = _storage
-        with context:
-            ocp.save(aside / "params", params)
+        write_arrays(aside / "params", params)
         if is_first():
             write_description(aside, config, tokenizer, source)
-
-
-def _storage(path: tuple[Any, ...], array: jax.Array) -> Any:
-    """Large stacks are stored layer by layer, large matrices in blocks: one is read at a time."""
-    options = ocp.options.ArrayOptions.Saving.StorageOptions
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if re.search(r"/(segment_\d+|layers|unused)/", name):
-        layer = array.nbytes // array.shape[0]
-        return options(chunk_byte_size=layer, shard_axes=(0,)) if layer >= 2**20 else None
-    if array.ndim == 2 and _has_blocks(array.sharding.shard_shape(array.shape), array.itemsize):
-        return options(chunk_byte_size=_BLOCK)
-    return None
-
-
-def _has_blocks(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether Orbax, which cuts the longer axis evenly, makes blocks that are not tiny."""
-    longest = max(shape)
-    row = math.prod(shape) // longest * itemsize
-    even = [n for n in range(1, longest + 1) if longest % n == 0 and n * row <= _BLOCK]
-    return longest * row > _BLOCK and max(even, default=0) * row >= 2**20
 
 
 def write_description(
@@ -200,42 +178,24 @@ def load_params(
       UserError: naming damaged files, or listing every parameter that is missing, unexpected or of
         another shape.
     """
-    path = Path(folder).resolve() / "params"
-    if not path.is_dir():
-        raise UserError(f"{str(folder)!r} has no params folder; accepted: a whole model folder")
+    path = Path(folder) / "params"
+    check_exists(path)
     verify(Path(folder), shared=shardings is not None)
     expected = flatten(unbox(abstract_params(config)))
-    try:
-        found = flatten(ocp.metadata(path).metadata)
-    # Files that are missing or damaged end in errors of many kinds.
-    except Exception as error:
-        raise UserError(_unreadable(path, error)) from error
-    check_same(found, expected, str(path))
-    single = SingleDeviceSharding(jax.devices()[0])
-    places = flatten(shardings) if shardings else dict.fromkeys(expected, single)
+    stored = abstract_arrays(path)
+    check_same(stored, expected, str(path))
     if isinstance(dtype, dict):
         dtypes = flatten(dtype)
     else:
-        dtypes = {name: dtype or found[name].dtype for name in expected}
-    wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=places[name])
+        dtypes = {name: dtype or stored[name].dtype for name in expected}
+    first_device = SingleDeviceSharding(jax.devices()[0])
+    sharding = flatten(shardings) if shardings else dict.fromkeys(expected, first_device)
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=sharding[name])
         for name, leaf in expected.items()
         if not part or name.split("/")[0] == part
     }
-    context = ocp.Context()
-    context.pytree.loading.partial_load = bool(part)
-    try:
-        with context:
-            return ocp.load(path, unflatten(wanted))
-    except Exception as error:
-        raise UserError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"{path} cannot be read: {reason:.300}; accepted: params/ as a stage or an import writes it"
-    )
+    return read_arrays(path, unflatten(target), partial=bool(part))
 
 
 def preprocessor_config(

@@ -157,7 +157,7 @@ def test_model_folder_without_parameters(copied, tmp_path):
     folder = copied("ours")
     shutil.rmtree(folder / "params")
     for use in (describe, lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9)):
-        with pytest.raises(ValueError, match="has no params folder; accepted: a whole model"):
+        with pytest.raises(ValueError, match="complete model folder, got one without params"):
             use(folder)
 
 

@@ -24,7 +24,7 @@ from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.models.upcycle import upcycle, upcycle_config
 from moddistill.params import flatten
-from moddistill.storage import model_folder, orbax_layout
+from moddistill.storage import orbax_layout
 from moddistill.storage.model_folder import read_model_config, save_model
 from moddistill.storage.shards import open_checkpoint
 from tests import torch_or_skip as torch
@@ -132,8 +132,7 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
     tmp_path, tiny_architecture, init, small_tokenizer, monkeypatch
 ):
     """Written with blocks of 1 MiB, embedding and head are several chunks, and never one array."""
-    monkeypatch.setattr(model_folder, "_BLOCK", 2**20)
-    monkeypatch.setattr(orbax_layout, "_BLOCK", 2**20)
+    monkeypatch.setattr(orbax_layout, "_LARGEST_BLOCK", 2**20)
     decoder = dataclasses.replace(
         tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_ids=((0, 296),)
     )

@@ -163,8 +163,8 @@ def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small
 def test_large_matrices_are_moved_in_parts(
     tied, tmp_path, small_tokenizer, monkeypatch, our_logits, torch_logits, random_inputs
 ):
-    """With blocks of a kilobyte, embedding and head are many."""
-    monkeypatch.setattr(orbax_layout, "_BLOCK", 1024)
+    """With blocks of 256 bytes, embedding and head are many."""
+    monkeypatch.setattr(orbax_layout, "_LARGEST_BLOCK", 256)
     model = hf.Text(tied=tied).model()
     source = hf.save(model, tmp_path / "hf", small_tokenizer)
     config = import_model(str(source), tmp_path / "ours")

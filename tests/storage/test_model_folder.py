@@ -13,7 +13,7 @@ from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.models.flops import parameter_counts
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, unflatten
-from moddistill.storage.model_folder import _has_blocks, load_params, read_model_config, save_model
+from moddistill.storage.model_folder import load_params, read_model_config, save_model
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +140,3 @@ def test_parameter_counts(tiny_architecture):
         sparse + 2 * 16,
         sparse - 2 * 2 * expert,
     )
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((151_936, 2048), True),
-        ((2048, 151_936), True),
-        ((151_936, 16), False),  # small
-        ((151_937, 2048), False),  # prime
-        ((151_655, 896), True),
-    ],
-)
-def test_matrices_that_are_stored_in_blocks(shape, expected):
-    assert _has_blocks(shape, 4) == expected
