@@ -19,7 +19,7 @@ from moddistill.config import DataConfig, TrainConfig
 from moddistill.data.examples import ExampleSpec
 from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
-from moddistill.data.records import Quarantine
+from moddistill.data.quarantine import Quarantine
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
