@@ -105,7 +105,7 @@ def _abstract_params(config: ModelConfig, mesh: Mesh, whose: str) -> Any:
     """`abstract_params`; UserError unless the mesh can hold the model."""
     _check_transport(config, mesh, whose)
     boxed = abstract_params(config)
-    sharding.check_cuts(mesh, boxed, whose)
+    sharding.check_divisible(mesh, boxed, whose)
     return boxed
 
 
