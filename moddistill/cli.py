@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from moddistill.config import SourceConfig
-from moddistill.distributed.processes import join
+from moddistill.distributed.processes import initialize
 from moddistill.errors import UserError
 from moddistill.setting_names import unknown_setting
 
@@ -55,7 +55,7 @@ def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:
 
     def run(_: Sequence[str]) -> None:
         with plain_errors():
-            join(coordinator.value, processes.value, process.value)
+            initialize(coordinator.value, processes.value, process.value)
             main(config.value, workdir.value)
 
     app.run(run, flags_parser=parse_flags)

@@ -19,7 +19,7 @@ from moddistill.config import RecipeConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
-from moddistill.distributed.processes import is_first, wait_for_all
+from moddistill.distributed.processes import barrier, is_main_process
 from moddistill.errors import UserError, at_field
 from moddistill.evals.runner import evaluate, find_benchmark
 from moddistill.models.flops import parameter_counts
@@ -44,10 +44,10 @@ def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
     for name in config.order:
         with at_field(f"stage {name!r}"):
             train(config.stages[name], workdir / name)
-        if config.benchmark and name in config.evaluated and is_first():
+        if config.benchmark and name in config.evaluated and is_main_process():
             _evaluate(config, workdir / name)
-        wait_for_all(f"evaluating {name}")
-    if not is_first():
+        barrier(f"evaluating {name}")
+    if not is_main_process():
         return []
     rows = table(config, workdir)
     if rows:
@@ -123,7 +123,7 @@ def _check(config: RecipeConfig, workdir: Path) -> None:
     if config.benchmark:
         with at_field("config.benchmark"):
             benchmark = find_benchmark(config.benchmark)
-        if not all(_is_scored(workdir / name) for name in config.evaluated) and is_first():
+        if not all(_is_scored(workdir / name) for name in config.evaluated) and is_main_process():
             with at_field("config.benchmark_data"):
                 benchmark.questions(Path(config.benchmark_data))
     elif config.evaluated:
@@ -226,7 +226,7 @@ def main(values: ConfigDict, workdir: str) -> None:
     rows = run(config, Path(workdir))
     if rows:
         print(format_table(rows))
-    if is_first():
+    if is_main_process():
         print(f"report: {workdir}/report.html")
 
 

@@ -23,7 +23,7 @@ EXPERTS, TOP_K, WIDTH, MLP = 4, 2, 896, 4864  # of Qwen2-0.5B
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 def test_an_expert_layer_takes_few_operations_beyond_those_of_its_active_experts(topology):
     """1,024 tokens, forward and backward: three products a row and kernel."""
-    mesh = make_mesh(MeshConfig(), accelerators.devices_of(topology))
+    mesh = make_mesh(MeshConfig(), accelerators.topology_devices(topology))
     where = NamedSharding(mesh, PartitionSpec())
 
     def shape(*size, dtype=jnp.bfloat16):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moddistill.convert.hub import local_folder
 from moddistill.convert.importing import import_model
-from moddistill.distributed.processes import is_first, wait_for_all
+from moddistill.distributed.processes import barrier, is_main_process
 from moddistill.storage.model_folder import VERSION
 
 LOG = logging.getLogger("moddistill")
@@ -24,14 +24,14 @@ def imported(name: str) -> Path:
     source = local_folder(name).resolve()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "moddistill" / f"{source.name}-{_digest(source)}"
-    if is_first() and not folder.is_dir():
+    if is_main_process() and not folder.is_dir():
         LOG.info("importing %s into %s", source, folder)
         try:
             import_model(str(source), folder)
         except ValueError:
             if not folder.is_dir():  # another process was faster
                 raise
-    wait_for_all(f"importing {folder}")
+    barrier(f"importing {folder}")
     return folder
 
 

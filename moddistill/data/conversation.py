@@ -1,8 +1,8 @@
-"""Renders conversations as pieces of text and control tokens, each marked as supervised or not.
+"""Chat templates: conversations to pieces of text and control tokens, with supervision flags.
 
-Control tokens are pieces of their own, so that text is tokenised with control tokens switched off:
-whatever a user writes stays text. Training and generation share one rendering; the prompt is a
-prefix of it.
+Control tokens are pieces of their own, and text is tokenised with control tokens switched off, so
+users cannot forge a turn. Training and generation share one rendering: a prompt is a prefix of the
+training sample.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from moddistill.config import TEMPLATES
 from moddistill.data.records import IMAGE
-from moddistill.errors import UserError, nearest
+from moddistill.errors import UserError, invalid, not_one_of
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -22,7 +22,7 @@ CHATML_SYSTEM = "You are a helpful assistant."
 
 
 class Piece(NamedTuple):
-    """A text, or one control token (`special`); `supervised` pieces carry the loss."""
+    """A text, or one control token (`special`); `supervised` pieces count in the loss."""
 
     text: str
     special: bool = False
@@ -30,10 +30,10 @@ class Piece(NamedTuple):
 
 
 def render(template: str, turns: Sequence[tuple[str, str]]) -> list[Piece]:
-    """A whole conversation of (question, answer) turns; every answer and its end are supervised.
+    """Renders a conversation of (question, answer) turns; answers and their ends are supervised.
 
-    `<image>` in a question becomes a control token where it stands. `plain` is the image, the
-    answer and a line break; the question's words are dropped.
+    Each `<image>` in a question becomes a control token in place. `plain` is the image, the answer
+    and a line break; the text of the question is dropped.
 
     Raises:
       UserError: the template is unknown, there is no turn, or `plain` has not exactly one turn
@@ -41,7 +41,7 @@ def render(template: str, turns: Sequence[tuple[str, str]]) -> list[Piece]:
     """
     _check_template(template)
     if not turns:
-        raise UserError("a conversation has at least one turn")
+        raise UserError("conversation: expected at least one turn, got none")
     if template == "plain":
         return _render_plain(turns)
     pieces = _system(template)
@@ -51,7 +51,7 @@ def render(template: str, turns: Sequence[tuple[str, str]]) -> list[Piece]:
 
 
 def prompt(template: str, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
-    """What generation is given: finished turns, then a question up to where its answer begins.
+    """Renders a generation prompt: finished turns and a question, up to the start of its answer.
 
     Raises:
       UserError: as `render`; `plain` has no earlier turns.
@@ -64,32 +64,30 @@ def prompt(template: str, turns: Sequence[tuple[str, str]], question: str) -> li
 
 
 def end_token(template: str) -> str:
-    """Where generation stops. For `plain` it is text, "\\n", which is tokenised apart."""
+    """Returns the token at which generation stops; for `plain` the text "\\n", no control token."""
     _check_template(template)
     return {"vicuna": END_OF_TEXT, "chatml": IM_END, "plain": "\n"}[template]
 
 
 def _check_template(template: str) -> None:
     if template not in TEMPLATES:
-        accepted = ", ".join(TEMPLATES)
-        hint = nearest(template, TEMPLATES)
-        raise UserError(f"template {template!r} is unknown; accepted: {accepted}{hint}")
+        raise not_one_of("template", template, TEMPLATES)
 
 
 def _render_plain(turns: Sequence[tuple[str, str]]) -> list[Piece]:
     if len(turns) != 1:
-        raise UserError(f"the plain template takes exactly one turn, not {len(turns)}")
+        raise invalid("turns of the plain template", len(turns), "exactly 1")
     question, answer = turns[0]
     if question.count(IMAGE) != 1:
-        raise UserError(f"the plain template takes one {IMAGE}, not {question.count(IMAGE)}")
-    # Apart, since tokenizers merge it with the full stop before it, and nothing could end on that.
+        raise invalid(f"number of {IMAGE} in the plain template", question.count(IMAGE), "1")
+    # A piece of its own: BPE would merge ".\n" into one token, and generation could not stop at it.
     end = Piece("\n", supervised=True)
     return [Piece(IMAGE, special=True), Piece(answer, supervised=True), end]
 
 
 def _system(template: str) -> list[Piece]:
     if template == "vicuna":
-        return []
+        return []  # part of the first question
     return [Piece(IM_START, special=True), Piece(f"system\n{CHATML_SYSTEM}"), *_im_end()]
 
 
@@ -113,7 +111,7 @@ def _im_end(*, supervised: bool = False) -> list[Piece]:
 
 
 def _split(text: str) -> list[Piece]:
-    """Text around `<image>`, which becomes a control token; empty text is left out."""
+    """Splits text at `<image>`, which becomes a control token; empty text is left out."""
     pieces = []
     for number, part in enumerate(text.split(IMAGE)):
         if number:

@@ -17,7 +17,8 @@ from absl import flags
 
 from moddistill.config import DataConfig
 from moddistill.data.examples import ExampleSpec, make_example, make_preference
-from moddistill.data.records import Quarantine, Rejected, read_conversations, read_preferences
+from moddistill.data.quarantine import Quarantine, Rejected
+from moddistill.data.records import read_conversations, read_preferences
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError, at_field, nearest
 

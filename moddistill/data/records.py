@@ -1,28 +1,25 @@
-"""Reads LLaVA conversation files and preference files into checked records.
+"""Readers of LLaVA conversation files and preference files: JSON or JSONL to checked records.
 
 A record that breaks the format is returned as `Rejected` with its reason, never repaired and never
-replaced. `Quarantine` writes the rejected ones to a file, where each of them can be looked up.
+replaced by another.
 """
 
 import dataclasses
 import json
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.errors import UserError
+from moddistill.data.quarantine import Rejected
+from moddistill.errors import UserError, invalid
 
 IMAGE = "<image>"
-
-# One process may reject from several threads; the file itself is safe through O_APPEND.
-_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation: `turns` are (question, answer), `<image>` stands in the questions.
+    """One conversation: `turns` are (question, answer) pairs, with `<image>` in the questions.
 
     `line` is 1-based: the line of a JSONL file, the element of a JSON list.
     """
@@ -48,105 +45,59 @@ class PreferencePair:
     rejected: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rejected:
-    """A record that is left out, and why."""
-
-    file: str
-    line: int
-    reason: str
-
-
 def read_conversations(path: str, image_root: str) -> tuple[list[Record], list[Rejected]]:
     """Reads LLaVA records: `conversations`, and optionally `id` and `image` (a name or a list).
 
-    `conversations` alternates `{"from": "human", "value": ...}` and `{"from": "gpt", ...}`, begins
+    `conversations` alternates `{"from": "human", "value": ...}` and `{"from": "gpt", ...}`, starts
     with human and ends with gpt. Image names are relative to `image_root`.
 
     Raises:
-      UserError: the file is missing or is not JSON (`.jsonl`: a line that does not parse is a
-        rejected record), images are used and `image_root` is no folder, or no record is left.
+      UserError: the file is missing or not JSON (a line of `.jsonl` that does not parse is a
+        rejected record), images are used and `image_root` is no folder, or every record is
+        rejected.
     """
-    return _read(path, image_root, _conversation)
+    return _read_file(path, image_root, _parse_conversation)
 
 
 def read_preferences(path: str, image_root: str) -> tuple[list[PreferencePair], list[Rejected]]:
     """Reads preference records: `conversations` ending with human, `chosen` and `rejected`.
 
     Instead of `conversations` a record may have `question`, a single human turn; with exactly one
-    image and no `<image>` written, `<image>` and a line break are put in front of it.
+    image and no `<image>`, `<image>` and a line break are prepended to it.
 
     Raises:
       UserError: as `read_conversations`.
     """
-    return _read(path, image_root, _preference)
+    return _read_file(path, image_root, _parse_preference)
 
 
 def check_source(path: str, image_root: str) -> None:
-    """Raises the UserError that reading gives for a missing file or a folder that images need."""
+    """Raises the UserError of the readers for a missing file or a missing image folder."""
     if not os.path.isfile(path):
-        raise _no_file(path)
+        raise _missing_file(path)
     if not os.path.isdir(image_root):
-        _check_folder(path, image_root, _items(path))
+        _check_image_root(path, image_root, _read_items(path))
 
 
-class Quarantine:
-    """Appends rejected records to a JSONL file, each (file, line) once, across processes and runs.
-
-    Worker processes may share the file: every line is one write to a descriptor opened for
-    appending, and what others wrote is read before anything is added.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        self._known: set[tuple[str, int]] = set()
-
-    def add(self, rejected: Sequence[Rejected]) -> None:
-        """Writes those of `rejected` that the file does not hold yet."""
-        with _LOCK:
-            if all((item.file, item.line) in self._known for item in rejected):
-                return
-            self._known = self._read()
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                for item in rejected:
-                    if (item.file, item.line) not in self._known:
-                        line = json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n"
-                        os.write(descriptor, line.encode(errors="backslashreplace"))
-                        self._known.add((item.file, item.line))
-            finally:
-                os.close(descriptor)
-
-    @property
-    def count(self) -> int:
-        """Number of different records in the file, whichever process wrote them."""
-        return len(self._read())
-
-    def _read(self) -> set[tuple[str, int]]:
-        if not os.path.exists(self.path):
-            return set()
-        # Another process may be writing the last line: what has no line break yet is not counted.
-        lines = Path(self.path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        return {(item["file"], item["line"]) for item in map(json.loads, lines)}
-
-
-def _read(path: str, image_root: str, parse: Callable[..., Any]) -> tuple[list, list[Rejected]]:
+def _read_file(
+    path: str, image_root: str, parse: Callable[..., Any]
+) -> tuple[list[Any], list[Rejected]]:
     records, rejected = [], []
-    items = _items(path)
+    items = _read_items(path)
     if not items:
-        raise UserError(f"{path}: there are no records in this file")
-    _check_folder(path, image_root, items)
+        raise UserError(f"{path}: expected at least one record, got none")
+    _check_image_root(path, image_root, items)
     for line, item in items:
         try:
             if isinstance(item, Exception):
                 raise UserError(f"not JSON: {item}")
             if not isinstance(item, dict):
-                raise UserError(f"a record is an object, not {_short(item)}")
-            images = _images(item, image_root)
+                raise invalid("record", item, "a JSON object")
+            images = _image_paths(item, image_root)
             name = str(item.get("id", line))
             records.append(parse(item, file=path, line=line, id=name, images=images))
-        # RecursionError: the message about a deep value would be as deep.
+        # A deeply nested value parses, but the repr in its error message exceeds the recursion
+        # limit.
         except (ValueError, RecursionError) as error:
             rejected.append(Rejected(path, line, str(error)))
     if not records:
@@ -155,137 +106,138 @@ def _read(path: str, image_root: str, parse: Callable[..., Any]) -> tuple[list, 
     return records, rejected
 
 
-def _items(path: str) -> list[tuple[int, Any]]:
-    """(1-based number, parsed value or the error of its line) of each record of a file."""
+def _read_items(path: str) -> list[tuple[int, Any]]:
+    """Returns (1-based number, parsed value or the error of its line) for each record of a file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise _no_file(path) from None
+        raise _missing_file(path) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+        raise UserError(f"{path}: expected UTF-8 text, got {error}") from None
     if path.endswith(".jsonl"):
-        # Not splitlines: a JSON string may hold U+2028 and its like unescaped.
+        # Not splitlines: a JSON string may contain an unescaped U+2028 or U+0085.
         lines = enumerate(text.split("\n"), start=1)
-        return [(number, _loads(line)) for number, line in lines if line.strip()]
-    items = _loads(text)
+        return [(number, _parse_json(line)) for number, line in lines if line.strip()]
+    items = _parse_json(text)
     if isinstance(items, Exception):
         raise UserError(f"{path}: not JSON: {items}")
     if not isinstance(items, list):
-        raise UserError(f"{path}: a JSON list of records is wanted, not {_short(items)}")
+        raise invalid(path, items, "a JSON list of records")
     return list(enumerate(items, start=1))
 
 
-def _no_file(path: str) -> UserError:
-    return UserError(f"{path!r}: no such data file; a .json or .jsonl file is wanted")
+def _missing_file(path: str) -> UserError:
+    return UserError(f"data file {path!r} does not exist; expected a .json or .jsonl file")
 
 
-def _loads(text: str) -> Any:
-    """The parsed value or the error: of syntax, of a number too long, of values nested too deep."""
+def _parse_json(text: str) -> Any:
+    """Returns the value or the error: of syntax, an overlong number, values nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return error
 
 
-def _check_folder(path: str, image_root: str, items: list[tuple[int, Any]]) -> None:
-    """A wrong folder is one mistake of the configuration, not one of every record."""
+def _check_image_root(path: str, image_root: str, items: list[tuple[int, Any]]) -> None:
+    """Raises UserError once for a missing image folder, instead of rejecting every record."""
     for line, item in items if not os.path.isdir(image_root) else ():
         if isinstance(item, dict) and item.get("image"):
-            raise UserError(
-                f"{path}, record {line}: has an image, but {image_root!r} is no folder of images"
+            raise invalid(
+                f"image folder of {path}",
+                image_root,
+                f"an existing folder, since record {line} has an image",
             )
 
 
-def _images(item: dict, root: str) -> tuple[str, ...]:
+def _image_paths(item: dict[str, Any], root: str) -> tuple[str, ...]:
     names = item.get("image")
     if names is None:
         return ()
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"image is a name or a list of names, not {_short(names)}")
-    paths = tuple(os.path.join(root, name) for name in names)
-    for file in paths:
-        if not os.path.isfile(file):
-            raise UserError(f"image file {file} is missing")
-    return paths
+        raise invalid("image", names, "a name or a list of names")
+    for name in names:
+        if not os.path.isfile(os.path.join(root, name)):
+            raise invalid("image", name, f"the name of a file in {root!r}")
+    return tuple(os.path.join(root, name) for name in names)
 
 
-def _conversation(item: dict, *, images: tuple[str, ...], **where: Any) -> Record:
-    values = _alternating(item.get("conversations"))
-    if len(values) % 2:
-        raise UserError("the conversation ends with human; it must end with gpt")
-    turns = tuple(zip(values[::2], values[1::2], strict=True))
-    _check_turns(turns)
+def _parse_conversation(item: dict[str, Any], *, images: tuple[str, ...], **source: Any) -> Record:
+    texts = _message_texts(item.get("conversations"))
+    if len(texts) % 2:
+        raise invalid("conversations[-1].from", "human", "'gpt'")
+    turns = tuple(zip(texts[::2], texts[1::2], strict=True))
+    _check_answers(turns)
     _check_image_count([question for question, _ in turns], images)
-    return Record(images=images, turns=turns, **where)
+    return Record(images=images, turns=turns, **source)
 
 
-def _preference(item: dict, *, images: tuple[str, ...], **where: Any) -> PreferencePair:
-    values = _preference_values(item, images)
-    if len(values) % 2 == 0:
-        raise UserError("the conversation ends with gpt; before chosen and rejected it is human")
-    history = tuple(zip(values[:-1:2], values[1::2], strict=True))
+def _parse_preference(
+    item: dict[str, Any], *, images: tuple[str, ...], **source: Any
+) -> PreferencePair:
+    texts = _preference_texts(item, images)
+    if len(texts) % 2 == 0:
+        raise invalid("conversations[-1].from", "gpt", "'human', before chosen and rejected")
+    # Human texts have even indices, the last one is the question of the pair.
+    history = tuple(zip(texts[:-1:2], texts[1::2], strict=True))
     answers = {name: item.get(name) for name in ("chosen", "rejected")}
     for name, answer in answers.items():
         if not isinstance(answer, str):
-            raise UserError(f"{name} is a text, not {_short(answer)}")
-        _text(answer)
+            raise invalid(name, answer, "a text")
+        _check_unicode(answer)
     if answers["chosen"] == answers["rejected"]:
-        raise UserError("chosen and rejected are the same")
-    _check_turns(history + tuple((values[-1], answer) for answer in answers.values()))
-    _check_image_count(values[::2], images)
-    return PreferencePair(images=images, history=history, question=values[-1], **answers, **where)
+        raise invalid("rejected", answers["rejected"], "another text than chosen")
+    _check_answers(history + tuple((texts[-1], answer) for answer in answers.values()))
+    _check_image_count(texts[::2], images)
+    return PreferencePair(images=images, history=history, question=texts[-1], **answers, **source)
 
 
-def _preference_values(item: dict, images: tuple[str, ...]) -> list[str]:
+def _preference_texts(item: dict[str, Any], images: tuple[str, ...]) -> list[str]:
     if "conversations" in item:
-        return _alternating(item["conversations"])
+        return _message_texts(item["conversations"])
     question = item.get("question")
     if not isinstance(question, str):
-        raise UserError("a preference record has conversations, or question as a text")
+        raise invalid("question", question, "a text, in a record without conversations")
     if len(images) == 1 and IMAGE not in question:
         question = f"{IMAGE}\n{question}"
-    return [_text(question)]
+    return [_check_unicode(question)]
 
 
-def _alternating(messages: Any) -> list[str]:
-    """The texts of messages that alternate between human and gpt, human first."""
+def _message_texts(messages: Any) -> list[str]:
+    """Returns the texts of messages that alternate between human and gpt, human first."""
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"conversations is a list of messages, not {_short(messages)}")
-    values = []
-    for number, message in enumerate(messages, start=1):
-        role = ("human", "gpt")[(number - 1) % 2]
+        raise invalid("conversations", messages, "a list of messages")
+    texts = []
+    for number, message in enumerate(messages):
+        role = ("human", "gpt")[number % 2]
+        origin = f"conversations[{number}]"
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise UserError(f"message {number} has no text under value: {_short(message)}")
+            raise invalid(origin, message, "an object whose value is a text")
         if message.get("from") != role:
-            raise UserError(f"message {number} is from {message.get('from')!r}, not {role!r}")
-        values.append(_text(message["value"]))
-    return values
+            raise invalid(f"{origin}.from", message.get("from"), repr(role))
+        texts.append(_check_unicode(message["value"]))
+    return texts
 
 
-def _text(value: str) -> str:
-    """`value`, if it is Unicode: JSON can spell half characters, which no tokenizer takes."""
+def _check_unicode(text: str) -> str:
+    """Returns `text`; UserError for a lone surrogate, which JSON can spell and UTF-8 cannot."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"text is not valid Unicode: {error}") from None
-    return value
+        raise UserError(f"text: expected valid Unicode, got {error}") from None
+    return text
 
 
-def _check_turns(turns: tuple[tuple[str, str], ...]) -> None:
+def _check_answers(turns: tuple[tuple[str, str], ...]) -> None:
     for _, answer in turns:
         if not answer.strip():
-            raise UserError("an answer is empty")
+            raise invalid("answer", answer, "a text that is not blank")
         if IMAGE in answer:
-            raise UserError(f"{IMAGE} stands in an answer; it belongs in a question")
+            raise invalid("answer", answer, f"no {IMAGE}, which only questions contain")
 
 
 def _check_image_count(questions: Sequence[str], images: tuple[str, ...]) -> None:
-    written = sum(question.count(IMAGE) for question in questions)
-    if written != len(images):
-        raise UserError(f"{IMAGE} is written {written} times, but there are {len(images)} images")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Raises UserError unless the questions contain `<image>` once for each image."""
+    placeholders = sum(question.count(IMAGE) for question in questions)
+    if placeholders != len(images):
+        raise invalid(f"number of {IMAGE}", placeholders, f"{len(images)}, one per image")

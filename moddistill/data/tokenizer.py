@@ -1,6 +1,6 @@
-"""The tokenizer: byte-level BPE in Qwen's format, and `<image>`, which may have any id.
+"""Tokenizer: byte-level BPE in Qwen's format, with a control token `<image>` of any id.
 
-Text and control tokens are encoded by different methods, so that text can never turn into control.
+Text and control tokens are encoded by different methods, so text never becomes a control token.
 """
 
 import dataclasses
@@ -15,27 +15,30 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer_file import (
-    PARTS,
-    WORD,
+    COMPONENTS,
+    WORD_PATTERN,
     added_ids,
+    check_components,
     check_ids,
     check_loaded_ids,
     check_merges,
-    check_parts,
-    in_words,
+    library_errors,
     read_fields,
 )
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.models.vocabulary import IdRanges, id_ranges
 from moddistill.storage.digests import verify
 
-# Those that templates and samples are made of.
+# Control tokens of templates and samples.
 CONTROLS = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. `image_id` marks an image, `pad_id` fills up (and is masked)."""
+    """Text to ids and back.
+
+    `image_id` is the placeholder of an image patch; `pad_id` is the padding, which is masked.
+    """
 
     backend: tokenizers.Tokenizer
 
@@ -47,25 +50,25 @@ class Tokenizer:
         for token in CONTROLS:
             exists = token in required or self.backend.token_to_id(token) is not None
             if exists and self.special(token) in self.encode(token):
-                raise UserError(f"text {token!r} is read as a control token by this tokenizer")
+                raise UserError(f"tokenizer: expected {token!r} in text to stay text, got its id")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Control tokens written in it are encoded as the characters they are."""
+        """Returns the ids of a text; control tokens written in it are encoded as characters."""
         return list(_encode(self.backend, text))
 
     def special(self, token: str) -> int:
-        """Id of a control token.
+        """Returns the id of a control token.
 
         Raises:
           UserError: the vocabulary has no such token.
         """
         token_id = self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(f"the tokenizer has no token {token!r}")
+            raise UserError(f"tokenizer: expected a token {token!r}, got none")
         return token_id
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; control tokens are left out, or written as they are called."""
+        """Returns the text of ids; control tokens are dropped, or written by name."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @property
@@ -78,12 +81,12 @@ class Tokenizer:
 
     @functools.cached_property
     def real_ids(self) -> IdRanges:
-        """Ids that a language model may produce: those of all tokens but `<image>`."""
+        """Ranges of the ids that a language model may generate: all tokens but `<image>`."""
         return id_ranges(set(self.backend.get_vocab().values()) - {self.image_id})
 
     @property
     def special_tokens(self) -> set[str]:
-        """Control tokens; encoding text never produces them."""
+        """Names of all control tokens; encoding text never produces them."""
         added = self.backend.get_added_tokens_decoder().values()
         return {token.content for token in added if token.special}
 
@@ -96,9 +99,9 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_TEXT,
             "pad_token": END_OF_TEXT,
-            # Answers follow the prompt, so the padding of a batch goes before it.
+            # Left, so that generated tokens follow the prompt directly in a batch.
             "padding_side": "left",
-            # The default of releases before 5 has one more, which decoders refuse.
+            # transformers < 5 adds token_type_ids by default, which decoders reject.
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
@@ -106,25 +109,25 @@ class Tokenizer:
         (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def __reduce__(self):
-        # The switch that keeps control tokens out of text does not survive pickling by itself.
+        # Pickling the backend loses `encode_special_tokens`, which `__post_init__` sets.
         return _from_json, (self.backend.to_str(),)
 
 
-# The fixed parts of a template are most of a short sample.
+# Cached, since the fixed texts of a template are most of a short sample.
 @functools.lru_cache(maxsize=4096)
 def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(backend.encode(text, add_special_tokens=False).ids)
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer of a local folder; `<image>` is appended when it has none.
+    """Loads the tokenizer of a local folder; adds `<image>` if it has none.
 
-    Control tokens that a release does not mark as special are marked here, since text could forge
-    turns otherwise.
+    Control tokens that a release does not mark as special are marked, since text could forge turns
+    otherwise.
 
     Raises:
-      UserError: the folder has no tokenizer, a broken one, or one without `<|endoftext|>`; or it
-        is a model folder whose tokenizer is damaged.
+      UserError: the folder has no tokenizer, an invalid one, or one without `<|endoftext|>`; or
+        it is a model folder whose tokenizer does not match its digest.
     """
     file = Path(folder) / "tokenizer.json"
     if (Path(folder) / "model.json").is_file():
@@ -132,26 +135,26 @@ def load_tokenizer(folder: str) -> Tokenizer:
     if not file.is_file():
         file = Path(folder) / "vocab.json"
     if not file.is_file():
-        raise UserError(f"{folder!r}: no tokenizer.json, and no vocab.json with merges.txt")
-    backend = (_read if file.name == "tokenizer.json" else _read_vocabulary)(file)
-    # A model that cannot encode raises the library's own kind of error.
-    with in_words(f"{file}: "):
+        raise UserError(f"{folder!r}: expected tokenizer.json, or vocab.json with merges.txt")
+    read = _read_tokenizer_json if file.name == "tokenizer.json" else _read_vocabulary
+    backend = read(file)
+    # `Tokenizer` encodes its control tokens, where an invalid model raises an error of the library.
+    with library_errors(f"{file}: "):
         return _with_image(backend)
 
 
-def _read(file: Path) -> tokenizers.Tokenizer:
-    no_tokenizer = f"{file} is no tokenizer: "
-    accepted = "; accepted: what the tokenizers library writes"
-    with in_words(no_tokenizer, accepted):
+def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
+    not_a_tokenizer = f"{file}: expected a file of the tokenizers library, got "
+    with library_errors(not_a_tokenizer):
         fields = read_fields(file)
     if not isinstance(fields.get("model"), dict):
-        raise UserError(f"{no_tokenizer}it has no model{accepted}")
-    check_parts(file, fields)
-    # What was checked, and not the file, in which a name may occur twice.
-    names = ("version", "added_tokens", "model", *PARTS)
-    kept = {name: fields[name] for name in names if name in fields}
-    with in_words(no_tokenizer, accepted):
-        backend = tokenizers.Tokenizer.from_str(json.dumps(kept))
+        raise UserError(f"{not_a_tokenizer}one without a model")
+    check_components(file, fields)
+    # Loads the checked fields, not the file, in which the library may see a second key of one name.
+    names = ("version", "added_tokens", "model", *COMPONENTS)
+    checked = {name: fields[name] for name in names if name in fields}
+    with library_errors(not_a_tokenizer):
+        backend = tokenizers.Tokenizer.from_str(json.dumps(checked))
     added = fields.get("added_tokens") or []
     check_ids(file, fields["model"].get("vocab"), added)
     check_loaded_ids(file, {token["content"]: token["id"] for token in added}, backend)
@@ -159,7 +162,7 @@ def _read(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of `vocab.json` and `merges.txt`, as `transformers` reads them."""
+    """Reads `vocab.json` and `merges.txt` with `transformers`, which knows their settings."""
     vocabulary = read_fields(file)
     check_merges(file.with_name("merges.txt"))
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -168,36 +171,35 @@ def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
     )
     added = added_ids(file.with_name(names[0]), config) | listed
     check_ids(file, vocabulary, [{"content": token, "id": i} for token, i in added.items()])
-    # Seconds to import, and most folders do not need it.
+    # Takes seconds to import, and most folders do not need it.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    # It raises errors of many kinds for settings that it does not understand.
-    with in_words(
-        f"{file.parent} holds no tokenizer that transformers reads: ",
-        "; accepted: vocab.json, merges.txt and tokenizer_config.json as Qwen publishes them",
+    with library_errors(
+        f"{file.parent}: expected vocab.json, merges.txt and tokenizer_config.json as Qwen "
+        "publishes them, got an error of transformers: "
     ):
-        # The code that a folder may bring is never run, nor asked about.
+        # Never runs code that the folder contains, and does not ask.
         loaded = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
         backend = loaded.backend_tokenizer
         fields = json.loads(backend.to_str())
-    check_parts(file.parent, fields)
+    check_components(file.parent, fields)
     check_loaded_ids(file.parent, added, backend)
     return backend
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A small tokenizer in Qwen's format; the same texts give the same ids.
+    """Trains a small tokenizer in Qwen's format; deterministic.
 
-    `vocab_size` counts bytes, merges and the three control tokens of Qwen, not `<image>`; texts
-    with too few different words give fewer.
+    `vocab_size` counts bytes, merges and Qwen's three control tokens, not `<image>`; texts with
+    few distinct words give a smaller vocabulary.
 
     Raises:
-      UserError: `vocab_size` has no room for the 256 bytes and the control tokens.
+      UserError: `vocab_size` is less than the 256 bytes and the control tokens.
     """
     controls = (END_OF_TEXT, IM_START, IM_END)
     smallest = 256 + len(controls)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least {smallest}")
+        raise invalid("vocab_size", vocab_size, f">= {smallest}")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(controls),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -209,10 +211,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _qwen_backend(model: models.BPE) -> tokenizers.Tokenizer:
-    """Qwen's normaliser, word splitting and byte alphabet around a BPE model."""
+    """Wraps a BPE model in Qwen's normaliser, word splitting and byte alphabet."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
@@ -231,8 +233,8 @@ def _with_image(backend: tokenizers.Tokenizer) -> Tokenizer:
     _with_controls(backend, [*present, IMAGE] if is_new else present)
     if is_new and (image_id := backend.token_to_id(IMAGE)) in used:
         raise UserError(
-            f"the tokenizer has no token {IMAGE!r}, and its next id, {image_id}, is taken; "
-            "accepted: ids without gaps, or a tokenizer with the token"
+            f"tokenizer: expected a token {IMAGE!r} or ids without gaps, got neither: the next id, "
+            f"{image_id}, is that of another token"
         )
     return Tokenizer(backend)
 

@@ -1,4 +1,9 @@
-"""What a tokenizer's files may hold, so that the tokenizers library reads them safely."""
+"""Checks of tokenizer files before the tokenizers library reads them.
+
+A small hostile file can cost the library hours or gigabytes: a regular expression with exponential
+backtracking, normalizers that multiply the text, millions of nested lists. So only the components
+of Qwen's byte-level BPE are accepted, in bounded sizes.
+"""
 
 import collections
 import contextlib
@@ -12,19 +17,19 @@ from moddistill.errors import UserError, invalid
 from moddistill.storage.json_file import parse, read_text
 
 _LARGEST_FILE = 36 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
-_MOST_PARTS = 1_000_000  # tokens, or merges, each of which may be a list
-_MOST_ADDED = 10_000  # added tokens; the library searches for all of them in each text
+_MOST_ENTRIES = 1_000_000  # of a vocabulary, or merges, which may be lists
+_MOST_ADDED_TOKENS = 10_000  # added tokens; the library searches for all of them in each text
 _LARGEST_ID = 10_000_000
 
-# How Qwen cuts text into words before merging bytes.
-WORD = (
+# Qwen's regular expression for words, within which bytes are merged.
+WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Parts of `tokenizer.json`: the key of a sequence's members, and the types accepted, in order.
-# Other types, or more of these, can multiply a text's length with each step.
-PARTS: dict[str, tuple[str, tuple[list[str], ...]]] = {
+# Components of `tokenizer.json`: the key of a sequence's steps, and the accepted sequences of step
+# types. Other types, or more steps, can multiply the length of a text at each step.
+COMPONENTS: dict[str, tuple[str, tuple[list[str], ...]]] = {
     "normalizer": ("normalizers", ([], ["NFC"])),
     "pre_tokenizer": ("pretokenizers", (["ByteLevel"], ["Split", "ByteLevel"])),
     "decoder": ("decoders", (["ByteLevel"],)),
@@ -32,29 +37,27 @@ PARTS: dict[str, tuple[str, tuple[list[str], ...]]] = {
 }
 _FIRST = {"Sequence": {"id": "A", "type_id": 0}}
 _SECOND = {"Sequence": {"id": "B", "type_id": 1}}
-# Types whose fields matter, with the only ones accepted: a regular expression or a template of a
-# few characters can take hours or gigabytes.
-_EXACT: dict[str, dict[str, Any]] = {
-    "Split": {"pattern": {"Regex": WORD}, "behavior": "Isolated", "invert": False},
+# Types whose fields are dangerous (a regular expression or a template of a few characters can take
+# hours or gigabytes), with the only values accepted.
+_EXACT_FIELDS: dict[str, dict[str, Any]] = {
+    "Split": {"pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
     "TemplateProcessing": {"single": [_FIRST], "pair": [_FIRST, _SECOND], "special_tokens": {}},
 }
-# Settings of BPE that change ids, or make them random.
-_UNSET = (
+# Settings of BPE that change ids or make them random.
+_UNSUPPORTED = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
     *("fuse_unk", "byte_fallback", "ignore_merges"),
 )
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a tokenizer; UserError as `read_json`.
-
-    A file of a few megabytes with millions of lists would fill gigabytes.
-    """
+    """Reads the object in a JSON file of a tokenizer; UserError as `read_json`."""
     text = read_text(file, _LARGEST_FILE)
+    # Before parsing: millions of lists in a few megabytes of text need gigabytes as Python objects.
     _check_count(file, "lists and objects", text.count("[") + text.count("{"))
     fields = parse(text, str(file))
     if not isinstance(fields, dict):
-        raise UserError(f"{file} holds {fields!r:.40}; accepted: a JSON object")
+        raise invalid(str(file), fields, "a JSON object")
     return fields
 
 
@@ -63,92 +66,96 @@ def check_merges(file: Path) -> None:
     _check_count(file, "merges", read_text(file, _LARGEST_FILE).count("\n"))
 
 
-def _check_count(file: Path, name: str, count: int, most: int = _MOST_PARTS) -> None:
+def _check_count(file: Path, name: str, count: int, most: int = _MOST_ENTRIES) -> None:
     if count > most:
-        raise UserError(f"{file} has {count:,} {name}; accepted: at most {most:,}")
+        raise UserError(f"{file}: expected at most {most:,} {name}, got {count:,}")
 
 
-def check_parts(file: Path, fields: dict[str, Any]) -> None:
-    """Raises UserError for fields that Qwen's byte-level BPE does not have."""
+def check_components(file: Path, fields: dict[str, Any]) -> None:
+    """Raises UserError for components or settings that Qwen's byte-level BPE does not have."""
     model = fields["model"]
     if model.get("type", "BPE") != "BPE":
-        raise UserError(f"{file}: model.type is {model['type']!r:.80}; accepted: 'BPE'")
-    for name in _UNSET:
+        raise invalid(f"{file}: model.type", model["type"], "'BPE'")
+    for name in _UNSUPPORTED:
         if model.get(name):
-            raise UserError(f"{file}: model.{name} is {model[name]!r:.80}; accepted: null")
+            raise invalid(f"{file}: model.{name}", model[name], "null")
     for name, inside, most in (
-        ("added_tokens", fields, _MOST_ADDED),
-        ("merges", model, _MOST_PARTS),
-        ("vocab", model, _MOST_PARTS),
+        ("added_tokens", fields, _MOST_ADDED_TOKENS),
+        ("merges", model, _MOST_ENTRIES),
+        ("vocab", model, _MOST_ENTRIES),
     ):
-        found = inside.get(name)
-        _check_count(file, name, len(found) if isinstance(found, list | dict) else 0, most)
-    for name, (inside, accepted) in PARTS.items():
-        parts = _members(fields.get(name), inside)
-        types = [part["type"] if _is_typed(part) else f"{part!r:.40}" for part in parts]
-        if types not in accepted:
-            choices = " or ".join(" + ".join(choice) or "null" for choice in accepted)
-            found = " + ".join(types) or "null"
-            raise UserError(f"{file}: {name} is of type {found!r:.80}; accepted: {choices}")
-        for part in parts:
-            for field, value in _EXACT.get(part["type"], {}).items():
-                if part.get(field) != value:
-                    raise UserError(
-                        f"{file}: {name}: {field} of {part['type']} is {part.get(field)!r:.80}; "
-                        f"accepted: Qwen's, {value!r}"
-                    )
+        entries = inside.get(name)
+        _check_count(file, name, len(entries) if isinstance(entries, list | dict) else 0, most)
+    for name, (steps_key, accepted) in COMPONENTS.items():
+        _check_component(f"{file}: {name}", fields.get(name), steps_key, accepted)
 
 
-def _members(part: Any, inside: str) -> list[Any]:
-    """A part's steps: none, one, or the first three of a sequence."""
-    if part is None:
+def _check_component(
+    origin: str, component: Any, steps_key: str, accepted: Sequence[list[str]]
+) -> None:
+    steps = _steps(component, steps_key)
+    types = [step["type"] if _is_typed(step) else repr(step) for step in steps]
+    if types not in accepted:
+        choices = " or ".join(" + ".join(choice) or "null" for choice in accepted)
+        raise invalid(f"{origin}.type", " + ".join(types) or "null", choices)
+    for step in steps:
+        for field, value in _EXACT_FIELDS.get(step["type"], {}).items():
+            if step.get(field) != value:
+                raise invalid(f"{origin}: {step['type']}.{field}", step.get(field), repr(value))
+
+
+def _steps(component: Any, steps_key: str) -> list[Any]:
+    """Returns the steps of a component: none, itself, or the first three of a sequence.
+
+    Three are enough to see that a sequence is longer than any accepted one.
+    """
+    if component is None:
         return []
-    members = part.get(inside) if _is_typed(part) and part["type"] == "Sequence" else None
-    return members[:3] if isinstance(members, list) else [part]
+    is_sequence = _is_typed(component) and component["type"] == "Sequence"
+    steps = component.get(steps_key) if is_sequence else None
+    return steps[:3] if isinstance(steps, list) else [component]
 
 
-def _is_typed(part: Any) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("type"), str)
+def _is_typed(component: Any) -> bool:
+    return isinstance(component, dict) and isinstance(component.get("type"), str)
 
 
 def check_ids(file: Path, vocabulary: Any, added: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError for ids that are too large, or that two tokens share."""
+    """Raises UserError for ids that are no integers, too large, or shared by two tokens."""
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     _check_count(file, "tokens", len(ids))
     for token in added:
         ids[token["content"]] = token["id"]
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number <= _LARGEST_ID:
-            raise UserError(
-                f"{file}: the id of {token!r:.80} is {number!r:.80}; accepted: a whole number from "
-                f"0 to {_LARGEST_ID:,}"
-            )
+            raise invalid(f"{file}: id of {token!r:.80}", number, f"0 to {_LARGEST_ID:,}")
     if len(set(ids.values())) < len(ids):
         [(number, times)] = collections.Counter(ids.values()).most_common(1)
         shared = [token for token in ids if ids[token] == number][:2]
         raise UserError(
-            f"{file}: {times} tokens have the id {number}, such as {shared!r:.120}; accepted: an "
-            "id for each"
+            f"{file}: expected one token per id, got {times} with the id {number}, such as "
+            f"{shared!r:.120}"
         )
 
 
 def added_ids(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Ids of the `added_tokens_decoder` of `tokenizer_config.json`, by token."""
+    """Returns {token: id} of the `added_tokens_decoder` in `tokenizer_config.json`."""
     decoder = fields.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict) or len(decoder) > _MOST_ADDED:
-        raise invalid(f"{file}: added_tokens_decoder", decoder, f"up to {_MOST_ADDED:,} tokens")
-    found = {}
+    if not isinstance(decoder, dict) or len(decoder) > _MOST_ADDED_TOKENS:
+        expected = f"an object of up to {_MOST_ADDED_TOKENS:,} tokens"
+        raise invalid(f"{file}: added_tokens_decoder", decoder, expected)
+    ids = {}
     for number, token in decoder.items():
         if not number.isdecimal() or not isinstance(token, dict):
             raise invalid(f"{file}: added_tokens_decoder", {number: token}, "a token by its id")
-        found[str(token.get("content"))] = int(number)
-    return found
+        ids[str(token.get("content"))] = int(number)
+    return ids
 
 
 def check_loaded_ids(origin: Path, stated: dict[str, int], backend: Tokenizer) -> None:
     """Checks that added tokens have the ids that their file states.
 
-    The tokenizers library numbers added tokens anew where ids have gaps or are shared with the
+    The tokenizers library renumbers added tokens where ids have gaps or are shared with the
     vocabulary, and rows of the embedding would then belong to other tokens.
 
     Raises:
@@ -163,8 +170,13 @@ def check_loaded_ids(origin: Path, stated: dict[str, int], backend: Tokenizer) -
 
 
 @contextlib.contextmanager
-def in_words(before: str, after: str = "") -> Iterator[None]:
-    """Turns errors of a library, and panics of Rust, into a UserError of one line."""
+def library_errors(before: str, after: str = "") -> Iterator[None]:
+    """Turns exceptions of a library, and Rust panics, into a UserError of one line.
+
+    Args:
+      before: text before the message of the library.
+      after: text after it.
+    """
     try:
         yield
     except (TimeoutError, MemoryError):

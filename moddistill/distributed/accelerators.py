@@ -77,7 +77,7 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     return len(devices) * chip.flops / chip.devices
 
 
-def parse(topology: str) -> tuple[str, tuple[int, ...]]:
+def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
     """Name and sizes of `NAME:AxBxC`; UserError for a name or form that is not known."""
     name, _, sizes = topology.partition(":")
     known = (*CHIPS, "cpu")
@@ -101,13 +101,13 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     return name, counts
 
 
-def devices_of(topology: str) -> list[Any]:
+def topology_devices(topology: str) -> list[Any]:
     """Devices to compile for; they cannot run anything unless they are this machine's own.
 
     Raises:
       UserError: without that accelerator's compiler, or for a topology that it does not know.
     """
-    name, sizes = parse(topology)
+    name, sizes = parse_topology(topology)
     if name == "cpu":
         return _host_devices(math.prod(sizes))
     options = (_gpu_options if name in GPUS else _tpu_options)(name, sizes)
@@ -128,7 +128,7 @@ def compiler_options(topology: str) -> dict[str, Any]:
 
     Without a GPU, Triton's products keep their first tiles, which some shapes refuse.
     """
-    name, _ = parse(topology)
+    name, _ = parse_topology(topology)
     return {"xla_gpu_enable_triton_gemm": False} if name in GPUS else {}
 
 
@@ -187,7 +187,7 @@ gpu_device_info {{
 
 def devices_per_chip(topology: str) -> int:
     """How many devices the compiler sees in one chip."""
-    name, _ = parse(topology)
+    name, _ = parse_topology(topology)
     return CHIPS[name].devices if name in CHIPS else 1
 
 

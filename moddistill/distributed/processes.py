@@ -18,7 +18,7 @@ _SILENCE = 60  # seconds after which a process counts as dead
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # how many they have started
 
 
-def join(coordinator: str, count: int | None, index: int | None) -> None:
+def initialize(coordinator: str, count: int | None, index: int | None) -> None:
     """Makes this process one of several; must come before anything else that uses devices.
 
     Args:
@@ -45,7 +45,7 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
         _check_alone()
         return
     if coordinator == "auto":
-        _join_by_environment()
+        _initialize_from_environment()
         return
     if not 0 <= index < count:
         raise UserError(
@@ -54,7 +54,7 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
     jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=_SILENCE)
 
 
-def _join_by_environment() -> None:
+def _initialize_from_environment() -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
     except ValueError as error:
@@ -74,7 +74,7 @@ def _check_alone() -> None:
             )
 
 
-def check_same_everywhere(what: str, text: str) -> None:
+def check_equal_on_all_processes(what: str, text: str) -> None:
     """Raises UserError unless all processes bring the same text; all must call it."""
     if jax.process_count() == 1:
         return
@@ -95,19 +95,19 @@ def any_process(flags: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(flags).any(axis=0)
 
 
-def from_first(number: int) -> int:
+def broadcast_from_main(number: int) -> int:
     """The first process's number, in every process; all must call it."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes what there is one of."""
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when every process has come here; `what` is for the message if one does not."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

@@ -112,7 +112,7 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     )
 
 
-def check_cuts(mesh: Mesh, boxed: Any, whose: str) -> None:
+def check_divisible(mesh: Mesh, boxed: Any, whose: str) -> None:
     """Raises UserError for a parameter that cannot be cut into equal parts along the mesh.
 
     Args:
@@ -144,7 +144,7 @@ def unbox(boxed: Any) -> Any:
     return jax.tree.map(lambda x: x.value if is_boxed(x) else x, boxed, is_leaf=is_boxed)
 
 
-def by_sample(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def constrain_to_batch_sharding(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The same, whole samples on each device.
 
     Said at the entry of every layer: a compiler left to itself may cut widths as the kernels are
@@ -163,7 +163,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
 
 
-def sample_places(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Among how many groups of devices samples are spread."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

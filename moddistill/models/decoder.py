@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import ExpertConfig
-from moddistill.distributed.sharding import by_sample
+from moddistill.distributed.sharding import constrain_to_batch_sharding
 from moddistill.models.attention import Attention, Cache
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
@@ -111,7 +111,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, context, caches):
-        hidden = by_sample(hidden)
+        hidden = constrain_to_batch_sharding(hidden)
         all_stats = []
         new_caches = []
         for j, has_experts in enumerate(self.pattern):

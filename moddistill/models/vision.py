@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
-from moddistill.distributed.sharding import by_sample
+from moddistill.distributed.sharding import constrain_to_batch_sharding
 from moddistill.errors import UserError, nearest
 from moddistill.models.attention import Attention
 from moddistill.models.compute import ComputeConfig
@@ -85,7 +85,7 @@ class VisionBlock(nn.Module):
         self, hidden: Float[Array, "B T D"], _: None
     ) -> tuple[Float[Array, "B T D"], None]:
         config = self.config
-        hidden = by_sample(hidden)
+        hidden = constrain_to_batch_sharding(hidden)
         head_dim = config.width // config.heads
         attention = Attention(
             config.heads, config.heads, head_dim, None, True, self.dtype, name="attention"

@@ -40,7 +40,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     """
     check_settings(config)
     student, teacher = architectures(config)
-    devices = accelerators.devices_of(topology)
+    devices = accelerators.topology_devices(topology)
     _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     check_spread(config, mesh)
@@ -75,13 +75,13 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
 
     Micro-batches are of equal size and give each device at least one sample.
     """
-    if accelerators.parse(topology)[0] == "cpu":
+    if accelerators.parse_topology(topology)[0] == "cpu":
         raise UserError(
             f"nobody knows how much memory {topology!r} has left; accepted with --fit: a topology "
             f"of {', '.join(accelerators.CHIPS)}"
         )
-    mesh = sharding.make_mesh(config.mesh, accelerators.devices_of(topology))
-    places = sharding.sample_places(mesh)
+    mesh = sharding.make_mesh(config.mesh, accelerators.topology_devices(topology))
+    places = sharding.num_batch_shards(mesh)
     size = config.batch_size
     counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % places == 0]
     for accumulate in counts or [1]:
@@ -139,7 +139,7 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dic
 
 
 def _check_memory(config: TrainConfig, topology: str) -> None:
-    name, _ = accelerators.parse(topology)
+    name, _ = accelerators.parse_topology(topology)
     if config.teacher_memory == "host" and name in accelerators.GPUS:
         raise UserError(
             f"config.teacher_memory is 'host', which a GPU that is only described, as "
@@ -154,7 +154,7 @@ def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
         return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
     cores = accelerators.devices_per_chip(topology)
     return {
-        "peak_bytes_per_chip": cores * peak_bytes(memory, accelerators.parse(topology)[0]),
+        "peak_bytes_per_chip": cores * peak_bytes(memory, accelerators.parse_topology(topology)[0]),
         "argument_bytes_per_chip": cores * memory.argument_size_in_bytes,
         "temp_bytes_per_chip": cores * memory.temp_size_in_bytes,
     }
@@ -212,7 +212,7 @@ def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
 
 
 def _verdict(report: dict[str, Any], topology: str, utilisation: float) -> dict[str, Any]:
-    name, _ = accelerators.parse(topology)
+    name, _ = accelerators.parse_topology(topology)
     if name == "cpu":
         return {"fits": None}
     chip = accelerators.CHIPS[name]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moddistill.distributed.processes import from_first, is_first, wait_for_all
+from moddistill.distributed.processes import barrier, broadcast_from_main, is_main_process
 from moddistill.errors import UserError
 from moddistill.storage.digests import check_outside, verify, write_digests
 
@@ -53,20 +53,20 @@ def new_folder_of_all(folder: Path, written_by: str) -> Iterator[Path]:
     The first process makes and names it. Unfinished ones of earlier runs are removed.
     """
     target = folder.resolve()
-    token = from_first(secrets.randbits(31))
+    token = broadcast_from_main(secrets.randbits(31))
     aside = target.with_name(f".{target.name}.{token:08x}{_UNFINISHED}")
     with contextlib.ExitStack() as stack:
-        if is_first():
+        if is_main_process():
             _put_back(target)
             for unfinished in _unfinished(target):
                 shutil.rmtree(unfinished)
-        wait_for_all(f"tidying for {folder}")
+        barrier(f"tidying for {folder}")
         check_replaceable(folder, written_by)
-        if is_first():
+        if is_main_process():
             stack.enter_context(_named_when_written(aside, target, written_by, overwrite=True))
-        wait_for_all(f"making {folder}")
+        barrier(f"making {folder}")
         yield aside
-        wait_for_all(f"filling {folder}")
+        barrier(f"filling {folder}")
 
 
 def check_replaceable(folder: Path, written_by: str) -> None:

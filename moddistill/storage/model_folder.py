@@ -17,7 +17,7 @@ from PIL import Image
 
 from moddistill.config import TEMPLATES
 from moddistill.configdict import from_config_dict
-from moddistill.distributed.processes import is_first
+from moddistill.distributed.processes import is_main_process
 from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
 from moddistill.models.limits import check_architecture
@@ -58,7 +58,7 @@ def save_model(
     """
     with new_folder_of_all(Path(folder), "train") as aside:
         write_arrays(aside / "params", params)
-        if is_first():
+        if is_main_process():
             write_description(aside, config, tokenizer, source)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from moddistill.distributed.processes import from_first, is_first
+from moddistill.distributed.processes import broadcast_from_main, is_main_process
 from moddistill.errors import UserError
 from moddistill.params import Flat, check_same
 from moddistill.storage.digests import NAME, verify, write_digests
@@ -51,13 +51,13 @@ def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
     """
     directory = folder.resolve()
     latest = -1
-    if is_first():
+    if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
         for unfinished in directory.glob(".*.partial*"):
             LOG.warning("checkpoint %s was not finished and is removed", unfinished)
             shutil.rmtree(unfinished)
         latest = max(_steps(directory), default=-1)
-    latest = from_first(latest)
+    latest = broadcast_from_main(latest)
     with ThreadPoolExecutor(1) as thread:
         checkpoints = Checkpoints(directory, None if latest < 0 else latest, thread)
         try:
@@ -81,7 +81,7 @@ def save(checkpoints: Checkpoints, state: State, position: Any) -> None:
 def _finish(response: Any, unfinished: Path, step: int) -> None:
     """Names a checkpoint when all processes have written it, and removes the oldest."""
     response.result()
-    if not is_first():
+    if not is_main_process():
         return
     write_digests(unfinished, "train")
     unfinished.rename(unfinished.with_name(str(step)))

@@ -19,11 +19,11 @@ from moddistill.config import DataConfig, TrainConfig
 from moddistill.data.examples import ExampleSpec
 from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
-from moddistill.data.records import Quarantine
+from moddistill.data.quarantine import Quarantine
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
-from moddistill.distributed.processes import check_same_everywhere, is_first, wait_for_all
+from moddistill.distributed.processes import barrier, check_equal_on_all_processes, is_main_process
 from moddistill.errors import at_field
 from moddistill.losses import Loss
 from moddistill.models.flops import StepFlops, step_flops
@@ -94,7 +94,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
       DivergedError: when a metric is no longer finite.
     """
     check_settings(config)
-    check_same_everywhere("settings", repr((config, workdir)))
+    check_equal_on_all_processes("settings", repr((config, workdir)))
     result = workdir / "model"
     check_is_workdir(workdir)
     changes = check_workdir(config, workdir)
@@ -107,10 +107,10 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     check_replaceable(result, "train")  # before the steps, after which `save_model` does
     for change in changes:
         LOG.info("resumed with another setting: %s", change)
-    if is_first() and not resumes:
+    if is_main_process() and not resumes:
         for name in _NOTED:  # by a run that left no checkpoint
             (workdir / name).unlink(missing_ok=True)
-    wait_for_all("reading the workdir")
+    barrier("reading the workdir")
     with at_field("config.mesh"):
         mesh = sharding.make_mesh(config.mesh)
     check_spread(config, mesh)
@@ -124,7 +124,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
         state = _loop(config, run, streams, mesh, workdir)
         params = merge(state.params, state.frozen)
         save_model(result, run.model.config, params, tokenizer, dataclasses.asdict(config))
-        wait_for_all("writing the model")
+        barrier("writing the model")
     return result
 
 
@@ -288,4 +288,4 @@ def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
 def start_logging() -> None:
     """Our own messages from INFO on in the first process; all others from WARNING on."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    LOG.setLevel(logging.INFO if is_first() else logging.WARNING)
+    LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)

@@ -11,7 +11,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from moddistill.distributed.processes import is_first
+from moddistill.distributed.processes import is_main_process
 from moddistill.errors import DivergedError, UserError
 from moddistill.losses import Metrics
 from moddistill.models.flops import StepFlops
@@ -39,7 +39,7 @@ class MetricsLog:
         peak_flops: float | None = None,
     ):
         self.path = workdir / "metrics.jsonl"
-        self.writes = is_first()
+        self.writes = is_main_process()
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] <= start and "loss" in row]
         self.before = kept[-1]["seconds"] if kept else 0.0

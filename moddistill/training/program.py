@@ -111,7 +111,7 @@ def _abstract_params(config: TrainConfig, model: ModelConfig, mesh: Mesh, whose:
         expected = f"'all_gather' or 'all_to_all' on {mesh.size} CPUs, for the {whose} has experts"
         raise invalid("config.expert_transport", config.expert_transport, expected)
     boxed = abstract_params(model)
-    sharding.check_cuts(mesh, boxed, whose)
+    sharding.check_divisible(mesh, boxed, whose)
     return boxed
 
 

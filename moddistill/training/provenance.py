@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import RANDOM, as_model_folder
-from moddistill.distributed.processes import is_first
+from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, at_field
 from moddistill.storage.digests import fingerprint
 from moddistill.storage.json_file import read_json
@@ -38,7 +38,7 @@ def check_models(config: TrainConfig, workdir: Path) -> None:
 
 def write_models(config: TrainConfig, workdir: Path) -> None:
     """Records the models that a run begins with."""
-    if is_first():
+    if is_main_process():
         partial = workdir / f".{_NAME}.partial"
         partial.write_text(json.dumps(_fingerprints(config), indent=2) + "\n")
         partial.replace(workdir / _NAME)

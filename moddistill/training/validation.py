@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from moddistill.config import ExpertConfig, LossConfig, TrainConfig, UpcycleConfig
-from moddistill.distributed.processes import is_first
-from moddistill.distributed.sharding import BATCH_AXES, sample_places
+from moddistill.distributed.processes import is_main_process
+from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
 from moddistill.errors import UserError
 from moddistill.params import flatten
 from moddistill.storage.digests import check_outside
@@ -164,7 +164,7 @@ def _check_losses(config: TrainConfig) -> None:
 def check_spread(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless the samples and positions can be spread over the devices."""
     _check_processes(mesh)
-    places = sample_places(mesh)
+    places = num_batch_shards(mesh)
     if (config.batch_size // config.accumulate) % places:
         raise UserError(
             f"config.batch_size is {config.batch_size} in {config.accumulate} micro-batches; "
@@ -279,7 +279,7 @@ def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
 
 def write_settings(config: TrainConfig, workdir: Path) -> None:
     """Writes `config.json`, against which later runs in the workdir are checked."""
-    if not is_first():
+    if not is_main_process():
         return
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"

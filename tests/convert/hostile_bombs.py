@@ -1,6 +1,6 @@
 """Files that would fill memory or time, opened in a process whose peak memory is measured.
 
-    python -m tests.tools.hostile_bombs FOLDER
+    python -m tests.convert.hostile_bombs FOLDER
 
 prints a JSON line for each: its name, the error, seconds of the processor, and by how many bytes
 the peak of resident memory is above that of reading whole folders.

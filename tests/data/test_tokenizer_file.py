@@ -1,4 +1,4 @@
-"""Which tokenizer files are read: those in Qwen's format, and no others."""
+"""Only tokenizer files in Qwen's format are read."""
 
 import json
 
@@ -7,7 +7,7 @@ import tokenizers
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.data.tokenizer_file import in_words
+from moddistill.data.tokenizer_file import library_errors
 from moddistill.errors import UserError
 
 TEXT = "a red circle, isn't it?\n  yes 12 狗 cafe\u0301"
@@ -16,7 +16,7 @@ BROKEN = {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}
 
 
 def write(tokenizer, folder, **changes):
-    """The tokenizer's file with some fields, or some of its model, replaced."""
+    """Writes the tokenizer with changed fields, of its model too; returns the folder."""
     fields = json.loads(tokenizer.backend.to_str())
     fields["model"] |= changes.pop("model", {})
     (folder / "tokenizer.json").write_text(json.dumps(fields | changes))
@@ -36,7 +36,7 @@ def write(tokenizer, folder, **changes):
     ],
     ids=lambda changes: json.dumps(changes)[:40],
 )
-def test_forms_that_mean_the_same_are_read(changes, small, tmp_path):
+def test_equivalent_forms_of_the_qwen_format_are_read(changes, small, tmp_path):
     loaded = load_tokenizer(write(small, tmp_path, **changes))
     assert loaded.encode(TEXT) == small.encode(TEXT)
     assert loaded.decode(loaded.encode(TEXT)) == small.decode(small.encode(TEXT))
@@ -44,54 +44,63 @@ def test_forms_that_mean_the_same_are_read(changes, small, tmp_path):
 
 @pytest.mark.parametrize("kind", [AutoTokenizer, Qwen2Tokenizer])
 def test_files_that_transformers_saves_are_read(kind, qwen, tmp_path):
-    qwen.save(str(tmp_path / "ours"))
-    theirs = kind.from_pretrained(str(tmp_path / "ours"))
-    theirs("a", truncation=True, max_length=3, padding="max_length")  # is saved along with it
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    assert load_tokenizer(str(tmp_path / "theirs")).encode(TEXT) == qwen.encode(TEXT)
+    qwen.save(str(tmp_path / "saved"))
+    loaded = kind.from_pretrained(str(tmp_path / "saved"))
+    loaded("a", truncation=True, max_length=3, padding="max_length")  # is saved along with it
+    loaded.save_pretrained(str(tmp_path / "loaded"))
+    assert load_tokenizer(str(tmp_path / "loaded")).encode(TEXT) == qwen.encode(TEXT)
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, message",
     [
-        ({"normalizer": BROKEN}, "normalizer is of type 'Precompiled'; accepted: null or NFC"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalizer is of type 'Lowercase'; accepted: "),
-        ({"pre_tokenizer": None}, "pre_tokenizer is of type 'null'; accepted: ByteLevel or Split"),
-        ({"post_processor": 3}, "post_processor is of type '3'; accepted: null or ByteLevel or "),
-        ({"decoder": {"type": "Fuse"}}, "decoder is of type 'Fuse'; accepted: ByteLevel"),
-        ({"model": {"dropout": 0.5}}, "model.dropout is 0.5; accepted: null"),
-        ({"model": {"ignore_merges": True}}, "model.ignore_merges is True; accepted: null"),
-        ({"model": {"type": "WordLevel"}}, "model.type is 'WordLevel'; accepted: 'BPE'"),
+        ({"normalizer": BROKEN}, "normalizer.type: expected null or NFC, got 'Precompiled'"),
+        (
+            {"normalizer": {"type": "Lowercase"}},
+            "normalizer.type: expected null or NFC, got 'Lowercase'",
+        ),
+        (
+            {"pre_tokenizer": None},
+            "pre_tokenizer.type: expected ByteLevel or Split + ByteLevel, got 'null'",
+        ),
+        (
+            {"post_processor": 3},
+            "post_processor.type: expected null or ByteLevel or TemplateProcessing, got '3'",
+        ),
+        ({"decoder": {"type": "Fuse"}}, "decoder.type: expected ByteLevel, got 'Fuse'"),
+        ({"model": {"dropout": 0.5}}, "model.dropout: expected null, got 0.5"),
+        ({"model": {"ignore_merges": True}}, "model.ignore_merges: expected null, got True"),
+        ({"model": {"type": "WordLevel"}}, "model.type: expected 'BPE', got 'WordLevel'"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_other_kinds_of_tokenizer_are_refused(changes, words, small, tmp_path):
+def test_other_tokenizer_formats_are_refused(changes, message, small, tmp_path):
     with pytest.raises(ValueError) as raised:
         load_tokenizer(write(small, tmp_path, **changes))
-    assert str(raised.value).startswith(f"{tmp_path / 'tokenizer.json'}: {words}")
+    assert str(raised.value).startswith(f"{tmp_path / 'tokenizer.json'}: {message}")
     assert "\n" not in str(raised.value)
 
 
-def test_a_panic_of_the_library_is_an_error_of_one_line(small):
+def test_rust_panic_of_the_library_is_a_user_error_of_one_line(small):
     fields = json.loads(small.backend.to_str()) | {"normalizer": BROKEN}
-    words = r"^file: .+; accepted: less$"
+    message = r"^file: .+; expected less$"
     backend = tokenizers.Tokenizer.from_str(json.dumps(fields))
     with (
-        pytest.raises(ValueError, match=words) as raised,
-        in_words("file: ", "; accepted: less"),
+        pytest.raises(ValueError, match=message) as raised,
+        library_errors("file: ", "; expected less"),
     ):
         backend.encode("a")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, TimeoutError, MemoryError])
-def test_interruptions_are_not_taken_for_errors_of_the_library(kind):
-    with pytest.raises(kind), in_words("file: "):
+def test_interruptions_and_resource_errors_pass_through_unchanged(kind):
+    with pytest.raises(kind), library_errors("file: "):
         raise kind
 
 
 def with_added(fields, **ids):
-    """A tokenizer file in which added tokens have other ids, or there are more of them."""
+    """Returns the added tokens of a tokenizer file with other ids, or with more tokens."""
     known = {token["content"]: token for token in fields["added_tokens"]}
     like = next(iter(known.values()))
     for content, number in ids.items():
@@ -102,7 +111,7 @@ def with_added(fields, **ids):
 @pytest.mark.parametrize(
     "ids", [{"<|im_start|>": 302}, {"<|late|>": 310}, {"<|": 301, "<|late|>": 309}]
 )
-def test_added_tokens_that_would_be_numbered_anew_are_refused(ids, small, tmp_path):
+def test_added_tokens_that_the_library_would_renumber_are_refused(ids, small, tmp_path):
     fields = json.loads(small.backend.to_str())
     with pytest.raises(UserError, match=r"expected token '.*' at its id \d+, got \d+ when loaded"):
         load_tokenizer(write(small, tmp_path, added_tokens=with_added(fields, **ids)))
@@ -121,5 +130,5 @@ def test_ids_of_added_tokens_json_are_checked(number, small, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
     load_tokenizer(str(tmp_path))
     (tmp_path / "added_tokens.json").write_text(json.dumps(ids | {"<|x|>": number}))
-    with pytest.raises(UserError, match=r"2 tokens have the id|at its id"):
+    with pytest.raises(UserError, match=r"expected one token per id, got 2 with|at its id"):
         load_tokenizer(str(tmp_path))

@@ -3,13 +3,13 @@ import types
 import pytest
 from jax.experimental import topologies
 
-from moddistill.distributed.accelerators import CHIPS, devices_of, parse, peak_flops
+from moddistill.distributed.accelerators import CHIPS, parse_topology, peak_flops, topology_devices
 
 
 def test_topologies():
-    assert parse("v5p:2x2x1") == ("v5p", (2, 2, 1))
-    assert parse("cpu:8") == ("cpu", (8,))
-    assert len(devices_of("cpu:4")) == 4
+    assert parse_topology("v5p:2x2x1") == ("v5p", (2, 2, 1))
+    assert parse_topology("cpu:8") == ("cpu", (8,))
+    assert len(topology_devices("cpu:4")) == 4
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_topologies():
 )
 def test_topology_that_is_none(topology, message):
     with pytest.raises(ValueError, match=message):
-        devices_of(topology)
+        topology_devices(topology)
 
 
 def test_memory_is_of_one_chip():
@@ -58,7 +58,7 @@ def test_an_accelerator_without_its_compiler(monkeypatch, topology):
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     extra = "cuda12" if topology.startswith("h") else "tpu"
     with pytest.raises(ValueError, match=rf"{topology}.*no such backend\).*extra `{extra}`"):
-        devices_of(topology)
+        topology_devices(topology)
 
 
 def test_machines_times_gpus(monkeypatch):
@@ -69,8 +69,8 @@ def test_machines_times_gpus(monkeypatch):
         return types.SimpleNamespace(devices=())
 
     monkeypatch.setattr(topologies, "get_topology_desc", found)
-    devices_of("h100:4x8")
+    topology_devices("h100:4x8")
     assert (asked["platform"], asked["topology"]) == ("cuda", "1x4x8")
     assert "cuda_compute_capability { major: 9 minor: 0 }" in asked["target_config"]
-    devices_of("a100:8")
+    topology_devices("a100:8")
     assert asked["topology"] == "1x1x8"

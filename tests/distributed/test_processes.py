@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 
-from moddistill.distributed.processes import join
+from moddistill.distributed.processes import initialize
 from moddistill.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -133,16 +133,16 @@ def test_processes_with_other_settings_do_not_begin(tmp_path, start):
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_one_of_several_tasks_that_would_be_alone(monkeypatch, name):
     monkeypatch.setenv(name, "1")
-    join("", None, None)
+    initialize("", None, None)
     monkeypatch.setenv(name, "4")
     with pytest.raises(ValueError, match=f"empty, but {name} is 4; accepted: --coordinator auto"):
-        join("", None, None)
+        initialize("", None, None)
 
 
 @pytest.mark.parametrize("coordinator", ["foo", "foo:bar", ":80", "AUTO"])
 def test_coordinator_of_another_form(coordinator):
     with pytest.raises(ValueError, match=f"--coordinator is '{coordinator}'; accepted: HOST:PORT"):
-        join(coordinator, 2, 0)
+        initialize(coordinator, 2, 0)
 
 
 def test_nothing_that_tells_of_other_processes(monkeypatch):
@@ -151,12 +151,12 @@ def test_nothing_that_tells_of_other_processes(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", undefined)
     with pytest.raises(ValueError, match=r"'auto', but nothing here.*defined\.\); accepted: auto"):
-        join("auto", None, None)
+        initialize("auto", None, None)
 
 
 def test_index_outside_of_the_processes():
     with pytest.raises(ValueError, match="--process is 2 of --processes 2; accepted: 0 to"):
-        join("localhost:1", 2, 2)
+        initialize("localhost:1", 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_index_outside_of_the_processes():
 )
 def test_flags_that_would_leave_a_process_alone(given, said):
     with pytest.raises(ValueError, match=f"^flags are {said}; accepted: --coordinator HOST"):
-        join(*given)
+        initialize(*given)
 
 
 def test_a_process_alone():
-    join("", None, None)
+    initialize("", None, None)

@@ -100,7 +100,7 @@ def test_largest_micro_batch(tiny_config, monkeypatch, fitting, tried):
         return {"fits": candidate.accumulate >= fitting}
 
     monkeypatch.setattr(planner, "plan", pretend)
-    monkeypatch.setattr(planner.accelerators, "devices_of", lambda _: jax.devices())
+    monkeypatch.setattr(planner.accelerators, "topology_devices", lambda _: jax.devices())
     assert planner.fit(config, "v5e:2x4") == {"fits": fitting <= 4}
     assert seen == tried
 
@@ -111,7 +111,7 @@ def test_no_largest_micro_batch_where_memory_is_unknown(tiny_config):
 
 
 def test_a_described_gpu_has_no_host_memory(tiny_config, monkeypatch):
-    monkeypatch.setattr(planner.accelerators, "devices_of", lambda _: jax.devices())
+    monkeypatch.setattr(planner.accelerators, "topology_devices", lambda _: jax.devices())
     with pytest.raises(ValueError, match=r"teacher_memory is 'host'.*'h100:8'.*accepted: 'device'"):
         planner.plan(tiny_config("d2s", teacher_memory="host"), "h100:8")
 

@@ -163,7 +163,7 @@ def test_missing_image_root_is_found_before_any_model_is_made(finished, tmp_path
         config, data=dataclasses.replace(config.data, heldout=heldout), heldout_steps=1
     )
     monkeypatch.setattr(loop, "prepare", None)
-    said = r"^config\.data\.heldout: .* 'no/such/folder' is no folder of images"
+    said = r"^config\.data\.heldout: image folder of .* got 'no/such/folder'"
     with pytest.raises(ValueError, match=said):
         loop.train(config, tmp_path)
 
@@ -197,8 +197,9 @@ def test_records_left_out_are_counted(finished, tmp_path, caplog):
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
     assert reasons.keys() == {3, 6}
-    assert reasons[3] == "an answer is empty"
-    assert "gone.png is missing" in reasons[6]
+    assert reasons[3] == "answer: expected a text that is not blank, got ''"
+    assert "image: expected the name of a file in " in reasons[6]
+    assert reasons[6].endswith("got 'gone.png'")
     assert "2 records left out" in caplog.text
     assert "sources.some: 2 of 8 records break the format and are left out" in caplog.text
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moddistill.convert.resolve import load
-from moddistill.data.records import Quarantine, Rejected
+from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.atomic_dir import new_folder
