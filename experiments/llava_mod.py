@@ -24,7 +24,7 @@ import dataclasses
 import ml_collections
 
 from experiments import common, d2d, d2s, init, preference, sft
-from moddistill.config import DataConfig, OptimConfig, RecipeConfig, TrainConfig
+from moddistill.config import DataConfig, OptimConfig, RecipeConfig, TaskConfig, TrainConfig
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -56,8 +56,7 @@ def demo() -> RecipeConfig:
     )
     return dataclasses.replace(
         recipe,
-        benchmark="easy_vqa",
-        benchmark_data=common.EASY_VQA,
+        tasks={"easy_vqa": TaskConfig(task="easy_vqa", data=common.EASY_VQA)},
         evaluated=("teacher", "init", "d2d", "d2s", "preference"),
     )
 

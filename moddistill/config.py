@@ -144,11 +144,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """An evaluation task and its data."""
+
+    task: str = ""  # of moddistill.evals, or a module that defines TASK, such as my_project.chartqa
+    data: str = ""  # folder of questions and images
+
+
+@dataclasses.dataclass(frozen=True)
 class RecipeConfig:
-    """Stages after each other. `{workdir}` in a path of a stage stands for the recipe's folder."""
+    """Stages in order, and tasks. `{workdir}` in a path of a stage is the recipe's folder."""
 
     order: tuple[str, ...] = ()
     stages: Mapping[str, TrainConfig] = dataclasses.field(default_factory=dict)
-    benchmark: str = ""  # of moddistill.evals; none if empty
-    benchmark_data: str = ""
-    evaluated: tuple[str, ...] = ()  # stages whose models answer the benchmark, teacher first
+    tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
+    evaluated: tuple[str, ...] = ()  # stages whose models are evaluated on all tasks, teacher first

@@ -1,9 +1,8 @@
-"""Measures a model on a benchmark.
+"""Evaluates a model on a task.
 
-    python -m moddistill.evaluate --model DIR --benchmark easy_vqa --data DIR --out DIR
+    python -m moddistill.evaluate --model DIR --task easy_vqa --data DIR --out DIR
 
-Writes `predictions.jsonl` (question, image, answer, prediction) and `scores.json` into `--out`. A
-benchmark is a module of `moddistill.evals` with `questions(data)` and `score(rows)`.
+Writes `predictions.jsonl` (id, question, images, answers, prediction) and `scores.json` to `--out`.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moddistill.cli import plain_errors
-from moddistill.evals.runner import evaluate
+from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,12 +20,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model", required=True, help="model folder, or Hugging Face folder or name"
     )
-    parser.add_argument("--benchmark", required=True, help="a module of moddistill.evals")
-    parser.add_argument("--data", required=True, type=Path, help="its questions and images")
+    parser.add_argument(
+        "--task",
+        required=True,
+        help=f"{', '.join(TASKS)}, or a module that defines TASK, such as my_project.chartqa",
+    )
+    parser.add_argument("--data", required=True, type=Path, help="folder of questions and images")
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     args = parser.parse_args(argv)
     with plain_errors():
-        scores = evaluate(args.model, args.benchmark, args.data, args.out)
+        task = find_task(args.task, "--task")
+        [scores] = evaluate(args.model, [TaskRun(task, args.data, args.out)])
         print(json.dumps(scores, indent=2))
 
 

@@ -1,13 +1,12 @@
-"""Runs the stages of a recipe after each other, and reports.
+"""Runs the stages of a recipe in order, evaluates their models and writes a report.
 
     python -m moddistill.recipe --config experiments/llava_mod.py --workdir runs/llava_mod
 
-Each stage has its own folder in the workdir; finished ones are skipped, an unfinished one resumes.
-With a benchmark, the models of the evaluated stages answer it; the table, `predictions.jsonl` (one
-field a model) and `report.html` are written at the end.
+Each stage has its own folder in the workdir; finished ones are skipped, an interrupted one resumes.
+The models of the evaluated stages answer the questions of all tasks. The results are a table,
+`predictions/TASK.jsonl` and `report.html`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,47 +19,33 @@ from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
 from moddistill.distributed.processes import barrier, is_main_process
-from moddistill.errors import UserError, at_field
-from moddistill.evals.runner import evaluate, find_benchmark
-from moddistill.models.flops import parameter_counts
-from moddistill.reports.report import format_table, write_report
+from moddistill.errors import at_field, invalid
+from moddistill.evals.results import is_evaluated
+from moddistill.evals.runner import TaskRun, evaluate, find_task
+from moddistill.reports.summary import evaluation_folder, table_columns, table_rows, write_summary
+from moddistill.reports.table import format_table
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.live import check_template
 from moddistill.training.loop import LOG, start_logging, train
-from moddistill.training.metrics import read_metrics
 from moddistill.training.validation import check_settings
 
-EXAMPLES = 24
 
-
-def run(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
-    """Trains, evaluates and reports; returns the rows of the table, in the first process.
+def run(config: RecipeConfig, workdir: Path) -> None:
+    """Trains and evaluates the stages, then writes predictions and the report.
 
     Raises:
-      UserError: if the order and the stages do not name the same things, records, pictures or
-        questions of any stage are missing, or a stage fails.
+      UserError: if order and stages name different things, records, images or questions of any
+        stage are missing, or a stage fails.
     """
-    _check(config, workdir)
+    check_recipe(config, workdir)
     for name in config.order:
         with at_field(f"stage {name!r}"):
             train(config.stages[name], workdir / name)
-        if config.benchmark and name in config.evaluated and is_main_process():
-            _evaluate(config, workdir / name)
+        if name in config.evaluated and is_main_process():
+            _evaluate(config, workdir, name)
         barrier(f"evaluating {name}")
-    if not is_main_process():
-        return []
-    rows = table(config, workdir)
-    if rows:
-        write_predictions(config, workdir)
-    write_report(
-        workdir / "report.html",
-        title=f"{workdir.name}: {' → '.join(config.order)}",
-        stages={name: _curve(workdir / name) for name in config.order},
-        table=rows,
-        examples=_examples(config, workdir),
-        loads=_loads(config, workdir),
-    )
-    return rows
+    if is_main_process():
+        write_summary(config, workdir)
 
 
 def at_workdir(values: Any, workdir: str) -> Any:
@@ -70,39 +55,32 @@ def at_workdir(values: Any, workdir: str) -> Any:
     return values.replace("{workdir}", workdir) if isinstance(values, str) else values
 
 
-def table(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
-    """One row for each evaluated model: scores, sizes and the seconds of its stage."""
-    rows = []
-    for name in config.evaluated:
-        scores = _scores(workdir / name)
-        total, activated = parameter_counts(read_model_config(workdir / name / "model"))
-        rows.append(
-            {
-                "model": name,
-                "accuracy": scores["accuracy"],
-                "yes_no": scores["accuracy_yes_no"],
-                "other": scores["accuracy_other"],
-                "false_yes": scores["false_yes_rate"],
-                "parameters": total,
-                "activated": activated,
-                "seconds": _curve(workdir / name)[-1]["seconds"],
-            }
-        )
-    return rows
+def _evaluate(config: RecipeConfig, workdir: Path, stage: str) -> None:
+    """Evaluates the model of a stage on the tasks that it has no scores of."""
+    runs = _task_runs(config, workdir, stage)
+    if not runs:
+        return
+    all_scores = evaluate(workdir / stage / "model", list(runs.values()))
+    for (name, task_run), scores in zip(runs.items(), all_scores, strict=True):
+        shown = [
+            f"{column.title} {scores[column.key]:{column.format}}"
+            for column in task_run.task.columns
+        ]
+        LOG.info("%s: %s: %s", stage, name, ", ".join(shown))
 
 
-def write_predictions(config: RecipeConfig, workdir: Path) -> None:
-    """All models' predictions side by side, one line a question."""
-    columns = {name: _predictions(workdir / name) for name in config.evaluated}
-    with (workdir / "predictions.jsonl").open("w") as file:
-        for rows in zip(*columns.values(), strict=True):
-            line = {key: rows[0][key] for key in ("question", "image", "answer")}
-            line |= {name: row["prediction"] for name, row in zip(columns, rows, strict=True)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _task_runs(config: RecipeConfig, workdir: Path, stage: str) -> dict[str, TaskRun]:
+    """The tasks by name that the model of a stage has no scores of."""
+    folders = {name: evaluation_folder(workdir, stage, name) for name in config.tasks}
+    return {
+        name: TaskRun(find_task(each.task), Path(each.data), folders[name])
+        for name, each in config.tasks.items()
+        if not is_evaluated(folders[name])
+    }
 
 
-def _check(config: RecipeConfig, workdir: Path) -> None:
-    """Raises UserError for what would stop a later stage, before the first one takes its time."""
+def check_recipe(config: RecipeConfig, workdir: Path) -> None:
+    """Raises UserError for mistakes that would stop a later stage, before the first one runs."""
     for name, stage in config.stages.items():
         with at_field(f"stage {name!r}"):
             check_settings(stage)
@@ -112,29 +90,26 @@ def _check(config: RecipeConfig, workdir: Path) -> None:
                 _check_sources(stage, workdir)
                 _check_template(config, stage, workdir)
     if sorted(config.order) != sorted(config.stages):
-        raise UserError(
-            f"config.order is {config.order}; accepted: each of {tuple(config.stages)} once"
-        )
-    unknown = [name for name in config.evaluated if name not in config.stages]
-    if unknown:
-        raise UserError(
-            f"config.evaluated names {unknown}; accepted: stages, {', '.join(config.order)}"
-        )
-    if config.benchmark:
-        with at_field("config.benchmark"):
-            benchmark = find_benchmark(config.benchmark)
-        if not all(_is_scored(workdir / name) for name in config.evaluated) and is_main_process():
-            with at_field("config.benchmark_data"):
-                benchmark.questions(Path(config.benchmark_data))
-    elif config.evaluated:
-        raise UserError(
-            f"config.evaluated is {config.evaluated}, but config.benchmark is empty; accepted: a "
-            "benchmark, or ()"
-        )
+        raise invalid("config.order", config.order, f"each of {tuple(config.stages)} once")
+    if not set(config.evaluated) <= set(config.stages):
+        raise invalid("config.evaluated", config.evaluated, f"stages of {config.order}")
+    if config.evaluated and not config.tasks:
+        raise invalid("config.evaluated", config.evaluated, "() without config.tasks")
+    _check_tasks(config, workdir)
+
+
+def _check_tasks(config: RecipeConfig, workdir: Path) -> None:
+    """Reads the questions of tasks that are still to be answered."""
+    for name, each in config.tasks.items():
+        task = find_task(each.task, f"config.tasks.{name}.task")
+        folders = [evaluation_folder(workdir, stage, name) for stage in config.evaluated]
+        if not all(map(is_evaluated, folders)) and is_main_process():
+            with at_field(f"config.tasks.{name}.data"):
+                task.questions(Path(each.data))
 
 
 def _check_sources(stage: TrainConfig, workdir: Path) -> None:
-    """Files below the workdir are left out, since an earlier stage may make them."""
+    """Checks all sources but those in the workdir, which an earlier stage may write."""
     sources = {f"sources.{name}": source for name, source in stage.data.sources.items()}
     if stage.heldout_steps:
         sources["heldout"] = stage.data.heldout
@@ -151,9 +126,9 @@ def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> 
         return
     folder = Path(stage.teacher).resolve()
     if folder.name == "model" and folder.parent.parent == workdir.resolve():
-        maker = config.stages.get(folder.parent.name)
-        if maker is not None:
-            check_template(stage, maker.data.template)
+        teacher_stage = config.stages.get(folder.parent.name)
+        if teacher_stage is not None:
+            check_template(stage, teacher_stage.data.template)
     elif folder.exists():
         with at_field("config.teacher"):
             trained_with = read_model_config(as_model_folder(stage.teacher)).template
@@ -161,72 +136,24 @@ def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> 
 
 
 def _check_steps(stage: TrainConfig, folder: Path) -> None:
-    """Raises UserError if a finished stage would go on, and leave scores and later stages old."""
+    """Raises UserError if a finished stage has other steps; later stages begin with its model."""
     steps = read_source(folder / "model").get("steps")
     if steps != stage.steps:
-        raise UserError(
-            f"config.steps is {stage.steps}, but {folder} is finished with {steps}; accepted: "
-            f"{steps}, since later stages begin with its model, or another --workdir"
+        raise invalid(
+            "config.steps",
+            stage.steps,
+            f"{steps}, the steps of the finished model in {folder}, or another --workdir",
         )
-
-
-def _is_scored(folder: Path) -> bool:
-    return (folder / "scores.json").is_file()
-
-
-def _evaluate(config: RecipeConfig, folder: Path) -> None:
-    if _is_scored(folder):
-        return
-    data = Path(config.benchmark_data)
-    scores = evaluate(folder / "model", config.benchmark, data, folder)
-    LOG.info("%s: accuracy %.4f on %s", folder.name, scores["accuracy"], config.benchmark)
-
-
-def _scores(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "scores.json").read_text())
-
-
-def _predictions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def _curve(folder: Path) -> list[dict[str, Any]]:
-    """The rows of training, without those measured on held-out records."""
-    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-
-
-def _examples(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
-    """Questions spread evenly over the benchmark, as the first and the last model answered them."""
-    if not config.evaluated:
-        return []
-    teacher, student = (_predictions(workdir / config.evaluated[i]) for i in (0, -1))
-    stride = max(1, len(teacher) // EXAMPLES)
-    return [
-        {
-            "image": ours["image"],
-            "question": ours["question"],
-            "answer": ours["answer"],
-            "teacher": theirs["prediction"],
-            "student": ours["prediction"],
-        }
-        for theirs, ours in list(zip(teacher, student, strict=True))[::stride][:EXAMPLES]
-    ]
-
-
-def _loads(config: RecipeConfig, workdir: Path) -> list[dict[str, Any]]:
-    return (
-        _scores(workdir / config.evaluated[-1]).get("expert_load", []) if config.evaluated else []
-    )
 
 
 def main(values: ConfigDict, workdir: str) -> None:
     """Entry point of `python -m moddistill.recipe`."""
     start_logging()
     config = from_config_dict(RecipeConfig, at_workdir(values.to_dict(), workdir))
-    rows = run(config, Path(workdir))
-    if rows:
-        print(format_table(rows))
+    run(config, Path(workdir))
     if is_main_process():
+        if config.evaluated:
+            print(format_table(table_columns(config), table_rows(config, Path(workdir))))
         print(f"report: {workdir}/report.html")
 
 

@@ -6,8 +6,11 @@ import pytest
 
 from experiments import llava_mod, sft
 from moddistill import recipe
-from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.config import RecipeConfig, TaskConfig, TrainConfig
 from moddistill.configdict import from_config_dict
+from moddistill.evals import easy_vqa
+from moddistill.evals.results import write_results
+from moddistill.reports import summary
 from moddistill.training import loop
 from moddistill.training.metrics import read_metrics
 
@@ -17,7 +20,7 @@ ANSWERS = {
 }
 
 
-def test_workdir_is_put_into_every_text():
+def test_the_workdir_is_replaced_in_every_string():
     values = {
         "order": ("a",),
         "stages": {"a": {"student": "{workdir}/b/model", "teacher": "runs/t", "steps": 3}},
@@ -31,21 +34,28 @@ def test_workdir_is_put_into_every_text():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"order": ("a",)}, r"config\.order is \('a',\); accepted: each of \('a', 'b'\) once"),
-        ({"order": ("a", "a", "b")}, r"config\.order is"),
-        ({"order": ("a", "c")}, r"config\.order is"),
-        ({"evaluated": ("a", "c")}, r"config\.evaluated names \['c'\]; accepted: stages, a, b"),
+        ({"order": ("a",)}, r"config\.order: expected each of \('a', 'b'\) once, got \('a',\)"),
+        ({"order": ("a", "a", "b")}, r"config\.order: expected each of"),
+        ({"order": ("a", "c")}, r"config\.order: expected each of"),
         (
-            {"evaluated": ("a",)},
-            r"evaluated is \('a',\), but config\.benchmark is empty",
+            {"evaluated": ("a", "c")},
+            r"config\.evaluated: expected stages of \('a', 'b'\), got \('a', 'c'\)",
         ),
         (
-            {"evaluated": ("a",), "benchmark": "easy_vqa", "benchmark_data": "no/such"},
-            r"no/such/test\.json does not exist",
+            {"evaluated": ("a",)},
+            r"config\.evaluated: expected \(\) without config\.tasks, got \('a',\)",
+        ),
+        (
+            {"evaluated": ("a",), "tasks": {"vqa": TaskConfig("easy_vqa", "no/such")}},
+            r"^config\.tasks\.vqa\.data: no/such/test\.json: no such file",
+        ),
+        (
+            {"tasks": {"vqa": TaskConfig("easyvqa")}},
+            r"^config\.tasks\.vqa\.task: expected one of 'easy_vqa', got 'easyvqa'",
         ),
     ],
 )
-def test_order_and_stages_must_fit(tmp_path, fields, message):
+def test_order_stages_and_tasks_that_do_not_fit_are_an_error(tmp_path, fields, message):
     stages = {"a": TrainConfig(), "b": TrainConfig()}
     config = RecipeConfig(**{"order": ("a", "b"), "stages": stages} | fields)
     with pytest.raises(ValueError, match=message):
@@ -54,7 +64,7 @@ def test_order_and_stages_must_fit(tmp_path, fields, message):
 
 
 @pytest.mark.parametrize("part", ["sources", "heldout"])
-def test_records_and_pictures_of_every_stage_are_looked_for_first(tiny_config, tmp_path, part):
+def test_missing_records_and_images_of_any_stage_stop_the_recipe_first(tiny_config, tmp_path, part):
     first = tiny_config("sft")
     [source] = first.data.sources.values()
     workdir = tmp_path / "run"
@@ -83,7 +93,7 @@ def test_records_and_pictures_of_every_stage_are_looked_for_first(tiny_config, t
 
 
 @pytest.mark.parametrize("where", ["folder", "earlier stage"])
-def test_the_template_of_a_teacher_is_compared_before_the_first_stage(
+def test_another_template_than_the_teachers_stops_the_recipe_first(
     where, tiny_config, tiny_models, tmp_path
 ):
     workdir = tmp_path / "run"
@@ -100,7 +110,7 @@ def test_the_template_of_a_teacher_is_compared_before_the_first_stage(
     assert not workdir.exists()
 
 
-def test_templates_of_the_experiments_fit_each_other():
+def test_teachers_and_students_of_the_experiments_share_a_template():
     """A stage's teacher, if the recipe or `sft` trains it, reads the stage's own template."""
     for size in ("full", "demo"):
         config = from_config_dict(RecipeConfig, llava_mod.get_config(size).to_dict())
@@ -122,23 +132,18 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def fake_evaluate(folder, name, data, out):
-    """Writes what the benchmark would, with an answer wrong or right as `ANSWERS` has it."""
+def fake_evaluate(folder, runs):
+    """Writes results with the predictions of `ANSWERS` for the stage of `folder`."""
     questions = [("what?", "red"), ("is it?", "yes"), ("is it not?", "no")]
+    predictions = ANSWERS[folder.parent.name]
     rows = [
-        {"question": q, "image": f"{i}.png", "answer": a, "prediction": p}
-        for i, ((q, a), p) in enumerate(zip(questions, ANSWERS[out.name], strict=True))
+        {"id": str(i), "question": q, "images": [f"{i}.png"], "answers": [a], "prediction": p}
+        for i, ((q, a), p) in enumerate(zip(questions, predictions, strict=True))
     ]
-    (out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    right = [row["answer"] == row["prediction"] for row in rows]
-    scores = {
-        "accuracy": sum(right) / 3,
-        "accuracy_yes_no": sum(right[1:]) / 2,
-        "accuracy_other": float(right[0]),
-        "false_yes_rate": float(not right[2]),
-    }
-    (out / "scores.json").write_text(json.dumps(scores))
-    return scores
+    scores = easy_vqa.score(rows)
+    for run in runs:
+        write_results(run.out, rows, scores)
+    return [scores] * len(runs)
 
 
 @pytest.fixture(scope="module")
@@ -158,42 +163,44 @@ def finished(tiny_config, tmp_path_factory):
     config = RecipeConfig(
         order=("first", "second"),
         stages={"first": first, "second": second},
-        benchmark="easy_vqa",
-        benchmark_data=str(questions),
+        tasks={"vqa": TaskConfig("easy_vqa", str(questions))},
         evaluated=("first", "second"),
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(recipe, "evaluate", fake_evaluate)
-        # Pictures are not there; the report has its own tests.
-        patched.setattr(recipe, "_examples", lambda *_: [])
-        rows = recipe.run(config, workdir)
-    return config, workdir, rows
+        # The images do not exist; the report has its own tests.
+        patched.setattr(summary, "_examples", lambda *_: [])
+        recipe.run(config, workdir)
+    return config, workdir
 
 
-def test_table(finished):
-    config, workdir, rows = finished
-    assert rows == recipe.table(config, workdir)
+def test_the_table_has_the_scores_sizes_and_seconds_of_each_model(finished):
+    config, workdir = finished
+    titles = [column.title for column in summary.table_columns(config)]
+    scores = ["Accuracy", "Yes/no", "Other", "False yes"]
+    assert titles == ["Model", *scores, "Parameters", "Activated", "Seconds"]
+    rows = summary.table_rows(config, workdir)
     assert [row["model"] for row in rows] == ["first", "second"]
-    assert [row["accuracy"] for row in rows] == [2 / 3, 1.0]
-    assert [row["yes_no"] for row in rows] == [0.5, 1.0]
-    assert [row["other"] for row in rows] == [1.0, 1.0]
-    assert [row["false_yes"] for row in rows] == [1.0, 0.0]
+    assert [row["vqa/accuracy"] for row in rows] == [2 / 3, 1.0]
+    assert [row["vqa/accuracy_yes_no"] for row in rows] == [0.5, 1.0]
+    assert [row["vqa/accuracy_other"] for row in rows] == [1.0, 1.0]
+    assert [row["vqa/false_yes_rate"] for row in rows] == [1.0, 0.0]
     for row in rows:
-        # The norm behind the tower is stored and never computed: a scale and a bias.
+        # The norm after the tower is stored and never computed: a scale and a bias.
         assert row["parameters"] == row["activated"] + 2 * 16
         last = [r for r in read_metrics(workdir / row["model"] / "metrics.jsonl") if "seconds" in r]
         assert row["seconds"] == last[-1]["seconds"]
 
 
-def test_predictions_stand_side_by_side(finished):
-    lines = (finished[1] / "predictions.jsonl").read_text().splitlines()
+def test_predictions_of_all_models_are_in_one_file(finished):
+    lines = (finished[1] / "predictions" / "vqa.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {
+            "id": str(i),
             "question": question,
-            "image": f"{i}.png",
-            "answer": answer,
-            "first": ANSWERS["first"][i],
-            "second": ANSWERS["second"][i],
+            "images": [f"{i}.png"],
+            "answers": [answer],
+            "predictions": {stage: ANSWERS[stage][i] for stage in ("first", "second")},
         }
         for i, (question, answer) in enumerate(
             [("what?", "red"), ("is it?", "yes"), ("is it not?", "no")]
@@ -206,19 +213,21 @@ def test_report_is_written(finished):
     assert "first → second" in page
 
 
-def test_a_finished_stage_does_not_go_on(finished):
+def test_more_steps_for_a_finished_stage_are_an_error(finished):
     """Its scores and the stages after it are those of the model that is there."""
-    config, workdir, _ = finished
+    config, workdir = finished
     first = dataclasses.replace(config.stages["first"], steps=9)
     config = dataclasses.replace(config, stages=config.stages | {"first": first})
-    message = r"^stage 'first': config\.steps is 9, but .*/first is finished with 2; accepted: 2"
+    message = r"^stage 'first': config\.steps: expected 2, the steps of .*/first, or .*, got 9"
     with pytest.raises(ValueError, match=message):
         recipe.run(config, workdir)
 
 
-def test_finished_recipe_trains_and_asks_nothing_again(finished, monkeypatch):
-    config, workdir, rows = finished
+def test_a_finished_recipe_neither_trains_nor_evaluates_again(finished, monkeypatch):
+    config, workdir = finished
+    rows = summary.table_rows(config, workdir)
     monkeypatch.setattr(loop, "prepare", None)
     monkeypatch.setattr(recipe, "evaluate", None)
-    monkeypatch.setattr(recipe, "_examples", lambda *_: [])
-    assert recipe.run(config, workdir) == rows
+    monkeypatch.setattr(summary, "_examples", lambda *_: [])
+    recipe.run(config, workdir)
+    assert summary.table_rows(config, workdir) == rows

@@ -1,106 +1,128 @@
-"""Answers the questions of a task and scores them."""
+"""Evaluation of a model on tasks: greedy answers, scores and expert load."""
 
+import dataclasses
 import importlib
-import json
-import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import jax
-import numpy as np
 from tqdm import tqdm
 
-from moddistill import evals
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.errors import UserError, nearest
-from moddistill.inference.decode import answer, without_drops
-from moddistill.inference.prompts import Prompt, prompt_batch
+from moddistill.errors import UserError, invalid, not_one_of
+from moddistill.evals import easy_vqa
+from moddistill.evals.expert_load import expert_load
+from moddistill.evals.results import check_results_folder, write_results
+from moddistill.evals.task import Question, Row, Task
+from moddistill.inference.decode import answer
+from moddistill.inference.prompts import Prompt
 from moddistill.models.vlm import Vlm
-from moddistill.storage import digests
 
+TASKS = {"easy_vqa": easy_vqa.TASK}
 BATCH = 256
+LOAD_SAMPLES = 512  # prompts that the expert load is measured on
 
 
-LONGEST_ANSWER = 16
+@dataclasses.dataclass(frozen=True)
+class TaskRun:
+    """A task, the folder of its data and the folder of its results."""
+
+    task: Task
+    data: Path
+    out: Path
 
 
-LOAD_SAMPLES = 512
+def find_task(name: str, origin: str = "task") -> Task:
+    """Returns a task by its name in `TASKS`, or `TASK` of a module such as `my_project.chartqa`.
 
-
-def find_benchmark(name: str) -> ModuleType:
-    """The module of a benchmark; UserError with the known names for another one."""
-    known = sorted(module.name for module in pkgutil.iter_modules(evals.__path__))
-    if name not in known:
-        raise UserError(
-            f"benchmark {name!r} is unknown; accepted: {', '.join(known)}{nearest(name, known)}"
-        )
-    return importlib.import_module(f"{evals.__name__}.{name}")
-
-
-def evaluate(folder: str | Path, name: str, data: Path, out: Path) -> dict[str, Any]:
-    """Answers all questions of a benchmark greedily, writes both files and returns the scores.
-
-    Scores of a sparse model have `expert_load`: for each expert layer the share of its assignments
-    that each expert got, of `image` and of `text` tokens.
+    Raises:
+      UserError: naming the setting `origin`, if there is neither.
     """
-    module = find_benchmark(name)
-    digests.check_outside(out / "scores.json", "--out")
+    if name in TASKS:
+        return TASKS[name]
+    if "." not in name:
+        raise not_one_of(origin, name, TASKS)
+    try:
+        task = getattr(importlib.import_module(name), "TASK", None)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # an import inside the module
+        raise invalid(origin, name, "a module that can be imported") from None
+    if not isinstance(task, Task):
+        raise invalid(origin, name, "a module that defines TASK, a moddistill.evals.task.Task")
+    return task
+
+
+def evaluate(folder: str | Path, runs: Sequence[TaskRun]) -> list[dict[str, Any]]:
+    """Evaluates a model on tasks and writes their results; the model is loaded once.
+
+    Args:
+      folder: a model folder, a Hugging Face folder or a hub name.
+      runs: the tasks with their data and result folders.
+
+    Returns:
+      The scores of each run; those of a sparse model include `expert_load`.
+
+    Raises:
+      UserError: if data are missing, or a result folder is a model folder.
+    """
+    for run in runs:
+        check_results_folder(run.out)
+    all_questions = [run.task.questions(run.data) for run in runs]
     folder = as_model_folder(folder)
-    questions = module.questions(data)
     model, params = load(folder)
     tokenizer = load_tokenizer(str(folder))
-    prompts = [Prompt(question.prompt, (str(question.image),)) for question in questions]
-    predictions = answer_all(model, params, tokenizer, prompts)
-    rows = [
-        {
-            "question": question.prompt.replace(IMAGE, "").strip(),
-            "image": str(question.image),
-            "answer": question.answer,
-            "prediction": prediction,
-        }
-        for question, prediction in zip(questions, predictions, strict=True)
-    ]
-    scores = module.score(rows)
+    all_scores = []
+    for run, questions in zip(runs, all_questions, strict=True):
+        rows, scores = answer_and_score(model, params, tokenizer, run.task, questions)
+        write_results(run.out, rows, scores)
+        all_scores.append(scores)
+    return all_scores
+
+
+def answer_and_score(
+    model: Vlm,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    task: Task,
+    questions: Sequence[Question],
+) -> tuple[list[Row], dict[str, Any]]:
+    """Returns a row for each question with its greedy answer, and the scores of all rows."""
+    prompts = [Prompt(question.prompt, question.images) for question in questions]
+    texts = answer_all(model, params, tokenizer, prompts, task.max_new_tokens)
+    rows = [_row(question, text) for question, text in zip(questions, texts, strict=True)]
+    scores: dict[str, Any] = task.score(rows)
+    if absent := [column.key for column in task.columns if column.key not in scores]:
+        raise UserError(f"task: expected scores for all columns, got none for {absent}")
     if model.config.decoder.moe is not None:
         scores["expert_load"] = expert_load(model, params, tokenizer, prompts[:LOAD_SAMPLES])
-    out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "predictions.jsonl").write_text(lines)
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    return scores
+    return rows, scores
+
+
+def _row(question: Question, text: str) -> Row:
+    return {
+        "id": question.id,
+        "question": question.prompt.replace(IMAGE, "").strip(),
+        "images": list(question.images),
+        "answers": list(question.answers),
+        "prediction": text,
+    }
 
 
 def answer_all(
-    model: Vlm, params: dict[str, Any], tokenizer: Tokenizer, prompts: Sequence[Prompt]
+    model: Vlm,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
 ) -> list[str]:
-    """Texts of greedy answers, in batches of one size; the last one is filled up with its first."""
+    """Returns greedy answers in batches of one size; the last repeats its first prompt."""
     texts: list[str] = []
     for start in tqdm(range(0, len(prompts), BATCH), desc="answers", unit="batch", mininterval=1.0):
         part = list(prompts[start : start + BATCH])
         filled = part + part[:1] * (BATCH - len(part))
-        answers = answer(model, params, tokenizer, filled, max_new_tokens=LONGEST_ANSWER)
+        answers = answer(model, params, tokenizer, filled, max_new_tokens=max_new_tokens)
         texts += [item.text for item in answers[: len(part)]]
     return texts
-
-
-def expert_load(
-    model: Vlm, params: dict[str, Any], tokenizer: Tokenizer, prompts: Sequence[Prompt]
-) -> list[dict[str, Any]]:
-    """Share of assignments of each expert, by layer and modality, over the tokens of prompts."""
-    batch = prompt_batch(prompts, model.config, tokenizer)
-    model = without_drops(model)
-    load_of = jax.jit(lambda params, batch: model.apply({"params": params}, batch).router.load)
-    text, image = np.moveaxis(np.asarray(load_of(params, batch)), 1, 0)
-    layers = model.config.decoder.moe_layers
-    return [
-        {"layer": layer, "image": _shares(image[i]), "text": _shares(text[i])}
-        for i, layer in enumerate(layers)
-    ]
-
-
-def _shares(load: np.ndarray) -> list[float]:
-    return (load / max(load.sum(), 1.0)).tolist()

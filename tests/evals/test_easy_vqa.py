@@ -1,14 +1,15 @@
-"""Reading and scoring of the easy-VQA benchmark."""
+"""Questions and scores of the easy-VQA task."""
 
 import json
 
 import pytest
 
 from moddistill.evals import easy_vqa
+from moddistill.evals.task import Question
 
 
 def rows(*pairs):
-    return [{"question": "?", "image": "0.png", "answer": a, "prediction": p} for a, p in pairs]
+    return [{"question": "?", "answers": [a], "prediction": p} for a, p in pairs]
 
 
 def write(folder, turns):
@@ -23,22 +24,24 @@ def test_questions_are_read_as_published(tmp_path, answer):
         [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": answer}],
     )
     (question,) = easy_vqa.questions(tmp_path)
-    image = tmp_path / "images/test/7.png"
-    assert question == easy_vqa.Question("test-0", image, "<image>\nis it red?", answer)
+    image = str(tmp_path / "images/test/7.png")
+    assert question == Question(
+        id="test-0", prompt="<image>\nis it red?", images=(image,), answers=(answer,)
+    )
 
 
-def test_missing_data_names_the_command(tmp_path):
-    with pytest.raises(ValueError, match=r"test\.json does not exist.*tools\.easy_vqa"):
+def test_missing_data_is_an_error_that_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match=r"test\.json: no such file; .*tools\.easy_vqa"):
         easy_vqa.questions(tmp_path)
 
 
-def test_several_questions_in_a_record_are_an_error(tmp_path):
+def test_a_record_with_several_questions_is_an_error(tmp_path):
     write(tmp_path, [{"from": "human", "value": "?"}, {"from": "gpt", "value": "no"}] * 2)
-    with pytest.raises(ValueError, match=r"record test-0.*expected \['human', 'gpt'\]"):
+    with pytest.raises(ValueError, match=r"record test-0: expected roles \['human', 'gpt'\], got"):
         easy_vqa.questions(tmp_path)
 
 
-def test_score_by_hand():
+def test_scores_equal_a_count_by_hand():
     scores = easy_vqa.score(
         rows(
             ("yes", " Yes\n"),
@@ -70,6 +73,6 @@ def test_score_by_hand():
         (("yes", "red"), "false_yes_rate"),
     ],
 )
-def test_a_rate_of_nothing_is_an_error(answers, name):
-    with pytest.raises(ValueError, match=f"^{name}: none of the rows"):
+def test_a_rate_without_questions_is_an_error(answers, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected at least one question"):
         easy_vqa.score(rows(*[(answer, answer) for answer in answers]))

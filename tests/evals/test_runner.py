@@ -4,17 +4,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moddistill import evaluate as command
 from moddistill.convert.resolve import load
-from moddistill.evals import runner
+from moddistill.evals import easy_vqa, runner
+from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
+from tests.evals import counting
 
 QUESTIONS = [("what colour is it?", "red"), ("is it red?", "yes"), ("is it blue?", "no")]
+COUNTING = [
+    ("say something", [], ["yes"]),
+    ("<image>\nwhat is it?", ["images/0.png"], ["red", "a red one"]),
+    ("is <image> like <image>?", ["images/0.png", "images/1.png"], ["no"]),
+]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three questions about three pictures, in the format of the easy-VQA folder."""
+    """Three images with questions of both tasks in their formats."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     records = []
@@ -27,60 +35,139 @@ def data(tmp_path_factory):
         ]
         records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (folder / "test.json").write_text(json.dumps(records))
+    names = ("prompt", "images", "answers")
+    counted = [{"id": str(i)} | dict(zip(names, x, strict=True)) for i, x in enumerate(COUNTING)]
+    (folder / "questions.json").write_text(json.dumps(counted))
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(data, tiny_models, tmp_path_factory):
-    """What the command prints for a sparse model answering in batches of two, and its folder."""
+    """Scores and result folders of a sparse model on both tasks, in batches of two."""
     out = tmp_path_factory.mktemp("results")
+    runs = [
+        TaskRun(easy_vqa.TASK, data, out / "easy_vqa"),
+        TaskRun(counting.TASK, data, out / "counting"),
+    ]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(runner, "BATCH", 2)
-        scores = runner.evaluate(tiny_models["sparse"], "easy_vqa", data, out)
-    return scores, out
+        scores = evaluate(tiny_models["sparse"], runs)
+    return dict(zip(("easy_vqa", "counting"), scores, strict=True)), out
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def test_predictions_are_the_greedy_answers(results, data, tiny_models, tokenizer):
-    rows = [
-        json.loads(line) for line in (results[1] / "predictions.jsonl").read_text().splitlines()
-    ]
     model = load(tiny_models["sparse"])
+    rows = rows_of(results[1] / "easy_vqa")
     for i, (row, (question, reply)) in enumerate(zip(rows, QUESTIONS, strict=True)):
         image = str(data / "images" / f"{i}.png")
         prompt = Prompt(f"<image>\n{question}", (image,))
         [expected] = answer(*model, tokenizer, [prompt] * 2, max_new_tokens=16)[:1]
-        given = {"question": question, "image": image, "answer": reply}
-        assert row == given | {"prediction": expected.text}
+        fields = {"id": str(i), "question": question, "images": [image], "answers": [reply]}
+        assert row == fields | {"prediction": expected.text}
 
 
-def test_scores_are_those_of_the_benchmark(results):
-    scores, out = results
+def test_questions_have_any_number_of_images_and_the_tasks_own_answer_length(
+    results, data, tiny_models, tokenizer
+):
+    model = load(tiny_models["sparse"])
+    rows = rows_of(results[1] / "counting")
+    assert [len(row["images"]) for row in rows] == [0, 1, 2]
+    assert [row["answers"] for row in rows] == [answers for _, _, answers in COUNTING]
+    for row, (prompt, images, _) in zip(rows, COUNTING, strict=True):
+        prompt = Prompt(prompt, tuple(str(data / image) for image in images))
+        [expected] = answer(*model, tokenizer, [prompt], max_new_tokens=3)
+        assert row["prediction"] == expected.text
+        assert len(expected.token_ids) <= 3
+
+
+@pytest.mark.parametrize(("name", "task"), [("easy_vqa", easy_vqa), ("counting", counting)])
+def test_scores_are_those_of_the_task(results, name, task):
+    scores, out = results[0][name], results[1] / name
     assert json.loads((out / "scores.json").read_text()) == scores
-    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    expected = runner.find_benchmark("easy_vqa").score(rows)
+    expected = task.score(rows_of(out))
     assert {k: v for k, v in scores.items() if k != "expert_load"} == expected
-    assert scores["questions"] == 3
 
 
 def test_shares_of_the_experts_sum_to_one(results):
-    load_of_layers = results[0]["expert_load"]
-    assert [row["layer"] for row in load_of_layers] == [0, 2]
-    for row in load_of_layers:
-        for modality in ("image", "text"):
-            assert len(row[modality]) == 4
-            np.testing.assert_allclose(sum(row[modality]), 1.0, rtol=1e-6)
+    for scores in results[0].values():
+        assert [row["layer"] for row in scores["expert_load"]] == [0, 2]
+        for row in scores["expert_load"]:
+            for modality in ("image", "text"):
+                assert len(row[modality]) == 4
+                np.testing.assert_allclose(sum(row[modality]), 1.0, rtol=1e-6)
 
 
-def test_unknown_benchmark():
-    with pytest.raises(ValueError, match=r"'easyvqa' is unknown; .*did you mean 'easy_vqa'"):
-        runner.find_benchmark("easyvqa")
+def test_a_model_is_loaded_once_for_all_tasks(data, tiny_models, tmp_path, monkeypatch):
+    calls = []
+
+    def counted_load(folder):
+        calls.append(folder)
+        return load(folder)
+
+    monkeypatch.setattr(runner, "load", counted_load)
+    runs = [TaskRun(counting.TASK, data, tmp_path / name) for name in ("first", "second")]
+    first, second = evaluate(tiny_models["dense"], runs)
+    assert first == second
+    assert len(calls) == 1
 
 
-def test_results_do_not_go_into_a_model_folder(data, tiny_models):
+def test_a_column_without_a_score_is_an_error(data, tiny_models, tmp_path):
+    task = counting.Task(**vars(counting.TASK) | {"score": lambda rows: {"exact": 1.0}})
+    with pytest.raises(ValueError, match=r"expected scores for all columns, got none for \['imag"):
+        evaluate(tiny_models["dense"], [TaskRun(task, data, tmp_path)])
+
+
+def test_a_task_is_found_by_name_and_by_module():
+    assert find_task("easy_vqa") is easy_vqa.TASK
+    assert find_task("tests.evals.counting") is counting.TASK
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("easyvqa", r"^x: expected one of 'easy_vqa', got 'easyvqa' \(did you mean 'easy_vqa'\?\)"),
+        ("runner", r"^x: expected one of 'easy_vqa', got 'runner'"),
+        ("tests.evals.gone", "^x: expected a module that can be imported, got 'tests.evals.gone'"),
+        ("gone.task", "^x: expected a module that can be imported, got 'gone.task'"),
+        ("tests.evals.test_runner", "^x: expected a module that defines TASK"),
+    ],
+)
+def test_an_unknown_task_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_task(name, "x")
+
+
+def test_a_failing_import_inside_a_task_keeps_its_traceback(tmp_path, monkeypatch):
+    package = tmp_path / "own_tasks"
+    package.mkdir()
+    (package / "broken.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        find_task("own_tasks.broken")
+
+
+def test_results_in_a_model_folder_are_an_error(data, tiny_models):
     """Another file there would make the model unreadable."""
     folder = tiny_models["dense"]
-    with pytest.raises(
-        ValueError, match=r"--out: expected a folder outside of '.*', whose digests\.json"
-    ):
-        runner.evaluate(folder, "easy_vqa", data, folder)
+    message = r"^--out: expected a folder outside of '.*', whose digests\.json lists all"
+    with pytest.raises(ValueError, match=message):
+        evaluate(folder, [TaskRun(easy_vqa.TASK, data, folder)])
     assert not (folder / "scores.json").exists()
+
+
+def test_the_command_writes_results_and_prints_scores(data, tiny_models, tmp_path, capsys):
+    model, out = str(tiny_models["dense"]), tmp_path / "out"
+    args = ["--model", model, "--task", "tests.evals.counting", "--data", str(data)]
+    command.main([*args, "--out", str(out)])
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "scores.json").read_text())
+    assert len(rows_of(out)) == 3
+
+
+def test_the_command_ends_with_one_line_for_an_unknown_task(tiny_models, data, tmp_path):
+    args = ["--model", str(tiny_models["dense"]), "--task", "easyvqa", "--data", str(data)]
+    with pytest.raises(SystemExit, match=r"^error: --task: expected one of 'easy_vqa', got"):
+        command.main([*args, "--out", str(tmp_path)])

@@ -1,24 +1,17 @@
-"""The report: its table, its curves, its marks, and that it is one self-contained page."""
+"""The report page: charts, marks of answers, and that it is self-contained."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
+from moddistill.evals.task import Column
 from moddistill.reports import charts, report
 
 VOID = {"meta", "img", "br"}
-ROW = {
-    "model": "teacher",
-    "accuracy": 0.95124,
-    "yes_no": 0.94,
-    "other": 1.0,
-    "false_yes": 0.05,
-    "parameters": 4_213_440,
-    "activated": 1_000,
-    "seconds": 261.6,
-}
+COLUMNS = (Column("model", "Model", ""), Column("recall", "Recall"))
 METRICS = [
     {"step": 10, "loss": 2.0, "kd": 1.5, "seconds": 3.0, "tokens_per_second": 900.0},
     {"step": 20, "loss": 0.5, "kd": 0.25, "seconds": 6.0, "tokens_per_second": 1100.0},
@@ -30,18 +23,18 @@ class Balance(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.seen, self.links = [], [], []
+        self.open, self.tags, self.links = [], [], []
         self.feed(page)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
+        self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.seen.append(tag)
+        self.tags.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -49,21 +42,27 @@ class Balance(HTMLParser):
 
 @pytest.fixture
 def parts(tmp_path):
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (600, 300), "red").save(picture)
+    image = tmp_path / "a.png"
+    Image.new("RGB", (600, 300), "red").save(image)
     example = {
-        "image": str(picture),
+        "images": [str(image)],
         "question": "is 1 < 2 & 3?",
-        "answer": "yes",
-        "teacher": " Yes",
-        "student": "<script>no",
+        "answers": ["yes", "yes <it> is"],
+        "predictions": {"teacher": (" Yes", True), "d2s & more": ("<script>no", False)},
     }
     return {
         "title": "A & B",
         "stages": {"d2d <x>": METRICS},
-        "table": [ROW],
-        "examples": [example],
-        "loads": [{"layer": 2, "image": [3, 1], "text": [0.5, 0.5]}],
+        "columns": COLUMNS,
+        "table": [{"model": "teacher", "recall": 0.95124}],
+        "tasks": [
+            report.TaskSection(
+                title="x < y",
+                note="Shares & counts.",
+                examples=[example],
+                loads=[{"layer": 2, "image": [3, 1], "text": [0.5, 0.5]}],
+            )
+        ],
     }
 
 
@@ -75,7 +74,7 @@ def write(tmp_path, parts):
 def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path, parts):
     page = write(tmp_path, parts)
     parsed = Balance(page)
-    assert "script" not in parsed.seen
+    assert "script" not in parsed.tags
     assert len(parsed.links) == 1
     assert parsed.links[0].startswith("data:image/png;base64,")
     assert "http" not in page and "url(" not in page
@@ -86,11 +85,13 @@ def test_text_is_escaped(tmp_path, parts):
     page = write(tmp_path, parts)
     for text in ("A &amp; B", "d2d &lt;x&gt;", "is 1 &lt; 2 &amp; 3?", "&lt;script&gt;no"):
         assert text in page
+    for text in ("x &lt; y", "Shares &amp; counts.", "yes / yes &lt;it&gt; is", "d2s &amp; more"):
+        assert text in page
 
 
 def test_answers_are_marked_by_symbol_and_colour(tmp_path, parts):
     page = write(tmp_path, parts)
-    answers = re.findall(r'<dd class="(\w+)"><span role="img" aria-label="\w+">(.)</span>', page)
+    answers = re.findall(r'<dd class="(\w+)">\s<span role="img" aria-label="\w+">(.)</span>', page)
     assert answers == [("right", "✓"), ("wrong", "✗")]
 
 
@@ -137,22 +138,6 @@ def test_a_load_beyond_twice_the_even_share_stretches_the_scale():
     assert card.count("--even:31.25%") == 4
 
 
-def test_format_table():
-    small = ROW | {"model": "student", "parameters": 7, "activated": 7}
-    assert report.format_table([ROW, small]).splitlines() == [
-        "| Model   | Accuracy | Yes/no | Other | False yes | Parameters | Activated | Seconds |",
-        "| ------- | -------: | -----: | ----: | --------: | ---------: | --------: | ------: |",
-        "| teacher |    0.951 |  0.940 | 1.000 |     0.050 |  4,213,440 |     1,000 |     262 |",
-        "| student |    0.951 |  0.940 | 1.000 |     0.050 |          7 |         7 |     262 |",
-    ]
-
-
-@pytest.mark.parametrize("row", [ROW | {"recall": 1.0}, {"model": "teacher"}])
-def test_other_columns_are_errors(row):
-    with pytest.raises(ValueError, match="expected exactly the keys model, accuracy"):
-        report.format_table([row])
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -178,7 +163,27 @@ def test_loads_that_cannot_be_drawn(image, message):
         charts.load_card({"layer": 3, "image": image, "text": [1, 1]})
 
 
-def test_a_missing_picture_is_named(tmp_path, parts):
-    parts["examples"][0]["image"] = "nowhere.png"
-    with pytest.raises(ValueError, match=r"image nowhere\.png of an example does not exist"):
-        write(tmp_path, parts)
+def with_images(parts, images):
+    [task] = parts["tasks"]
+    example = task.examples[0] | {"images": images}
+    return parts | {"tasks": [dataclasses.replace(task, examples=[example])]}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_an_example_shows_all_its_images(tmp_path, parts, count):
+    images = parts["tasks"][0].examples[0]["images"] * count
+    assert len(Balance(write(tmp_path, with_images(parts, images))).links) == count
+
+
+def test_each_task_has_a_section_and_only_sparse_models_have_loads(tmp_path, parts):
+    [task] = parts["tasks"]
+    parts["tasks"] = [task, dataclasses.replace(task, title="other", loads=[])]
+    page = write(tmp_path, parts)
+    assert re.findall(r"<h2>(.*)</h2>", page) == [
+        "Results", "Training", "Answers: x &lt; y", "Expert load: x &lt; y", "Answers: other"
+    ]  # fmt: skip
+
+
+def test_a_missing_image_is_an_error(tmp_path, parts):
+    with pytest.raises(ValueError, match=r"^nowhere\.png: expected the image file of an example"):
+        write(tmp_path, with_images(parts, ["nowhere.png"]))

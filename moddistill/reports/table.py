@@ -1,0 +1,43 @@
+"""Results tables, as Markdown and as HTML."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from moddistill.errors import UserError
+from moddistill.evals.task import Column
+
+
+def format_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a Markdown table, aligned for terminals.
+
+    Raises:
+      UserError: if the keys of a row are not those of the columns.
+    """
+    cells = [tuple(column.title for column in columns), *(_cells(columns, row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rules = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+    lines = []
+    for first, *rest in [cells[0], rules, *cells[1:]]:
+        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append(f"| {' | '.join([first.ljust(widths[0]), *padded])} |")
+    return "\n".join(lines)
+
+
+def html_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the same table as an HTML element.
+
+    Raises:
+      UserError: if the keys of a row are not those of the columns.
+    """
+    head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
+    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in _cells(columns, row)) for row in rows]
+    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _cells(columns: Sequence[Column], row: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = [column.key for column in columns]
+    if set(row) != set(keys):
+        raise UserError(f"table row: expected exactly the keys {', '.join(keys)}, got {dict(row)}")
+    return tuple(format(row[column.key], column.format) for column in columns)
