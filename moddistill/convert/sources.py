@@ -23,6 +23,7 @@ from moddistill.storage.tensor import Checkpoint
 # Buffers that old releases saved.
 _BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")
 SELECT_LAYER = -2  # LLaVA's
+_LARGEST_SETTINGS = 64 * 2**20  # bytes; a tokenizer.json has up to 36 MB
 _UNDAMAGED = f"an undamaged copy, or the folder without its {digests.NAME}"
 
 
@@ -74,7 +75,9 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
     """
     if (folder / digests.NAME).is_file():  # an export of ours
         listed = digests.read_digests(folder, _UNDAMAGED).files
-        digests.verify(folder, sorted(listed), accepted=_UNDAMAGED)
+        # Settings that are too large are refused by their readers, which do not read them whole.
+        names = [name for name in sorted(listed) if _is_readable(folder / name)]
+        digests.verify(folder, names, accepted=_UNDAMAGED)
     fields = read_json(folder / "config.json")
     origin = str(folder / "config.json")
     kind = fields.get("model_type", "")
@@ -96,6 +99,11 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
         f"{str(folder)!r} is of architecture {kind!r:.80}; accepted: {', '.join(known)}, and the "
         "original LLaVA code's with Qwen (llava_qwen2 and the like)"
     )
+
+
+def _is_readable(file: Path) -> bool:
+    is_weights = file.suffix in (".safetensors", ".bin")
+    return is_weights or not file.is_file() or file.stat().st_size <= _LARGEST_SETTINGS
 
 
 def _language_model(folder: Path, hf: dict[str, Any]) -> Source:

@@ -9,7 +9,7 @@ EINSUM = r'einsum\(\s*"([^"]*)"'
 
 def test_every_shape_letter_is_defined_and_every_definition_is_used():
     folders = [Path(models.__file__).parent, Path(models.__file__).parents[1] / "losses"]
-    code = "".join(file.read_text() for folder in folders for file in folder.glob("*.py"))
+    code = "".join(file.read_text() for folder in folders for file in folder.rglob("*.py"))
     shapes = " ".join(re.findall(SHAPE, code) + re.findall(EINSUM, code))
     # Pixels are counted as `I` images of `h` times `w`, which the batch's docstring alone says.
     used = set(re.findall("[A-Za-z]", shapes)) | {"I"}

@@ -98,7 +98,7 @@ def test_folder_of_another_version(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "model.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
-    with pytest.raises(ValueError, match=r"model\.json has version 99; this release reads 2"):
+    with pytest.raises(ValueError, match=r"model\.json has version 99; this release reads 3"):
         moddistill.load(tmp_path / "model")
 
 

@@ -83,7 +83,7 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
         assert set(row) == {"step", "loss", "lr", "grad_norm", "param_norm", *TIMING} | PARTS[stage]
         assert all(map(math.isfinite, row.values()))
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"
+        "config.json", "models.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["stage"] == stage
     model, _ = load(workdir / "model")

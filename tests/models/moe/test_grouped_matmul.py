@@ -148,7 +148,7 @@ def test_only_programs_for_tpus_have_the_kernel(kind, platform, kernel, sizes):
 _ON_THE_CPU = """
 import sys, jax, jax.numpy as jnp
 import moddistill.train
-from moddistill.models.expert_parallel import mix_experts
+from moddistill.models.moe.expert_parallel import mix_experts
 
 experts = {"gate": jnp.ones((2, 4, 8)), "up": jnp.ones((2, 4, 8)), "down": jnp.ones((2, 8, 4))}
 chosen, keep = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool)
