@@ -39,14 +39,11 @@ def decode(
     The prompt is read once; then one token at a time, until every row has produced `end_id`.
     """
     rows, length = batch.tokens.shape
-    prompt = batch.segments > 0
-    lengths = jnp.sum(prompt, axis=1, dtype=jnp.int32)
+    lengths = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
     slots = length + max_new_tokens
     decoder = model.config.decoder
-    causal = jnp.tril(jnp.ones((length, length), bool)) | jnp.eye(length, dtype=bool)
-    mask = jnp.pad(causal[None] & prompt[:, None], ((0, 0), (0, 0), (0, max_new_tokens)))
     cache = init_cache(decoder, rows, slots, model.dtype)
-    output = model.apply({"params": params}, batch, cache, mask)
+    output = model.apply({"params": params}, batch, cache)
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
     def next_token(output: Any, hidden: Array, step: Array) -> Array:
@@ -60,11 +57,8 @@ def decode(
     def body(carry: Any) -> Any:
         step, tokens, cache, done = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-        seen = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
-        seen = seen | ((jnp.arange(slots) >= length) & (jnp.arange(slots) < length + step))[None]
         inputs = Batch(last, (lengths + step - 1)[:, None], jnp.ones_like(last))
-        start = length + step - 1
-        output = model.apply({"params": params}, inputs, cache, seen[:, None], start)
+        output = model.apply({"params": params}, inputs, cache)
         token = jnp.where(done, end_id, next_token(output, output.hidden, step))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, tokens, output.cache, done | (token == end_id)

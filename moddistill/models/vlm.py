@@ -15,12 +15,12 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from moddistill.models.attention import Cache, causal_mask
+from moddistill.models.attention_kernels import Structure, causal
 from moddistill.models.batch import Batch, make_batch
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.decoder import Context, Decoder, DecoderConfig
+from moddistill.models.decoder import Context, Decoder, DecoderConfig, KVCache
 from moddistill.models.moe.router import RouterStats
 from moddistill.models.projector import Projector
 from moddistill.models.vision import Vision, VisionConfig
@@ -44,7 +44,7 @@ class Output:
     hidden: Float[Array, "B T D"]
     head: Float[Array, "V D"]
     router: RouterStats | None
-    cache: list[list[Cache]] | None
+    cache: KVCache | None
     features: Float[Array, "U X W"] | None
 
 
@@ -55,28 +55,17 @@ class Vlm(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
-    def __call__(
-        self,
-        batch: Batch,
-        cache: list[list[Cache]] | None = None,
-        mask: Bool[Array, "B T S"] | None = None,
-        start: Int[Array, ""] | None = None,
-    ) -> Output:
-        """Hidden states [B, T, D] for a batch; with `cache`, also the keys and values so far.
-
-        For decoding, `mask` is over the cache's slots, and `start` is the slot where this call's
-        first position is stored.
-        """
+    def __call__(self, batch: Batch, cache: KVCache | None = None) -> Output:
+        """Hidden states [B, T, D] of a batch; with `cache`, its tokens continue those in there."""
         config = self.config
         valid = batch.segments > 0
         is_image = (batch.tokens == config.image_token) & valid
-        context = Context(
-            positions=batch.positions,
-            mask=causal_mask(batch.segments) if mask is None else mask,
-            valid=valid,
-            is_image=is_image,
-            start=jnp.zeros((), jnp.int32) if start is None else start,
-        )
+        if cache is None:
+            structure = causal(batch.segments, self.compute.one_segment)
+        else:
+            offset, cache = cache.length, cache.extend(batch.segments)
+            structure = Structure(batch.segments, cache.segments, offset)
+        context = Context(batch.positions, structure, valid, is_image)
         features = batch.features
         if config.vision is not None and batch.images is not None:
             features = self._see(batch.images)
@@ -89,7 +78,10 @@ class Vlm(nn.Module):
             patches = jnp.tile(patches, (len(batch.tokens) // len(patches), 1, 1))
             image_hidden = splice(patches, is_image)
         decoder = Decoder(config.decoder, self.compute, name="decoder")
-        return Output(*decoder(batch.tokens, image_hidden, context, cache), features)
+        layers = cache.layers if cache else None
+        hidden, head, router, layers = decoder(batch.tokens, image_hidden, context, layers)
+        cache = cache.replace(layers=layers) if cache else None
+        return Output(hidden, head, router, cache, features)
 
     def _see(self, images: Array) -> Float[Array, "U X W"]:
         """The tower's features of all images of each sample, one after the other."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moddistill.config import ExpertConfig
-from moddistill.models.attention import causal_mask
+from moddistill.models.attention_kernels import causal
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import Block, Context, Decoder, DecoderConfig
 from moddistill.models.layer_plan import unstack
@@ -33,10 +33,9 @@ def decoder_config(placement, layers):
 def context(batch):
     return Context(
         positions=batch.positions,
-        mask=causal_mask(batch.segments),
+        structure=causal(batch.segments),
         valid=batch.segments > 0,
         is_image=batch.tokens == 0,
-        start=jnp.int32(0),
     )
 
 

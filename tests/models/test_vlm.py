@@ -167,12 +167,12 @@ def test_decoding_with_a_cache_equals_the_full_forward(config, prompt, images):
     logits = []
     for start, end in [(0, prompt)] + [(i, i + 1) for i in range(prompt, length)]:
         now = jax.tree.map(lambda x, start=start, end=end: x[:, start:end], text)
-        mask = jnp.arange(slots)[None, None] <= now.positions[..., None]
         if images and start == 0:  # both images lie before position 11
             now = now._replace(images=batch.images)
-        output = draw.apply(Vlm(config), params, now, cache, mask, jnp.int32(start))
+        output = draw.apply(Vlm(config), params, now, cache)
         logits.append(Vlm.logits(output))
         cache = output.cache
+    assert cache.length == length
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, atol=1e-4)
 
 
