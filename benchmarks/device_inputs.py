@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from moddistill.config import MeshConfig, TrainConfig
 from moddistill.distributed import sharding
+from moddistill.models.batch import Batch, PreferenceBatch, padded_batch
 from moddistill.models.vlm import ModelConfig
 from moddistill.planning.planner import abstract_batch
 from moddistill.training.program import SUPERVISED_SHARE
@@ -87,32 +88,26 @@ def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bo
     """
     rng = np.random.default_rng(0)
 
-    def fill(shape: Any) -> Any:
-        if "tokens" in shape:
-            return _rows(student, *shape["tokens"].shape, full, rng)
-        return {name: fill(side) for name, side in shape.items()}
-
     shapes = abstract_batch(config, student, mesh)
-    images = shapes.pop("images", None)
-    batch = fill(shapes)
-    if images is not None:
-        batch["images"] = rng.integers(0, 256, images.shape, np.uint8)
-    return batch
+    if isinstance(shapes, PreferenceBatch):
+        sides = (_rows(student, *side.tokens.shape, full, rng) for side in shapes[:2])
+        batch = PreferenceBatch(*sides)
+    else:
+        batch = _rows(student, *shapes.tokens.shape, full, rng)
+    if shapes.images is None:
+        return batch
+    return batch._replace(images=rng.integers(0, 256, shapes.images.shape, np.uint8))
 
 
 def _rows(
     student: ModelConfig, rows: int, length: int, full: bool, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
+) -> Batch:
     patches = student.vision.patches if student.vision else 0
     answer = round(length * SUPERVISED_SHARE)
     tokens = rng.integers(0, student.decoder.real_ids[-1][1], (rows, length), np.int32)
     tokens[:, 1 : 1 + patches] = student.image_token
     shortest = length if full else 1 + patches + answer
     ends = rng.integers(shortest, length + 1, (rows, 1))
-    place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    return {
-        "tokens": tokens,
-        "positions": place,
-        "segments": (place < ends).astype(np.int32),
-        "loss_mask": (place < ends) & (place >= ends - answer),
-    }
+    place = np.arange(length)[None]
+    loss_mask = (place < ends) & (place >= ends - answer)
+    return padded_batch(tokens, ends[:, 0], loss_mask)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.device_inputs import on, random_batch, random_leaves, random_state, say
 from moddistill.config import DataConfig, ExpertConfig, TrainConfig
@@ -20,6 +19,7 @@ from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
 from moddistill.inference.decode import decode
 from moddistill.inference.sampling import Sampling
+from moddistill.models.batch import num_tokens
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.flops import step_flops
 from moddistill.models.layers import SwiGLU
@@ -154,7 +154,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         "all_seconds": seconds,
         "losses": losses,
         "compile_seconds": compiling,
-        "tokens": int(np.sum(batch["segments"] > 0)),
+        "tokens": int(num_tokens(batch)),
         "student_flops": flops.student,
         "teacher_flops": flops.teacher,
         "peak_flops": peak_flops([device]),

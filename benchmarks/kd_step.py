@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import head_to_head, models
+from moddistill.models.batch import Batch, padded_batch
 
 ROWS, LENGTH, VOCABULARY, IMAGE = 4, 512, 151_936, 151_900
 BALANCE, RATE = 0.01, 1e-4
@@ -43,19 +44,14 @@ def architectures():
     return upcycle_config(dense, ExpertConfig()), teacher
 
 
-def records() -> dict[str, np.ndarray]:
+def records() -> Batch:
     """A batch as the pipeline gives it."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 150_000, (ROWS, LENGTH)).astype(np.int32)
     tokens[:, 8:72] = IMAGE
-    place = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-    return {
-        "tokens": tokens,
-        "positions": place,
-        "segments": np.ones_like(tokens),
-        "loss_mask": place >= LENGTH * 3 // 4,
-        "images": rng.integers(0, 256, (ROWS, 1, 112, 112, 3)).astype(np.uint8),
-    }
+    loss_mask = np.broadcast_to(np.arange(LENGTH) >= LENGTH * 3 // 4, tokens.shape)
+    images = rng.integers(0, 256, (ROWS, 1, 112, 112, 3)).astype(np.uint8)
+    return padded_batch(tokens, np.full(ROWS, LENGTH), loss_mask, images)
 
 
 def make_files(folder: Path) -> None:
@@ -119,9 +115,9 @@ def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     trained = [x for x in student.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     batch = records()
-    tokens = torch.from_numpy(batch["tokens"]).long()
-    inputs = {"input_ids": tokens, "pixel_values": models.clip_pixels(batch["images"][:, 0])}
-    supervised = torch.from_numpy(batch["loss_mask"][:, 1:].copy())
+    tokens = torch.from_numpy(batch.tokens).long()
+    inputs = {"input_ids": tokens, "pixel_values": models.clip_pixels(batch.images[:, 0])}
+    supervised = torch.from_numpy(batch.loss_mask[:, 1:].copy())
     labels = tokens[:, 1:]
 
     def run() -> dict[str, float]:

@@ -16,6 +16,7 @@ from flax import linen as nn
 from moddistill.config import ExpertConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.data.tokenizer import load_tokenizer
+from moddistill.models.batch import padded_batch
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import Vlm, dummy_batch
@@ -134,16 +135,13 @@ def random_batch():
         tokens[:, 1 : 1 + patches] = config.image_token
         real = rng.integers(patches + 4, length + 1, (rows, 1))
         answers = rng.integers(1, 4, (rows, 1)) + (np.arange(rows) % 2)[:, None] * 2
-        place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        batch = {
-            "tokens": tokens,
-            "positions": place,
-            "segments": (place < real).astype(np.int32),
-            "loss_mask": (place < real) & (place >= np.maximum(real - answers, patches + 1)),
-        }
+        place = np.arange(length)[None]
+        loss_mask = (place < real) & (place >= np.maximum(real - answers, patches + 1))
+        batch = padded_batch(tokens, real[:, 0], loss_mask)
         if config.vision:
             size = config.vision.image_size
-            batch["images"] = rng.integers(0, 256, (rows, 1, size, size, 3), np.uint8)
+            images = rng.integers(0, 256, (rows, 1, size, size, 3), np.uint8)
+            batch = batch._replace(images=images)
         return batch
 
     return make

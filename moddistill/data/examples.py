@@ -1,4 +1,4 @@
-"""Records to arrays of one fixed shape: tokens, loss mask, positions, segments and images.
+"""Records to samples of one fixed shape.
 
 T: max_length, I: max_images, h = w: image_size.
 """
@@ -13,6 +13,7 @@ from moddistill.data.images import PAD_COLOR, load_image, preprocess
 from moddistill.data.records import IMAGE, PreferencePair, Record
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError
+from moddistill.models.batch import Batch, PreferenceBatch, num_tokens, padded_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,8 @@ class ExampleSpec:
     pad_color: tuple[int, int, int] = PAD_COLOR
 
 
-def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dict[str, np.ndarray]:
-    """One sample of a conversation, padded on the right, cut at `max_length` if its text is longer.
-
-    tokens [T] int32, the image id repeated for every patch; loss_mask [T] bool, true where the
-    token at that position is supervised; positions [T] int32; segments [T] int32, 1 for what is
-    real; unless the model is text-only, images [I, h, w, 3] uint8, zeros in unused slots; and
-    length, the number of tokens before the cut.
+def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> tuple[Batch, int]:
+    """One sample of a conversation, truncated to `max_length`, and its length before truncation.
 
     Raises:
       UserError: too many images, images beyond `max_length`, no supervised token within it, or
@@ -43,27 +39,24 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> dic
     ids, mask = _encode(render(spec.template, record.turns), tokenizer, spec.image_tokens)
     if len(ids) > spec.max_length:
         _check_cut(ids, mask, tokenizer.image_id, spec.max_length)
-    sample = _arrays(ids[: spec.max_length], mask, tokenizer.pad_id, spec.max_length)
-    return sample | _image_arrays(record.images, spec) | {"length": len(ids)}
+    sample = _padded(ids[: spec.max_length], mask[: spec.max_length], tokenizer.pad_id, spec)
+    return sample._replace(images=_read_images(record.images, spec)), len(ids)
 
 
 def make_preference(
     pair: PreferencePair, tokenizer: Tokenizer, spec: ExampleSpec
-) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
-    """Both sides of a pair, arrays as in `make_example`, with only the last answer supervised.
-
-    `{"chosen": {tokens, loss_mask, positions, segments}, "rejected": {...}, "images": ...}`.
+) -> tuple[PreferenceBatch, int]:
+    """Both sides of a pair, only the last answer supervised, and the length of the longer one.
 
     Raises:
       UserError: as `make_example`, and when a side is longer than `max_length`, because a cut
         answer has another probability.
     """
     _check_images(pair.images, spec)
-    sides = {
-        side: _preference_side(pair, answer, side, tokenizer, spec)
-        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
-    }
-    return sides | _image_arrays(pair.images, spec)
+    chosen = _preference_side(pair, pair.chosen, "chosen", tokenizer, spec)
+    rejected = _preference_side(pair, pair.rejected, "rejected", tokenizer, spec)
+    length = max(int(num_tokens(side)) for side in (chosen, rejected))
+    return PreferenceBatch(chosen, rejected, _read_images(pair.images, spec)), length
 
 
 def encode_prompt(
@@ -91,14 +84,14 @@ def encode_prompt(
 
 def _preference_side(
     pair: PreferencePair, answer: str, side: str, tokenizer: Tokenizer, spec: ExampleSpec
-) -> dict[str, np.ndarray]:
+) -> Batch:
     pieces = render(spec.template, (*pair.history, (pair.question, answer)))
     before = len(prompt(spec.template, pair.history, pair.question))
     context = [piece._replace(supervised=False) for piece in pieces[:before]]
     ids, mask = _encode(context + pieces[before:], tokenizer, spec.image_tokens)
     if len(ids) > spec.max_length:
         raise UserError(f"the {side} side has {len(ids)} tokens; {spec.max_length} are allowed")
-    return _arrays(ids, mask, tokenizer.pad_id, spec.max_length)
+    return _padded(ids, mask, tokenizer.pad_id, spec)
 
 
 def _encode(
@@ -131,25 +124,18 @@ def _check_cut(ids: list[int], mask: list[bool], image_id: int, length: int) -> 
         raise UserError(f"no answer token within max_length {length} ({len(ids)} tokens)")
 
 
-def _arrays(ids: list[int], mask: list[bool], pad_id: int, length: int) -> dict[str, np.ndarray]:
-    real = len(ids)
-    tokens = np.full(length, pad_id, np.int32)
-    loss_mask = np.zeros(length, bool)
-    segments = np.zeros(length, np.int32)
-    tokens[:real], loss_mask[:real], segments[:real] = ids, mask[:real], 1
-    positions = np.arange(length, dtype=np.int32)
-    return {
-        "tokens": tokens,
-        "loss_mask": loss_mask,
-        "positions": positions,
-        "segments": segments,
-    }
+def _padded(ids: list[int], mask: list[bool], pad_id: int, spec: ExampleSpec) -> Batch:
+    tokens = np.full(spec.max_length, pad_id, np.int32)
+    loss_mask = np.zeros(spec.max_length, bool)
+    tokens[: len(ids)], loss_mask[: len(ids)] = ids, mask
+    return padded_batch(tokens, np.int32(len(ids)), loss_mask)
 
 
-def _image_arrays(paths: Sequence[str], spec: ExampleSpec) -> dict[str, np.ndarray]:
+def _read_images(paths: Sequence[str], spec: ExampleSpec) -> np.ndarray | None:
+    """Pixels [I, h, w, 3], zeros in unused slots; None for a text-only model."""
     if not spec.image_tokens:
-        return {}
+        return None
     images = np.zeros((spec.max_images, spec.image_size, spec.image_size, 3), np.uint8)
     for slot, path in enumerate(paths):
         images[slot] = preprocess(load_image(path), spec.image_size, spec.pad_color)
-    return {"images": images}
+    return images

@@ -21,6 +21,7 @@ from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.records import read_conversations, read_preferences
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError, at_field, nearest
+from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
 KINDS = {
@@ -43,8 +44,8 @@ def make_dataset(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Batches of `batch_size` samples for one process: stacked arrays as `make_example` gives them
-    (`kind` "conversation") or `make_preference` ("preference").
+    """Batches of `batch_size` samples for one process: a `Batch` for `kind` "conversation", a
+    `PreferenceBatch` for "preference".
 
     The stream never ends. `get_state` and `set_state` of its iterator restore the exact next batch,
     with any number of workers. Rejected records are written to `quarantine_path`, which
@@ -171,7 +172,7 @@ class _SampleIterator(grain.DatasetIterator):
         self._next_index = 0
         self._iterator = samples.start(0)
 
-    def __next__(self) -> dict[str, Any] | None:
+    def __next__(self) -> AnyBatch | None:
         sample = next(self._iterator)
         self._next_index += 1
         return sample
@@ -193,7 +194,7 @@ class _SampleIterator(grain.DatasetIterator):
 class _Maker:
     """Makes the sample of a record, or None and a line in the quarantine."""
 
-    make: Callable[..., dict[str, Any]]
+    make: Callable[..., tuple[AnyBatch, int]]
     tokenizer: Tokenizer
     spec: ExampleSpec
     quarantine: Quarantine
@@ -201,11 +202,11 @@ class _Maker:
     records: int  # how many the source has
     rejected: set[int] = dataclasses.field(default_factory=set)
 
-    def __call__(self, record: Any) -> dict[str, Any] | None:
+    def __call__(self, record: Any) -> AnyBatch | None:
         if record.line in self.rejected:
             return None
         try:
-            sample = self.make(record, self.tokenizer, self.spec)
+            sample, length = self.make(record, self.tokenizer, self.spec)
         except ValueError as error:
             self.quarantine.add([Rejected(record.file, record.line, str(error))])
             self.rejected.add(record.line)
@@ -215,7 +216,6 @@ class _Maker:
                     f"see {self.quarantine.path} (the last one: {error})"
                 ) from error
             return None
-        length = sample.pop("length", 0)
         if length > self.spec.max_length:
             reason = f"{length} tokens are cut to {self.spec.max_length}"
             self.cut.add([Rejected(record.file, record.line, reason)])

@@ -18,6 +18,7 @@ from moddistill.data.tokenizer import Tokenizer
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.losses.chunked import logits_of
+from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
 from moddistill.models.vlm import Vlm
 
@@ -26,7 +27,7 @@ from moddistill.models.vlm import Vlm
 def decode(
     model: Vlm,
     params: dict[str, Any],
-    batch: dict[str, Array],
+    batch: Batch,
     rng: jax.Array,
     *,
     max_new_tokens: int,
@@ -37,15 +38,12 @@ def decode(
 
     The prompt is read once; then one token at a time, until every row has produced `end_id`.
     """
-    rows, length = batch["tokens"].shape
-    prompt = batch["segments"] > 0
-    lengths = jnp.sum(prompt, axis=1, dtype=jnp.int32)
+    rows, length = batch.tokens.shape
+    lengths = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
     slots = length + max_new_tokens
     decoder = model.config.decoder
-    causal = jnp.tril(jnp.ones((length, length), bool)) | jnp.eye(length, dtype=bool)
-    mask = jnp.pad(causal[None] & prompt[:, None], ((0, 0), (0, 0), (0, max_new_tokens)))
     cache = init_cache(decoder, rows, slots, model.compute.dtype)
-    output = model.apply({"params": params}, batch | {"mask": mask}, cache)
+    output = model.apply({"params": params}, batch, cache)
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
     def next_token(output: Any, hidden: Array, step: Array) -> Array:
@@ -59,15 +57,7 @@ def decode(
     def body(carry: Any) -> Any:
         step, tokens, cache, done = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-        seen = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
-        seen = seen | ((jnp.arange(slots) >= length) & (jnp.arange(slots) < length + step))[None]
-        inputs = {
-            "tokens": last,
-            "positions": (lengths + step - 1)[:, None],
-            "segments": jnp.ones_like(last),
-            "mask": seen[:, None],
-            "start": length + step - 1,
-        }
+        inputs = Batch(last, (lengths + step - 1)[:, None], jnp.ones_like(last))
         output = model.apply({"params": params}, inputs, cache)
         token = jnp.where(done, end_id, next_token(output, output.hidden, step))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
@@ -118,7 +108,7 @@ def answer(
     for row, ids in enumerate(np.asarray(new)):
         ids = ids.tolist()
         ids = ids[: ids.index(end_id)] if end_id in ids else ids
-        real = batch["tokens"][row][batch["segments"][row] > 0]
+        real = batch.tokens[row][batch.segments[row] > 0]
         answers.append(Answer(tokenizer.decode(ids).strip(), ids, real.tolist()))
     return answers
 

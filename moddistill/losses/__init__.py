@@ -8,9 +8,10 @@ estimates of `kto_pair`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Array, Float
+
+from moddistill.models.batch import AnyBatch
 
 Metrics = dict[str, tuple[Array, Array]]
 Totals = dict[str, Float[Array, ""]]  # what each term is divided by
@@ -26,10 +27,10 @@ class Loss:
         sums and weights add up over parts too.
     """
 
-    totals: Callable[[dict[str, Any]], Totals]
+    totals: Callable[[AnyBatch], Totals]
     share: Callable[..., tuple[Array, Metrics]]
 
     def __call__(
-        self, params: dict, frozen: dict, teacher: dict | None, batch: dict, rng: Array
+        self, params: dict, frozen: dict, teacher: dict | None, batch: AnyBatch, rng: Array
     ) -> tuple[Array, Metrics]:
         return self.share(params, frozen, teacher, batch, self.totals(batch), rng)

@@ -1,7 +1,5 @@
 """Forward KL to the teacher and cross entropy, at supervised positions."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -12,6 +10,7 @@ from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
 from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.router import add_router_losses
+from moddistill.models.batch import Batch, num_tokens
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
@@ -31,24 +30,24 @@ def token_loss(
         values = {"ce": cross_entropy(logits, labels)} if "ce" in terms else {}
         return values | ({"kd": forward_kl(logits, teacher_logits)} if "kd" in terms else {})
 
-    def counted(batch: dict) -> dict[str, Array]:
+    def counted(batch: Batch) -> dict[str, Array]:
         masks = {name: positions_of(name, batch, config) for name in terms}
         return {name: mask.reshape(-1).astype(jnp.float32) for name, mask in masks.items()}
 
-    def totals(batch: dict) -> Totals:
+    def totals(batch: Batch) -> Totals:
         counts = {name: jnp.maximum(jnp.sum(mask), 1.0) for name, mask in counted(batch).items()}
-        return counts | {"tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32)}
+        return counts | {"tokens": num_tokens(batch)}
 
     def share(
         params: dict,
         frozen: dict,
         teacher_params: dict | None,
-        batch: dict,
+        batch: Batch,
         totals: Totals,
         rng: Array,
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
-        labels = next_token(batch["tokens"], batch["loss_mask"])[0]
+        labels = next_token(batch.tokens, batch.loss_mask)[0]
         heads = Heads(rows(output.hidden), output.head)
         real_ids = student.config.decoder.real_ids
         if "kd" in terms:
@@ -75,13 +74,13 @@ def token_loss(
     return Loss(totals, share)
 
 
-def positions_of(term: str, batch: dict[str, Any], config: LossConfig) -> Array:
+def positions_of(term: str, batch: Batch, config: LossConfig) -> Array:
     """Where a term counts: predictions of answers; those of all real tokens, if KD asks for them.
 
     `kd_shift="reference"` keeps the original code's mask, which is one position late.
     """
     if term == "kd" and config.kd_positions == "all_tokens":
-        return next_token(batch["tokens"], batch["segments"] > 0)[1]
+        return next_token(batch.tokens, batch.segments > 0)[1]
     if term == "kd" and config.kd_shift == "reference":
-        return batch["loss_mask"]
-    return next_token(batch["tokens"], batch["loss_mask"])[1]
+        return batch.loss_mask
+    return next_token(batch.tokens, batch.loss_mask)[1]

@@ -17,6 +17,7 @@ from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
 from moddistill.losses.divergences import cross_entropy
 from moddistill.losses.router import add_router_losses
+from moddistill.models.batch import PreferenceBatch, concatenate_sides, num_tokens
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
@@ -69,22 +70,23 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
     weighted sum with that gradient.
     """
 
-    def totals(batch: dict) -> Totals:
-        sides = [batch[side]["segments"] for side in ("chosen", "rejected")]
-        tokens = sum(jnp.sum(side > 0) for side in sides)
-        return {
-            "pairs": jnp.asarray(len(sides[0]), jnp.float32),
-            "tokens": tokens.astype(jnp.float32),
-        }
+    def totals(batch: PreferenceBatch) -> Totals:
+        pairs = jnp.asarray(len(batch.chosen.tokens), jnp.float32)
+        return {"pairs": pairs, "tokens": num_tokens(batch)}
 
     def share(
-        params: dict, frozen: dict, teacher_params: dict, batch: dict, totals: Totals, rng: Array
+        params: dict,
+        frozen: dict,
+        teacher_params: dict,
+        batch: PreferenceBatch,
+        totals: Totals,
+        rng: Array,
     ) -> tuple[Array, Metrics]:
-        both = _concatenate(batch)
+        both = concatenate_sides(batch)
         output = student.apply({"params": merge(params, frozen)}, both)
         theirs = batch_for_teacher(both, output, teacher_params)
         target = teacher.apply({"params": teacher_params}, theirs)
-        labels, supervised = next_token(both["tokens"], both["loss_mask"])
+        labels, supervised = next_token(both.tokens, both.loss_mask)
         summed = functools.partial(
             weighted_sum,
             _log_likelihood,
@@ -135,11 +137,3 @@ def _preference_metrics(chosen: Array, rejected: Array, beta: float, weight: Arr
 
 def _log_likelihood(logits: Array, _: None, labels: Array) -> dict[str, Array]:
     return {"logp": -cross_entropy(logits, labels)}
-
-
-def _concatenate(batch: dict) -> dict:
-    """Chosen answers first, rejected ones behind them, as one batch."""
-    both = jax.tree.map(lambda *x: jnp.concatenate(x), batch["chosen"], batch["rejected"])
-    if "images" in batch:
-        both["images"] = batch["images"]
-    return both

@@ -13,6 +13,8 @@ class ComputeConfig:
     Attributes:
       dtype: of activations and matmuls; norms, softmax and routers stay in float32.
       remat: `none`, `products` or `full`, as in `layers.rematerialised`.
+      one_segment: each row of a batch is one sample, padded on the right; attention kernels may
+        then read its length in place of its segments.
       unroll: compile the layers one by one instead of as a loop.
       quantized_layers: the decoder's layers are stored as `models/quantization.py` does.
       expert_transport: collective that moves tokens to their experts, as in `moe/expert_parallel`.
@@ -20,6 +22,7 @@ class ComputeConfig:
 
     dtype: Any = jnp.float32
     remat: str = "none"
+    one_segment: bool = False
     unroll: bool = False
     quantized_layers: bool = False
     expert_transport: str = "all_gather"

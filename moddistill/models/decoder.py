@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import constrain_to_batch_sharding
-from moddistill.models.attention import Attention, Cache
+from moddistill.models.attention import Attention, KeyValues, write_slots
+from moddistill.models.attention_kernels import Structure
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
@@ -61,10 +62,9 @@ class Context:
     """What every layer sees unchanged."""
 
     positions: Int[Array, "B T"]
-    mask: Bool[Array, "B T S"]
+    structure: Structure
     valid: Bool[Array, "B T"]
     is_image: Bool[Array, "B T"]
-    start: Int[Array, ""]
 
 
 class Block(nn.Module):
@@ -76,22 +76,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "B T D"], context: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], RouterStats | None, Cache | None]:
+        self, hidden: Float[Array, "B T D"], context: Context, cache: KeyValues | None
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValues | None]:
         config = self.config
         attention = Attention(
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            config.rope_theta,
-            False,
-            self.compute.dtype,
-            config.qkv_bias,
-            config.norm_eps if config.qk_norm else None,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rope_theta=config.rope_theta,
+            qkv_bias=config.qkv_bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            dtype=self.compute.dtype,
             name="attention",
         )
         normed = RMSNorm(config.norm_eps, name="attention_norm")(hidden)
-        mixed, cache = attention(normed, context.mask, context.positions, cache, context.start)
+        mixed, cache = attention(normed, context.structure, context.positions, cache)
         hidden = hidden + mixed
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(hidden)
         if self.has_experts:
@@ -134,9 +133,9 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         image_hidden: Float[Array, "B T D"] | None,
         context: Context,
-        cache: list[list[Cache]] | None,
+        cache: list[list[KeyValues]] | None,
     ) -> tuple[
-        Float[Array, "B T D"], Float[Array, "V D"], RouterStats | None, list[list[Cache]] | None
+        Float[Array, "B T D"], Float[Array, "V D"], RouterStats | None, list[list[KeyValues]] | None
     ]:
         config = self.config
         shape = (config.vocab_size, config.width)
@@ -188,11 +187,32 @@ def _layer_major(stats: list[RouterStats]) -> RouterStats:
     return jax.tree.map(interleave, *stats)
 
 
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DType) -> list[list[Cache]]:
-    """Empty key/value slots [repeats, B, S, K, H] for every block of every segment."""
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens so far, for decoding.
 
-    def empty(repeats: int) -> Cache:
+    Attributes:
+      layers: for every block of every segment, keys and values [repeats, B, S, K, H].
+      segments: of the token in each slot; 0 in slots that are empty or hold padding.
+      length: number of slots written; the next token's slot.
+    """
+
+    layers: list[list[KeyValues]]
+    segments: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+    def extend(self, segments: Int[Array, "B T"]) -> "KVCache":
+        """The cache with the next T slots assigned to tokens of these segments."""
+        slots = write_slots(self.segments, segments, self.length)
+        return self.replace(segments=slots, length=self.length + segments.shape[1])
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DType) -> KVCache:
+    """An empty cache of `batch` rows."""
+
+    def empty(repeats: int) -> KeyValues:
         shape = (repeats, batch, slots, config.kv_heads, config.head_dim)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
-    return [[empty(segment.repeats) for _ in segment.pattern] for segment in config.plan]
+    layers = [[empty(segment.repeats) for _ in segment.pattern] for segment in config.plan]
+    return KVCache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))

@@ -88,7 +88,12 @@ class VisionBlock(nn.Module):
         hidden = constrain_to_batch_sharding(hidden)
         head_dim = config.width // config.heads
         attention = Attention(
-            config.heads, config.heads, head_dim, None, True, self.dtype, name="attention"
+            heads=config.heads,
+            kv_heads=config.heads,
+            head_dim=head_dim,
+            out_bias=True,
+            dtype=self.dtype,
+            name="attention",
         )
         mixed, _ = attention(LayerNorm(config.norm_eps, name="attention_norm")(hidden))
         hidden = hidden + mixed

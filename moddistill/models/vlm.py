@@ -1,10 +1,8 @@
 """The multimodal model: tower, projector, decoder.
 
-    batch  = {tokens, positions, segments [B, T], images [B, I, h, w, 3] uint8}
-    output = model.apply({"params": params}, batch)
+    output = model.apply({"params": params}, batch)  # a moddistill.models.batch.Batch
 
-Images may be fewer than rows of tokens; then they serve these rows in turn. In their place a batch
-may have `features` [U, X, W] of another model with the same tower. Image placeholders are
+Images may be fewer than rows of tokens; then they serve these rows in turn. Image placeholders are
 already repeated once per patch, so splicing is a gather and a `where`. The model returns hidden
 states and the head's matrix, not logits: losses contract them in chunks.
 """
@@ -19,9 +17,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from moddistill.models.attention import Cache, causal_mask
+from moddistill.models.attention_kernels import Structure, causal
+from moddistill.models.batch import Batch, make_batch
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.decoder import Context, Decoder, DecoderConfig
+from moddistill.models.decoder import Context, Decoder, DecoderConfig, KVCache
 from moddistill.models.moe.router import RouterStats
 from moddistill.models.projector import Projector
 from moddistill.models.vision import Vision, VisionConfig
@@ -45,7 +44,7 @@ class Output:
     hidden: Float[Array, "B T D"]
     head: Float[Array, "V D"]
     router: RouterStats | None
-    cache: list[list[Cache]] | None
+    cache: KVCache | None
     features: Float[Array, "U X W"] | None
 
 
@@ -56,35 +55,33 @@ class Vlm(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
-    def __call__(self, batch: dict[str, Any], cache: list[list[Cache]] | None = None) -> Output:
-        """Hidden states [B, T, D] for a batch; with `cache`, also the keys and values so far.
-
-        A batch for decoding has `mask` [B, T, S] over the cache's slots and `start`, the slot where
-        this call's first position is stored, and no images.
-        """
+    def __call__(self, batch: Batch, cache: KVCache | None = None) -> Output:
+        """Hidden states [B, T, D] of a batch; with `cache`, its tokens continue those in there."""
         config = self.config
-        tokens, segments = batch["tokens"], batch["segments"]
-        is_image = (tokens == config.image_token) & (segments > 0)
-        context = Context(
-            positions=batch["positions"],
-            mask=batch["mask"] if "mask" in batch else causal_mask(segments),
-            valid=segments > 0,
-            is_image=is_image,
-            start=batch.get("start", jnp.zeros((), jnp.int32)),
-        )
-        features = batch.get("features")
-        if config.vision is not None and "images" in batch:
-            features = self._see(batch["images"])
+        valid = batch.segments > 0
+        is_image = (batch.tokens == config.image_token) & valid
+        if cache is None:
+            structure = causal(batch.segments, self.compute.one_segment)
+        else:
+            offset, cache = cache.length, cache.extend(batch.segments)
+            structure = Structure(batch.segments, cache.segments, offset)
+        context = Context(batch.positions, structure, valid, is_image)
+        features = batch.features
+        if config.vision is not None and batch.images is not None:
+            features = self._see(batch.images)
         image_hidden = None
         if features is not None:
             width = config.decoder.width
             projector = Projector(config.projector, width, self.compute.dtype, name="projector")
             patches = projector(features)
             # The rows of a preference pair share their images, which are read once.
-            patches = jnp.tile(patches, (len(tokens) // len(patches), 1, 1))
+            patches = jnp.tile(patches, (len(batch.tokens) // len(patches), 1, 1))
             image_hidden = splice(patches, is_image)
         decoder = Decoder(config.decoder, self.compute, name="decoder")
-        return Output(*decoder(tokens, image_hidden, context, cache), features)
+        layers = cache.layers if cache else None
+        hidden, head, router, layers = decoder(batch.tokens, image_hidden, context, layers)
+        cache = cache.replace(layers=layers) if cache else None
+        return Output(hidden, head, router, cache, features)
 
     def _see(self, images: Array) -> Float[Array, "U X W"]:
         """The tower's features of all images of each sample, one after the other."""
@@ -110,14 +107,10 @@ def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Floa
     return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(patches, index)
 
 
-def dummy_batch(config: ModelConfig) -> dict[str, Array]:
+def dummy_batch(config: ModelConfig) -> Batch:
     """The smallest batch that touches every parameter; for shapes and initialisation."""
-    row = jnp.ones((1, 1), jnp.int32)
-    batch = {"tokens": row, "positions": row, "segments": row}
-    if config.vision is not None:
-        size = config.vision.image_size
-        batch["images"] = jnp.zeros((1, 1, size, size, 3), jnp.uint8)
-    return batch
+    images = (1, config.vision.image_size) if config.vision else None
+    return make_batch(jnp.ones, rows=1, length=1, images=images)
 
 
 @functools.cache  # tracing a model takes part of a second, and many ask

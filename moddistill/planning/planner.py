@@ -1,6 +1,7 @@
 """Compiles the real step of an experiment for an accelerator that is only described."""
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -16,6 +16,7 @@ from moddistill.config import TrainConfig
 from moddistill.convert.resolve import as_model_folder
 from moddistill.distributed import accelerators, sharding
 from moddistill.errors import UserError
+from moddistill.models.batch import AnyBatch, make_batch
 from moddistill.models.flops import step_flops
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
@@ -120,22 +121,15 @@ def _architecture(spec: str) -> ModelConfig:
     return preset(names.pop())
 
 
-def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """Shapes of a batch as the pipeline gives it, with their sharding."""
-    where = sharding.batch_sharding(mesh)
-
-    def shape(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch_size, *size), dtype, sharding=where)
-
-    length = config.data.max_length
-    side = {name: shape(length) for name in ("tokens", "positions", "segments")}
-    side["loss_mask"] = shape(length, dtype=bool)
-    both = stage_of(config).records == "preference"
-    batch = {"chosen": side, "rejected": dict(side)} if both else side
-    if student.vision is not None:
-        size = student.vision.image_size
-        batch["images"] = shape(config.data.max_images, size, size, 3, dtype=jnp.uint8)
-    return batch
+def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> AnyBatch:
+    """Shapes of a batch as the pipeline makes it, with their sharding."""
+    return make_batch(
+        functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)),
+        rows=config.batch_size,
+        length=config.data.max_length,
+        images=(config.data.max_images, student.vision.image_size) if student.vision else None,
+        preference=stage_of(config).records == "preference",
+    )
 
 
 def _check_memory(config: TrainConfig, topology: str) -> None:

@@ -12,6 +12,7 @@ from moddistill.config import TrainConfig
 from moddistill.convert.resolve import RANDOM, architecture, as_model_folder, random_params
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field
+from moddistill.models.batch import Batch
 from moddistill.models.quantization import pack_all, unpacked_shapes
 from moddistill.models.vlm import ModelConfig, Output
 from moddistill.params import Flat, cast_frozen, flatten
@@ -114,9 +115,8 @@ def without_tower(teacher: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in teacher.items() if name != "vision"}
 
 
-def batch_for_teacher(batch: dict[str, Any], seen: Output, teacher_params: dict[str, Any]) -> Any:
+def batch_for_teacher(batch: Batch, seen: Output, teacher_params: dict[str, Any]) -> Batch:
     """The student's batch for its teacher, which without a tower of its own takes the features."""
     if "vision" in teacher_params or seen.features is None:
         return batch
-    rest = {name: x for name, x in batch.items() if name != "images"}
-    return rest | {"features": jax.lax.stop_gradient(seen.features)}
+    return batch._replace(images=None, features=jax.lax.stop_gradient(seen.features))

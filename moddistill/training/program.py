@@ -96,6 +96,7 @@ def make_program(
 def compute_config(config: TrainConfig) -> ComputeConfig:
     """How a run computes its student, and its teacher but for quantized layers."""
     return ComputeConfig(
+        one_segment=True,  # the data pipeline does not pack samples
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         unroll=not config.scan,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moddistill.losses import Loss, Metrics
+from moddistill.models.batch import num_tokens
 from moddistill.training.state import State
 
 
@@ -37,7 +38,7 @@ def make_step(
         one = jnp.ones((), jnp.float32)
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
         metrics["param_norm"] = (optax.tree.norm(params), one)  # not finite if any of them is not
-        metrics["tokens"] = (_real_tokens(batch), one)
+        metrics["tokens"] = (num_tokens(batch), one)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
@@ -62,10 +63,3 @@ def _accumulate(
     shapes = jax.eval_shape(run, *jax.tree.map(lambda x: x[0], inputs))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(body, zeros, inputs)[0]
-
-
-def _real_tokens(batch: Any) -> jax.Array:
-    """Positions that are not padding."""
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    segments = [x for path, x in leaves if path[-1].key == "segments"]
-    return sum(jnp.sum(x > 0) for x in segments).astype(jnp.float32)

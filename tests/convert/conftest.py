@@ -8,6 +8,7 @@ from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
+from moddistill.models.batch import padded_batch
 from moddistill.models.vlm import Vlm
 from moddistill.storage.model_folder import read_model_config, save_model
 from tests import torch_or_skip as torch
@@ -52,12 +53,8 @@ def our_logits():
 
     def compute(folder, tokens, images=None):
         model, params = load(folder)
-        batch = {
-            "tokens": np.asarray(tokens, np.int32),
-            "positions": np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape),
-            "segments": np.ones(tokens.shape, np.int32),
-        }
-        batch |= {} if images is None else {"images": images}
+        lengths = np.full(len(tokens), tokens.shape[1])
+        batch = padded_batch(np.asarray(tokens, np.int32), lengths, images=images)
         return np.asarray(
             jax.jit(lambda p, b: Vlm.logits(model.apply({"params": p}, b)))(params, batch)
         )

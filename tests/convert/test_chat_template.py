@@ -121,9 +121,9 @@ def test_label_mask_covers_answers_and_their_ends(template, name, qwen):
     turns = tuple(turn for turn in CONVERSATIONS[name])
     turns = ((turns[0][0].removeprefix("<image>\n"), turns[0][1]), *turns[1:])
     spec = ExampleSpec(template, max_length=256, max_images=1, image_size=0, image_tokens=0)
-    sample = make_example(Record("f", 1, "1", (), turns), qwen, spec)
-    runs = np.split(sample["tokens"], np.flatnonzero(np.diff(sample["loss_mask"])) + 1)
-    starts_supervised = bool(sample["loss_mask"][0])
+    sample = make_example(Record("f", 1, "1", (), turns), qwen, spec)[0]
+    runs = np.split(sample.tokens, np.flatnonzero(np.diff(sample.loss_mask)) + 1)
+    starts_supervised = bool(sample.loss_mask[0])
     supervised = runs[0 if starts_supervised else 1 :: 2]
     end = {"chatml": "<|im_end|>", "vicuna": "<|endoftext|>"}[template]
     space = {"chatml": "", "vicuna": " "}[template]

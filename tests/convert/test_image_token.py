@@ -20,6 +20,7 @@ from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
+from moddistill.models.batch import PreferenceBatch, padded_batch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
 from tests import torch_or_skip as torch
@@ -71,13 +72,9 @@ def random_batch(config, tokenizer, seed):
     words = np.setdiff1d(np.arange(tokenizer.real_ids[-1][1]), [tokenizer.image_id])
     tokens = rng.choice(words, (2, 20)).astype(np.int32)
     tokens[:, 1:5] = tokenizer.image_id
-    return {
-        "tokens": tokens,
-        "positions": np.broadcast_to(np.arange(20, dtype=np.int32), tokens.shape),
-        "segments": np.ones_like(tokens),
-        "loss_mask": np.broadcast_to(np.arange(20) >= 8, tokens.shape),
-        "images": np.random.default_rng(0).integers(0, 256, (2, 1, 12, 12, 3), np.uint8),
-    }
+    loss_mask = np.broadcast_to(np.arange(20) >= 8, tokens.shape)
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 12, 12, 3), np.uint8)
+    return padded_batch(tokens, np.array([20, 20]), loss_mask, images)
 
 
 def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
@@ -88,11 +85,11 @@ def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
     words = np.setdiff1d(np.arange(tokenizer.real_ids[-1][1]), [tokenizer.image_id])
 
     def log_probabilities(model, side):
-        logits = torch_logits(model, side["tokens"], side["images"], ours.config)
+        logits = torch_logits(model, side.tokens, side.images, ours.config)
         return torch.tensor(logits[:, :-1, words]).log_softmax(-1)
 
-    mask = torch.tensor(batch["loss_mask"][:, 1:])
-    labels = np.searchsorted(words, batch["tokens"][:, 1:])
+    mask = torch.tensor(batch.loss_mask[:, 1:])
+    labels = np.searchsorted(words, batch.tokens[:, 1:])
     logp, target = (log_probabilities(model, batch) for model in (student, teacher))
     expected = {
         "kd": (target.exp() * (target - logp)).sum(-1)[mask].mean(),
@@ -110,26 +107,21 @@ def test_preference_is_that_of_torch_over_the_tokens(models, torch_logits):
     (student, student_folder), (teacher, teacher_folder), tokenizer = models
     ours, params = load(student_folder)
     theirs, teacher_params = load(teacher_folder)
-    sides = {
-        side: random_batch(ours.config, tokenizer, seed)
-        for seed, side in enumerate(("chosen", "rejected"))
-    }
+    sides = [random_batch(ours.config, tokenizer, seed) for seed in range(2)]
     words = np.setdiff1d(np.arange(tokenizer.real_ids[-1][1]), [tokenizer.image_id])
 
     def log_likelihood(model, side):
-        logits = torch_logits(model, side["tokens"], side["images"], ours.config)
+        logits = torch_logits(model, side.tokens, side.images, ours.config)
         logp = torch.tensor(logits[:, :-1, words]).log_softmax(-1)
-        labels = torch.tensor(np.searchsorted(words, side["tokens"][:, 1:]))
+        labels = torch.tensor(np.searchsorted(words, side.tokens[:, 1:]))
         chosen = logp.gather(-1, labels[..., None])[..., 0]
-        return (chosen * torch.tensor(side["loss_mask"][:, 1:])).sum(-1)
+        return (chosen * torch.tensor(side.loss_mask[:, 1:])).sum(-1)
 
     chosen, rejected = (
-        log_likelihood(student, side) - log_likelihood(teacher, side) for side in sides.values()
+        log_likelihood(student, side) - log_likelihood(teacher, side) for side in sides
     )
     expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
-    batch = {"images": sides["chosen"]["images"]}
-    for name, side in sides.items():
-        batch[name] = {key: x for key, x in side.items() if key != "images"}
+    batch = PreferenceBatch(*(side._replace(images=None) for side in sides), sides[0].images)
     loss = preference_loss(ours, theirs, LossConfig(preference="sigmoid"))
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, _ = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
@@ -143,8 +135,8 @@ def test_export_computes_and_answers_the_same(models, our_logits, torch_logits, 
     ours, params = load(folder)
     batch = random_batch(ours.config, tokenizer, 0)
     np.testing.assert_allclose(
-        our_logits(folder, batch["tokens"], batch["images"]),
-        torch_logits(model, batch["tokens"], batch["images"], ours.config),
+        our_logits(folder, batch.tokens, batch.images),
+        torch_logits(model, batch.tokens, batch.images, ours.config),
         atol=1e-4,
     )
     rows = ours.config.decoder.vocab_size
@@ -152,7 +144,7 @@ def test_export_computes_and_answers_the_same(models, our_logits, torch_logits, 
     assert model.generation_config.suppress_tokens == sorted({tokenizer.image_id, *padding})
 
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    picture = Image.fromarray(batch["images"][0, 0])
+    picture = Image.fromarray(batch.images[0, 0])
     picture.save(tmp_path / "picture.png")
     content = [{"type": "image"}, {"type": "text", "text": "what colour is the <circle>?"}]
     text = processor.apply_chat_template(

@@ -126,11 +126,11 @@ def batches(config, workdir):
 def log_probabilities(model, batch, vision):
     """Of all next tokens at supervised positions, over the real ids only: [tokens, REAL]."""
     output = model(
-        input_ids=torch.tensor(batch["tokens"]).long(),
-        attention_mask=torch.tensor(batch["segments"]).long(),
-        pixel_values=pixel_values(batch["images"][:, 0], vision),
+        input_ids=torch.tensor(batch.tokens).long(),
+        attention_mask=torch.tensor(batch.segments).long(),
+        pixel_values=pixel_values(batch.images[:, 0], vision),
     )
-    supervised = torch.tensor(batch["loss_mask"][:, 1:])
+    supervised = torch.tensor(batch.loss_mask[:, 1:])
     return output.logits[:, :-1][supervised][:, :REAL].log_softmax(-1)
 
 
@@ -140,7 +140,7 @@ def mean_kl(teacher, student):
 
 
 def cross_entropy(student, batch):
-    labels = torch.tensor(batch["tokens"][:, 1:][batch["loss_mask"][:, 1:]]).long()
+    labels = torch.tensor(batch.tokens[:, 1:][batch.loss_mask[:, 1:]]).long()
     return -student.gather(1, labels[:, None]).mean()
 
 

@@ -1,5 +1,7 @@
 import dataclasses
 
+import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,7 @@ from PIL import Image
 from moddistill.data.examples import ExampleSpec, encode_prompt, make_example, make_preference
 from moddistill.data.images import preprocess
 from moddistill.data.records import PreferencePair, Record
+from moddistill.models.batch import make_batch
 
 SPEC = ExampleSpec("vicuna", max_length=80, max_images=2, image_size=4, image_tokens=3)
 
@@ -19,96 +22,98 @@ def pair(question, chosen, rejected, history=(), images=()):
     return PreferencePair("f", 1, "1", tuple(images), tuple(history), question, chosen, rejected)
 
 
+def example(*arguments):
+    return make_example(*arguments)[0]
+
+
+def preference(*arguments):
+    return make_preference(*arguments)[0]
+
+
 def real(sample):
     """The tokens that are not padding."""
-    return sample["tokens"][sample["segments"] == 1].tolist()
+    return sample.tokens[sample.segments == 1].tolist()
 
 
 def supervised(sample):
-    return sample["tokens"][sample["loss_mask"]].tolist()
+    return sample.tokens[sample.loss_mask].tolist()
 
 
 def test_an_image_is_spread_over_its_patches_and_the_rest_is_padding(qwen, picture):
     path = picture(width=9, height=5)
-    sample = make_example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, SPEC)
+    sample, length = make_example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, SPEC)
     text = "A chat between a curious user and an artificial intelligence assistant. The assistant "
     text += "gives helpful, detailed, and polite answers to the user's questions. USER: "
     answer = [*qwen.encode(" A dog."), qwen.pad_id]
     expected = qwen.encode(text) + [qwen.image_id] * 3 + qwen.encode("\nWhat? ASSISTANT:") + answer
     rest = SPEC.max_length - len(expected)
-    assert sample["tokens"].tolist() == expected + [qwen.pad_id] * rest
+    assert sample.tokens.tolist() == expected + [qwen.pad_id] * rest
     first = len(expected) - len(answer)
     mask = [False] * first + [True] * len(answer) + [False] * rest
-    assert sample["loss_mask"].tolist() == mask
-    assert sample["segments"].tolist() == [1] * len(expected) + [0] * rest
-    assert sample["positions"].tolist() == list(range(80))
-    np.testing.assert_array_equal(sample["images"][0], preprocess(Image.open(path), 4))
-    assert not sample["images"][1].any()
-    assert sample.pop("length") == len(expected)
-    shapes = {name: (array.shape, array.dtype.name) for name, array in sample.items()}
-    assert shapes == {
-        "tokens": ((80,), "int32"),
-        "loss_mask": ((80,), "bool"),
-        "positions": ((80,), "int32"),
-        "segments": ((80,), "int32"),
-        "images": ((2, 4, 4, 3), "uint8"),
-    }
+    assert sample.loss_mask.tolist() == mask
+    assert sample.segments.tolist() == [1] * len(expected) + [0] * rest
+    assert sample.positions.tolist() == list(range(80))
+    np.testing.assert_array_equal(sample.images[0], preprocess(Image.open(path), 4))
+    assert not sample.images[1].any()
+    assert length == len(expected)
+    batch = make_batch(np.zeros, rows=1, length=80, images=(2, 4))
+    chex.assert_trees_all_equal_shapes_and_dtypes(sample, jax.tree.map(lambda x: x[0], batch))
 
 
 def test_images_are_padded_with_the_colour_of_the_tower(qwen, picture):
     path, spec = picture(width=9, height=5), dataclasses.replace(SPEC, pad_color=(9, 8, 7))
-    sample = make_example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, spec)
+    sample = example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, spec)
     expected = preprocess(Image.open(path), 4, (9, 8, 7))
-    np.testing.assert_array_equal(sample["images"][0], expected)
+    np.testing.assert_array_equal(sample.images[0], expected)
     assert np.any(expected != preprocess(Image.open(path), 4))
 
 
 def test_images_keep_their_order_and_their_places(qwen, picture):
     paths = [picture("a.png", seed=1), picture("b.png", seed=2)]
-    sample = make_example(record([("<image> or <image>?", "No.")], paths), qwen, SPEC)
-    where = np.flatnonzero(sample["tokens"] == qwen.image_id)
+    sample = example(record([("<image> or <image>?", "No.")], paths), qwen, SPEC)
+    where = np.flatnonzero(sample.tokens == qwen.image_id)
     assert (np.diff(where) == 1).tolist() == [True, True, False, True, True]
     for slot, path in enumerate(paths):
-        np.testing.assert_array_equal(sample["images"][slot], preprocess(Image.open(path), 4))
+        np.testing.assert_array_equal(sample.images[slot], preprocess(Image.open(path), 4))
 
 
 def test_a_sample_without_image_has_the_same_arrays_unless_the_model_is_text_only(qwen):
-    sample = make_example(record([("q", "a")]), qwen, SPEC)
-    assert sample["images"].shape == (2, 4, 4, 3)
-    assert not sample["images"].any()
+    sample = example(record([("q", "a")]), qwen, SPEC)
+    assert sample.images.shape == (2, 4, 4, 3)
+    assert not sample.images.any()
     text_only = dataclasses.replace(SPEC, image_tokens=0)
-    assert "images" not in make_example(record([("q", "a")]), qwen, text_only)
+    assert example(record([("q", "a")]), qwen, text_only).images is None
 
 
 def test_a_long_answer_is_cut_from_its_end(qwen):
     turns = [("q", "word " * 100)]
-    whole = make_example(record(turns), qwen, dataclasses.replace(SPEC, max_length=200))
-    cut = make_example(record(turns), qwen, SPEC)
+    whole = example(record(turns), qwen, dataclasses.replace(SPEC, max_length=200))
+    cut = example(record(turns), qwen, SPEC)
     for name in ("tokens", "loss_mask", "segments"):
-        np.testing.assert_array_equal(cut[name], whole[name][:80])
-    assert cut["loss_mask"][-1]
-    assert qwen.pad_id not in cut["tokens"]
+        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:80])
+    assert cut.loss_mask[-1]
+    assert qwen.pad_id not in cut.tokens
 
 
 def test_the_cut_keeps_a_last_supervised_token_but_not_none(qwen):
-    ids = make_example(record([("q", "a")]), qwen, SPEC)
-    first = int(np.flatnonzero(ids["loss_mask"])[0])
-    kept = make_example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first + 1))
+    ids = example(record([("q", "a")]), qwen, SPEC)
+    first = int(np.flatnonzero(ids.loss_mask)[0])
+    kept = example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first + 1))
     assert supervised(kept) == qwen.encode(" a")
     with pytest.raises(ValueError, match=f"no answer token within max_length {first} "):
-        make_example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first))
+        example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first))
 
 
 def test_an_image_is_never_cut(qwen, picture):
     turns = [("q", "a"), ("<image> q", "a")]
-    sample = make_example(record(turns, [picture()]), qwen, SPEC)
-    last = int(np.flatnonzero(sample["tokens"] == qwen.image_id)[-1])
+    sample = example(record(turns, [picture()]), qwen, SPEC)
+    last = int(np.flatnonzero(sample.tokens == qwen.image_id)[-1])
     for length in (last, last - 1, last - 2, last - 4):
         with pytest.raises(ValueError, match="an image lies beyond max_length"):
             spec = dataclasses.replace(SPEC, max_length=length)
-            make_example(record(turns, [picture()]), qwen, spec)
+            example(record(turns, [picture()]), qwen, spec)
     spec = dataclasses.replace(SPEC, max_length=last + 1)
-    assert make_example(record(turns, [picture()]), qwen, spec)["tokens"][-1] == qwen.image_id
+    assert example(record(turns, [picture()]), qwen, spec).tokens[-1] == qwen.image_id
 
 
 @pytest.mark.parametrize(
@@ -122,43 +127,43 @@ def test_images_that_the_shapes_have_no_room_for_are_errors(count, changes, mess
     question, images = "<image>" * count, [picture()] * count
     spec = dataclasses.replace(SPEC, **changes)
     with pytest.raises(ValueError, match=message):
-        make_example(record([(question, "a")], images), qwen, spec)
+        example(record([(question, "a")], images), qwen, spec)
     with pytest.raises(ValueError, match=message):
-        make_preference(pair(question, "a", "b", images=images), qwen, spec)
+        preference(pair(question, "a", "b", images=images), qwen, spec)
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml"])
 def test_both_sides_of_a_pair_differ_only_in_the_last_answer(template, qwen, picture):
     spec = dataclasses.replace(SPEC, template=template)
     history = [("<image>\nWhat?", "A dog.")]
-    sample = make_preference(pair("Sure?", "Yes!", "No way.", history, [picture()]), qwen, spec)
+    sample = preference(pair("Sure?", "Yes!", "No way.", history, [picture()]), qwen, spec)
     start = encode_prompt(template, history, "Sure?", 1, qwen, 3)
-    for side, answer in (("chosen", "Yes!"), ("rejected", "No way.")):
+    for side, answer in ((sample.chosen, "Yes!"), (sample.rejected, "No way.")):
         turns = [*history, ("Sure?", answer)]
-        same = make_example(record(turns, [picture()]), qwen, spec)
-        assert real(sample[side]) == real(same)
-        assert real(sample[side])[: len(start)] == start
-        assert np.flatnonzero(sample[side]["loss_mask"])[0] == len(start)
-        assert qwen.decode(supervised(sample[side])).strip() == answer
-        assert set(sample[side]) == {"tokens", "loss_mask", "positions", "segments"}
-    np.testing.assert_array_equal(sample["images"], same["images"])
+        same = example(record(turns, [picture()]), qwen, spec)
+        assert real(side) == real(same)
+        assert real(side)[: len(start)] == start
+        assert np.flatnonzero(side.loss_mask)[0] == len(start)
+        assert qwen.decode(supervised(side)).strip() == answer
+        assert side.images is None
+    np.testing.assert_array_equal(sample.images, same.images)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_pair_with_a_long_side_is_an_error(side, qwen):
     answers = {"chosen": "a", "rejected": "b", side: "word " * 100}
     with pytest.raises(ValueError, match=f"the {side} side has .* tokens; 80 are allowed"):
-        make_preference(pair("q", **answers), qwen, SPEC)
+        preference(pair("q", **answers), qwen, SPEC)
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
 def test_a_prompt_is_the_beginning_of_the_training_sample(template, qwen, picture):
     spec = dataclasses.replace(SPEC, template=template)
-    sample = make_example(record([("<image>\nWhat?", "A dog.")], [picture()]), qwen, spec)
+    sample = example(record([("<image>\nWhat?", "A dog.")], [picture()]), qwen, spec)
     ids = encode_prompt(template, [], "<image>\nWhat?", 1, qwen, 3)
     assert ids == real(sample)[: len(ids)]
     assert ids.count(qwen.image_id) == 3
-    assert np.flatnonzero(sample["loss_mask"])[0] == len(ids)
+    assert np.flatnonzero(sample.loss_mask)[0] == len(ids)
 
 
 def test_a_prompt_needs_one_placeholder_an_image(qwen):

@@ -13,6 +13,7 @@ from moddistill.config import DataConfig, SourceConfig
 from moddistill.data.examples import ExampleSpec
 from moddistill.data.pipeline import make_dataset
 from moddistill.data.quarantine import Quarantine
+from moddistill.models.batch import PreferenceBatch, make_batch
 
 SPEC = ExampleSpec("vicuna", max_length=160, max_images=1, image_size=4, image_tokens=2)
 
@@ -49,7 +50,7 @@ def answers(small):
         return [
             small.decode(tokens[mask].tolist()).strip()
             for batch in batches
-            for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True)
+            for tokens, mask in zip(batch.tokens, batch.loss_mask, strict=True)
         ]
 
     return read
@@ -79,22 +80,17 @@ def take(iterator, count):
 
 def test_batches_are_stacked_samples(stream, numbered):
     batch = next(iter(stream(numbered(10), batch_size=3)))
-    shapes = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
-    assert shapes == {
-        "tokens": ((3, 160), "int32"),
-        "loss_mask": ((3, 160), "bool"),
-        "positions": ((3, 160), "int32"),
-        "segments": ((3, 160), "int32"),
-        "images": ((3, 1, 4, 4, 3), "uint8"),
-    }
+    expected = make_batch(np.zeros, rows=3, length=160, images=(1, 4))
+    chex.assert_trees_all_equal_shapes_and_dtypes(batch, expected)
 
 
 def test_preferences_are_batched_side_by_side(stream, data_file):
     path = data_file([{"question": "q", "chosen": "a", "rejected": "b"}])
     batch = next(iter(stream(path, kind="preference", batch_size=2)))
-    assert set(batch) == {"chosen", "rejected", "images"}
-    assert batch["chosen"]["tokens"].shape == batch["rejected"]["loss_mask"].shape == (2, 160)
-    assert batch["images"].shape == (2, 1, 4, 4, 3)
+    assert isinstance(batch, PreferenceBatch)
+    assert batch.chosen.tokens.shape == batch.rejected.loss_mask.shape == (2, 160)
+    assert batch.chosen.images is batch.rejected.images is None
+    assert batch.images.shape == (2, 1, 4, 4, 3)
 
 
 def test_every_epoch_holds_each_record_once_in_another_order(stream, numbered, answers):
@@ -206,7 +202,7 @@ def test_what_is_left_out_is_in_the_quarantine_once_and_nowhere_else(
 ):
     batches = take(iter(stream(spoilt, batch_size=5)), 8)
     assert Counter(answers(*batches)) == {str(number): 4 for number in range(10)}
-    assert all(np.unique(batch["images"][:, 0].reshape(5, -1), axis=0).any() for batch in batches)
+    assert all(np.unique(batch.images[:, 0].reshape(5, -1), axis=0).any() for batch in batches)
     take(iter(stream(spoilt)), 8)
     quarantine = Quarantine(str(tmp_path / "quarantine.jsonl"))
     lines = Path(quarantine.path).read_text().splitlines()
@@ -266,7 +262,7 @@ def test_a_pair_with_an_image_is_refused_for_a_model_that_cannot_see(stream, dat
 
 
 def test_a_model_that_cannot_see_reads_text(stream, numbered):
-    assert "images" not in next(iter(stream(numbered(1), spec=BLIND, batch_size=2)))
+    assert next(iter(stream(numbered(1), spec=BLIND, batch_size=2))).images is None
 
 
 def test_records_that_cannot_be_used_are_reported_before_the_first_batch(

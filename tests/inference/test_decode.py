@@ -56,9 +56,9 @@ def decoded_without_cache(model, batch):
     """The likeliest token after the whole sequence so far, again and again."""
     module, params = model
     real = module.config.decoder.real_ids[-1][1]
-    lengths = (batch["segments"] > 0).sum(axis=1)
-    rows, length = batch["tokens"].shape
-    tokens = np.pad(batch["tokens"], ((0, 0), (0, NEW)))
+    lengths = (batch.segments > 0).sum(axis=1)
+    rows, length = batch.tokens.shape
+    tokens = np.pad(batch.tokens, ((0, 0), (0, NEW)))
     positions = np.broadcast_to(np.arange(length + NEW, dtype=np.int32), tokens.shape)
 
     @jax.jit
@@ -67,7 +67,7 @@ def decoded_without_cache(model, batch):
 
     for step in range(NEW):
         segments = (positions < (lengths + step)[:, None]).astype(np.int32)
-        inputs = batch | {"tokens": tokens, "segments": segments, "positions": positions}
+        inputs = batch._replace(tokens=tokens, segments=segments, positions=positions)
         last = np.asarray(logits(inputs))[np.arange(rows), lengths + step - 1, :real]
         tokens[np.arange(rows), lengths + step] = last.argmax(axis=-1)
     return np.stack([tokens[i, n : n + NEW] for i, n in enumerate(lengths)])
@@ -83,8 +83,8 @@ def test_images_are_padded_with_the_mean_of_the_tower(prompts, tiny_architecture
     tower = dataclasses.replace(config.vision, mean=(0.0, 0.0, 0.0))
     black = dataclasses.replace(config, vision=tower)
     batch = prompt_batch(prompts[:1], black, tokenizer)
-    np.testing.assert_array_equal(batch["images"][0, 0, 0], np.zeros((28, 3)))  # 28 x 20 pixels
-    assert prompt_batch(prompts[:1], config, tokenizer)["images"][0, 0, 0].min() > 90
+    np.testing.assert_array_equal(batch.images[0, 0, 0], np.zeros((28, 3)))  # 28 x 20 pixels
+    assert prompt_batch(prompts[:1], config, tokenizer).images[0, 0, 0].min() > 90
 
 
 def test_answer_does_not_depend_on_the_batch(model, prompts, tokenizer):

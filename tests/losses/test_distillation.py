@@ -11,6 +11,7 @@ import pytest
 from moddistill.config import ExpertConfig, LossConfig
 from moddistill.losses.distillation import positions_of, token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
+from moddistill.models.batch import padded_batch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
 
@@ -46,11 +47,9 @@ def test_cross_entropy_by_hand():
 
 
 # A question of two tokens, an answer of one, its end, and two of padding.
-TOY = {
-    "tokens": jnp.asarray([[11, 12, 21, 2, 0, 0]]),
-    "loss_mask": jnp.asarray([[0, 0, 1, 1, 0, 0]], bool),
-    "segments": jnp.asarray([[1, 1, 1, 1, 0, 0]]),
-}
+TOY = padded_batch(
+    jnp.array([[11, 12, 21, 2, 0, 0]]), jnp.array([4]), jnp.array([[0, 0, 1, 1, 0, 0]], bool)
+)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +101,8 @@ def direct(student, teacher, params, teacher_params, batch, config, terms):
     logits = Vlm.logits(output)[:, :-1, :real]
     target = Vlm.logits(teacher.apply({"params": teacher_params}, batch))[:, :-1, :real]
     logp, teacher_logp = jax.nn.log_softmax(logits), jax.nn.log_softmax(target)
-    mask = batch["loss_mask"][:, 1:]
-    ce = -jnp.take_along_axis(logp, jnp.minimum(batch["tokens"][:, 1:, None], real - 1), -1)[..., 0]
+    mask = batch.loss_mask[:, 1:]
+    ce = -jnp.take_along_axis(logp, jnp.minimum(batch.tokens[:, 1:, None], real - 1), -1)[..., 0]
     kd = jnp.sum(jnp.exp(teacher_logp) * (teacher_logp - logp), -1)
     values = {"ce": ce, "kd": kd}
     means = {name: jnp.sum(values[name] * mask) / mask.sum() for name in terms}
@@ -138,7 +137,7 @@ def test_token_loss_is_that_of_full_logits(setting, kind, terms):
     (expected, means), expected_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(trained)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     chex.assert_trees_all_close(grads, expected_grads, atol=1e-5, rtol=1e-4)
-    count = batch["loss_mask"].sum()
+    count = batch.loss_mask.sum()
     for name in terms:
         np.testing.assert_allclose(metrics[name], (means[name] * count, count), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], (expected * count, count), rtol=1e-5)
@@ -156,7 +155,7 @@ def test_router_metrics(setting, kind):
     # Two expert layers; the metric is their mean, 1 when balanced and 4 when collapsed.
     assert 0.9 <= total / weight <= 4
     dropped, assignments = metrics["dropped"]
-    tokens = np.sum(batch["segments"] > 0)
+    tokens = np.sum(batch.segments > 0)
     np.testing.assert_array_equal([dropped, assignments], [0, 2 * 2 * tokens])
 
 
@@ -165,6 +164,6 @@ def test_padding_changes_nothing(setting):
     config = LossConfig(kd_positions="all_tokens")
     loss_fn = jax.jit(token_loss(student, teacher, config, ("kd", "ce")))
     run = functools.partial(loss_fn, flatten(params), {}, teacher_params, rng=jax.random.key(0))
-    noise = jnp.where(batch["segments"] > 0, batch["tokens"], 7)
-    ours, theirs = run(batch=batch)[0], run(batch=batch | {"tokens": noise})[0]
+    noise = jnp.where(batch.segments > 0, batch.tokens, 7)
+    ours, theirs = run(batch=batch)[0], run(batch=batch._replace(tokens=noise))[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)

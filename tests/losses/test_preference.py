@@ -8,6 +8,7 @@ import pytest
 
 from moddistill.config import LossConfig
 from moddistill.losses.preference import KINDS, preference_loss, preference_losses
+from moddistill.models.batch import PreferenceBatch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
 
@@ -83,21 +84,19 @@ def models(tiny_architecture, init, random_batch):
     """Student, teacher, their parameters, and three pairs with answers of different lengths."""
     student, teacher = tiny_architecture("tiny"), tiny_architecture("tiny-teacher")
     sides = [random_batch(student, rows=3, length=20, seed=seed) for seed in (0, 1)]
-    images = sides[0].pop("images")
-    sides[1].pop("images")
-    batch = {"chosen": sides[0], "rejected": sides[1], "images": images}
-    batch = jax.tree.map(jnp.asarray, batch)
+    chosen, rejected = (side._replace(images=None) for side in sides)
+    batch = jax.tree.map(jnp.asarray, PreferenceBatch(chosen, rejected, sides[0].images))
     return Vlm(student), Vlm(teacher), init(student, 0), init(teacher, 1), batch
 
 
 def log_likelihoods(model, params, side, images):
     """Summed over the answer's tokens, from all logits."""
-    output = model.apply({"params": params}, side | {"images": images})
+    output = model.apply({"params": params}, side._replace(images=images))
     real = model.config.decoder.real_ids[-1][1]
     logp = jax.nn.log_softmax(Vlm.logits(output)[:, :-1, :real])
-    labels = jnp.minimum(side["tokens"][:, 1:, None], real - 1)
+    labels = jnp.minimum(side.tokens[:, 1:, None], real - 1)
     chosen = jnp.take_along_axis(logp, labels, -1)[..., 0]
-    return jnp.sum(chosen * side["loss_mask"][:, 1:], axis=1)
+    return jnp.sum(chosen * side.loss_mask[:, 1:], axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,9 @@ def ratios(models):
 
     def of(params):
         return [
-            log_likelihoods(student, params, batch[side], batch["images"])
-            - log_likelihoods(teacher, teacher_params, batch[side], batch["images"])
-            for side in ("chosen", "rejected")
+            log_likelihoods(student, params, side, batch.images)
+            - log_likelihoods(teacher, teacher_params, side, batch.images)
+            for side in (batch.chosen, batch.rejected)
         ]
 
     return of

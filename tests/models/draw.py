@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from moddistill.models.batch import padded_batch
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(module, params, *inputs):
@@ -33,11 +35,8 @@ def normal(*shape, seed=1):
 def text(config, rows, length, seed=1):
     """A batch of real tokens of a decoder config, without images."""
     rng = np.random.default_rng(seed)
-    return {
-        "tokens": jnp.asarray(rng.integers(0, config.real_ids[-1][1], (rows, length)), jnp.int32),
-        "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
-        "segments": jnp.ones((rows, length), jnp.int32),
-    }
+    tokens = rng.integers(0, config.real_ids[-1][1], (rows, length))
+    return jax.tree.map(jnp.int32, padded_batch(tokens, np.full(rows, length)))
 
 
 def pixels(*shape, seed=1):

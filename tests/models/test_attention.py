@@ -1,12 +1,10 @@
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 
-from moddistill.models import attention as module
-from moddistill.models.attention import Attention, causal_mask
+from moddistill.models.attention import Attention
+from moddistill.models.attention_kernels import Structure, causal, visible
 from tests.models import draw
 
 WIDTH = 12
@@ -23,13 +21,21 @@ WIDTH = 12
     ],
     ids=str,
 )
-def test_positions_see_what_is_behind_them_in_their_segment_and_padding_itself(segments, expected):
-    mask = causal_mask(jnp.array([segments], jnp.int32))[0]
+def test_positions_see_earlier_ones_of_their_segment_and_padding_sees_itself(segments, expected):
+    segments = jnp.array([segments], jnp.int32)
+    mask = visible(segments, jnp.arange(segments.shape[1]), segments)[0]
     assert ["".join(".x"[int(seen)] for seen in row) for row in mask] == expected
 
 
 def attention(heads, kv_heads, theta=None):
-    module = Attention(heads, kv_heads, 4, theta, True, jnp.float32)
+    module = Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=4,
+        rope_theta=theta,
+        out_bias=True,
+        dtype=jnp.float32,
+    )
     hidden = draw.normal(1, 2, WIDTH)
     return module, draw.params(module, hidden, None, jnp.zeros((1, 2), jnp.int32))
 
@@ -42,8 +48,9 @@ def places(rows, length):
 def test_a_group_of_query_heads_shares_the_keys_and_values_of_one_head(heads, kv_heads):
     module, params = attention(heads, kv_heads)
     hidden = draw.normal(2, 5, WIDTH)
-    mask = causal_mask(jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 0]], jnp.int32))
-    output, cache = draw.apply(module, params, hidden, mask)
+    segments = jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 0]], jnp.int32)
+    output, cache = draw.apply(module, params, hidden, causal(segments))
+    mask = visible(segments, jnp.arange(5), segments)
 
     def project(name):
         kernel, bias = (np.asarray(params[name][x], np.float64) for x in ("kernel", "bias"))
@@ -62,19 +69,21 @@ def test_a_group_of_query_heads_shares_the_keys_and_values_of_one_head(heads, kv
     assert cache is None
 
 
-def test_without_a_mask_every_position_sees_every_other():
+def test_without_a_structure_every_position_sees_every_other():
     module, params = attention(2, 2)
     hidden = draw.normal(1, 4, WIDTH)
-    everything, _ = draw.apply(module, params, hidden, jnp.ones((1, 4, 4), bool))
+    all_slots = jnp.ones((1, 4), jnp.int32)
+    last = Structure(all_slots, all_slots, jnp.int32(3))  # all queries after all keys
+    everything, _ = draw.apply(module, params, hidden, last)
     np.testing.assert_allclose(draw.apply(module, params, hidden)[0], everything, atol=1e-6)
 
 
 def test_attention_depends_on_distances_alone():
     module, params = attention(4, 2, theta=100.0)
-    hidden, mask = draw.normal(1, 5, WIDTH), causal_mask(jnp.ones((1, 5), jnp.int32))
-    near, _ = draw.apply(module, params, hidden, mask, places(1, 5))
-    far, _ = draw.apply(module, params, hidden, mask, places(1, 5) + 50)
-    spread, _ = draw.apply(module, params, hidden, mask, places(1, 5) * 2)
+    hidden, structure = draw.normal(1, 5, WIDTH), causal(jnp.ones((1, 5), jnp.int32))
+    near, _ = draw.apply(module, params, hidden, structure, places(1, 5))
+    far, _ = draw.apply(module, params, hidden, structure, places(1, 5) + 50)
+    spread, _ = draw.apply(module, params, hidden, structure, places(1, 5) * 2)
     np.testing.assert_allclose(far, near, atol=1e-5)
     assert np.abs(spread - near).max() > 1e-3
 
@@ -83,18 +92,17 @@ def test_attention_depends_on_distances_alone():
 def test_decoding_with_a_cache_equals_the_full_forward(chunks):
     module, params = attention(4, 2, theta=100.0)
     hidden, positions = draw.normal(2, 6, WIDTH), places(2, 6)
-    full, _ = draw.apply(
-        module, params, hidden, causal_mask(jnp.ones((2, 6), jnp.int32)), positions
-    )
+    full, _ = draw.apply(module, params, hidden, causal(jnp.ones((2, 6), jnp.int32)), positions)
 
-    slots = 8  # two are never filled, and hold what no one may see
+    slots = 8  # two are never filled, and must not be seen
+    key_segments = jnp.ones((2, slots), jnp.int32)
     cache = {name: jnp.full((2, slots, 2, 4), 1e3) for name in ("key", "value")}
     outputs, start = [], 0
     for chunk in chunks:
         now = slice(start, start + chunk)
-        mask = jnp.arange(slots)[None, None] <= positions[:, now, None]
+        structure = Structure(jnp.ones((2, chunk), jnp.int32), key_segments, jnp.int32(start))
         output, cache = draw.apply(
-            module, params, hidden[:, now], mask, positions[:, now], cache, jnp.int32(start)
+            module, params, hidden[:, now], structure, positions[:, now], cache
         )
         outputs.append(output)
         start += chunk
@@ -105,15 +113,23 @@ def test_decoding_with_a_cache_equals_the_full_forward(chunks):
 def test_a_cache_keeps_its_dtype():
     module, params = attention(2, 2)
     cache = {name: jnp.zeros((1, 3, 2, 4), jnp.bfloat16) for name in ("key", "value")}
-    mask = jnp.ones((1, 1, 3), bool)
-    module = Attention(2, 2, 4, None, True, jnp.bfloat16)
+    structure = Structure(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.int32(0))
+    module = module.clone(dtype=jnp.bfloat16)
     hidden = draw.normal(1, 1, WIDTH).astype(jnp.bfloat16)
-    _, cache = draw.apply(module, params, hidden, mask, places(1, 1), cache, jnp.int32(0))
+    _, cache = draw.apply(module, params, hidden, structure, places(1, 1), cache)
     assert {x.dtype for x in cache.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 def normed_attention(heads, kv_heads, eps):
-    module = Attention(heads, kv_heads, 4, 100.0, False, jnp.float32, False, eps)
+    module = Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=4,
+        rope_theta=100.0,
+        qkv_bias=False,
+        qk_norm_eps=eps,
+        dtype=jnp.float32,
+    )
     return module, (draw.normal(1, 2, WIDTH), None, jnp.zeros((1, 2), jnp.int32))
 
 
@@ -132,81 +148,14 @@ def test_norms_of_query_and_key_are_shared_by_heads_and_take_the_place_of_biases
 def test_normed_heads_have_their_own_length_forgotten():
     module, inputs = normed_attention(4, 2, 1e-12)
     hidden, _, positions = inputs
-    mask = causal_mask(jnp.ones((1, 2), jnp.int32))
+    structure = causal(jnp.ones((1, 2), jnp.int32))
     params = draw.params(module, *inputs)
-    expected, _ = draw.apply(module, params, hidden, mask, positions)
+    expected, _ = draw.apply(module, params, hidden, structure, positions)
     for name, factors in (("query", [1, 2, 3, 4]), ("key", [5, 6])):
         factor = jnp.asarray(factors, jnp.float32)[None, :, None]
         params[name]["kernel"] = params[name]["kernel"] * factor
-    output, _ = draw.apply(module, params, hidden, mask, positions)
+    output, _ = draw.apply(module, params, hidden, structure, positions)
     np.testing.assert_allclose(output, expected, atol=1e-5)
     params["query_norm"]["scale"] = -params["query_norm"]["scale"]
-    output, _ = draw.apply(module, params, hidden, mask, positions)
+    output, _ = draw.apply(module, params, hidden, structure, positions)
     assert np.abs(output - expected).max() > 1e-2
-
-
-def test_blocks_of_queries_give_the_same_values_and_gradients(monkeypatch):
-    monkeypatch.setattr(module, "_QUERIES", 4)
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, 12, 4, 8), (2, 12, 2, 8), (2, 12, 2, 8)
-    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    segments = jnp.asarray([[1] * 9 + [0] * 3, [1] * 5 + [2] * 7])
-    mask = causal_mask(segments)
-
-    def blocked(*arrays):
-        return jnp.sum(module.attend(*arrays, mask) ** 2)
-
-    def whole(*arrays):
-        return jnp.sum(jax.nn.dot_product_attention(*arrays, mask=mask[:, None]) ** 2)
-
-    ours = jax.jit(jax.value_and_grad(blocked, argnums=(0, 1, 2)))
-    assert "while" in ours.lower(*arrays).as_text()
-    expected = jax.value_and_grad(whole, argnums=(0, 1, 2))(*arrays)
-    chex.assert_trees_all_close(ours(*arrays), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "masked", "fused"),
-    [
-        ((2, 12, 4, 64), jnp.bfloat16, True, True),
-        ((2, 576, 4, 64), jnp.bfloat16, False, True),
-        ((2, 577, 4, 64), jnp.bfloat16, False, True),  # a tower with its class token
-        ((2, 577, 4, 64), jnp.bfloat16, True, False),
-        ((2, 12, 4, 64), jnp.float32, True, False),
-        ((2, 12, 4, 20), jnp.bfloat16, True, False),
-        ((2, 12, 4, 256), jnp.bfloat16, True, False),
-    ],
-)
-def test_gpus_attend_with_cudnn_where_it_has_a_kernel(monkeypatch, shape, dtype, masked, fused):
-    """Lowered for CUDA as in a process with its GPUs, which is all that can be seen without one."""
-    monkeypatch.setattr(module, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    query = jax.ShapeDtypeStruct(shape, dtype)
-    mask = causal_mask(jnp.ones(shape[:2], jnp.int32)) if masked else None
-
-    def loss(query):
-        return jnp.sum(module.attend(query, query, query, mask).astype(jnp.float32))
-
-    lowered = jax.jit(jax.grad(loss)).trace(query).lower(lowering_platforms=("cuda",))
-    assert ("__cudnn$fmha" in lowered.as_text()) == fused
-
-
-def test_the_position_that_makes_a_length_even_changes_nothing(monkeypatch):
-    plain = jax.nn.dot_product_attention
-    lengths = []
-
-    def anywhere(query, *rest, implementation, **options):
-        assert implementation == "cudnn"
-        lengths.append(query.shape[1])
-        return plain(query, *rest, **options)
-
-    monkeypatch.setattr(module, "_cudnn_serves", lambda *_: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
-    arrays = [draw.normal(2, 7, 3, 8, seed=seed) for seed in range(3)]
-
-    def loss(function):
-        return jax.value_and_grad(lambda *x: jnp.sum(function(*x) ** 2), argnums=(0, 1, 2))(*arrays)
-
-    filled = loss(lambda *x: module.attend(*x, None))
-    chex.assert_trees_all_close(filled, loss(plain), atol=1e-5)
-    assert lengths == [8]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moddistill.config import ExpertConfig
-from moddistill.models.attention import causal_mask
+from moddistill.models.attention_kernels import causal
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import Block, Context, Decoder, DecoderConfig
 from moddistill.models.layer_plan import unstack
@@ -32,11 +32,10 @@ def decoder_config(placement, layers):
 
 def context(batch):
     return Context(
-        positions=batch["positions"],
-        mask=causal_mask(batch["segments"]),
-        valid=batch["segments"] > 0,
-        is_image=batch["tokens"] == 0,
-        start=jnp.int32(0),
+        positions=batch.positions,
+        structure=causal(batch.segments),
+        valid=batch.segments > 0,
+        is_image=batch.tokens == 0,
     )
 
 
@@ -44,11 +43,11 @@ def context(batch):
 def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
     config = decoder_config(placement, layers)
     batch = draw.text(config, 2, 5)
-    decoder, inputs = Decoder(config, ComputeConfig()), (batch["tokens"], None, context(batch))
+    decoder, inputs = Decoder(config, ComputeConfig()), (batch.tokens, None, context(batch))
     params = draw.params(decoder, *inputs, None)
     hidden, head, router, cache = draw.apply(decoder, params, *inputs, None)
 
-    x, all_stats = params["embedding"][batch["tokens"]], []
+    x, all_stats = params["embedding"][batch.tokens], []
     for i, layer in enumerate(unstack(params, config.plan)):
         block = Block(config, i in config.moe_layers, ComputeConfig())
         x, stats, _ = draw.apply(block, layer, x, context(batch), None)
@@ -71,7 +70,7 @@ def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
 def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement, remat):
     config = decoder_config(placement, 4)
     batch = draw.text(config, 2, 5)
-    inputs = (batch["tokens"], None, context(batch), None)
+    inputs = (batch.tokens, None, context(batch), None)
     params = draw.params(Decoder(config, ComputeConfig()), *inputs)
 
     def outputs_and_gradients(remat):
@@ -94,7 +93,7 @@ def test_what_is_computed_again_for_the_gradient(placement):
     """`full` makes a layer's products again, `products` those of attention scores alone."""
     config = decoder_config(placement, 2)
     batch = draw.text(config, 2, 5)
-    inputs = (batch["tokens"], None, context(batch), None)
+    inputs = (batch.tokens, None, context(batch), None)
     params = draw.params(Decoder(config, ComputeConfig()), *inputs)
 
     def products(remat):
@@ -111,7 +110,7 @@ def test_what_is_computed_again_for_the_gradient(placement):
 def test_an_untied_head_is_a_parameter_of_its_own():
     config = dataclasses.replace(DENSE, tied_head=False)
     batch = draw.text(config, 1, 2)
-    inputs = (batch["tokens"], None, context(batch), None)
+    inputs = (batch.tokens, None, context(batch), None)
     decoder = Decoder(config, ComputeConfig())
     params = draw.params(decoder, *inputs)
     _, head, _, _ = draw.apply(decoder, params, *inputs)

@@ -7,6 +7,7 @@ import pytest
 
 from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import unbox
+from moddistill.models.batch import make_batch
 from moddistill.models.flops import (
     StepSize,
     decoder_flops,
@@ -34,8 +35,7 @@ def one_layer(moe=None):
 
 def compiled_flops(config, function, tokens=TOKENS):
     params = unbox(abstract_params(config))
-    shape = jax.ShapeDtypeStruct((tokens.rows, tokens.length), jnp.int32)
-    batch = dict.fromkeys(("tokens", "positions", "segments"), shape)
+    batch = make_batch(jax.ShapeDtypeStruct, rows=tokens.rows, length=tokens.length)
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"]
 
 

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
+from moddistill.models.batch import padded_batch
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.quantization import pack, pack_all, packed_shapes, unpack, unpacked_shapes
 from moddistill.models.vlm import Vlm
@@ -76,8 +77,7 @@ def test_a_packed_model_computes_with_its_unpacked_kernels(
     config = tiny_architecture("tiny-teacher")
     kept = pack_all(jax.tree.map(jnp.copy, params), packed_shapes(plain, weights, memory))
     unpacked = unpack(kept, jnp.float32)
-    row = jnp.arange(12)[None]
-    batch = {"tokens": row, "positions": row, "segments": jnp.ones((1, 12), jnp.int32)}
+    batch = padded_batch(np.arange(12, dtype=np.int32)[None], np.array([12]))
     compute = ComputeConfig(remat=remat, quantized_layers=True)
     got = jax.jit(Vlm(config, compute).apply)({"params": kept}, batch)
     expected = jax.jit(Vlm(config).apply)({"params": unpacked}, batch)

@@ -26,11 +26,13 @@ PARAMS = draw.params(Vlm(DENSE), dummy_batch(DENSE))
 def logits(config, params):
     """On an image with text, text alone, and padding."""
     batch = draw.text(DECODER, 2, 9)
-    batch["tokens"] = batch["tokens"].at[0, 2:6].set(20)
-    batch["segments"] = batch["segments"].at[1, 7:].set(0)
-    batch["images"] = draw.pixels(2, 1, 8, 8, 3)
+    batch = batch._replace(
+        tokens=batch.tokens.at[0, 2:6].set(20),
+        segments=batch.segments.at[1, 7:].set(0),
+        images=draw.pixels(2, 1, 8, 8, 3),
+    )
     output = draw.apply(Vlm(config), params, batch)
-    return np.asarray(Vlm.logits(output))[np.asarray(batch["segments"]) > 0]
+    return np.asarray(Vlm.logits(output))[np.asarray(batch.segments) > 0]
 
 
 @pytest.fixture(scope="module")

@@ -57,10 +57,10 @@ def test_rows_are_spliced_apart():
 def image_batch():
     """Two images, none (its slots hold noise), and one with padding behind."""
     batch = draw.text(DECODER, 3, 12)
-    tokens = batch["tokens"].at[0, 1:5].set(IMAGE).at[0, 7:11].set(IMAGE).at[2, 0:4].set(IMAGE)
-    segments = batch["segments"].at[2, 9:].set(0)
+    tokens = batch.tokens.at[0, 1:5].set(IMAGE).at[0, 7:11].set(IMAGE).at[2, 0:4].set(IMAGE)
+    segments = batch.segments.at[2, 9:].set(0)
     images = draw.pixels(3, 2, 8, 8, 3)
-    return batch | {"tokens": tokens, "segments": segments, "images": images}
+    return batch._replace(tokens=tokens, segments=segments, images=images)
 
 
 @functools.cache
@@ -82,12 +82,12 @@ def test_image_positions_hold_projected_features_and_others_the_embedding():
     batch = image_batch()
     _, output, params = run(config, batch)
 
-    flat = batch["images"].reshape(-1, 8, 8, 3)
+    flat = batch.images.reshape(-1, 8, 8, 3)
     x = Vision(TOWER, ComputeConfig()).apply({"params": params["vision"]}, flat)
     first, second = params["projector"]["linear_0"], params["projector"]["linear_1"]
     x = exact_gelu(x @ first["kernel"] + first["bias"][None, None])
     x = (x @ second["kernel"] + second["bias"][None, None]).reshape(3, 8, 8)
-    expected = np.array(params["decoder"]["embedding"][batch["tokens"]])
+    expected = np.array(params["decoder"]["embedding"][batch.tokens])
     expected[0, 1:5], expected[0, 7:11], expected[2, 0:4] = x[0, :4], x[0, 4:], x[2, :4]
     expected /= np.sqrt(np.mean(np.square(expected), -1, keepdims=True) + DECODER.norm_eps)
     expected *= np.asarray(params["decoder"]["norm"]["scale"])
@@ -98,8 +98,8 @@ def test_image_positions_hold_projected_features_and_others_the_embedding():
 def test_images_of_unused_slots_and_text_rows_have_no_effect(config):
     batch = image_batch()
     logits, _, params = run(config, batch)
-    images = batch["images"].at[1].set(0).at[2, 1].set(0)
-    changed, _, _ = run(config, batch | {"images": images}, params)
+    images = batch.images.at[1].set(0).at[2, 1].set(0)
+    changed, _, _ = run(config, batch._replace(images=images), params)
     np.testing.assert_array_equal(changed, logits)
 
 
@@ -107,7 +107,7 @@ def test_images_of_unused_slots_and_text_rows_have_no_effect(config):
 def test_an_image_changes_what_comes_after_its_first_patch_alone(config):
     batch = image_batch()
     logits, _, params = run(config, batch)
-    changed, _, _ = run(config, batch | {"images": batch["images"].at[0, 1].set(255)}, params)
+    changed, _, _ = run(config, batch._replace(images=batch.images.at[0, 1].set(255)), params)
     same = np.abs(changed - logits).max(axis=-1) < 1e-5
     np.testing.assert_array_equal(same[0], [True] * 7 + [False] * 5)
     assert same[1:].all()
@@ -117,9 +117,9 @@ def test_an_image_changes_what_comes_after_its_first_patch_alone(config):
 def test_padding_has_no_effect(config):
     batch = image_batch()
     logits, output, params = run(config, batch)
-    tokens = batch["tokens"].at[2, 9:].set(jnp.array([IMAGE, 1, 2]))
-    changed, other, _ = run(config, batch | {"tokens": tokens}, params)
-    valid = np.asarray(batch["segments"]) > 0
+    tokens = batch.tokens.at[2, 9:].set(jnp.array([IMAGE, 1, 2]))
+    changed, other, _ = run(config, batch._replace(tokens=tokens), params)
+    valid = np.asarray(batch.segments) > 0
     np.testing.assert_allclose(changed[valid], logits[valid], atol=1e-6)
     if output.router is not None:
         chex.assert_trees_all_close(other.router, output.router, atol=1e-5)
@@ -130,22 +130,22 @@ def test_a_row_does_not_depend_on_its_batch(config):
     batch = image_batch()
     logits, _, params = run(config, batch)
     for i in range(3):
-        alone, _, _ = run(config, {name: x[i : i + 1] for name, x in batch.items()}, params)
-        valid = np.asarray(batch["segments"][i]) > 0
+        alone, _, _ = run(config, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), params)
+        valid = np.asarray(batch.segments[i]) > 0
         np.testing.assert_allclose(alone[0, valid], logits[i, valid], atol=1e-5)
 
 
 @BOTH
 def test_packed_samples_equal_samples_apart(config):
     text = draw.text(DECODER, 1, 7)
-    packed = text | {
-        "positions": jnp.array([[0, 1, 2, 0, 1, 2, 3]], jnp.int32),
-        "segments": jnp.array([[1, 1, 1, 2, 2, 2, 2]], jnp.int32),
-    }
+    packed = text._replace(
+        positions=jnp.array([[0, 1, 2, 0, 1, 2, 3]], jnp.int32),
+        segments=jnp.array([[1, 1, 1, 2, 2, 2, 2]], jnp.int32),
+    )
     logits, _, params = run(config, packed)
     for part in (slice(0, 3), slice(3, 7)):
-        alone = {name: x[:, part] for name, x in packed.items()}
-        alone["segments"] = jnp.ones_like(alone["segments"])
+        alone = jax.tree.map(lambda x, part=part: x[:, part], packed)
+        alone = alone._replace(segments=jnp.ones_like(alone.segments))
         np.testing.assert_allclose(run(config, alone, params)[0], logits[:, part], atol=1e-5)
 
 
@@ -158,22 +158,21 @@ def test_statistics_have_one_row_for_each_expert_layer():
 @BOTH
 @pytest.mark.parametrize(("prompt", "images"), [(11, True), (11, False), (6, False), (1, False)])
 def test_decoding_with_a_cache_equals_the_full_forward(config, prompt, images):
-    batch = {name: x[:1] for name, x in image_batch().items()}
-    text = {name: x for name, x in batch.items() if name != "images"}
+    batch = jax.tree.map(lambda x: x[:1], image_batch())
+    text = batch._replace(images=None)
     expected, _, params = run(config, batch if images else text)
 
     slots, length = 13, 12
     cache = init_cache(config.decoder, 1, slots, jnp.float32)
     logits = []
     for start, end in [(0, prompt)] + [(i, i + 1) for i in range(prompt, length)]:
-        now = {name: x[:, start:end] for name, x in text.items()}
-        now["mask"] = jnp.arange(slots)[None, None] <= now["positions"][..., None]
-        now["start"] = jnp.int32(start)
+        now = jax.tree.map(lambda x, start=start, end=end: x[:, start:end], text)
         if images and start == 0:  # both images lie before position 11
-            now["images"] = batch["images"]
+            now = now._replace(images=batch.images)
         output = draw.apply(Vlm(config), params, now, cache)
         logits.append(Vlm.logits(output))
         cache = output.cache
+    assert cache.length == length
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, atol=1e-4)
 
 

@@ -1,11 +1,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from moddistill.models.batch import padded_batch
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, Vlm
@@ -97,12 +97,7 @@ def test_logits_equal_those_of_llava(models, layout):
             attention_mask=torch.tensor(valid).long(),
             pixel_values=pixel_values(in_order, tower),
         ).logits.numpy()
-    batch = {
-        "tokens": jnp.asarray(tokens),
-        "positions": jnp.tile(jnp.arange(length), (len(rows), 1)),
-        "segments": jnp.asarray(valid.astype(np.int32)),
-        "images": jnp.asarray(images),
-    }
+    batch = padded_batch(tokens, valid.sum(axis=1), images=images)
 
     assert theirs.std() > 0.5
     np.testing.assert_allclose(np.asarray(ours(batch))[valid], theirs[valid], atol=1e-4)

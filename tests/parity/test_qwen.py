@@ -1,11 +1,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from moddistill.models.batch import padded_batch
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vlm import ModelConfig, Vlm
 from tests import torch_or_skip as torch
@@ -83,11 +83,7 @@ def check_logits(model, config):
         ).logits.numpy()
 
     vlm = ModelConfig(config, None, "linear", "vicuna", image_token=config.vocab_size)
-    batch = {
-        "tokens": jnp.asarray(tokens),
-        "positions": jnp.tile(jnp.arange(11), (3, 1)),
-        "segments": jnp.asarray(valid.astype(np.int32)),
-    }
+    batch = padded_batch(tokens, valid.sum(axis=1))
     output = jax.jit(Vlm(vlm).apply)({"params": model_params(numpy_state(model), vlm)}, batch)
     ours = np.asarray(Vlm.logits(output))
 

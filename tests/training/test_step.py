@@ -10,6 +10,7 @@ import pytest
 from moddistill.config import LossConfig
 from moddistill.losses import Loss
 from moddistill.losses.distillation import token_loss
+from moddistill.models.batch import Batch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
 from moddistill.training.state import State
@@ -17,14 +18,17 @@ from moddistill.training.step import make_step
 
 
 def squares_share(params, frozen, teacher, batch, totals, rng):
-    """Mean squared error over the positions of a mask, with a little noise."""
+    """Mean squared error over the positions of a mask, with a little noise.
+
+    The batch has numbers x in the place of tokens, and y in that of positions.
+    """
     noise = 1e-3 * jax.random.normal(rng, ())
-    error = batch["x"] * params["slope"] + frozen["offset"] + noise - batch["y"]
-    value = jnp.sum(batch["mask"] * error**2)
-    return value / totals["mask"], {"loss": (value, jnp.sum(batch["mask"]))}
+    error = batch.tokens * params["slope"] + frozen["offset"] + noise - batch.positions
+    value = jnp.sum(batch.loss_mask * error**2)
+    return value / totals["mask"], {"loss": (value, jnp.sum(batch.loss_mask))}
 
 
-squares = Loss(lambda batch: {"mask": jnp.sum(batch["mask"])}, squares_share)
+squares = Loss(lambda batch: {"mask": jnp.sum(batch.loss_mask)}, squares_share)
 
 
 def batch_of(rows=8, seed=0):
@@ -34,7 +38,7 @@ def batch_of(rows=8, seed=0):
     mask = (np.arange(3)[None] <= (np.arange(rows) * 3 // rows)[:, None]).astype(np.float32)
     segments = np.ones((rows, 3), np.int32)
     segments[0, 2] = 0
-    return {"x": x, "y": y, "mask": mask, "segments": segments}
+    return Batch(tokens=x, positions=y, segments=segments, loss_mask=mask)
 
 
 def state_of(optimizer):
@@ -55,14 +59,14 @@ def test_step_by_hand():
     """Gradient of the mean over supervised positions, its norm, and the update."""
     batch = batch_of()
     noise = 1e-3 * jax.random.normal(jax.random.fold_in(jax.random.key(3), 0), ())
-    error = batch["x"] * 0.5 + 0.25 + float(noise) - batch["y"]
-    weight = batch["mask"].sum()
-    slope = 2 * np.sum(batch["mask"] * error * batch["x"]) / weight
+    error = batch.tokens * 0.5 + 0.25 + float(noise) - batch.positions
+    weight = batch.loss_mask.sum()
+    slope = 2 * np.sum(batch.loss_mask * error * batch.tokens) / weight
     state, metrics = run(optax.sgd(0.1), seed=3)
     np.testing.assert_allclose(state.params["slope"], 0.5 - 0.1 * slope, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], (abs(slope), 1), rtol=1e-5)
     np.testing.assert_allclose(metrics["param_norm"], (abs(0.5 - 0.1 * slope), 1), rtol=1e-5)
-    loss = np.sum(batch["mask"] * error**2)
+    loss = np.sum(batch.loss_mask * error**2)
     np.testing.assert_allclose(metrics["loss"], (loss, weight), rtol=1e-5)
     np.testing.assert_array_equal(metrics["tokens"], (23, 1))
     assert state.step == 1
@@ -118,7 +122,7 @@ def language_model(tiny_architecture, init, random_batch):
     """A dense model without a tower, its parameters, and eight rows that weigh differently."""
     config = dataclasses.replace(tiny_architecture(), vision=None)
     batch = jax.tree.map(jnp.asarray, random_batch(config, rows=8, length=16))
-    counts = batch["loss_mask"].sum(axis=1)
+    counts = batch.loss_mask.sum(axis=1)
     assert len(set(np.asarray(counts.reshape(4, 2).sum(axis=1)))) > 1
     return Vlm(config), init(config), batch
 

@@ -1,0 +1,200 @@
+"""Softmax attention from structure, not from a dense mask.
+
+A dense mask [B, T, T] would be larger than the activations at long T. Here each kernel derives what
+a query may see from the segments of its row. Which kernel a program uses is decided when it is
+traced, from the devices of the mesh in context and from shapes (`kernel_name`):
+
+    cudnn    NVIDIA, half precision: full attention, or one segment a row
+    splash   TPU: JAX's Pallas splash attention with segment ids
+    blocks   otherwise: blocks of queries in XLA, each with a mask of its own
+
+All agree to rounding at real positions. Outputs of padding are finite and otherwise unspecified.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from moddistill.distributed.sharding import BATCH_AXES, device_kind, is_distributed
+
+_BLOCK = 512  # queries whose scores exist at one time
+_LANES = 128  # of a TPU's registers; splash attention needs blocks of whole lanes
+
+
+@flax.struct.dataclass
+class Structure:
+    """Which keys a query sees: those of its own segment, up to its own slot in the row.
+
+    Padding sees its own slot at least, which keeps its softmax finite.
+
+    Attributes:
+      query_segments: the number of each query's sample within its row, from 1; 0 is padding.
+      key_segments: the same for keys; with a cache, for all of its slots, 0 where they are empty.
+      offset: the slot of the first query; 0 without a cache.
+      one_segment: whether each row is known to be one sample, padded on the right. Kernels that
+        take lengths in place of segments need that.
+    """
+
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+    offset: Int[Array, ""]
+    one_segment: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def causal(segments: Int[Array, "B T"], one_segment: bool = False) -> Structure:
+    """The structure of rows that attend to themselves, without a cache."""
+    return Structure(segments, segments, jnp.zeros((), jnp.int32), one_segment)
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    structure: Structure | None,
+) -> Float[Array, "B T N H"]:
+    """`softmax(query @ key / sqrt(H)) @ value`; without a structure every query sees every key.
+
+    Groups of N / K query heads share one head of keys and values.
+    """
+    kernel = kernel_name(query, key, structure)
+    if kernel == "blocks":
+        return _by_blocks(query, key, value, structure)
+    compute = _by_cudnn if kernel == "cudnn" else _by_splash
+    segments = None if structure is None else structure.query_segments
+    return _over_mesh(compute, query, key, value, segments)
+
+
+def kernel_name(query: Any, key: Any, structure: Structure | None) -> str:
+    """The kernel of `attend` for arrays or shapes: "cudnn", "splash" or "blocks".
+
+    cuDNN has no kernel for float32 and none for heads above 128 before Hopper. Its packed layout is
+    not used: it is private in JAX, needs Hopper and a static number of segments, and its offsets
+    of keys assume as many heads as those of queries. Splash attention needs whole blocks of lanes.
+    """
+    length, head_dim = query.shape[1], query.shape[-1]
+    if length != key.shape[1]:  # decoding with a cache
+        return "blocks"
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if device_kind().startswith("NVIDIA") and half and head_dim <= 128 and head_dim % 8 == 0:
+        return "cudnn" if structure is None or structure.one_segment else "blocks"
+    if device_kind().startswith("TPU") and structure is not None and length % _LANES == 0:
+        return "splash"
+    return "blocks"
+
+
+def visible(
+    query_segments: Int[Array, "B T"], slots: Int[Array, "T"], key_segments: Int[Array, "B S"]
+) -> Bool[Array, "B T S"]:
+    """The mask of some queries, which are at `slots` of their rows."""
+    keys = jnp.arange(key_segments.shape[1])
+    own = slots[:, None] == keys[None]
+    earlier = slots[:, None] >= keys[None]
+    same = query_segments[:, :, None] == key_segments[:, None]
+    return (earlier[None] & same & (key_segments > 0)[:, None]) | own[None]
+
+
+def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | None) -> Array:
+    """Scores [B, N, T, S] of a large teacher would be several times its activations; a block of
+    512 queries has a fraction of them at a time, and makes them again for the gradient.
+    """
+    if structure is None:
+        return jax.nn.dot_product_attention(query, key, value)
+
+    def block(query: Array, segments: Array, slots: Array) -> Array:
+        mask = visible(segments, slots, structure.key_segments)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+    length = query.shape[1]
+    segments, slots = structure.query_segments, structure.offset + jnp.arange(length)
+    if length <= _BLOCK:
+        return block(query, segments, slots)
+
+    def split(x: Array, axis: int) -> Array:
+        """[..., T, ...] to [T / block, ..., block, ...]; the last block is filled up with zeros."""
+        fill = [(0, 0)] * x.ndim
+        fill[axis] = (0, -length % _BLOCK)
+        x = jnp.pad(x, fill)
+        x = x.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    parts = split(query, 1), split(segments, 1), split(slots, 0)
+    mixed = jax.lax.map(jax.checkpoint(lambda part: block(*part)), parts)
+    return jnp.moveaxis(mixed, 0, 1).reshape(len(query), -1, *query.shape[2:])[:, :length]
+
+
+def _by_cudnn(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+    """Odd lengths are filled up by one position that `lengths` leave out: cuDNN needs even ones."""
+    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    length = query.shape[1]
+    if segments is None and length % 2 == 0:
+        return fused(query, key, value)
+    if segments is None:
+        lengths = jnp.full(len(query), length, jnp.int32)
+    else:  # at least 1, since an empty row would have no key at all
+        lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)
+    fill = ((0, 0), (0, length % 2), (0, 0), (0, 0))
+    mixed = fused(
+        *(jnp.pad(x, fill) for x in (query, key, value)),
+        is_causal=segments is not None,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+    )
+    return mixed[:, :length]
+
+
+def _by_splash(
+    query: Array, key: Array, value: Array, segments: Array, interpret: bool = False
+) -> Array:
+    """`interpret` runs the kernel without a TPU, for tests."""
+    scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    heads_first = (x.swapaxes(1, 2) for x in (scaled, key, value))
+    ids = _splash().SegmentIds(segments, segments)
+    kernel = _splash_kernel(query.shape[2], query.shape[1], interpret)
+    return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
+
+
+def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
+    """Blocks above the diagonal are skipped; forward and backward have blocks of one size."""
+    kernels, block = _splash(), max(x for x in (512, 256, 128) if length % x == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    return kernels.make_splash_mha_single_device(
+        kernels.MultiHeadMask([kernels.CausalMask((length, length))] * heads),
+        block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+        interpret=interpret,
+    )
+
+
+def _splash() -> ModuleType:
+    """An experimental module of JAX that CPUs and GPUs do not import."""
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
+
+
+def _over_mesh(
+    compute: Callable[..., Array], query: Array, key: Array, value: Array, segments: Array | None
+) -> Array:
+    """`compute` on each device's rows and heads, since XLA cannot partition a kernel.
+
+    Rows that the mesh does not divide are computed on every device.
+    """
+    if not is_distributed():
+        return compute(query, key, value, segments)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = BATCH_AXES if len(query) % shards == 0 else None
+    heads = PartitionSpec(rows, None, "tensor")
+    sharded = jax.shard_map(
+        compute,
+        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return sharded(query, key, value, segments)

@@ -1,0 +1,98 @@
+"""The batch, from the data pipeline to the loss: this module alone spells out its fields.
+
+Its types are pytrees for jax and grain. Nothing here imports jax, since data workers use this
+module; arrays are those of numpy in the pipeline and those of jax in a step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+Array = Any
+
+
+class Batch(NamedTuple):
+    """Rows of samples, padded on the right; one sample has the same fields without axis B.
+
+    Attributes:
+      tokens: ids; the image placeholder is repeated once per patch.
+      positions: of each token in its sample, for rotary embeddings.
+      segments: the number of a token's sample within the row, from 1; 0 is padding.
+      loss_mask: true where the token *at that position* is supervised; None for prompts.
+      images: pixels, zeros in unused slots; None for text-only models.
+      features: vision features of another model with the same encoder, in place of images.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"] | None = None
+    images: UInt8[Array, "U I h w 3"] | None = None
+    features: Float[Array, "U X W"] | None = None
+
+
+class PreferenceBatch(NamedTuple):
+    """Two answers to each prompt, as batches without images, and the images that they share."""
+
+    chosen: Batch
+    rejected: Batch
+    images: UInt8[Array, "B I h w 3"] | None = None
+
+
+AnyBatch = Batch | PreferenceBatch
+
+
+def concatenate_sides(batch: PreferenceBatch) -> Batch:
+    """Both sides as one batch [2B, T]: chosen answers first; images [B, ...] serve both halves."""
+    import jax  # noqa: PLC0415  data workers import this module
+
+    both = jax.tree.map(lambda *x: jax.numpy.concatenate(x), batch.chosen, batch.rejected)
+    return both._replace(images=batch.images)
+
+
+def num_tokens(batch: AnyBatch) -> Float[Array, ""]:
+    """The number of tokens that are not padding, of both sides of a preference batch."""
+    sides = batch[:2] if isinstance(batch, PreferenceBatch) else (batch,)
+    return sum((side.segments > 0).sum() for side in sides).astype(np.float32)
+
+
+def padded_batch(
+    tokens: Int[Array, "*B T"],
+    lengths: Int[Array, "*B"],
+    loss_mask: Bool[Array, "*B T"] | None = None,
+    images: UInt8[Array, "U I h w 3"] | None = None,
+) -> Batch:
+    """Rows of one sample each, `lengths` tokens and then padding; also a row without axis B."""
+    positions = np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape)
+    segments = (positions < lengths[..., None]).astype(np.int32)
+    return Batch(tokens, positions, segments, loss_mask, images)
+
+
+def make_batch(
+    array: Callable[[tuple[int, ...], Any], Any],
+    *,
+    rows: int,
+    length: int,
+    images: tuple[int, int] | None = None,
+    preference: bool = False,
+) -> AnyBatch:
+    """A batch of arrays `array(shape, dtype)`: shapes for a compiler, or a dummy.
+
+    Args:
+      images: how many a sample has, and their height, which is their width; None without images.
+      preference: a batch with two sides.
+    """
+
+    def side() -> Batch:
+        ids = (array((rows, length), np.int32) for _ in range(3))
+        return Batch(*ids, loss_mask=array((rows, length), bool))
+
+    pixels = None
+    if images is not None:
+        count, size = images
+        pixels = array((rows, count, size, size, 3), np.uint8)
+    if preference:
+        return PreferenceBatch(side(), side(), pixels)
+    return side()._replace(images=pixels)
