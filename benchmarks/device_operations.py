@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
-from moddistill.config import ExpertConfig
+from moddistill.config import PREFERENCE_KINDS, ExpertConfig
 from moddistill.losses.chunked import Heads, weighted_sum
 from moddistill.losses.divergences import cross_entropy, forward_kl
-from moddistill.losses.preference import KINDS, preference_losses
+from moddistill.losses.preference import preference_losses
 from moddistill.models import attention
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE, check_moe
@@ -115,7 +115,9 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
     def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
         answers = (inputs[name].astype(dtype) for name in ("chosen", "rejected"))
         chosen, rejected = answers
-        losses = [preference_losses(chosen, rejected, kind, beta, smoothing) for kind in KINDS]
+        losses = [
+            preference_losses(chosen, rejected, kind, beta, smoothing) for kind in PREFERENCE_KINDS
+        ]
         return jnp.stack(losses)
 
     def plain(inputs: Arrays, _: Arrays) -> Array:
@@ -134,7 +136,7 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
             "ipo": (margin - 0.5 / beta) ** 2,
             "kto_pair": 0.5 * keep + 0.5 * avoid,
         }
-        return jnp.stack([losses[kind] for kind in KINDS])
+        return jnp.stack([losses[kind] for kind in PREFERENCE_KINDS])
 
     return Operation("preference losses", ours, plain, inputs, {}, dtypes=("float32",))
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moddistill.config import LossConfig
-from moddistill.errors import UserError
+from moddistill.config import DistillationConfig, RouterLossConfig
+from moddistill.errors import invalid
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
 from moddistill.losses.divergences import cross_entropy, forward_kl
@@ -19,13 +19,24 @@ from moddistill.teachers.live import batch_for_teacher
 
 
 def token_loss(
-    student: Vlm, teacher: Vlm | None, config: LossConfig, terms: tuple[str, ...]
+    student: Vlm,
+    teacher: Vlm | None,
+    config: DistillationConfig,
+    router: RouterLossConfig,
+    *,
+    terms: tuple[str, ...],
+    chunk_size: int,
 ) -> Loss:
-    """The loss of the token stages: `terms` (of `kd` and `ce`), weighted, and router losses."""
+    """The loss of the token stages: `terms` (of `kd` and `ce`), weighted, and router losses.
+
+    Raises:
+      UserError: if the weights of all `terms` are 0.
+    """
     coefficient = {"kd": config.kd_weight, "ce": config.ce_weight}
+    if not any(coefficient[name] for name in terms):
+        names = " or ".join(f"{name}_weight" for name in terms)
+        raise invalid(f"config.distillation.{names}", 0.0, "> 0")
     terms = tuple(name for name in terms if coefficient[name])
-    if not terms:
-        raise UserError("config.loss.kd_weight and ce_weight leave nothing to learn; one is not 0")
 
     def token_fn(logits: Array, teacher_logits: Array | None, labels: Array) -> dict[str, Array]:
         values = {"ce": cross_entropy(logits, labels)} if "ce" in terms else {}
@@ -62,20 +73,20 @@ def token_loss(
             heads,
             labels.reshape(-1),
             {name: weight * (coefficient[name] / totals[name]) for name, weight in weights.items()},
-            chunk=config.chunk,
+            chunk=chunk_size,
             real_ids=real_ids,
         )
         metrics = {
             name: (jnp.sum(values[name] * weights[name]), jnp.sum(weights[name])) for name in terms
         }
-        total, metrics = add_router_losses(total, metrics, output.router, config, totals["tokens"])
+        total, metrics = add_router_losses(total, metrics, output.router, router, totals["tokens"])
         metrics["loss"] = (total * totals[terms[0]], jnp.sum(weights[terms[0]]))
         return total, jax.lax.stop_gradient(metrics)
 
     return Loss(totals, share)
 
 
-def positions_of(term: str, batch: dict[str, Any], config: LossConfig) -> Array:
+def positions_of(term: str, batch: dict[str, Any], config: DistillationConfig) -> Array:
     """Where a term counts: predictions of answers; those of all real tokens, if KD asks for them.
 
     `kd_shift="reference"` keeps the original code's mask, which is one position late.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moddistill.config import LossConfig
-from moddistill.errors import UserError, nearest
+from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConfig
+from moddistill.errors import not_one_of
 from moddistill.losses import Loss, Metrics, Totals
 from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
 from moddistill.losses.divergences import cross_entropy
@@ -21,8 +21,6 @@ from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
 from moddistill.teachers.live import batch_for_teacher
-
-KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
 
 
 def preference_losses(
@@ -56,12 +54,17 @@ def preference_losses(
         keep = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
         avoid = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
         return (keep + avoid) / 2
-    raise UserError(
-        f"loss.preference is {kind!r}; accepted: {', '.join(KINDS)}{nearest(kind, KINDS)}"
-    )
+    raise not_one_of("config.preference.kind", kind, PREFERENCE_KINDS)
 
 
-def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
+def preference_loss(
+    student: Vlm,
+    teacher: Vlm,
+    config: PreferenceConfig,
+    router: RouterLossConfig,
+    *,
+    chunk_size: int,
+) -> Loss:
     """The loss of the preference stage; one forward of each model serves both answers of a pair.
 
     The student's gradient takes a second pass over the supervised positions: the first gives the
@@ -89,7 +92,7 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
             weighted_sum,
             _log_likelihood,
             labels=labels.reshape(-1),
-            chunk=config.chunk,
+            chunk=chunk_size,
             real_ids=common_ids(*(m.config.decoder.real_ids for m in (student, teacher))),
         )
 
@@ -101,7 +104,7 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
         def pair_loss(policy: Array) -> tuple[Array, tuple[Array, Array]]:
             chosen, rejected = jnp.split(policy - reference, 2)
             losses = preference_losses(
-                chosen, rejected, config.preference, config.beta, config.label_smoothing
+                chosen, rejected, config.kind, config.beta, config.label_smoothing
             )
             return jnp.sum(losses) / totals["pairs"], (chosen, rejected)
 
@@ -114,7 +117,7 @@ def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
         pairs = jnp.asarray(len(labels) / 2, jnp.float32)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
         metrics["preference"] = (value * totals["pairs"], pairs)
-        value, metrics = add_router_losses(value, metrics, output.router, config, totals["tokens"])
+        value, metrics = add_router_losses(value, metrics, output.router, router, totals["tokens"])
         metrics["loss"] = (value * totals["pairs"], pairs)
         # The surrogate only has a gradient: the bracket is 0 to the bit, however large it is.
         total = value + (surrogate - jax.lax.stop_gradient(surrogate))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moddistill.config import LossConfig
+from moddistill.config import RouterLossConfig
 from moddistill.losses import Metrics
 from moddistill.models.moe.router import RouterStats
 
@@ -31,7 +31,7 @@ def add_router_losses(
     total: Array,
     metrics: Metrics,
     stats: RouterStats | None,
-    config: LossConfig,
+    config: RouterLossConfig,
     tokens: Float[Array, ""],
 ) -> tuple[Array, Metrics]:
     """A loss and its metrics with the router losses of a sparse model, added once.
@@ -43,7 +43,7 @@ def add_router_losses(
         return total, metrics
     seen = stats.tokens[0]
     balance, z = balance_loss(stats), z_loss(stats)
-    router = config.balance_weight * balance + config.router_z_weight * z
+    router = config.load_balance_weight * balance + config.z_weight * z
     total = total + router * (seen / jnp.maximum(tokens, 1.0))
     assigned = jnp.sum(stats.load) + jnp.sum(stats.dropped)
     new = {

@@ -83,7 +83,7 @@ def make_program(
     packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
     compute = dataclasses.replace(compute, quantized_layers=packed)
     teacher_model = None if teacher is None else Vlm(teacher, compute)
-    loss = stage_of(config).loss(model, teacher_model, config.loss)
+    loss = stage_of(config).loss(config, model, teacher_model)
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
         donate_argnums=(0,) if config.donate else (),

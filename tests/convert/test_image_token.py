@@ -11,7 +11,7 @@ import tokenizers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from moddistill.config import LossConfig
+from moddistill.config import DistillationConfig, PreferenceConfig, RouterLossConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
@@ -98,7 +98,8 @@ def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
         "kd": (target.exp() * (target - logp)).sum(-1)[mask].mean(),
         "ce": -logp.gather(-1, torch.tensor(labels)[..., None])[..., 0][mask].mean(),
     }
-    loss = token_loss(ours, theirs, LossConfig(), ("kd", "ce"))
+    configs = DistillationConfig(), RouterLossConfig()
+    loss = token_loss(ours, theirs, *configs, terms=("kd", "ce"), chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, metrics = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     for name, mean in expected.items():
@@ -130,7 +131,8 @@ def test_preference_is_that_of_torch_over_the_tokens(models, torch_logits):
     batch = {"images": sides["chosen"]["images"]}
     for name, side in sides.items():
         batch[name] = {key: x for key, x in side.items() if key != "images"}
-    loss = preference_loss(ours, theirs, LossConfig(preference="sigmoid"))
+    configs = PreferenceConfig(kind="sigmoid"), RouterLossConfig()
+    loss = preference_loss(ours, theirs, *configs, chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, _ = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     np.testing.assert_allclose(value, expected, rtol=1e-4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moddistill.config import LossConfig, MeshConfig
+from moddistill.config import MeshConfig, TrainConfig
 from moddistill.distributed.sharding import BATCH_AXES, make_mesh
 from moddistill.losses.chunked import Heads, logits_of, next_token, weighted_sum
 from moddistill.losses.divergences import cross_entropy, forward_kl
@@ -191,7 +191,7 @@ def test_memory_at_full_size():
     )
     labels = shape(positions, dtype=jnp.int32)
     weights = {"kd": shape(positions), "ce": shape(positions)}
-    chunk = LossConfig().chunk
+    chunk = TrainConfig().logits_chunk_size
 
     def loss(hidden, head, heads, labels, weights):
         heads = heads._replace(hidden=hidden, head=head)
