@@ -18,6 +18,7 @@ from moddistill.losses.preference import preference_loss
 from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import Vlm
 from moddistill.params import match
+from moddistill.teachers.targets import Teacher
 
 _LANGUAGE = "decoder/.*"
 _PROJECTOR = "projector/.*"
@@ -26,7 +27,7 @@ _DENSE_MLP = "decoder/.*/mlp/.*"
 _NEVER_COMPUTED = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
 
 
-def _token_loss(config: TrainConfig, student: Vlm, teacher: Vlm | None, terms: Any) -> Loss:
+def _token_loss(config: TrainConfig, student: Vlm, teacher: Teacher | None, terms: Any) -> Loss:
     return token_loss(
         student,
         teacher,
@@ -37,7 +38,7 @@ def _token_loss(config: TrainConfig, student: Vlm, teacher: Vlm | None, terms: A
     )
 
 
-def _preference_loss(config: TrainConfig, student: Vlm, teacher: Vlm) -> Loss:
+def _preference_loss(config: TrainConfig, student: Vlm, teacher: Teacher) -> Loss:
     return preference_loss(
         student, teacher, config.preference, config.router, chunk_size=config.logits_chunk_size
     )

@@ -22,6 +22,7 @@ from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
+from moddistill.teachers.live import LiveTeacher
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 
@@ -99,7 +100,7 @@ def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
         "ce": -logp.gather(-1, torch.tensor(labels)[..., None])[..., 0][mask].mean(),
     }
     configs = DistillationConfig(), RouterLossConfig()
-    loss = token_loss(ours, theirs, *configs, terms=("kd", "ce"), chunk_size=256)
+    loss = token_loss(ours, LiveTeacher(theirs), *configs, terms=("kd", "ce"), chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, metrics = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     for name, mean in expected.items():
@@ -132,7 +133,7 @@ def test_preference_is_that_of_torch_over_the_tokens(models, torch_logits):
     for name, side in sides.items():
         batch[name] = {key: x for key, x in side.items() if key != "images"}
     configs = PreferenceConfig(kind="sigmoid"), RouterLossConfig()
-    loss = preference_loss(ours, theirs, *configs, chunk_size=256)
+    loss = preference_loss(ours, LiveTeacher(theirs), *configs, chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, _ = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     np.testing.assert_allclose(value, expected, rtol=1e-4)

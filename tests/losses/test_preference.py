@@ -10,6 +10,7 @@ from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConf
 from moddistill.losses.preference import preference_loss, preference_losses
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
+from moddistill.teachers.live import LiveTeacher
 
 
 def losses(chosen, rejected, kind, beta=0.1, label_smoothing=0.0):
@@ -119,7 +120,8 @@ def ratios(models):
 
 def value_and_gradient(models, config, chunk_size):
     student, teacher, params, teacher_params, batch = models
-    loss = preference_loss(student, teacher, config, RouterLossConfig(), chunk_size=chunk_size)
+    configs = config, RouterLossConfig()
+    loss = preference_loss(student, LiveTeacher(teacher), *configs, chunk_size=chunk_size)
     loss_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return loss_fn(flatten(params), {}, teacher_params, batch, jax.random.key(0))
 
@@ -158,7 +160,7 @@ def test_rewards(models, ratios):
 def test_student_that_is_its_teacher(models):
     student, _, params, _, batch = models
     configs = PreferenceConfig(kind="sigmoid"), RouterLossConfig()
-    loss_fn = jax.jit(preference_loss(student, student, *configs, chunk_size=256))
+    loss_fn = jax.jit(preference_loss(student, LiveTeacher(student), *configs, chunk_size=256))
     value, metrics = loss_fn(flatten(params), {}, params, batch, jax.random.key(0))
     np.testing.assert_allclose(value, math.log(2), rtol=1e-6)
     assert metrics["reward_accuracy"][0] == 0
