@@ -25,7 +25,7 @@ import optax
 
 from benchmarks.device_inputs import on, random_batch, say
 from benchmarks.device_operations import Operation, operations
-from moddistill.config import DataConfig, LossConfig, OptimConfig, TrainConfig
+from moddistill.config import DataConfig, OptimConfig, TrainConfig
 from moddistill.distributed import sharding
 from moddistill.models.moe import grouped_matmul
 from moddistill.models.vlm import ModelConfig, abstract_params
@@ -196,9 +196,10 @@ def _stage(stage: str, dtypes: tuple[str, ...], device: Any) -> list[Check]:
     config = _stage_config(stage)
     [cpu, *_] = jax.devices("cpu")
     params = tuple(_initial_params(model, seed) for seed, model in enumerate(_models(config)))
-    chunk = config.batch_size * 2 * config.data.max_length
-    loss = dataclasses.replace(config.loss, chunk=chunk)
-    plain = dataclasses.replace(config, scan=False, remat="none", donate=False, loss=loss)
+    positions = config.batch_size * 2 * config.data.max_length
+    plain = dataclasses.replace(
+        config, scan=False, remat="none", donate=False, logits_chunk_size=positions
+    )
     expected = _one_step(plain, params, cpu)
     checks = []
     for dtype in dtypes:
@@ -225,7 +226,7 @@ def _stage_config(stage: str) -> TrainConfig:
         data=DataConfig(max_length=32),
         # Gradients of key biases are 0 but for rounding, which a smaller `eps` would let through.
         optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, eps=1e-6),
-        loss=LossConfig(chunk=8),
+        logits_chunk_size=8,
     )
 
 

@@ -15,13 +15,15 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
-from moddistill.config import ExpertConfig
-from moddistill.losses.chunked import Heads, weighted_sum
+from moddistill.config import PREFERENCE_KINDS, ExpertConfig
+from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
-from moddistill.losses.preference import KINDS, preference_losses
+from moddistill.losses.preference import preference_losses
 from moddistill.models import attention
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE, check_moe
+from moddistill.models.vocabulary import masked_logits
+from moddistill.teachers.targets import Targets
 
 Arrays = dict[str, Any]
 
@@ -84,17 +86,29 @@ def token_losses(positions: int, width: int, teacher_width: int, real: int) -> O
         "ce": supervised * rng.uniform(0.5, 1.0, positions).astype(np.float32),
     }
 
-    def token_fn(logits: Array, teacher_logits: Array, labels: Array) -> dict[str, Array]:
-        return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+    real_ids = ((0, real),)
+
+    def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
+        teacher_logits = masked_logits(targets.per_position, targets.shared, real_ids)
+        kd = forward_kl(logits, teacher_logits[:, : logits.shape[1]])
+        return {"kd": kd, "ce": cross_entropy(logits, labels)}
 
     def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
         arrays = inputs | constants
         names = ("hidden", "head", "teacher_hidden", "teacher_head")
-        heads = Heads(*(arrays[name].astype(dtype) for name in names))
+        hidden, head, *teacher = (arrays[name].astype(dtype) for name in names)
         weights = {name: constants[name] for name in ("kd", "ce")}
         chunk = positions // 16 + 1  # the last of several chunks is not full
         labels = constants["labels"]
-        return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_ids=((0, real),))[0]
+        return chunked_token_loss(
+            token_fn,
+            LogitInputs(hidden, head),
+            labels,
+            weights,
+            Targets(*teacher),
+            chunk_size=chunk,
+            real_ids=real_ids,
+        )[0]
 
     def plain(inputs: Arrays, constants: Arrays) -> Array:
         student = jax.nn.log_softmax((inputs["hidden"] @ inputs["head"].T)[:, :real])
@@ -115,7 +129,9 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
     def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
         answers = (inputs[name].astype(dtype) for name in ("chosen", "rejected"))
         chosen, rejected = answers
-        losses = [preference_losses(chosen, rejected, kind, beta, smoothing) for kind in KINDS]
+        losses = [
+            preference_losses(chosen, rejected, kind, beta, smoothing) for kind in PREFERENCE_KINDS
+        ]
         return jnp.stack(losses)
 
     def plain(inputs: Arrays, _: Arrays) -> Array:
@@ -134,7 +150,7 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
             "ipo": (margin - 0.5 / beta) ** 2,
             "kto_pair": 0.5 * keep + 0.5 * avoid,
         }
-        return jnp.stack([losses[kind] for kind in KINDS])
+        return jnp.stack([losses[kind] for kind in PREFERENCE_KINDS])
 
     return Operation("preference losses", ours, plain, inputs, {}, dtypes=("float32",))
 

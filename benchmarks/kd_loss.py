@@ -42,8 +42,10 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
-    from moddistill.losses.chunked import Heads, weighted_sum
+    from moddistill.losses.chunked import LogitInputs, chunked_token_loss
     from moddistill.losses.divergences import cross_entropy, forward_kl
+    from moddistill.models.vocabulary import masked_logits
+    from moddistill.teachers.targets import Targets
 
     *matrices, labels, supervised = arrays()
     hidden, head, taught, teacher_head = map(jnp.asarray, matrices)
@@ -51,14 +53,17 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     weight = jnp.asarray(supervised / supervised.sum(), jnp.float32)
     del matrices
 
-    def token_fn(logits, teacher_logits, labels):
+    real_ids = ((0, VOCABULARY),)
+
+    def token_fn(logits, targets, labels):
+        teacher_logits = masked_logits(targets.per_position, targets.shared, real_ids)
         return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
 
     def loss(hidden, head, taught, teacher_head):
-        heads = Heads(hidden, head, taught, teacher_head)
+        inputs, targets = LogitInputs(hidden, head), Targets(taught, teacher_head)
         weights = {"kd": weight, "ce": weight}
-        return weighted_sum(
-            token_fn, heads, labels, weights, chunk=128, real_ids=((0, VOCABULARY),)
+        return chunked_token_loss(
+            token_fn, inputs, labels, weights, targets, chunk_size=128, real_ids=real_ids
         )[0]
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))

@@ -66,7 +66,7 @@ def make_files(folder: Path) -> None:
 def ours(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
-    from moddistill.config import LossConfig, OptimConfig, TrainConfig
+    from moddistill.config import OptimConfig, RouterLossConfig, TrainConfig
     from moddistill.distributed.sharding import make_mesh, put_batch
     from moddistill.storage.model_folder import load_params
     from moddistill.teachers.live import without_tower
@@ -80,7 +80,8 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
         dtype="float32",
         batch_size=ROWS,
         optim=OptimConfig(lr=RATE, warmup_ratio=0.0),
-        loss=LossConfig(balance_weight=BALANCE, chunk=64),
+        router=RouterLossConfig(load_balance_weight=BALANCE),
+        logits_chunk_size=64,
     )
     mesh = make_mesh(config.mesh)
     program = make_program(config, student, teacher, mesh)

@@ -8,14 +8,14 @@
         --workdir runs/long-llava/qwen2-0.5b/preference
 
 Paper: 80k pairs of RLAIF-V (0.8M in the first version), batch 256, 2e-6, one epoch, KTO on pairs
-(`--config.loss.preference=sigmoid` is DPO), beta 0.1; the teacher is the reference model; experts,
+(`--config.preference.kind=sigmoid` is DPO), beta 0.1; the teacher is the reference model; experts,
 routers and projector train.
 """
 
 import ml_collections
 
 from experiments import common
-from moddistill.config import DataConfig, LossConfig, OptimConfig, SourceConfig, TrainConfig
+from moddistill.config import DataConfig, OptimConfig, PreferenceConfig, SourceConfig, TrainConfig
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -46,7 +46,7 @@ def demo() -> TrainConfig:
             data=DataConfig(sources=common.easy_vqa("preference_train"), heldout=heldout),
             optim=OptimConfig(lr=5e-4),
             # Of KTO on pairs the held-out reward accuracy is lower, and more answers turn wrong.
-            loss=LossConfig(preference="sigmoid"),
+            preference=PreferenceConfig(kind="sigmoid"),
         )
     )
 

@@ -16,6 +16,9 @@ UpcycleMethod = Literal["copy", "noise", "drop"]
 UPCYCLE_METHODS: tuple[str, ...] = typing.get_args(UpcycleMethod)
 ExpertTransport = Literal["all_gather", "all_to_all", "ragged"]
 
+PreferenceKind = Literal["sigmoid", "hinge", "ipo", "kto_pair"]
+PREFERENCE_KINDS: tuple[str, ...] = typing.get_args(PreferenceKind)
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
@@ -62,19 +65,30 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Weights and variants of the losses; a stage uses those that belong to it."""
+class DistillationConfig:
+    """Next-token losses: forward KL to the teacher, cross entropy to the records."""
 
     kd_weight: float = 1.0
     ce_weight: float = 1.0
     kd_positions: Literal["response", "all_tokens"] = "response"
-    kd_shift: Literal["correct", "reference"] = "correct"  # reference: the original's late mask
-    balance_weight: float = 0.01
-    router_z_weight: float = 0.0
-    preference: Literal["sigmoid", "hinge", "ipo", "kto_pair"] = "kto_pair"
+    kd_shift: Literal["correct", "reference"] = "correct"  # reference: mask one position late
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Losses of pairs of answers: `sigmoid` is DPO, `kto_pair` is KTO on pairs."""
+
+    kind: PreferenceKind = "kto_pair"
     beta: float = 0.1
-    label_smoothing: float = 0.0
-    chunk: int = 256  # supervised positions whose logits exist at one time
+    label_smoothing: float = 0.0  # probability that the labels of a pair are swapped; `sigmoid`
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLossConfig:
+    """Auxiliary losses of the routers of a sparse student."""
+
+    load_balance_weight: float = 0.01
+    z_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +152,10 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
-    loss: LossConfig = LossConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    router: RouterLossConfig = RouterLossConfig()
+    logits_chunk_size: int = 256  # supervised positions whose logits are in memory at one time
     moe: ExpertConfig = ExpertConfig()  # experts that a sparse stage adds to a dense student
     upcycle: UpcycleConfig = UpcycleConfig()  # how it makes them
 

@@ -25,7 +25,7 @@ from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.reports.summary import evaluation_folder, table_columns, table_rows, write_summary
 from moddistill.reports.table import format_table
 from moddistill.storage.model_folder import read_model_config, read_source
-from moddistill.teachers.live import check_template
+from moddistill.teachers.alignment import check_template
 from moddistill.training.loop import LOG, start_logging, train
 from moddistill.training.validation import check_settings
 

@@ -35,11 +35,13 @@ _OTHER_NAMES = {
     "mesh.data": "dp data_parallel",
     "mesh.tensor": "tp tensor_parallel tensor_parallel_size model_parallel mesh.model",
     "mesh.expert": "ep expert_parallel expert_parallel_size",
-    "loss.kd_weight": "kl_weight kd_alpha alpha distill_weight distillation_weight",
-    "loss.balance_weight": "aux_loss_weight aux_loss_coef router_aux_loss_coef load_balance_weight",
-    "loss.router_z_weight": "z_loss z_loss_weight z_loss_coef router_z_loss_coef",
-    "loss.beta": "dpo_beta",
-    "loss.chunk": "chunk_size logits_chunk_size",
+    "distillation.kd_weight": "kl_weight kd_alpha alpha distill_weight distillation_weight",
+    "preference.kind": "loss_type dpo_loss_type preference_loss",
+    "preference.beta": "dpo_beta",
+    "router.load_balance_weight": "aux_loss_weight aux_loss_coef router_aux_loss_coef "
+    "balance_weight balance_loss_weight",
+    "router.z_weight": "z_loss z_loss_weight z_loss_coef router_z_weight router_z_loss_coef",
+    "logits_chunk_size": "chunk_size loss_chunk_size",
     "moe.num_experts": "experts n_experts num_local_experts",
     "moe.top_k": "topk num_experts_per_tok experts_per_token",
 }

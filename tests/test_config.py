@@ -49,14 +49,17 @@ def test_configs_are_frozen():
         ({"optim": 3}, r"^config\.optim is 3; .*OptimConfig"),
         ({"trainable": 3}, r"^config\.trainable is 3; .*str, tuple"),
         ({"dtype": "bf16"}, r"^config\.dtype is 'bf16'; accepted: bfloat16, float32"),
-        ({"loss": {"kd_shift": "late"}}, r"^config\.loss\.kd_shift is 'late'; accepted: correct, "),
         (
-            {"loss": {"kd_positions": "all"}},
-            r"^config\.loss\.kd_positions is 'all'; accepted: response, all_tokens",
+            {"distillation": {"kd_shift": "late"}},
+            r"^config\.distillation\.kd_shift is 'late'; accepted: correct, ",
         ),
         (
-            {"loss": {"preference": "kto_pairs"}},
-            r"^config\.loss\.preference is 'kto_pairs'; .*did you mean 'kto_pair'\?",
+            {"distillation": {"kd_positions": "all"}},
+            r"^config\.distillation\.kd_positions is 'all'; accepted: response, all_tokens",
+        ),
+        (
+            {"preference": {"kind": "kto_pairs"}},
+            r"^config\.preference\.kind is 'kto_pairs'; .*did you mean 'kto_pair'\?",
         ),
         ({"moe": {"placement": "(0, x)"}}, r"^config\.moe\.placement is '\(0, x\)'; accepted: a n"),
         ({"moe": {"placement": (0, "a")}}, r"^config\.moe\.placement\[1\] is 'a'; .*int"),

@@ -48,10 +48,11 @@ def test_settings_of_the_paper(stage, lr, batch_size, records):
 
 
 def test_losses_and_experts_of_the_paper():
-    moe, loss = config_of("d2s").moe, config_of("preference").loss
+    moe, config = config_of("d2s").moe, config_of("preference")
     assert (moe.num_experts, moe.top_k, moe.placement) == (4, 2, "sparse")
-    assert (loss.preference, loss.beta, loss.label_smoothing) == ("kto_pair", 0.1, 0)
-    assert (loss.kd_positions, loss.kd_shift) == ("response", "correct")
+    assert dataclasses.astuple(config.preference) == ("kto_pair", 0.1, 0)
+    distillation = config.distillation
+    assert (distillation.kd_positions, distillation.kd_shift) == ("response", "correct")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -102,9 +102,7 @@ def test_another_template_than_the_teachers_stops_the_recipe_first(
     first = tiny_config("sft")
     second = tiny_config("d2d", teacher=str(teacher[where]), data=data)
     stages = {"first": first, "second": second}
-    message = (
-        r"^stage 'second': config\.data\.template is 'chatml', but .*; accepted: 'vicuna', or the"
-    )
+    message = r"^stage 'second': config\.data\.template: expected 'vicuna', .*, got 'chatml'"
     with pytest.raises(ValueError, match=message):
         recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
     assert not workdir.exists()

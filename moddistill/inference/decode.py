@@ -17,10 +17,10 @@ from moddistill.data.conversation import end_token
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
-from moddistill.losses.chunked import logits_of
 from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
 from moddistill.models.vlm import Vlm
+from moddistill.models.vocabulary import masked_logits
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_id", "sampling"))
@@ -47,7 +47,7 @@ def decode(
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
     def next_token(output: Any, hidden: Array, step: Array) -> Array:
-        logits = logits_of(hidden[:, 0], output.head, decoder.real_ids)
+        logits = masked_logits(hidden[:, 0], output.head, decoder.real_ids)
         return choose_token(logits, sampling, jax.random.fold_in(rng, step))
 
     def unfinished(carry: Any) -> Bool[Array, ""]:

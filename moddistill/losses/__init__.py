@@ -1,36 +1,48 @@
 """Losses: `(params, frozen, teacher, batch, rng) -> (scalar, {name: (sum, weight)})`.
 
-Each term is a mean over what it counts in the whole batch (supervised tokens, pairs). A micro-batch
-gives its share of these means, so that shares add up to the loss whatever the number of parts. Two
-terms are not means and are taken from the statistics of each part: the balance loss, and the KL
-estimates of `kto_pair`.
+Each term is a mean over what it counts in the global batch (supervised tokens, pairs): a sum
+divided by a denominator. With N of the global batch and micro-batches k,
+
+    loss = sum_k loss_k,   loss_k = (sum of the values in k) / N,
+
+so that gradients of micro-batches add up to that of the batch, however it is split. Two terms are
+no means over tokens and are computed from the statistics of each micro-batch: the load-balance
+loss, and the KL estimates of `kto_pair`.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Float
 
 from moddistill.models.batch import AnyBatch
 
-Metrics = dict[str, tuple[Array, Array]]
-Totals = dict[str, Float[Array, ""]]  # what each term is divided by
+Metrics = dict[str, tuple[Array, Array]]  # of each name a sum and its weight
+Denominators = dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss that can be taken in parts; called, it is that of a whole batch.
+    """A loss that can be computed in micro-batches; called, it is that of a full batch.
 
     Attributes:
-      totals: from a whole batch to the totals of its terms.
-      share: `(params, frozen, teacher, part, totals, rng)` to the part's share and metrics, whose
-        sums and weights add up over parts too.
+      denominators: from a full batch to what the sum of each term is divided by.
+      micro_batch: `(params, frozen, teacher, batch, denominators, rng)` to the loss of a
+        micro-batch and its metrics; both add up over micro-batches.
     """
 
-    totals: Callable[[AnyBatch], Totals]
-    share: Callable[..., tuple[Array, Metrics]]
+    denominators: Callable[[AnyBatch], Denominators]
+    micro_batch: Callable[..., tuple[Array, Metrics]]
 
     def __call__(
-        self, params: dict, frozen: dict, teacher: dict | None, batch: AnyBatch, rng: Array
+        self, params: dict, frozen: dict, teacher: Any, batch: AnyBatch, rng: Array
     ) -> tuple[Array, Metrics]:
-        return self.share(params, frozen, teacher, batch, self.totals(batch), rng)
+        """Returns the scalar loss and its metrics.
+
+        Args:
+          params: trainable parameters by path, float32.
+          frozen: all other parameters of the student by path.
+          teacher: parameters of a live teacher, or None.
+        """
+        return self.micro_batch(params, frozen, teacher, batch, self.denominators(batch), rng)

@@ -1,86 +1,134 @@
-"""Forward KL to the teacher and cross entropy, at supervised positions."""
+"""Next-token losses: forward KL to the teacher and cross entropy, at supervised positions.
+
+    loss = kd_weight * mean_t KL(teacher_t || student_t) - ce_weight * mean_t log p_student(y_t)
+           + router losses of a sparse student
+
+Each mean is over the positions of its own mask in the global batch.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
-from moddistill.config import LossConfig
-from moddistill.errors import UserError
-from moddistill.losses import Loss, Metrics, Totals
-from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
+from moddistill.config import DistillationConfig, RouterLossConfig
+from moddistill.errors import invalid
+from moddistill.losses import Denominators, Loss, Metrics
+from moddistill.losses.chunked import LogitInputs, TokenFn, chunked_token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
+from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import Batch, num_tokens
 from moddistill.models.vlm import Vlm
-from moddistill.models.vocabulary import common_ids
+from moddistill.models.vocabulary import IdRanges, common_ids
 from moddistill.params import merge
-from moddistill.teachers.live import batch_for_teacher
+from moddistill.teachers.targets import NO_TARGETS, Targets, Teacher
 
 
 def token_loss(
-    student: Vlm, teacher: Vlm | None, config: LossConfig, terms: tuple[str, ...]
+    student: Vlm,
+    teacher: Teacher | None,
+    config: DistillationConfig,
+    router: RouterLossConfig,
+    *,
+    terms: tuple[str, ...],
+    chunk_size: int,
 ) -> Loss:
-    """The loss of the token stages: `terms` (of `kd` and `ce`), weighted, and router losses."""
+    """Returns the loss of the token stages.
+
+    Args:
+      teacher: None where `terms` has no `kd`.
+      terms: `kd`, `ce` or both; a term whose weight is 0 is not computed.
+      chunk_size: positions whose logits are in memory at one time.
+
+    Raises:
+      UserError: the weights of all terms are 0.
+    """
     coefficient = {"kd": config.kd_weight, "ce": config.ce_weight}
+    if not any(coefficient[name] for name in terms):
+        names = " or ".join(f"{name}_weight" for name in terms)
+        raise invalid(f"config.distillation.{names}", 0.0, "> 0")
     terms = tuple(name for name in terms if coefficient[name])
-    if not terms:
-        raise UserError("config.loss.kd_weight and ce_weight leave nothing to learn; one is not 0")
+    real_ids = student.config.decoder.real_ids
+    if "kd" in terms:
+        real_ids = common_ids(real_ids, teacher.real_ids)
+    token_fn = _token_fn(teacher, terms, real_ids)
 
-    def token_fn(logits: Array, teacher_logits: Array | None, labels: Array) -> dict[str, Array]:
-        values = {"ce": cross_entropy(logits, labels)} if "ce" in terms else {}
-        return values | ({"kd": forward_kl(logits, teacher_logits)} if "kd" in terms else {})
-
-    def counted(batch: Batch) -> dict[str, Array]:
-        masks = {name: positions_of(name, batch, config) for name in terms}
-        return {name: mask.reshape(-1).astype(jnp.float32) for name, mask in masks.items()}
-
-    def totals(batch: Batch) -> Totals:
-        counts = {name: jnp.maximum(jnp.sum(mask), 1.0) for name, mask in counted(batch).items()}
+    def denominators(batch: Batch) -> Denominators:
+        counts = {
+            name: jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+            for name, mask in loss_masks(batch, config, terms).items()
+        }
         return counts | {"tokens": num_tokens(batch)}
 
-    def share(
+    def micro_batch(
         params: dict,
         frozen: dict,
-        teacher_params: dict | None,
+        teacher_params: Any,
         batch: Batch,
-        totals: Totals,
-        rng: Array,
+        totals: Denominators,
+        _: Array,
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
-        labels = next_token(batch.tokens, batch.loss_mask)[0]
-        heads = Heads(rows(output.hidden), output.head)
-        real_ids = student.config.decoder.real_ids
+        targets = NO_TARGETS
         if "kd" in terms:
-            theirs = batch_for_teacher(batch, output, teacher_params)
-            target = jax.lax.stop_gradient(teacher.apply({"params": teacher_params}, theirs))
-            heads = Heads(*heads[:2], rows(target.hidden), target.head)
-            real_ids = common_ids(real_ids, teacher.config.decoder.real_ids)
-        weights = counted(batch)
-        total, values = weighted_sum(
+            targets = teacher.targets(teacher_params, batch, output)
+        masks = {
+            name: mask.reshape(-1).astype(jnp.float32)
+            for name, mask in loss_masks(batch, config, terms).items()
+        }
+        loss, values = chunked_token_loss(
             token_fn,
-            heads,
-            labels.reshape(-1),
-            {name: weight * (coefficient[name] / totals[name]) for name, weight in weights.items()},
-            chunk=config.chunk,
+            LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head),
+            next_token(batch.tokens, batch.loss_mask)[0].reshape(-1),
+            {name: mask * (coefficient[name] / totals[name]) for name, mask in masks.items()},
+            targets,
+            chunk_size=chunk_size,
             real_ids=real_ids,
         )
         metrics = {
-            name: (jnp.sum(values[name] * weights[name]), jnp.sum(weights[name])) for name in terms
+            name: (jnp.sum(values[name] * masks[name]), jnp.sum(masks[name])) for name in terms
         }
-        total, metrics = add_router_losses(total, metrics, output.router, config, totals["tokens"])
-        metrics["loss"] = (total * totals[terms[0]], jnp.sum(weights[terms[0]]))
-        return total, jax.lax.stop_gradient(metrics)
+        loss, metrics = add_router_losses(loss, metrics, output.router, router, totals["tokens"])
+        # As a mean over the first term's positions: sums over micro-batches give `loss` again.
+        metrics["loss"] = (loss * totals[terms[0]], jnp.sum(masks[terms[0]]))
+        return loss, jax.lax.stop_gradient(metrics)
 
-    return Loss(totals, share)
+    return Loss(denominators, micro_batch)
 
 
-def positions_of(term: str, batch: Batch, config: LossConfig) -> Array:
-    """Where a term counts: predictions of answers; those of all real tokens, if KD asks for them.
+def _token_fn(teacher: Teacher | None, terms: tuple[str, ...], real_ids: IdRanges) -> TokenFn:
+    """Returns the token function of `chunked_token_loss` that computes `terms`."""
 
-    `kd_shift="reference"` keeps the original code's mask, which is one position late.
+    def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
+        values = {}
+        if "kd" in terms:
+            teacher_logits = teacher.logits(targets, real_ids)
+            # Embeddings are padded to different sizes; rows after the smaller one are masked.
+            size = min(logits.shape[1], teacher_logits.shape[1])
+            logits, teacher_logits = logits[:, :size], teacher_logits[:, :size]
+            values["kd"] = forward_kl(logits, teacher_logits)
+        if "ce" in terms:
+            values["ce"] = cross_entropy(logits, labels)
+        return values
+
+    return token_fn
+
+
+def loss_masks(
+    batch: Batch, config: DistillationConfig, terms: tuple[str, ...]
+) -> dict[str, Bool[Array, "B T"]]:
+    """Returns the positions at which each term is computed.
+
+    `ce` counts at predictions of supervised tokens, and so does `kd` by default. Variants of `kd`:
+    `kd_positions="all_tokens"` counts all predictions of real tokens; `kd_shift="reference"` is the
+    mask of the original code, which is not shifted with the labels: one position late.
     """
-    if term == "kd" and config.kd_positions == "all_tokens":
-        return next_token(batch.tokens, batch.segments > 0)[1]
-    if term == "kd" and config.kd_shift == "reference":
-        return batch.loss_mask
-    return next_token(batch.tokens, batch.loss_mask)[1]
+    _, supervised = next_token(batch.tokens, batch.loss_mask)
+    masks = {"ce": supervised, "kd": supervised}
+    if config.kd_positions == "all_tokens":
+        masks["kd"] = next_token(batch.tokens, batch.segments > 0)[1]
+    elif config.kd_shift == "reference":
+        masks["kd"] = batch.loss_mask
+    return {name: masks[name] for name in terms}

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int
 def forward_kl(
     logits: Float[Array, "*T V"], teacher_logits: Float[Array, "*T V"]
 ) -> Float[Array, "*T"]:
-    """KL(teacher || student) of next-token distributions, in nats (paper, equation of mimic loss).
+    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) of next-token distributions, in nats.
 
-    The reference minimises the cross entropy to the teacher: the same gradient, larger by the
-    teacher's entropy.
+    The paper's mimic loss. The reference code minimises the cross entropy to the teacher, which is
+    larger by the teacher's entropy and has the same gradient.
     """
     teacher = jax.nn.log_softmax(teacher_logits)
     student = jax.nn.log_softmax(logits)
@@ -19,6 +19,6 @@ def forward_kl(
 
 
 def cross_entropy(logits: Float[Array, "*T V"], labels: Int[Array, "*T"]) -> Float[Array, "*T"]:
-    """Negative log-likelihood of the labels, in nats."""
+    """-log q_label = logsumexp(logits) - logits[label], in nats."""
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

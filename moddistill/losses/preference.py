@@ -1,29 +1,37 @@
 """Preference distillation: the DPO family with the teacher as the reference.
 
-r is the difference of log-likelihoods (sums over answer tokens) of one answer between student and
-teacher; a pair has r_chosen and r_rejected (Rafailov et al. 2023; LLaVA-MoD, section on preference
-distillation).
+With log-likelihoods summed over the tokens of an answer, a pair has two log-ratios
+
+    r = log p_student(answer) - log p_teacher(answer),   r_chosen and r_rejected,
+
+and `beta * r` is the implicit reward of an answer.
+
+References:
+  DPO: https://arxiv.org/abs/2305.18290; IPO: https://arxiv.org/abs/2310.12036; KTO:
+  https://arxiv.org/abs/2402.01306; LLaVA-MoD, preference distillation:
+  https://arxiv.org/abs/2408.15881.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from moddistill.config import LossConfig
-from moddistill.errors import UserError, nearest
-from moddistill.losses import Loss, Metrics, Totals
-from moddistill.losses.chunked import Heads, next_token, rows, weighted_sum
+from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConfig
+from moddistill.errors import not_one_of
+from moddistill.losses import Denominators, Loss, Metrics
+from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.divergences import cross_entropy
+from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import PreferenceBatch, concatenate_sides, num_tokens
 from moddistill.models.vlm import Vlm
-from moddistill.models.vocabulary import common_ids
+from moddistill.models.vocabulary import IdRanges, common_ids
 from moddistill.params import merge
-from moddistill.teachers.live import batch_for_teacher
-
-KINDS = ("sigmoid", "hinge", "ipo", "kto_pair")
+from moddistill.teachers.targets import Targets, Teacher
 
 
 def preference_losses(
@@ -33,13 +41,18 @@ def preference_losses(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Float[Array, "B"]:
-    """The loss of each pair from its two log-ratios r.
+    """Returns the loss of each pair from its two log-ratios r.
 
-    `kto_pair` averages the two halves that the reference concatenates; its KL estimates are batch
-    means, clipped at zero and, unlike the reference's, not differentiated (as in TRL).
+    `kto_pair` is the mean of the two halves that the reference code concatenates; its KL estimates
+    are batch means, clipped at zero and, unlike in the reference, not differentiated (as in TRL).
+
+    Args:
+      kind: one of `PREFERENCE_KINDS`.
+      beta: inverse temperature of the implicit rewards.
+      label_smoothing: probability that chosen and rejected are swapped; `sigmoid` only.
 
     Raises:
-      UserError: for an unknown kind.
+      UserError: `kind` is unknown.
     """
     margin = chosen - rejected
     if kind == "sigmoid":
@@ -57,83 +70,127 @@ def preference_losses(
         keep = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
         avoid = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
         return (keep + avoid) / 2
-    raise UserError(
-        f"loss.preference is {kind!r}; accepted: {', '.join(KINDS)}{nearest(kind, KINDS)}"
-    )
+    raise not_one_of("config.preference.kind", kind, PREFERENCE_KINDS)
 
 
-def preference_loss(student: Vlm, teacher: Vlm, config: LossConfig) -> Loss:
-    """The loss of the preference stage; one forward of each model serves both answers of a pair.
+def preference_loss(
+    student: Vlm,
+    teacher: Teacher,
+    config: PreferenceConfig,
+    router: RouterLossConfig,
+    *,
+    chunk_size: int,
+) -> Loss:
+    """Returns the loss of the preference stage.
 
-    The student's gradient takes a second pass over the supervised positions: the first gives the
-    log-likelihoods, from them each token's share in the loss is known, and the second is their
-    weighted sum with that gradient.
+    One forward pass of each model serves both answers of a pair, and the chunked head runs twice:
+
+    1. Log-likelihoods pi (student) and ref (teacher) of each answer, without a gradient.
+    2. From L(pi - ref) and its gradient, the surrogate whose gradient is that of L; see
+       `_surrogate`.
+
+    Args:
+      chunk_size: positions whose logits are in memory at one time.
     """
+    real_ids = common_ids(student.config.decoder.real_ids, teacher.real_ids)
 
-    def totals(batch: PreferenceBatch) -> Totals:
+    def denominators(batch: PreferenceBatch) -> Denominators:
         pairs = jnp.asarray(len(batch.chosen.tokens), jnp.float32)
         return {"pairs": pairs, "tokens": num_tokens(batch)}
 
-    def share(
+    def micro_batch(
         params: dict,
         frozen: dict,
-        teacher_params: dict,
+        teacher_params: Any,
         batch: PreferenceBatch,
-        totals: Totals,
-        rng: Array,
+        totals: Denominators,
+        _: Array,
     ) -> tuple[Array, Metrics]:
-        both = concatenate_sides(batch)
-        output = student.apply({"params": merge(params, frozen)}, both)
-        theirs = batch_for_teacher(both, output, teacher_params)
-        target = teacher.apply({"params": teacher_params}, theirs)
-        labels, supervised = next_token(both.tokens, both.loss_mask)
-        summed = functools.partial(
-            weighted_sum,
-            _log_likelihood,
-            labels=labels.reshape(-1),
-            chunk=config.chunk,
-            real_ids=common_ids(*(m.config.decoder.real_ids for m in (student, teacher))),
+        answers = concatenate_sides(batch)
+        output = student.apply({"params": merge(params, frozen)}, answers)
+        targets = teacher.targets(teacher_params, answers, output)
+        labels, supervised = next_token(answers.tokens, answers.loss_mask)
+        head = functools.partial(
+            chunked_token_loss, labels=labels.reshape(-1), chunk_size=chunk_size, real_ids=real_ids
         )
+        inputs = LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
+        policy, reference = _log_likelihoods(head, teacher, real_ids, inputs, targets, supervised)
 
-        def log_likelihoods(heads: Heads) -> Array:
-            weights = {"logp": supervised.reshape(-1).astype(jnp.float32)}
-            _, values = summed(jax.lax.stop_gradient(heads), weights=weights)
-            return jnp.sum(values["logp"].reshape(labels.shape), axis=1)
-
-        def pair_loss(policy: Array) -> tuple[Array, tuple[Array, Array]]:
+        def loss_of_pairs(policy: Array) -> tuple[Array, tuple[Array, Array]]:
             chosen, rejected = jnp.split(policy - reference, 2)
             losses = preference_losses(
-                chosen, rejected, config.preference, config.beta, config.label_smoothing
+                chosen, rejected, config.kind, config.beta, config.label_smoothing
             )
             return jnp.sum(losses) / totals["pairs"], (chosen, rejected)
 
-        heads = Heads(rows(output.hidden), output.head)
-        policy = log_likelihoods(heads)
-        reference = log_likelihoods(Heads(rows(target.hidden), target.head))
-        (value, ratios), d_policy = jax.value_and_grad(pair_loss, has_aux=True)(policy)
-        weights = {"logp": (supervised * d_policy[:, None]).reshape(-1)}
-        surrogate, _ = summed(heads, weights=weights)
+        (loss, ratios), d_policy = jax.value_and_grad(loss_of_pairs, has_aux=True)(policy)
         pairs = jnp.asarray(len(labels) / 2, jnp.float32)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
-        metrics["preference"] = (value * totals["pairs"], pairs)
-        value, metrics = add_router_losses(value, metrics, output.router, config, totals["tokens"])
-        metrics["loss"] = (value * totals["pairs"], pairs)
-        # The surrogate only has a gradient: the bracket is 0 to the bit, however large it is.
-        total = value + (surrogate - jax.lax.stop_gradient(surrogate))
-        return total, jax.lax.stop_gradient(metrics)
+        metrics["preference"] = (loss * totals["pairs"], pairs)
+        loss, metrics = add_router_losses(loss, metrics, output.router, router, totals["tokens"])
+        metrics["loss"] = (loss * totals["pairs"], pairs)
+        loss = loss + _surrogate(head, inputs, supervised, d_policy)
+        return loss, jax.lax.stop_gradient(metrics)
 
-    return Loss(totals, share)
+    return Loss(denominators, micro_batch)
+
+
+def _log_likelihoods(
+    head: Callable,
+    teacher: Teacher,
+    real_ids: IdRanges,
+    inputs: LogitInputs,
+    targets: Targets,
+    supervised: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Returns log-likelihoods of the answers, without gradient: the student's, the teacher's."""
+
+    def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
+        teacher_logits = teacher.logits(targets, real_ids)
+        return {
+            "policy": -cross_entropy(logits, labels),
+            "reference": -cross_entropy(teacher_logits, labels),
+        }
+
+    mask = supervised.reshape(-1).astype(jnp.float32)
+    weights = {"policy": mask, "reference": mask}
+    _, values = head(token_fn, jax.lax.stop_gradient(inputs), weights=weights, targets=targets)
+    by_answer = [values[name].reshape(supervised.shape) for name in weights]
+    policy, reference = (jnp.sum(x, axis=1) for x in by_answer)
+    return policy, reference
+
+
+def _surrogate(
+    head: Callable,
+    inputs: LogitInputs,
+    supervised: Bool[Array, "B T"],
+    d_policy: Float[Array, "B"],
+) -> Float[Array, ""]:
+    """Returns 0, with the gradient of the preference loss.
+
+    A chunk sees some tokens of an answer, while the loss L needs the sum over all of them,
+    pi_i = sum_t log p_it. By the chain rule
+
+        d L / d theta = sum_i (d L / d pi_i) sum_t d log p_it / d theta,
+
+    which is the gradient of sum_it c_i log p_it with constants c_i = d L / d pi_i: a token loss
+    with weights c_i. Its value means nothing and is subtracted; x - x is 0 to the last bit,
+    however large x is.
+    """
+
+    def token_fn(logits: Array, _: Targets, labels: Array) -> dict[str, Array]:
+        return {"policy": -cross_entropy(logits, labels)}
+
+    weights = {"policy": (supervised * d_policy[:, None]).reshape(-1)}
+    surrogate, _ = head(token_fn, inputs, weights=weights)
+    return surrogate - jax.lax.stop_gradient(surrogate)
 
 
 def _preference_metrics(chosen: Array, rejected: Array, beta: float, weight: Array) -> Metrics:
-    """Implicit rewards `beta * r`, their margin, and how often the chosen answer is ahead."""
+    """Implicit rewards `beta * r`, their margin, and how often the chosen answer has the larger."""
     return {
         "reward_chosen": (beta * jnp.sum(chosen), weight),
         "reward_rejected": (beta * jnp.sum(rejected), weight),
         "reward_margin": (beta * jnp.sum(chosen - rejected), weight),
         "reward_accuracy": (jnp.sum(chosen > rejected).astype(jnp.float32), weight),
     }
-
-
-def _log_likelihood(logits: Array, _: None, labels: Array) -> dict[str, Array]:
-    return {"logp": -cross_entropy(logits, labels)}

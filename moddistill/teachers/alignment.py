@@ -1,31 +1,49 @@
-"""Which ids teacher and student share."""
+"""Alignment of teacher and student: equal token ids, equal conversation template."""
 
+from moddistill.config import TrainConfig
 from moddistill.data.tokenizer import CONTROLS, Tokenizer
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.models.vocabulary import IdRanges, id_ranges
 
 
 def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
-    """Ids of the tokens that both have; losses compare the two models on these.
+    """Returns the ids of tokens in both vocabularies; losses compare the two models on these.
 
     A control token that no template uses may be missing on one side: no sample contains it.
 
+    Args:
+      origin: name of the teacher, for messages.
+
     Raises:
-      UserError: if another token is missing on one side, or one has two ids.
+      UserError: another token is missing on one side, or a token has two ids.
     """
-    theirs, ours = teacher.backend.get_vocab(), student.backend.get_vocab()
+    teacher_ids, student_ids = teacher.backend.get_vocab(), student.backend.get_vocab()
     optional = (teacher.special_tokens | student.special_tokens) - set(CONTROLS)
-    one_sided = {token for token in optional if token not in theirs or token not in ours}
+    one_sided = optional - (teacher_ids.keys() & student_ids.keys())
     different = [
         token
-        for token in (theirs.keys() | ours.keys()) - one_sided
-        if theirs.get(token) != ours.get(token)
+        for token in (teacher_ids.keys() | student_ids.keys()) - one_sided
+        if teacher_ids.get(token) != student_ids.get(token)
     ]
     if different:
         token = min(different)
         raise UserError(
-            f"teacher {origin!r} has another vocabulary: token {token!r} is {theirs.get(token)} "
-            f"there and {ours.get(token)} in the student; accepted: equal token ids"
+            f"vocabulary of {origin!r}: expected the student's id {student_ids.get(token)} for "
+            f"token {token!r}, got {teacher_ids.get(token)}"
         )
-    same = {i for token, i in ours.items() if theirs.get(token) == i}
+    same = {i for token, i in student_ids.items() if teacher_ids.get(token) == i}
     return id_ranges(same - {student.image_id})
+
+
+def check_template(config: TrainConfig, trained_with: str) -> None:
+    """Raises UserError unless records are rendered in the template of the teacher's training.
+
+    In another template the teacher's predictions are for text unlike any that it has seen.
+    """
+    if config.data.template != trained_with:
+        raise invalid(
+            "config.data.template",
+            config.data.template,
+            f"{trained_with!r}, the template of the teacher {config.teacher!r} (or the teacher "
+            f"imported with --template {config.data.template})",
+        )

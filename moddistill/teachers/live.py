@@ -1,4 +1,4 @@
-"""The teacher as a model that runs in the step."""
+"""A teacher that runs inside the training step: loading, checks, targets."""
 
 import dataclasses
 from collections.abc import Collection
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import RANDOM, architecture, as_model_folder, random_params
@@ -14,18 +15,53 @@ from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import Batch
 from moddistill.models.quantization import pack_all, unpacked_shapes
-from moddistill.models.vlm import ModelConfig, Output
+from moddistill.models.vlm import ModelConfig, Output, Vlm
+from moddistill.models.vocabulary import IdRanges, masked_logits
 from moddistill.params import Flat, cast_frozen, flatten
 from moddistill.storage.model_folder import load_params
-from moddistill.teachers.alignment import shared_ids
+from moddistill.teachers.alignment import check_template, shared_ids
+from moddistill.teachers.targets import Targets
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveTeacher:
+    """A `Teacher` that computes its targets: final hidden states, and its head as what is shared.
+
+    Hidden states are smaller than logits by `width / vocab_size`, 3,584 / 152,064 for Qwen 7B;
+    logits are computed from them chunk by chunk.
+    """
+
+    model: Vlm
+
+    @property
+    def real_ids(self) -> IdRanges:
+        return self.model.config.decoder.real_ids
+
+    def targets(self, params: Any, batch: Batch, student: Output) -> Targets:
+        inputs = teacher_inputs(params, batch, student)
+        output = jax.lax.stop_gradient(self.model.apply({"params": params}, inputs))
+        return Targets(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
+
+    def logits(self, targets: Targets, real_ids: IdRanges) -> Float[Array, "C V"]:
+        return masked_logits(targets.per_position, targets.shared, real_ids)
+
+
+def teacher_inputs(params: dict[str, Any], batch: Batch, student: Output) -> Batch:
+    """Returns the student's batch, with features for images if `params` have no vision tower."""
+    if "vision" in params or student.features is None:
+        return batch
+    return batch._replace(images=None, features=jax.lax.stop_gradient(student.features))
 
 
 def teacher_architecture(
     config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer
 ) -> ModelConfig | None:
-    """The teacher's architecture, if there is one; UserError if it does not fit the student.
+    """Returns the teacher's architecture, or None without a teacher.
 
     Its `real_ids` are those that it shares with the student.
+
+    Raises:
+      UserError: the teacher's tokens, images or template differ from the student's.
     """
     if not config.teacher:
         return None
@@ -35,29 +71,38 @@ def teacher_architecture(
         if config.teacher.startswith(RANDOM):
             return teacher
         check_template(config, teacher.template)
-        theirs = load_tokenizer(str(as_model_folder(config.teacher)))
-        shared = shared_ids(theirs, tokenizer, config.teacher)
+        teacher_tokenizer = load_tokenizer(str(as_model_folder(config.teacher)))
+        shared = shared_ids(teacher_tokenizer, tokenizer, config.teacher)
     decoder = dataclasses.replace(teacher.decoder, real_ids=shared)
     return dataclasses.replace(teacher, decoder=decoder)
 
 
-def check_template(config: TrainConfig, trained_with: str) -> None:
-    """Raises UserError unless records are rendered in the template that the teacher knows.
+def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
+    """Raises UserError unless both models read the same tokens and images of the same size.
 
-    In another one its distributions are those of text that it was never trained on.
+    Args:
+      origin: name of the teacher, for the message.
     """
-    if config.data.template != trained_with:
-        raise UserError(
-            f"config.data.template is {config.data.template!r}, but the template of the teacher "
-            f"{config.teacher!r} is {trained_with!r}; accepted: {trained_with!r}, or the teacher "
-            f"imported with --template {config.data.template}"
-        )
+    pairs = {"image token": (teacher.image_token, student.image_token)}
+    if student.vision is not None:
+        if teacher.vision is None:
+            raise UserError(
+                f"expected a teacher with a vision tower, as the student has, got {origin!r} "
+                "without one"
+            )
+        pairs["positions per image"] = (teacher.vision.patches, student.vision.patches)
+        pairs["image size"] = (teacher.vision.image_size, student.vision.image_size)
+    for name, (of_teacher, of_student) in pairs.items():
+        if of_teacher != of_student:
+            raise UserError(
+                f"{name} of {origin!r}: expected {of_student} as in the student, got {of_teacher}"
+            )
 
 
 def load_teacher(
     config: TrainConfig, teacher: ModelConfig, shapes: Any, mesh: Mesh
 ) -> dict[str, Any]:
-    """The teacher's parameters in `shapes`, read straight into their shards and dtypes."""
+    """Reads the teacher's parameters into the dtypes and shardings of `shapes`."""
     dtype = jnp.dtype(config.dtype)
     if config.teacher.startswith(RANDOM):
         params = random_params(teacher, mesh, jax.random.key(config.seed + 1))
@@ -73,50 +118,31 @@ def load_teacher(
     return pack_all(params, shapes)
 
 
-def same_tower(student: Flat, teacher: dict[str, Any]) -> bool:
-    """Whether all weights of two towers are equal, a frozen student's and its teacher's."""
-    theirs = {path: x for path, x in flatten(teacher).items() if path.startswith("vision/")}
-    if not all(path in student for path in theirs):
-        return False
-    pairs = [(x, student[path]) for path, x in theirs.items()]
-    equal = jax.jit(lambda pairs: jnp.stack([jnp.all(a == b) for a, b in pairs]))
-    return bool(jnp.all(equal(pairs)))
-
-
-def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
-    """Raises UserError unless both models read the same tokens and images of the same size."""
-    pairs = {
-        "image token": (teacher.image_token, student.image_token),
-    }
-    if student.vision is not None and teacher.vision is None:
-        raise UserError(f"teacher {origin!r} has no vision tower, the student has one")
-    if student.vision is not None:
-        pairs["positions an image"] = (teacher.vision.patches, student.vision.patches)
-        pairs["image size"] = (teacher.vision.image_size, student.vision.image_size)
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise UserError(
-                f"teacher {origin!r} does not fit: {name} {theirs}, the student's {ours}; "
-                "accepted: a teacher with the student's tokenizer and image positions"
-            )
-
-
 def shares_tower(
     student: ModelConfig, teacher: ModelConfig | None, trained: Collection[str]
 ) -> bool:
-    """Whether one pass of one tower can serve both models, if their weights are the same."""
+    """Returns whether the architectures allow both models to use one tower's features.
+
+    They do if the towers are equal and the student's is frozen; `same_tower` compares weights.
+
+    Args:
+      trained: paths of the student's trainable parameters.
+    """
     if teacher is None or student.vision is None or student.vision != teacher.vision:
         return False
     return not any(path.startswith("vision/") for path in trained)
 
 
+def same_tower(student: Flat, teacher: dict[str, Any]) -> bool:
+    """Returns whether the teacher's tower has the weights of a student's frozen one."""
+    tower = {path: x for path, x in flatten(teacher).items() if path.startswith("vision/")}
+    if not all(path in student for path in tower):
+        return False
+    pairs = [(x, student[path]) for path, x in tower.items()]
+    equal = jax.jit(lambda pairs: jnp.stack([jnp.all(a == b) for a, b in pairs]))
+    return bool(jnp.all(equal(pairs)))
+
+
 def without_tower(teacher: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a teacher that takes the student's features."""
+    """Returns the parameters of a teacher that reuses the student's image features."""
     return {name: part for name, part in teacher.items() if name != "vision"}
-
-
-def batch_for_teacher(batch: Batch, seen: Output, teacher_params: dict[str, Any]) -> Batch:
-    """The student's batch for its teacher, which without a tower of its own takes the features."""
-    if "vision" in teacher_params or seen.features is None:
-        return batch
-    return batch._replace(images=None, features=jax.lax.stop_gradient(seen.features))

@@ -20,6 +20,7 @@ from moddistill.models.flops import StepSize
 from moddistill.models.quantization import packed_shapes
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params
 from moddistill.params import cast_frozen, flatten
+from moddistill.teachers.live import LiveTeacher
 from moddistill.training.optim import make_optimizer
 from moddistill.training.stages import stage_of, trainable_paths
 from moddistill.training.state import State, make_state, state_shardings
@@ -82,8 +83,8 @@ def make_program(
     places = state_shardings(state, param_places, optimizer, everywhere)
     packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
     compute = dataclasses.replace(compute, quantized_layers=packed)
-    teacher_model = None if teacher is None else Vlm(teacher, compute)
-    loss = stage_of(config).loss(model, teacher_model, config.loss)
+    live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
+    loss = stage_of(config).loss(config, model, live_teacher)
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
         donate_argnums=(0,) if config.donate else (),

@@ -8,32 +8,69 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from moddistill.config import TrainConfig
 from moddistill.errors import UserError, nearest
+from moddistill.losses import Loss
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
 from moddistill.models.vision import NEVER_COMPUTED
+from moddistill.models.vlm import Vlm
 from moddistill.params import match
+from moddistill.teachers.targets import Teacher
 
 _LANGUAGE = "decoder/.*"
 _PROJECTOR = "projector/.*"
 _EXPERTS = "decoder/.*/moe/.*"
 _DENSE_MLP = "decoder/.*/mlp/.*"
-_KD = ("kd_weight", "kd_positions", "kd_shift")
-_CE = ("ce_weight",)
 _NEVER_COMPUTED = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
+
+
+def _token_loss(config: TrainConfig, student: Vlm, teacher: Teacher | None, terms: Any) -> Loss:
+    return token_loss(
+        student,
+        teacher,
+        config.distillation,
+        config.router,
+        terms=terms,
+        chunk_size=config.logits_chunk_size,
+    )
+
+
+def _preference_loss(config: TrainConfig, student: Vlm, teacher: Teacher) -> Loss:
+    return preference_loss(
+        student, teacher, config.preference, config.router, chunk_size=config.logits_chunk_size
+    )
+
+
+def _settings(part: str) -> tuple[str, ...]:
+    """Dotted names of the settings in one part of the config."""
+    return tuple(f"{part}.{field.name}" for field in dataclasses.fields(getattr(TrainConfig, part)))
+
+
+_CE = ("distillation.ce_weight",)
+_KD = tuple(name for name in _settings("distillation") if name not in _CE)
+_PREFERENCE = _settings("preference")
+_ROUTER = _settings("router")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One row. `trains` is the paper's set, `also` what the reference code trains beyond it.
+    """One row of the table.
 
-    `reads` are the fields of the config's `loss` that no other part of a run reads.
+    Attributes:
+      trains: patterns of the parameters that train in the paper.
+      also: patterns of those that the reference code trains beyond them.
+      loss: from config, student and teacher (or None) to the loss.
+      reads: dotted names of the settings that its loss reads.
+      teacher: whether it needs a teacher.
+      sparse: whether a dense student becomes sparse before the first step.
+      records: kind of records.
     """
 
     trains: tuple[str, ...]
-    loss: Callable
+    loss: Callable[..., Loss]
     reads: tuple[str, ...]
     also: tuple[str, ...] = ()
     teacher: bool = False
@@ -44,33 +81,33 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "sft": Stage(
         trains=(_LANGUAGE, _PROJECTOR),
-        loss=functools.partial(token_loss, terms=("ce",)),
-        reads=_CE,
+        loss=functools.partial(_token_loss, terms=("ce",)),
+        reads=_CE + _ROUTER,
     ),
     "init": Stage(
         trains=(_PROJECTOR,),
-        loss=functools.partial(token_loss, terms=("ce",)),
-        reads=_CE,
+        loss=functools.partial(_token_loss, terms=("ce",)),
+        reads=_CE + _ROUTER,
     ),
     "d2d": Stage(
         trains=(_LANGUAGE, _PROJECTOR),
-        loss=functools.partial(token_loss, terms=("kd",)),
-        reads=_KD,
+        loss=functools.partial(_token_loss, terms=("kd",)),
+        reads=_KD + _ROUTER,
         teacher=True,
     ),
     "d2s": Stage(
         trains=(_EXPERTS, _PROJECTOR),
         also=(_DENSE_MLP,),
-        loss=functools.partial(token_loss, terms=("kd", "ce")),
-        reads=_KD + _CE,
+        loss=functools.partial(_token_loss, terms=("kd", "ce")),
+        reads=_KD + _CE + _ROUTER,
         teacher=True,
         sparse=True,
     ),
     "preference": Stage(
         trains=(_EXPERTS, _PROJECTOR),
         also=(_DENSE_MLP,),
-        loss=preference_loss,
-        reads=("preference", "beta", "label_smoothing"),
+        loss=_preference_loss,
+        reads=_PREFERENCE + _ROUTER,
         teacher=True,
         records="preference",
     ),

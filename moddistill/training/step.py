@@ -17,16 +17,16 @@ def make_step(
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
     """`state, metrics = step(state, teacher, batch)`, a pure function of its arguments.
 
-    Micro-batches share the totals of the whole batch, so their gradients simply add up. Randomness
-    is that of (seed, step).
+    Micro-batches share the denominators of the full batch, so their gradients simply add up.
+    Randomness is that of (seed, step).
     """
 
     def step(state: State, teacher: Any, batch: Any) -> tuple[State, Metrics]:
-        totals = loss.totals(batch)
+        denominators = loss.denominators(batch)
 
         def gradients(part: Any, rng: jax.Array) -> tuple[Any, Metrics]:
-            share = jax.grad(loss.share, has_aux=True)
-            return share(state.params, state.frozen, teacher, part, totals, rng)
+            gradient = jax.grad(loss.micro_batch, has_aux=True)
+            return gradient(state.params, state.frozen, teacher, part, denominators, rng)
 
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate == 1:

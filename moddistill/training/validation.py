@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from moddistill.config import ExpertConfig, LossConfig, TrainConfig, UpcycleConfig
+from moddistill.config import ExpertConfig, TrainConfig, UpcycleConfig
 from moddistill.distributed.processes import is_main_process
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.params import flatten
 from moddistill.storage.digests import check_outside
 from moddistill.training.stages import STAGES, stage_of
 
 # Settings that a run may change when it resumes: of memory, speed and reports, and its length.
 _FREE = (
-    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory", "loss.chunk",
+    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory", "logits_chunk_size",
     "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
     "log_every", "save_every", "profile_steps",
 )  # fmt: skip
@@ -68,13 +68,13 @@ _RANGES = {
     "optim.weight_decay": Range(0, 1e38),
     "optim.warmup_ratio": Range(0, 1),
     "optim.clip_norm": Range(0, 1e38),
-    "loss.chunk": Range(1, math.inf),
-    "loss.kd_weight": Range(0, 1e38),
-    "loss.ce_weight": Range(0, 1e38),
-    "loss.balance_weight": Range(0, 1e38),
-    "loss.router_z_weight": Range(0, 1e38),
-    "loss.beta": Range(0, 1e38, above=True),
-    "loss.label_smoothing": Range(0, 0.5),
+    "logits_chunk_size": Range(1, math.inf),
+    "distillation.kd_weight": Range(0, 1e38),
+    "distillation.ce_weight": Range(0, 1e38),
+    "router.load_balance_weight": Range(0, 1e38),
+    "router.z_weight": Range(0, 1e38),
+    "preference.beta": Range(0, 1e38, above=True),
+    "preference.label_smoothing": Range(0, 0.5),
     "data.max_length": Range(1, math.inf),
     "data.max_images": Range(1, math.inf),
     "data.workers": Range(0, math.inf),
@@ -124,30 +124,31 @@ def check_settings(config: TrainConfig) -> None:
 
 def _check_read(config: TrainConfig) -> None:
     """Raises UserError for settings of losses that the stage does not have."""
-    default = LossConfig()
-    readers: dict[str, list[str]] = {}
-    for stage, row in STAGES.items():
-        for name in row.reads:
-            readers.setdefault(name, []).append(stage)
-    for name, stages in readers.items():
-        value = getattr(config.loss, name)
-        if config.stage not in stages and value != getattr(default, name):
-            raise UserError(
-                f"config.loss.{name} is {value!r}, but stage {config.stage!r} does not read it; "
-                f"accepted: {getattr(default, name)!r}, its default, since only "
-                f"{', '.join(stages)} {'read' if len(stages) > 1 else 'reads'} it"
+    settings = dict.fromkeys(name for row in STAGES.values() for name in row.reads)
+    for name in (name for name in settings if name not in STAGES[config.stage].reads):
+        value, default = (operator.attrgetter(name)(c) for c in (config, TrainConfig()))
+        if value != default:
+            readers = ", ".join(stage for stage, row in STAGES.items() if name in row.reads)
+            raise invalid(
+                f"config.{name}",
+                value,
+                f"{default!r} in stage {config.stage!r} (the default; read by {readers} only)",
             )
 
 
 def _check_losses(config: TrainConfig) -> None:
     """Raises UserError for settings of losses and experts that the chosen variant never reads."""
-    loss, moe = config.loss, config.moe
+    distillation, preference, moe = config.distillation, config.preference, config.moe
     unread = (
-        (loss.label_smoothing and loss.preference != "sigmoid", "loss.label_smoothing", "sigmoid"),
         (
-            loss.kd_shift != "correct" and loss.kd_positions != "response",
-            "loss.kd_shift",
-            "loss.kd_positions=response",
+            preference.label_smoothing and preference.kind != "sigmoid",
+            "preference.label_smoothing",
+            "preference.kind=sigmoid",
+        ),
+        (
+            distillation.kd_shift != "correct" and distillation.kd_positions != "response",
+            "distillation.kd_shift",
+            "distillation.kd_positions=response",
         ),
         (
             moe.capacity_factor != ExpertConfig().capacity_factor and moe.dispatch != "capacity",

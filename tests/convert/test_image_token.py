@@ -11,7 +11,7 @@ import tokenizers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from moddistill.config import LossConfig
+from moddistill.config import DistillationConfig, PreferenceConfig, RouterLossConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
@@ -23,6 +23,7 @@ from moddistill.losses.preference import preference_loss
 from moddistill.models.batch import PreferenceBatch, padded_batch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
+from moddistill.teachers.live import LiveTeacher
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 
@@ -95,7 +96,8 @@ def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
         "kd": (target.exp() * (target - logp)).sum(-1)[mask].mean(),
         "ce": -logp.gather(-1, torch.tensor(labels)[..., None])[..., 0][mask].mean(),
     }
-    loss = token_loss(ours, theirs, LossConfig(), ("kd", "ce"))
+    configs = DistillationConfig(), RouterLossConfig()
+    loss = token_loss(ours, LiveTeacher(theirs), *configs, terms=("kd", "ce"), chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, metrics = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     for name, mean in expected.items():
@@ -122,7 +124,8 @@ def test_preference_is_that_of_torch_over_the_tokens(models, torch_logits):
     )
     expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
     batch = PreferenceBatch(*(side._replace(images=None) for side in sides), sides[0].images)
-    loss = preference_loss(ours, theirs, LossConfig(preference="sigmoid"))
+    configs = PreferenceConfig(kind="sigmoid"), RouterLossConfig()
+    loss = preference_loss(ours, LiveTeacher(theirs), *configs, chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, _ = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     np.testing.assert_allclose(value, expected, rtol=1e-4)

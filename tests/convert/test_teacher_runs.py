@@ -88,7 +88,7 @@ def stage_config(stage, pair, student):
         dtype="float32",
         data=dataclasses.replace(config.data, sources=sources, max_length=64),
         optim=dataclasses.replace(config.optim, lr=LR, warmup_ratio=0.0),
-        loss=dataclasses.replace(config.loss, chunk=32),
+        logits_chunk_size=32,
     )
 
 

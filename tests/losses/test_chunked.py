@@ -1,5 +1,6 @@
 import functools
 import re
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -8,23 +9,42 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moddistill.config import LossConfig, MeshConfig
+from moddistill.config import MeshConfig, TrainConfig
 from moddistill.distributed.sharding import BATCH_AXES, make_mesh
-from moddistill.losses.chunked import Heads, logits_of, next_token, weighted_sum
+from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
-from moddistill.models.vocabulary import token_mask
+from moddistill.models.vocabulary import masked_logits, token_mask
+from moddistill.teachers.targets import NO_TARGETS, Targets
 
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCAB, TEACHER_VOCAB = 37, 8, 12, 22, 25
 REAL = ((0, 7), (8, 20))  # `<image>` is 7
 IDS = np.flatnonzero(token_mask(REAL, VOCAB))
 
 
-def kd_and_ce(logits, teacher_logits, labels):
-    return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+class Heads(NamedTuple):
+    """Final hidden states and heads of a student and of a live teacher."""
+
+    hidden: Any
+    head: Any
+    teacher_hidden: Any
+    teacher_head: Any
 
 
-def ce_alone(logits, _, labels):
+def kd_and_ce(logits, targets, labels):
+    teacher_logits = masked_logits(targets.per_position, targets.shared, REAL)
+    kd = forward_kl(logits, teacher_logits[:, : logits.shape[1]])
+    return {"kd": kd, "ce": cross_entropy(logits, labels)}
+
+
+def ce_only(logits, _, labels):
     return {"ce": cross_entropy(logits, labels)}
+
+
+def token_loss(heads, labels, weights, token_fn=kd_and_ce, chunk=8, real_ids=REAL):
+    inputs, targets = LogitInputs(*heads[:2]), Targets(*heads[2:])
+    return chunked_token_loss(
+        token_fn, inputs, labels, weights, targets, chunk_size=chunk, real_ids=real_ids
+    )
 
 
 def arrays(share, seed=0):
@@ -60,7 +80,7 @@ def plain(heads, labels, weights):
 
 @functools.partial(jax.jit, static_argnames=("chunk", "token_fn"))
 def chunked(heads, labels, weights, chunk=8, token_fn=kd_and_ce):
-    return weighted_sum(token_fn, heads, labels, weights, chunk=chunk, real_ids=REAL)[0]
+    return token_loss(heads, labels, weights, token_fn, chunk)[0]
 
 
 def gradients(fn, heads, *rest):
@@ -72,15 +92,6 @@ def gradients(fn, heads, *rest):
     return jax.jit(jax.value_and_grad(of_student, (0, 1)))(heads.hidden, heads.head)
 
 
-def test_label_is_the_token_behind_and_the_mask_moves_with_it():
-    tokens = jnp.asarray([[5, 6, 7, 8]])
-    loss_mask = jnp.asarray([[True, False, True, True]])
-    labels, supervised = next_token(tokens, loss_mask)
-    # Position 1 predicts 7, position 2 predicts 8; token 5 has nothing before it.
-    np.testing.assert_array_equal(supervised, [[False, True, True, False]])
-    np.testing.assert_array_equal(labels[supervised], [7, 8])
-
-
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("chunk", [1, 8, 10, 37, 64])
 def test_value_and_gradients_are_those_of_full_logits(chunk, share):
@@ -90,9 +101,9 @@ def test_value_and_gradients_are_those_of_full_logits(chunk, share):
     chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_values_stand_at_their_positions():
+def test_values_are_at_their_positions():
     heads, labels, weights = arrays(share=0.4)
-    _, values = weighted_sum(kd_and_ce, heads, labels, weights, chunk=8, real_ids=REAL)
+    _, values = token_loss(heads, labels, weights)
     logp = jax.nn.log_softmax((heads.hidden @ heads.head.T)[:, IDS])
     expected = -np.asarray(logp)[np.arange(POSITIONS), np.searchsorted(IDS, labels)]
     np.testing.assert_allclose(values["ce"], np.where(weights["ce"] != 0, expected, 0.0), atol=1e-5)
@@ -125,7 +136,7 @@ def test_frozen_head_gives_the_same_gradient_of_hidden_states():
 
 def test_padded_vocabulary_has_no_probability_and_no_gradient():
     heads, labels, weights = arrays(share=1.0)
-    probs = jax.nn.softmax(logits_of(heads.hidden, heads.head, REAL))
+    probs = jax.nn.softmax(masked_logits(heads.hidden, heads.head, REAL))
     assert not np.any(np.delete(probs, IDS, axis=1))
     d_head = gradients(chunked, heads, labels, weights)[1][1]
     assert np.all(np.any(d_head[IDS], axis=1))
@@ -191,22 +202,29 @@ def test_memory_at_full_size():
     )
     labels = shape(positions, dtype=jnp.int32)
     weights = {"kd": shape(positions), "ce": shape(positions)}
-    chunk = LossConfig().chunk
+    chunk = TrainConfig().logits_chunk_size
 
     def loss(hidden, head, heads, labels, weights):
         heads = heads._replace(hidden=hidden, head=head)
-        return weighted_sum(
-            kd_and_ce, heads, labels, weights, chunk=chunk, real_ids=((0, vocab - 290),)
-        )[0]
+        real_ids = ((0, vocab - 290),)
+
+        def token_fn(logits, targets, labels):
+            teacher_logits = masked_logits(targets.per_position, targets.shared, real_ids)
+            return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+
+        return token_loss(heads, labels, weights, token_fn, chunk, real_ids)[0]
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*heads[:2], heads, labels, weights).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.7 * 2**30
 
 
-def test_cross_entropy_alone_needs_no_teacher():
+def test_cross_entropy_needs_no_targets():
     heads, labels, weights = arrays(share=0.5)
     weights = {"ce": weights["ce"]}
-    value = chunked(Heads(*heads[:2]), labels, weights, token_fn=ce_alone)
+    inputs = LogitInputs(*heads[:2])
+    value, _ = chunked_token_loss(
+        ce_only, inputs, labels, weights, NO_TARGETS, chunk_size=8, real_ids=REAL
+    )
     zero = {"ce": weights["ce"], "kd": jnp.zeros(POSITIONS)}
     np.testing.assert_allclose(value, plain(heads, labels, zero), rtol=1e-5)
 
@@ -230,7 +248,7 @@ def test_sharded_heads_are_gathered_before_the_loop_over_chunks():
 
     def loss(hidden, head, heads, labels, weights):
         heads = heads._replace(hidden=hidden, head=head)
-        return weighted_sum(kd_and_ce, heads, labels, weights, chunk=4, real_ids=REAL)[0]
+        return token_loss(heads, labels, weights, chunk=4)[0]
 
     places = (heads.hidden.sharding, heads.head.sharding)
     with jax.set_mesh(mesh):
@@ -244,7 +262,7 @@ def test_sharded_heads_are_gathered_before_the_loop_over_chunks():
     assert not collective.findall(inside)
 
 
-def test_supervised_positions_are_dealt_out_along_tensor():
+def test_supervised_positions_are_sharded_round_robin_over_tensor():
     """Eight at the end of 32, on four devices: two for each, one chunk of two."""
     chunks = []
 
@@ -256,19 +274,19 @@ def test_supervised_positions_are_dealt_out_along_tensor():
         return {"ce": cross_entropy(logits, labels)}
 
     rng = np.random.default_rng(0)
-    heads = Heads(*(jnp.asarray(rng.normal(size=(n, WIDTH)), jnp.float32) for n in (64, VOCAB)))
+    inputs = LogitInputs(
+        *(jnp.asarray(rng.normal(size=(n, WIDTH)), jnp.float32) for n in (64, VOCAB))
+    )
     labels = jnp.arange(64, dtype=jnp.int32) % 32
     weights = {"ce": (labels >= 24).astype(jnp.float32)}
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
-        summed = jax.jit(lambda *x: weighted_sum(token_fn, *x, chunk=2, real_ids=((0, VOCAB),)))
-        total, values = jax.block_until_ready(summed(heads, labels, weights))
+        real_ids = ((0, VOCAB),)
+        loss = jax.jit(lambda *x: chunked_token_loss(token_fn, *x, chunk_size=2, real_ids=real_ids))
+        total, values = jax.block_until_ready(loss(inputs, labels, weights))
     jax.effects_barrier()
     assert sorted(chunks) == sorted(2 * [(i, 24 + i, 28 + i) for i in range(4)])
-    expected, in_order = weighted_sum(
-        lambda logits, _, labels: {"ce": cross_entropy(logits, labels)},
-        *(heads, labels, weights),
-        chunk=64,
-        real_ids=((0, VOCAB),),
+    expected, in_order = chunked_token_loss(
+        ce_only, inputs, labels, weights, chunk_size=64, real_ids=real_ids
     )
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     np.testing.assert_allclose(values["ce"], in_order["ce"], rtol=1e-5)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import ExpertConfig, LossConfig
-from moddistill.losses.distillation import positions_of, token_loss
+from moddistill.config import DistillationConfig, ExpertConfig, RouterLossConfig
+from moddistill.losses.distillation import loss_masks, token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.models.batch import padded_batch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
+from moddistill.teachers.live import LiveTeacher
 
 
 def random_logits(seed, rows=6, vocab=11):
@@ -56,17 +57,18 @@ TOY = padded_batch(
     ("config", "expected"),
     [
         # Positions 1 and 2 predict the answer and its end.
-        (LossConfig(), [0, 1, 1, 0, 0, 0]),
+        (DistillationConfig(), [0, 1, 1, 0, 0, 0]),
         # The original code misses the answer's first token and takes what follows the end.
-        (LossConfig(kd_shift="reference"), [0, 0, 1, 1, 0, 0]),
+        (DistillationConfig(kd_shift="reference"), [0, 0, 1, 1, 0, 0]),
         # Every prediction of a real token; position 3 would predict padding.
-        (LossConfig(kd_positions="all_tokens"), [1, 1, 1, 0, 0, 0]),
+        (DistillationConfig(kd_positions="all_tokens"), [1, 1, 1, 0, 0, 0]),
     ],
     ids=["correct", "reference", "all_tokens"],
 )
 def test_distilled_positions(config, expected):
-    np.testing.assert_array_equal(positions_of("kd", TOY, config), [expected])
-    np.testing.assert_array_equal(positions_of("ce", TOY, config), [[0, 1, 1, 0, 0, 0]])
+    masks = loss_masks(TOY, config, ("kd", "ce"))
+    np.testing.assert_array_equal(masks["kd"], [expected])
+    np.testing.assert_array_equal(masks["ce"], [[0, 1, 1, 0, 0, 0]])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def setting(tiny_architecture, init, random_batch):
     return make
 
 
-def direct(student, teacher, params, teacher_params, batch, config, terms):
+def direct(student, teacher, params, teacher_params, batch, config, router, terms):
     """The loss from all logits, position by position."""
     output = student.apply({"params": params}, batch)
     real = student.config.decoder.real_ids[-1][1]
@@ -112,7 +114,7 @@ def direct(student, teacher, params, teacher_params, batch, config, terms):
         first, prob = (x / stats.tokens[:, None] for x in (stats.first, stats.prob))
         balance = 4 * jnp.sum(first * prob)
         z = jnp.sum(stats.z / stats.tokens)
-        total = total + config.balance_weight * balance + config.router_z_weight * z
+        total = total + router.load_balance_weight * balance + router.z_weight * z
     return total, means
 
 
@@ -122,13 +124,17 @@ def direct(student, teacher, params, teacher_params, batch, config, terms):
 )
 def test_token_loss_is_that_of_full_logits(setting, kind, terms):
     student, teacher, params, teacher_params, batch = setting(kind)
-    config = LossConfig(kd_weight=0.7, ce_weight=1.3, router_z_weight=0.02, chunk=8)
-    loss_fn = token_loss(student, teacher if "kd" in terms else None, config, terms)
+    config = DistillationConfig(kd_weight=0.7, ce_weight=1.3)
+    router = RouterLossConfig(z_weight=0.02)
+    live = LiveTeacher(teacher) if "kd" in terms else None
+    loss_fn = token_loss(student, live, config, router, terms=terms, chunk_size=8)
     trained = flatten(params)
     rng = jax.random.key(0)
 
     def plain(trained):
-        return direct(student, teacher, merge(trained), teacher_params, batch, config, terms)
+        return direct(
+            student, teacher, merge(trained), teacher_params, batch, config, router, terms
+        )
 
     ours = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (value, metrics), grads = ours(
@@ -146,7 +152,8 @@ def test_token_loss_is_that_of_full_logits(setting, kind, terms):
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_router_metrics(setting, kind):
     student, _, params, _, batch = setting(kind)
-    loss_fn = jax.jit(token_loss(student, None, LossConfig(), ("ce",)))
+    configs = DistillationConfig(), RouterLossConfig()
+    loss_fn = jax.jit(token_loss(student, None, *configs, terms=("ce",), chunk_size=256))
     metrics = loss_fn(flatten(params), {}, None, batch, jax.random.key(0))[1]
     if kind == "dense":
         assert set(metrics) == {"ce", "loss"}
@@ -161,8 +168,9 @@ def test_router_metrics(setting, kind):
 
 def test_padding_changes_nothing(setting):
     student, teacher, params, teacher_params, batch = setting("sparse")
-    config = LossConfig(kd_positions="all_tokens")
-    loss_fn = jax.jit(token_loss(student, teacher, config, ("kd", "ce")))
+    configs = DistillationConfig(kd_positions="all_tokens"), RouterLossConfig()
+    loss = token_loss(student, LiveTeacher(teacher), *configs, terms=("kd", "ce"), chunk_size=256)
+    loss_fn = jax.jit(loss)
     run = functools.partial(loss_fn, flatten(params), {}, teacher_params, rng=jax.random.key(0))
     noise = jnp.where(batch.segments > 0, batch.tokens, 7)
     ours, theirs = run(batch=batch)[0], run(batch=batch._replace(tokens=noise))[0]

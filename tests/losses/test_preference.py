@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import LossConfig
-from moddistill.losses.preference import KINDS, preference_loss, preference_losses
+from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConfig
+from moddistill.losses.preference import preference_loss, preference_losses
 from moddistill.models.batch import PreferenceBatch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
+from moddistill.teachers.live import LiveTeacher
 
 
 def losses(chosen, rejected, kind, beta=0.1, label_smoothing=0.0):
@@ -75,7 +76,9 @@ def test_kl_estimate_is_not_differentiated():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match=r"'kto_pairs'; accepted: .*did you mean 'kto_pair'"):
+    with pytest.raises(
+        ValueError, match=r"\.kind: .*, got 'kto_pairs' \(did you mean 'kto_pair'\?\)"
+    ):
         losses([0], [0], "kto_pairs")
 
 
@@ -114,17 +117,19 @@ def ratios(models):
     return of
 
 
-def value_and_gradient(models, config):
+def value_and_gradient(models, config, chunk_size):
     student, teacher, params, teacher_params, batch = models
-    loss_fn = jax.jit(jax.value_and_grad(preference_loss(student, teacher, config), has_aux=True))
+    configs = config, RouterLossConfig()
+    loss = preference_loss(student, LiveTeacher(teacher), *configs, chunk_size=chunk_size)
+    loss_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return loss_fn(flatten(params), {}, teacher_params, batch, jax.random.key(0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PREFERENCE_KINDS)
 def test_loss_and_gradients_are_those_of_full_logits(models, ratios, kind):
     """With a beta for which the gradients of all kinds are of order one, as the bounds assume."""
-    config = LossConfig(preference=kind, beta=1.0, chunk=8)
-    (value, metrics), grads = value_and_gradient(models, config)
+    config = PreferenceConfig(kind=kind, beta=1.0)
+    (value, metrics), grads = value_and_gradient(models, config, chunk_size=8)
 
     @jax.jit
     @jax.value_and_grad
@@ -139,7 +144,7 @@ def test_loss_and_gradients_are_those_of_full_logits(models, ratios, kind):
 
 
 def test_rewards(models, ratios):
-    (_, metrics), _ = value_and_gradient(models, LossConfig(beta=0.5, chunk=64))
+    (_, metrics), _ = value_and_gradient(models, PreferenceConfig(beta=0.5), chunk_size=64)
     chosen, rejected = map(np.asarray, jax.jit(ratios)(models[2]))
     means = {
         name: metrics[f"reward_{name}"][0] / metrics[f"reward_{name}"][1]
@@ -153,8 +158,8 @@ def test_rewards(models, ratios):
 
 def test_student_that_is_its_teacher(models):
     student, _, params, _, batch = models
-    config = LossConfig(preference="sigmoid")
-    loss_fn = jax.jit(preference_loss(student, student, config))
+    configs = PreferenceConfig(kind="sigmoid"), RouterLossConfig()
+    loss_fn = jax.jit(preference_loss(student, LiveTeacher(student), *configs, chunk_size=256))
     value, metrics = loss_fn(flatten(params), {}, params, batch, jax.random.key(0))
     np.testing.assert_allclose(value, math.log(2), rtol=1e-6)
     assert metrics["reward_accuracy"][0] == 0

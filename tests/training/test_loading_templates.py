@@ -25,8 +25,8 @@ def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, 
     config = tiny_config("d2d", teacher=trained_with("chatml"))
     student = tiny_architecture()
     message = (
-        rf"^config\.data\.template is 'vicuna', but the template of the teacher '{config.teacher}' "
-        r"is 'chatml'; accepted: 'chatml', or the teacher imported with --template vicuna$"
+        rf"^config\.data\.template: expected 'chatml', the template of the teacher "
+        rf"'{config.teacher}' \(or the teacher imported with --template vicuna\), got 'vicuna'$"
     )
     with pytest.raises(ValueError, match=message):
         live.teacher_architecture(config, student, tokenizer)

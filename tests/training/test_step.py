@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from moddistill.config import LossConfig
+from moddistill.config import DistillationConfig, RouterLossConfig
 from moddistill.losses import Loss
 from moddistill.losses.distillation import token_loss
 from moddistill.models.batch import Batch
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
+from moddistill.teachers.live import LiveTeacher
 from moddistill.training.state import State
 from moddistill.training.step import make_step
 
@@ -135,8 +136,10 @@ def test_accumulation_gives_the_same_step(language_model, init, terms):
     """
     model, params, batch = language_model
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
-    config = LossConfig(chunk=16, kd_positions="all_tokens")
-    loss = token_loss(model, model, config, terms)
+    config = DistillationConfig(kd_positions="all_tokens")
+    loss = token_loss(
+        model, LiveTeacher(model), config, RouterLossConfig(), terms=terms, chunk_size=16
+    )
     teacher = init(model.config, seed=1)
     trained = flatten(params)
     results = []

@@ -38,15 +38,31 @@ def test_ranges(accepted, inside, outside, text):
         ("sft", {"optim": {"b2": 1.0}}, r"optim\.b2 is 1\.0; accepted: at least 0 and below 1"),
         (
             "sft",
-            {"loss": {"preference": "sigmoid"}},
-            r"loss\.preference is 'sigmoid', but stage 'sft' does not read it; accepted: "
-            r"'kto_pair', its default, since only preference reads it",
+            {"preference": {"kind": "sigmoid"}},
+            r"preference\.kind: expected 'kto_pair' in stage 'sft' "
+            r"\(the default; read by preference only\), got 'sigmoid'",
         ),
-        ("sft", {"loss": {"kd_positions": "all_tokens"}}, r"kd_positions .* only d2d, d2s read it"),
-        ("init", {"loss": {"kd_weight": 0.5}}, r"kd_weight is 0\.5, but stage 'init'"),
-        ("d2s", {"loss": {"beta": 0.5}}, r"beta is 0\.5, but stage 'd2s'"),
-        ("d2d", {"loss": {"ce_weight": 0.5}}, r"ce_weight .* 1\.0, .* only sft, init, d2s read"),
-        ("preference", {"loss": {"kd_weight": 2.0}}, r"kd_weight is 2\.0, but stage 'preference'"),
+        (
+            "sft",
+            {"distillation": {"kd_positions": "all_tokens"}},
+            r"kd_positions: .* read by d2d, d2s only\), got 'all_tokens'",
+        ),
+        (
+            "init",
+            {"distillation": {"kd_weight": 0.5}},
+            r"kd_weight: expected 1\.0 in stage 'init' .*, got 0\.5",
+        ),
+        ("d2s", {"preference": {"beta": 0.5}}, r"beta: expected 0\.1 in stage 'd2s' .*, got 0\.5"),
+        (
+            "d2d",
+            {"distillation": {"ce_weight": 0.5}},
+            r"ce_weight: expected 1\.0 .* read by sft, init, d2s only\), got 0\.5",
+        ),
+        (
+            "preference",
+            {"distillation": {"kd_weight": 2.0}},
+            r"kd_weight: expected 1\.0 in stage 'preference' .*, got 2\.0",
+        ),
         (
             "sft",
             {"heldout_steps": 1},
@@ -70,12 +86,16 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         ("sft", {"accumulate": 0}, r"config\.accumulate is 0; accepted: 1 to inf"),
         ("sft", {"log_every": 0}, r"config\.log_every is 0; accepted: 1 to inf"),
         ("sft", {"steps": -1}, r"config\.steps is -1; accepted: 1 to inf"),
-        ("sft", {"loss": {"chunk": 0}}, r"config\.loss\.chunk is 0; accepted: 1 to inf"),
+        ("sft", {"logits_chunk_size": 0}, r"config\.logits_chunk_size is 0; accepted: 1 to inf"),
         ("sft", {"accumulate": 3}, r"config\.batch_size is 8; accepted: a multiple of .*3"),
         ("d2d", {"teacher": ""}, r"config\.teacher is empty; stage 'd2d' needs"),
         ("sft", {"teacher": "runs/t"}, r"stage 'sft' takes no teacher"),
         ("d2d", {"teacher": "runs/none/model"}, r"^config\.teacher: 'runs/none/model' is not a m"),
-        ("d2d", {"teacher": "random:demo-teacher"}, r"does not fit: positions an image 36"),
+        (
+            "d2d",
+            {"teacher": "random:demo-teacher"},
+            r"positions per image of .*: expected 16 .*, got 36$",
+        ),
         ("sft", {"seed": -1}, r"config\.seed is -1; accepted: 0 to "),
         ("sft", {"optim": {"lr": math.nan}}, r"config\.optim\.lr is nan; accepted: 0 to"),
         (
@@ -98,7 +118,16 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
             {"moe": {"dispatch": "capacity", "capacity_factor": 1e7}},
             r"^config\.moe\.capacity_factor is 10000000\.0; accepted: above 0, at most 1,000,000",
         ),
-        ("d2d", {"loss": {"kd_weight": 0.0}}, r"loss\.kd_weight and .* leave nothing to learn"),
+        (
+            "d2d",
+            {"distillation": {"kd_weight": 0.0}},
+            r"config\.distillation\.kd_weight: expected > 0, got 0\.0",
+        ),
+        (
+            "d2s",
+            {"distillation": {"kd_weight": 0.0, "ce_weight": 0.0}},
+            r"config\.distillation\.kd_weight or ce_weight: expected > 0, got 0\.0",
+        ),
         ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is '' and heldout_steps is 1"),
         ("sft", {"profile_steps": (3,)}, r"config\.profile_steps is \(3,\); accepted: first and"),
         ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),

@@ -1,0 +1,47 @@
+"""The contract between teachers and losses: what a loss may know of a teacher."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float
+
+from moddistill.models.vlm import Output
+from moddistill.models.vocabulary import IdRanges
+
+
+class Targets(NamedTuple):
+    """The teacher's predictions at all positions of a batch, as arrays of any kind.
+
+    Losses slice, reorder and shard `per_position` together with the positions and replicate
+    `shared`. Only the teacher that made them knows their meaning.
+
+    Attributes:
+      per_position: pytree of arrays `[T, ...]`, one row for each of the batch's `B * T` positions:
+        hidden states of a live teacher, token ids and log-probabilities of a cached one.
+      shared: pytree of arrays that all positions need, such as the teacher's head.
+    """
+
+    per_position: Any = None
+    shared: Any = None
+
+
+NO_TARGETS = Targets()
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """How a loss obtains targets, once per batch, and reads them, chunk by chunk."""
+
+    @property
+    def real_ids(self) -> IdRanges:
+        """Ids of tokens that the teacher may predict."""
+
+    def targets(self, params: Any, batch: Any, student: Output) -> Targets:
+        """Returns the targets of a batch, which have no gradient.
+
+        Args:
+          params: what the step gets as `teacher`, or None.
+          student: the student's output for the same batch, whose image features may be reused.
+        """
+
+    def logits(self, targets: Targets, real_ids: IdRanges) -> Float[Array, "C V"]:
+        """Returns float32 logits at the C positions of `targets`; ids outside `real_ids` masked."""
