@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
-from moddistill.convert.resolve import as_model_folder
+from moddistill.convert.resolve import RANDOM, resolve
 from moddistill.distributed import accelerators, sharding
 from moddistill.errors import UserError
 from moddistill.models.batch import AnyBatch, make_batch
@@ -22,7 +22,6 @@ from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import ModelConfig
 from moddistill.planning.hlo_collectives import collectives
-from moddistill.storage.model_folder import read_model_config
 from moddistill.teachers.live import check_teacher, shares_tower, without_tower
 from moddistill.training.loading import trained_architecture
 from moddistill.training.program import Program, make_program, place, step_size
@@ -108,9 +107,8 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
 
 
 def _architecture(spec: str) -> ModelConfig:
-    folder = Path(spec)
-    if not spec.startswith("random:") and folder.exists():
-        return read_model_config(as_model_folder(folder))
+    if not spec.startswith(RANDOM) and Path(spec).exists():
+        return resolve(spec).config
     names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
     if len(names) != 1:
         raise UserError(

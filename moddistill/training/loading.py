@@ -1,8 +1,8 @@
-"""The models a stage begins with: architectures first, then parameters into their shards."""
+"""The models a run begins with: architectures first, then parameters into their shards."""
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -10,52 +10,80 @@ from jax.sharding import Mesh
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import (
     RANDOM,
-    architecture,
-    as_model_folder,
+    ResolvedModel,
+    load_or_init,
     random_params,
-    spec_params,
+    resolve,
 )
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import param_shardings
-from moddistill.errors import UserError, at_field
+from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.upcycle import check_upcycle, upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig, abstract_params
-from moddistill.storage.model_folder import load_params, read_model_config
+from moddistill.storage.model_folder import load_params
+from moddistill.teachers.live import teacher_architecture
 from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 
 
-def student_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer of the student's folder, or `config.tokenizer` for a random student."""
+class Models(NamedTuple):
+    """The models of a run, each spec resolved once.
+
+    Attributes:
+      tokenizer: of the student.
+      student: what `config.student` names.
+      vision: what `config.vision` names, if anything.
+      teacher: what `config.teacher` names, if anything.
+      student_config: the architecture that the stage trains.
+      teacher_config: the teacher's, with the token ids that it shares with the student.
+    """
+
+    tokenizer: Tokenizer
+    student: ResolvedModel
+    vision: ResolvedModel | None
+    teacher: ResolvedModel | None
+    student_config: ModelConfig
+    teacher_config: ModelConfig | None
+
+
+def resolve_models(config: TrainConfig) -> Models:
+    """Resolves student, vision encoder and teacher, and checks that they fit each other.
+
+    Raises:
+      UserError: naming the setting of a model that does not exist or does not fit.
+    """
+    student, tokenizer = _student(config)
+    vision = teacher = None
+    if config.vision:
+        with at_field("config.vision"):
+            vision = resolve(config.vision, tokenizer)
+    target = trained_architecture(config, student.config, vision.config if vision else None)
+    teacher_config = None
+    if config.teacher:
+        with at_field("config.teacher"):
+            teacher = resolve(config.teacher, tokenizer)
+            teacher_config = teacher_architecture(config, teacher, target, tokenizer)
+    _warn_of_template(config, student)
+    return Models(tokenizer, student, vision, teacher, target, teacher_config)
+
+
+def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
+    """The student with the tokenizer of its folder, or of `config.tokenizer` for new weights."""
     if not config.student.startswith(RANDOM):
         if config.tokenizer:
-            raise UserError(
-                f"config.tokenizer is {config.tokenizer!r}, but the student {config.student!r} "
-                "brings its own; accepted: an empty string"
-            )
+            expected = f"'', since the student {config.student!r} has its own"
+            raise invalid("config.tokenizer", config.tokenizer, expected)
         with at_field("config.student"):
-            folder = as_model_folder(config.student)
-            read_model_config(folder)
-            return load_tokenizer(str(folder))
+            student = resolve(config.student)
+            return student, load_tokenizer(str(student.folder))
     if not config.tokenizer:
-        raise UserError(
-            f"config.tokenizer is empty; a student with new weights ({config.student!r}) needs a "
-            "tokenizer folder"
-        )
+        expected = f"a tokenizer folder, since the student is {config.student!r}"
+        raise invalid("config.tokenizer", config.tokenizer, expected)
     with at_field("config.tokenizer"):
-        return load_tokenizer(config.tokenizer)
-
-
-def student_architectures(
-    config: TrainConfig, tokenizer: Tokenizer
-) -> tuple[ModelConfig, ModelConfig]:
-    """What `config.student` holds, and what the stage trains."""
+        tokenizer = load_tokenizer(config.tokenizer)
     with at_field("config.student"):
-        base = architecture(config.student, tokenizer)
-    with at_field("config.vision"):
-        tower = architecture(config.vision, tokenizer) if config.vision else None
-    return base, trained_architecture(config, base, tower)
+        return resolve(config.student, tokenizer), tokenizer
 
 
 def trained_architecture(
@@ -90,19 +118,18 @@ def trained_architecture(
         return upcycle_config(target, config.moe)
 
 
-def student_params(
-    config: TrainConfig, base: ModelConfig, target: ModelConfig, mesh: Mesh
-) -> dict[str, Any]:
-    """The parameters of `target` before the first step, deterministic in `config.seed`."""
+def student_params(config: TrainConfig, models: Models, mesh: Mesh) -> dict[str, Any]:
+    """The student's parameters before the first step, deterministic in `config.seed`."""
     init_rng, tower_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
+    base, target = models.student.config, models.student_config
     with at_field("config.student"):
-        params = spec_params(config.student, base, mesh, init_rng)
-    if config.vision:
+        params = load_or_init(models.student, mesh, init_rng)
+    if models.vision is not None:
         new = random_params(dataclasses.replace(base, vision=target.vision), mesh, tower_rng)
         params |= {"vision": new["vision"], "projector": new["projector"]}
-        if not config.vision.startswith(RANDOM):
+        if models.vision.folder is not None:
             with at_field("config.vision"):
-                params |= _vision_params(config.vision, mesh)
+                params |= _vision_params(models.vision, mesh)
     if target.decoder.moe != base.decoder.moe:
         make = jax.jit(
             lambda params: upcycle(params, target, router_rng, config.upcycle),
@@ -112,22 +139,20 @@ def student_params(
     return params
 
 
-def _vision_params(spec: str, mesh: Mesh) -> dict[str, Any]:
+def _vision_params(model: ResolvedModel, mesh: Mesh) -> dict[str, Any]:
     """`{"vision": ...}` of a model folder, as stored."""
-    folder = as_model_folder(spec)
-    config = read_model_config(folder)
-    shardings = param_shardings(mesh, abstract_params(config))
-    return load_params(folder, config, shardings=shardings, part="vision")
+    shardings = param_shardings(mesh, abstract_params(model.config))
+    return load_params(model.folder, model.config, shardings=shardings, part="vision")
 
 
-def warn_of_template(config: TrainConfig, base: ModelConfig) -> None:
+def _warn_of_template(config: TrainConfig, student: ResolvedModel) -> None:
     """Logs a warning if a trained student is distilled in another template than its own."""
-    trained = config.teacher and not config.student.startswith(RANDOM)
-    if trained and base.template != config.data.template:
+    trained = config.teacher and student.folder is not None
+    if trained and student.config.template != config.data.template:
         LOG.warning(
             "config.data.template is %r, but the student %r was trained with %r: it learns the "
             "other format in this stage, and its model folder will name that",
             config.data.template,
             config.student,
-            base.template,
+            student.config.template,
         )

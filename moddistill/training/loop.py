@@ -20,7 +20,6 @@ from moddistill.data.examples import ExampleSpec
 from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.pipeline import make_dataset
 from moddistill.data.quarantine import Quarantine
-from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
 from moddistill.distributed.processes import barrier, check_equal_on_all_processes, is_main_process
@@ -28,7 +27,7 @@ from moddistill.errors import at_field
 from moddistill.losses import Loss
 from moddistill.models.flops import StepFlops, step_flops
 from moddistill.models.moe.grouped_matmul import form
-from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.models.vlm import Vlm
 from moddistill.params import count, merge
 from moddistill.storage.atomic_dir import check_replaceable
 from moddistill.storage.model_folder import read_source, save_model
@@ -36,15 +35,13 @@ from moddistill.teachers.live import (
     load_teacher,
     same_tower,
     shares_tower,
-    teacher_architecture,
     without_tower,
 )
 from moddistill.training import checkpoint
 from moddistill.training.loading import (
-    student_architectures,
+    Models,
+    resolve_models,
     student_params,
-    student_tokenizer,
-    warn_of_template,
 )
 from moddistill.training.metrics import MetricsLog, weighted_means
 from moddistill.training.optim import schedule
@@ -102,8 +99,6 @@ def train(config: TrainConfig, workdir: Path) -> Path:
         LOG.info("%s is finished: %s", config.stage, result)
         return result
     resumes = last_step(workdir) is not None
-    if resumes:
-        check_models(config, workdir)
     check_replaceable(result, "train")  # before the steps, after which `save_model` does
     for change in changes:
         LOG.info("resumed with another setting: %s", change)
@@ -114,30 +109,31 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     with at_field("config.mesh"):
         mesh = sharding.make_mesh(config.mesh)
     check_spread(config, mesh)
+    models = resolve_models(config)
+    if resumes:
+        check_models(models, workdir)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        tokenizer = student_tokenizer(config)
         write_settings(config, workdir)  # before any other file of the workdir
         if not resumes:
-            write_models(config, workdir)
-        streams = open_streams(config, tokenizer, workdir)
-        run = prepare(config, tokenizer, mesh)
+            write_models(models, workdir)
+        streams = open_streams(config, models, workdir)
+        run = prepare(config, models, mesh)
         state = _loop(config, run, streams, mesh, workdir)
         params = merge(state.params, state.frozen)
-        save_model(result, run.model.config, params, tokenizer, dataclasses.asdict(config))
+        source = dataclasses.asdict(config)
+        save_model(result, run.model.config, params, models.tokenizer, source)
         barrier("writing the model")
     return result
 
 
-def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
+def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     """The compiled step's function, the state before the first step, the teacher's parameters."""
-    base, target = student_architectures(config, tokenizer)
-    warn_of_template(config, base)
-    teacher = teacher_architecture(config, target, tokenizer)
+    target, teacher = models.student_config, models.teacher_config
     program = make_program(config, target, teacher, mesh)
     teacher_params = None
     if teacher is not None:
-        teacher_params = load_teacher(config, teacher, program.teacher, mesh)
-    params = student_params(config, base, target, mesh)
+        teacher_params = load_teacher(config, models.teacher.folder, teacher, program.teacher, mesh)
+    params = student_params(config, models, mesh)
     make = jax.jit(program.make_state, out_shardings=program.places, donate_argnums=0)
     with warnings.catch_warnings():
         # Parameters that change their dtype cannot hand on their memory.
@@ -161,10 +157,9 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Run:
     return Run(program.model, program.loss, program.step, state, teacher_params, flops)
 
 
-def open_streams(config: TrainConfig, tokenizer: Tokenizer, workdir: Path) -> Streams:
+def open_streams(config: TrainConfig, models: Models, workdir: Path) -> Streams:
     """Opens all records of a run, before any model takes time to load."""
-    _, target = student_architectures(config, tokenizer)
-    make = functools.partial(_batches, config, model=target, tokenizer=tokenizer, workdir=workdir)
+    make = functools.partial(_batches, config, models=models, workdir=workdir)
     training = make(config.data, origin="config.data.sources")
     if not config.heldout_steps:
         return Streams(training, None)
@@ -176,12 +171,11 @@ def _batches(
     config: TrainConfig,
     data: DataConfig,
     *,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
+    models: Models,
     workdir: Path,
     origin: str,
 ) -> Iterator[Any]:
-    tower = model.vision
+    tower = models.student_config.vision
     spec = ExampleSpec(
         template=data.template,
         max_length=data.max_length,
@@ -193,7 +187,7 @@ def _batches(
     dataset = make_dataset(
         data,
         spec,
-        tokenizer,
+        models.tokenizer,
         kind=stage_of(config).records,
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,

@@ -22,7 +22,7 @@ from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.storage.model_folder import read_model_config
-from moddistill.training.loading import student_tokenizer
+from moddistill.training.loading import resolve_models
 from moddistill.training.loop import open_streams, train
 from moddistill.training.metrics import read_metrics
 from tests import torch_or_skip as torch
@@ -119,7 +119,7 @@ def in_torch(folder):
 
 def batches(config, workdir):
     """The run's batches, as its pipeline makes them, and the tower that reads their images."""
-    stream = open_streams(config, student_tokenizer(config), workdir / "again").training
+    stream = open_streams(config, resolve_models(config), workdir / "again").training
     return [next(stream) for _ in range(config.steps)], read_model_config(workdir / "model").vision
 
 

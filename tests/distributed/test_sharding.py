@@ -28,7 +28,7 @@ from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig
 from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
 from moddistill.planning.hlo_collectives import collectives
-from moddistill.training.loading import student_tokenizer
+from moddistill.training.loading import resolve_models
 from moddistill.training.loop import open_streams, prepare
 from moddistill.training.program import place
 from moddistill.training.stages import STAGES
@@ -152,9 +152,9 @@ def one_device_mesh():
 def first_steps(config, mesh, workdir):
     """Parameters and metrics after two steps of a stage on a mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        tokenizer = student_tokenizer(config)
-        run = prepare(config, tokenizer, mesh)
-        records = open_streams(config, tokenizer, workdir).training
+        models = resolve_models(config)
+        run = prepare(config, models, mesh)
+        records = open_streams(config, models, workdir).training
         state = run.state
         for _ in range(2):
             state, metrics = run.step(state, run.teacher, put_batch(mesh, next(records)))

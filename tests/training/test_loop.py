@@ -13,6 +13,7 @@ from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
 from moddistill.training import loop
+from moddistill.training.loading import resolve_models
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 
@@ -70,7 +71,7 @@ def test_images_are_padded_with_the_mean_of_the_tower(
         loop, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
     )
     stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
-    loop.open_streams(stage, tokenizer, tmp_path)
+    loop.open_streams(stage, resolve_models(stage), tmp_path)
     assert specs and {spec.pad_color[0] for spec in specs} == {color}
 
 
