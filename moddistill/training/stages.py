@@ -13,16 +13,17 @@ from moddistill.config import TrainConfig
 from moddistill.errors import UserError, nearest
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
-from moddistill.models.vision import NEVER_COMPUTED
-from moddistill.params import match
+from moddistill.params import (
+    DENSE_LAYERS,
+    EXPERT_LAYERS,
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    is_computed,
+    match,
+)
 
-_LANGUAGE = "decoder/.*"
-_PROJECTOR = "projector/.*"
-_EXPERTS = "decoder/.*/moe/.*"
-_DENSE_MLP = "decoder/.*/mlp/.*"
 _KD = ("kd_weight", "kd_positions", "kd_shift")
 _CE = ("ce_weight",)
-_NEVER_COMPUTED = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,32 +44,32 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "sft": Stage(
-        trains=(_LANGUAGE, _PROJECTOR),
+        trains=(LANGUAGE_MODEL, PROJECTOR),
         loss=functools.partial(token_loss, terms=("ce",)),
         reads=_CE,
     ),
     "init": Stage(
-        trains=(_PROJECTOR,),
+        trains=(PROJECTOR,),
         loss=functools.partial(token_loss, terms=("ce",)),
         reads=_CE,
     ),
     "d2d": Stage(
-        trains=(_LANGUAGE, _PROJECTOR),
+        trains=(LANGUAGE_MODEL, PROJECTOR),
         loss=functools.partial(token_loss, terms=("kd",)),
         reads=_KD,
         teacher=True,
     ),
     "d2s": Stage(
-        trains=(_EXPERTS, _PROJECTOR),
-        also=(_DENSE_MLP,),
+        trains=(EXPERT_LAYERS, PROJECTOR),
+        also=(DENSE_LAYERS,),
         loss=functools.partial(token_loss, terms=("kd", "ce")),
         reads=_KD + _CE,
         teacher=True,
         sparse=True,
     ),
     "preference": Stage(
-        trains=(_EXPERTS, _PROJECTOR),
-        also=(_DENSE_MLP,),
+        trains=(EXPERT_LAYERS, PROJECTOR),
+        also=(DENSE_LAYERS,),
         loss=preference_loss,
         reads=("preference", "beta", "label_smoothing"),
         teacher=True,
@@ -104,7 +105,7 @@ def trainable_paths(config: TrainConfig, paths: Sequence[str]) -> set[str]:
     """
     origin = "config.trainable"
     found = match(paths, _patterns(config, paths), origin)
-    computed = {path for path in found if not path.startswith(_NEVER_COMPUTED)}
+    computed = {path for path in found if is_computed(path)}
     if not computed:
         raise UserError(
             f"{origin} is {config.trainable!r}, of which nothing is ever computed; accepted: "
