@@ -1,7 +1,9 @@
-"""The models a run begins with: architectures first, then parameters into their shards."""
+"""What a run begins with: compiled step, state before the first step, teacher."""
 
 import dataclasses
 import logging
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,113 +11,83 @@ from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import (
-    RANDOM,
     ResolvedModel,
     load_or_init,
     random_params,
-    resolve,
 )
-from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import param_shardings
-from moddistill.errors import UserError, at_field, invalid
-from moddistill.models.upcycle import check_upcycle, upcycle, upcycle_config
-from moddistill.models.vlm import ModelConfig, abstract_params
+from moddistill.errors import at_field
+from moddistill.losses import Loss
+from moddistill.models.flops import StepFlops, step_flops
+from moddistill.models.moe.grouped_matmul import form
+from moddistill.models.upcycle import upcycle
+from moddistill.models.vlm import Vlm, abstract_params
+from moddistill.params import count
 from moddistill.storage.model_folder import load_params
-from moddistill.teachers.live import teacher_architecture
-from moddistill.training.stages import stage_of
+from moddistill.teachers.live import (
+    load_teacher,
+    same_tower,
+    shares_tower,
+    without_tower,
+)
+from moddistill.training.architectures import Models
+from moddistill.training.program import Program, make_program, step_size
+from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
 
 
-class Models(NamedTuple):
-    """The models of a run, each spec resolved once.
+class Run(NamedTuple):
+    """Everything that a run computes with, on the mesh.
 
     Attributes:
-      tokenizer: of the student.
-      student: what `config.student` names.
-      vision: what `config.vision` names, if anything.
-      teacher: what `config.teacher` names, if anything.
-      student_config: the architecture that the stage trains.
-      teacher_config: the teacher's, with the token ids that it shares with the student.
+      model: the student.
+      loss: of the stage.
+      step: `state, metrics = step(state, teacher, batch)`, jitted; donates the state.
+      state: before the first step.
+      teacher: the teacher's parameters, or None; without its vision encoder if that is shared.
+      flops: of one step.
     """
 
-    tokenizer: Tokenizer
-    student: ResolvedModel
-    vision: ResolvedModel | None
-    teacher: ResolvedModel | None
-    student_config: ModelConfig
-    teacher_config: ModelConfig | None
+    model: Vlm
+    loss: Loss
+    step: Callable[..., Any]
+    state: State
+    teacher: dict[str, Any] | None
+    flops: StepFlops
 
 
-def resolve_models(config: TrainConfig) -> Models:
-    """Resolves student, vision encoder and teacher, and checks that they fit each other.
-
-    Raises:
-      UserError: naming the setting of a model that does not exist or does not fit.
-    """
-    student, tokenizer = _student(config)
-    vision = teacher = None
-    if config.vision:
-        with at_field("config.vision"):
-            vision = resolve(config.vision, tokenizer)
-    target = trained_architecture(config, student.config, vision.config if vision else None)
-    teacher_config = None
-    if config.teacher:
-        with at_field("config.teacher"):
-            teacher = resolve(config.teacher, tokenizer)
-            teacher_config = teacher_architecture(config, teacher, target, tokenizer)
-    _warn_of_template(config, student)
-    return Models(tokenizer, student, vision, teacher, target, teacher_config)
-
-
-def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
-    """The student with the tokenizer of its folder, or of `config.tokenizer` for new weights."""
-    if not config.student.startswith(RANDOM):
-        if config.tokenizer:
-            expected = f"'', since the student {config.student!r} has its own"
-            raise invalid("config.tokenizer", config.tokenizer, expected)
-        with at_field("config.student"):
-            student = resolve(config.student)
-            return student, load_tokenizer(str(student.folder))
-    if not config.tokenizer:
-        expected = f"a tokenizer folder, since the student is {config.student!r}"
-        raise invalid("config.tokenizer", config.tokenizer, expected)
-    with at_field("config.tokenizer"):
-        tokenizer = load_tokenizer(config.tokenizer)
-    with at_field("config.student"):
-        return resolve(config.student, tokenizer), tokenizer
+def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
+    """Loads or initialises all parameters of a run, sharded over the mesh, and its step."""
+    target, teacher = models.student_config, models.teacher_config
+    program = make_program(config, target, teacher, mesh)
+    teacher_params = None
+    if teacher is not None:
+        teacher_params = load_teacher(config, models.teacher.folder, teacher, program.teacher, mesh)
+    state = _first_state(program, student_params(config, models, mesh))
+    total = count(state.params) + count(state.frozen)
+    LOG.info(
+        "%s: %s parameters, %s trainable", config.stage, f"{total:,}", f"{count(state.params):,}"
+    )
+    if target.decoder.moe is not None:
+        LOG.info("experts are computed by %s", form())
+    shared = shares_tower(target, teacher, state.params) and same_tower(
+        state.frozen, teacher_params
+    )
+    if shared:
+        LOG.info("the teacher gets the features of the student's vision encoder, which is the same")
+        teacher_params = without_tower(teacher_params)
+    flops = step_flops(target, teacher, step_size(config, target), set(state.params), shared)
+    return Run(program.model, program.loss, program.step, state, teacher_params, flops)
 
 
-def trained_architecture(
-    config: TrainConfig, base: ModelConfig, tower: ModelConfig | None
-) -> ModelConfig:
-    """The student with the stage's template, the tower of another model, and its experts."""
-    target = dataclasses.replace(base, template=config.data.template)
-    if tower is not None:
-        if base.vision is not None:
-            raise UserError(
-                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
-                "tower already; accepted: an empty string"
-            )
-        if tower.vision is None:
-            raise UserError(
-                f"config.vision is {config.vision!r}, which has no vision encoder; accepted: a "
-                "model with one"
-            )
-        is_new = config.student.startswith(RANDOM)
-        if not is_new and base.image_token >= base.decoder.vocab_size:
-            raise UserError(
-                f"config.student is {config.student!r}, in which <image> is id {base.image_token} "
-                f"and the embedding has {base.decoder.vocab_size} rows; accepted: a student that "
-                "was imported with --vision, which adds the row"
-            )
-        target = dataclasses.replace(target, vision=tower.vision)
-    if not stage_of(config).sparse:
-        return target
-    with at_field("config.upcycle"):
-        check_upcycle(config.upcycle)
-    with at_field("config.student" if base.decoder.moe else "config.moe"):
-        return upcycle_config(target, config.moe)
+def _first_state(program: Program, params: dict[str, Any]) -> State:
+    """Makes the state of `params`, which it donates: they and the state never exist together."""
+    make = jax.jit(program.make_state, out_shardings=program.state_shardings, donate_argnums=0)
+    with warnings.catch_warnings():
+        # A buffer whose parameter changes its dtype cannot be reused, and JAX warns of each.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return make(params)
 
 
 def student_params(config: TrainConfig, models: Models, mesh: Mesh) -> dict[str, Any]:
@@ -143,16 +115,3 @@ def _vision_params(model: ResolvedModel, mesh: Mesh) -> dict[str, Any]:
     """`{"vision": ...}` of a model folder, as stored."""
     shardings = param_shardings(mesh, abstract_params(model.config))
     return load_params(model.folder, model.config, shardings=shardings, part="vision")
-
-
-def _warn_of_template(config: TrainConfig, student: ResolvedModel) -> None:
-    """Logs a warning if a trained student is distilled in another template than its own."""
-    trained = config.teacher and student.folder is not None
-    if trained and student.config.template != config.data.template:
-        LOG.warning(
-            "config.data.template is %r, but the student %r was trained with %r: it learns the "
-            "other format in this stage, and its model folder will name that",
-            config.data.template,
-            config.student,
-            student.config.template,
-        )

@@ -15,7 +15,7 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.storage.digests import fingerprint
 from moddistill.storage.json_file import read_json
 from moddistill.storage.model_folder import read_source
-from moddistill.training.loading import Models
+from moddistill.training.architectures import Models
 
 _NAME = "models.json"
 

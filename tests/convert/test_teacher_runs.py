@@ -22,9 +22,10 @@ from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.storage.model_folder import read_model_config
-from moddistill.training.loading import resolve_models
-from moddistill.training.loop import open_streams, train
+from moddistill.training.architectures import resolve_models
+from moddistill.training.loop import train
 from moddistill.training.metrics import read_metrics
+from moddistill.training.streams import open_streams
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 from tests.convert import published

@@ -28,10 +28,11 @@ from moddistill.models.vision import Vision, VisionConfig
 from moddistill.models.vlm import abstract_params
 from moddistill.params import flatten
 from moddistill.planning.hlo_collectives import collectives
-from moddistill.training.loading import resolve_models
-from moddistill.training.loop import open_streams, prepare
-from moddistill.training.program import place
+from moddistill.training.architectures import resolve_models
+from moddistill.training.loading import prepare
+from moddistill.training.program import with_shardings
 from moddistill.training.stages import STAGES
+from moddistill.training.streams import open_streams
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_tower_gathers_its_kernels_and_nothing_of_its_samples():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     images = jax.ShapeDtypeStruct((64, 56, 56, 3), jnp.uint8, sharding=batch_sharding(mesh))
     boxed = jax.eval_shape(tower.init, jax.random.key(0), images)
-    params = place(sharding.unbox(boxed), param_shardings(mesh, boxed))
+    params = with_shardings(sharding.unbox(boxed), param_shardings(mesh, boxed))
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         found = collectives(jax.jit(tower.apply).lower(params, images).compile().as_text())
     assert found.keys() == {"all-gather"}

@@ -16,6 +16,7 @@ from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
 from moddistill.training import loading
+from moddistill.training.architectures import resolve_models
 from moddistill.training.program import make_program
 
 
@@ -34,7 +35,7 @@ def start(mesh):
     """`start(config)`: what a stage trains, before the first step."""
 
     def make(config):
-        models = loading.resolve_models(config)
+        models = resolve_models(config)
         return models.student_config, loading.student_params(config, models, mesh)
 
     return make
@@ -114,7 +115,7 @@ def test_student_that_does_not_fit(tiny_config, tiny_models, fields, message):
     fields = {k: folders.get(v, v) if isinstance(v, str) else v for k, v in fields.items()}
     config = tiny_config("d2s", **fields)
     with pytest.raises(ValueError, match=message):
-        loading.resolve_models(config)
+        resolve_models(config)
 
 
 def changed(config, **fields):

@@ -7,7 +7,7 @@ import pytest
 from moddistill.convert.resolve import resolve
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
-from moddistill.training import loading
+from moddistill.training.architectures import resolve_models
 
 
 @pytest.fixture
@@ -50,5 +50,5 @@ def test_a_student_distilled_in_another_template_is_a_warning(
     stage, warned, tiny_config, trained_with, caplog
 ):
     config = tiny_config(stage, student=trained_with("chatml", "tiny"), tokenizer="")
-    loading.resolve_models(config)
+    resolve_models(config)
     assert ("is 'vicuna', but the student" in caplog.text) == warned

@@ -9,7 +9,7 @@ from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.errors import UserError
 from moddistill.storage.digests import NAME, write_digests
-from moddistill.training.loading import resolve_models
+from moddistill.training.architectures import resolve_models
 from moddistill.training.provenance import check_models, write_models
 from tests.convert import hf_folders
 

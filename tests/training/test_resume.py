@@ -16,10 +16,10 @@ from moddistill.params import flatten
 from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import VERSION, read_source
 from moddistill.training import loop
-from moddistill.training.loading import resolve_models
+from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
 from moddistill.training.provenance import write_models
-from moddistill.training.validation import write_settings
+from moddistill.training.workdir import write_settings
 
 
 def with_fields(config, **changes):
