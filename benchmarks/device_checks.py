@@ -265,7 +265,7 @@ def _one_step(config: TrainConfig, params: tuple[Any, Any], device: Any) -> dict
     student, teacher = _models(config)
     with on(device, "highest" if config.dtype == "float32" else None) as mesh:
         program = make_program(config, student, teacher, mesh)
-        state = jax.jit(program.make_state, out_shardings=program.places)(params[0])
+        state = jax.jit(program.make_state, out_shardings=program.state_shardings)(params[0])
         taught = jax.tree.map(
             lambda x, shape: jax.device_put(x.astype(shape.dtype), shape.sharding),
             params[1],

@@ -30,7 +30,7 @@ from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import cast_frozen
 from moddistill.planning.planner import abstract_batch, architectures, peak_bytes
 from moddistill.teachers.live import shares_tower, without_tower
-from moddistill.training.program import make_program, place, step_size
+from moddistill.training.program import make_program, step_size, with_shardings
 
 GIB = 2**30
 _STEPS = 10
@@ -126,9 +126,9 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
     with on(device) as mesh:
         student, teacher = architectures(config)
         program = make_program(config, student, teacher, mesh)
-        shapes = place(program.state, program.places)
+        shapes = with_shardings(program.abstract_state, program.state_shardings)
         taught = program.teacher
-        if shared := shares_tower(student, teacher, program.state.params):
+        if shared := shares_tower(student, teacher, program.abstract_state.params):
             taught = without_tower(taught)
         say(f"  compiling {pair.student} from {pair.teacher}")
         began = time.perf_counter()
@@ -144,7 +144,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         seconds, losses = _run(step, state, taught, sharding.put_batch(mesh, batch), left)
         measured = _peak_in_use(device)
     size = step_size(config, student)
-    flops = step_flops(student, teacher, size, set(program.state.params), shared)
+    flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
     figures = {
         "student": pair.student,
         "teacher": pair.teacher,
@@ -263,7 +263,7 @@ def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
             lambda x: cast_frozen(x, jnp.bfloat16), sharding.unbox(abstract_params(config))
         )
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
-        params = random_leaves(place(shapes, everywhere), 0)
+        params = random_leaves(with_shardings(shapes, everywhere), 0)
         settings = TrainConfig(batch_size=rows, data=DataConfig(max_length=length))
         batch = random_batch(settings, config, mesh, full=True)
         batch = sharding.put_batch(mesh, batch)

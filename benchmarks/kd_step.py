@@ -85,7 +85,7 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     )
     mesh = make_mesh(config.mesh)
     program = make_program(config, student, teacher, mesh)
-    state = jax.jit(program.make_state, out_shardings=program.places)(
+    state = jax.jit(program.make_state, out_shardings=program.state_shardings)(
         load_params(folder / "student", student)
     )
     frozen = without_tower(load_params(folder / "teacher", teacher))

@@ -11,10 +11,10 @@ def random_params(config: Any, seed: int) -> dict[str, Any]:
     import jax
 
     from moddistill.config import MeshConfig
+    from moddistill.convert.resolve import random_params as init
     from moddistill.distributed.sharding import make_mesh
-    from moddistill.training import loading
 
-    return loading.random_params(config, make_mesh(MeshConfig()), jax.random.key(seed))
+    return init(config, make_mesh(MeshConfig()), jax.random.key(seed))
 
 
 def save_both(folder: Path, name: str, config: Any, params: dict[str, Any]) -> None:

@@ -1,11 +1,12 @@
-"""Parameters as `{path: array}`, addressed by patterns that must match something.
+"""Parameters as `{path: array}`: their named groups, and functions over paths.
 
-A path joins the keys of the nested dict with `/`; a pattern is a regular expression that matches a
-whole path. Freezing, weight decay and partial loading are functions over these.
+A path joins the keys of the nested dict with `/`; a pattern is a regular expression that matches an
+entire path, and must match at least one. Freezing, weight decay, precision, quantization and
+partial loading are functions over these.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,29 @@ from flax import traverse_util
 from moddistill.errors import UserError, invalid
 
 Flat = dict[str, Any]
+
+# Each parameter of a model is in exactly one group.
+GROUPS: dict[str, str] = {
+    "kernels": r".*/kernel",
+    "experts": r"decoder/.*/moe/experts_(gate|up|down)",
+    "routers": r"decoder/.*/moe/(router|blend|blend_bias)",
+    "embeddings": r"decoder/(embedding|head)",
+    "positions": r"vision/(positions|class_token)",
+    "norms": r".*/scale",
+    "biases": r".*/bias",
+}
+# Small parameters of float32 arithmetic: bfloat16 flips routers' near ties.
+FLOAT32_GROUPS = ("routers", "norms")
+DECAYED_GROUPS = ("kernels", "experts", "embeddings")
+
+# Parts of a model, as `config.trainable` names them; unlike groups they overlap.
+LANGUAGE_MODEL = r"decoder/.*"
+PROJECTOR = r"projector/.*"
+EXPERT_LAYERS = r"decoder/.*/moe/.*"
+DENSE_LAYERS = r"decoder/.*/mlp/.*"
+DECODER_LAYERS = r"decoder/segment_\d+/.*"
+# Stored so that a published vision encoder can be exported again; no feature depends on them.
+NEVER_COMPUTED = r"vision/(unused|post_norm)/.*"
 
 
 def flatten(params: dict[str, Any]) -> Flat:
@@ -85,16 +109,39 @@ def check_same(found: Flat, expected: Flat, origin: str) -> None:
         raise UserError(f"{origin} does not fit the architecture:\n  " + "\n  ".join(lines))
 
 
-_ALWAYS_FLOAT32 = ("router", "scale", "blend", "blend_bias")
+def in_group(path: str, *groups: str) -> bool:
+    """Whether a parameter is in one of these groups."""
+    return any(re.fullmatch(GROUPS[group], path) for group in groups)
+
+
+def is_computed(path: str) -> bool:
+    """Whether any output depends on a parameter."""
+    return not re.fullmatch(NEVER_COMPUTED, path)
+
+
+def check_groups(paths: Iterable[str], required: Iterable[str]) -> None:
+    """Checks that `GROUPS` partition the parameters of a model.
+
+    Args:
+      paths: of all parameters.
+      required: groups that must have a parameter.
+
+    Raises:
+      ValueError: listing parameters of no group or of several, and required groups without any.
+    """
+    groups = {path: [name for name in GROUPS if in_group(path, name)] for path in paths}
+    lines = [f"{path} is in {x or 'no group'}" for path, x in groups.items() if len(x) != 1]
+    present = {name for found in groups.values() for name in found}
+    lines += [f"no parameter is in {name!r}" for name in required if name not in present]
+    if lines:
+        raise ValueError("parameter groups:\n  " + "\n  ".join(lines))
 
 
 def cast_frozen(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Parameters as they are kept when they do not train, such as a teacher's.
-
-    Small ones that take part in float32 arithmetic keep it.
-    """
-
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float32 if path[-1].key in _ALWAYS_FLOAT32 else dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    """Parameters in the dtype of frozen ones, such as a teacher's; `FLOAT32_GROUPS` in float32."""
+    return unflatten(
+        {
+            path: x.astype(jnp.float32 if in_group(path, *FLOAT32_GROUPS) else dtype)
+            for path, x in flatten(params).items()
+        }
+    )

@@ -12,7 +12,7 @@ from moddistill.configdict import from_config_dict
 from moddistill.distributed.sharding import RULES, make_mesh
 from moddistill.models.presets import PRESETS
 from moddistill.planning import planner
-from moddistill.training.program import make_program, place
+from moddistill.training.program import make_program, with_shardings
 from moddistill.training.stages import stage_of
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
@@ -187,7 +187,7 @@ def test_full_size_step_fits_together(stage, arg):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     architecture, reference = planner.architectures(config)
     program = make_program(config, architecture, reference, mesh)
-    state = place(program.state, program.places)
+    state = with_shardings(program.abstract_state, program.state_shardings)
     batch = planner.abstract_batch(config, architecture, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
         new, metrics = jax.eval_shape(program.step, state, program.teacher, batch)

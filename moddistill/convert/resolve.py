@@ -1,5 +1,9 @@
-"""Resolves what a user names as a model: a model folder, a Hugging Face folder or a hub name."""
+"""Resolves what a setting names as a model.
 
+A spec is a model folder, a Hugging Face folder, a hub name, or `random:PRESET` for new weights.
+"""
+
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,41 @@ from moddistill.distributed.sharding import param_shardings, unbox
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params, dummy_batch
 from moddistill.storage.model_folder import load_params, read_model_config
+
+RANDOM = "random:"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedModel:
+    """A model that a spec names.
+
+    Attributes:
+      spec: as the user wrote it.
+      folder: its model folder; None for `random:PRESET`, whose weights are initialised.
+      config: its architecture.
+    """
+
+    spec: str
+    folder: Path | None
+    config: ModelConfig
+
+
+def resolve(spec: str, tokenizer: Tokenizer | None = None) -> ResolvedModel:
+    """Finds or imports the model folder of a spec and reads its architecture.
+
+    Args:
+      tokenizer: the one whose ids `random:PRESET` gets; by default those of the preset.
+
+    Raises:
+      UserError: if the spec names no model, or the tokenizer has more ids than the preset has rows.
+    """
+    if not spec.startswith(RANDOM):
+        folder = as_model_folder(spec)
+        return ResolvedModel(spec, folder, read_model_config(folder))
+    config = preset(spec.removeprefix(RANDOM))
+    if tokenizer is not None:
+        config = with_vocabulary(config, tokenizer.real_ids, tokenizer.image_id)
+    return ResolvedModel(spec, None, config)
 
 
 def as_model_folder(name: str | Path) -> Path:
@@ -48,27 +87,16 @@ def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
     return Vlm(config), load_params(folder, config, dtype=jnp.float32)
 
 
-RANDOM = "random:"
-
-
-def architecture(spec: str, tokenizer: Tokenizer) -> ModelConfig:
-    """The architecture of a model folder, a Hugging Face folder or `random:PRESET`."""
-    if spec.startswith(RANDOM):
-        config = preset(spec.removeprefix(RANDOM))
-        return with_vocabulary(config, tokenizer.real_ids, tokenizer.image_id)
-    return read_model_config(as_model_folder(spec))
-
-
-def spec_params(spec: str, config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
-    """Parameters of a model folder as they are stored, or new ones."""
-    if spec.startswith(RANDOM):
-        return random_params(config, mesh, rng)
-    shardings = param_shardings(mesh, abstract_params(config))
-    return load_params(as_model_folder(spec), config, shardings=shardings)
+def load_or_init(model: ResolvedModel, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
+    """Parameters of a model, sharded over the mesh: as stored in its folder, or new ones."""
+    if model.folder is None:
+        return random_params(model.config, mesh, rng)
+    shardings = param_shardings(mesh, abstract_params(model.config))
+    return load_params(model.folder, model.config, shardings=shardings)
 
 
 def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:
-    """New float32 parameters, made in their shards."""
+    """New float32 parameters, initialised in their shards."""
     shardings = param_shardings(mesh, abstract_params(config))
 
     def init(rng: jax.Array) -> dict[str, Any]:

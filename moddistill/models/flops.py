@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from moddistill.distributed.sharding import unbox
 from moddistill.models.decoder import DecoderConfig
-from moddistill.models.vision import NEVER_COMPUTED, VisionConfig
+from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, abstract_params
-from moddistill.params import flatten
+from moddistill.params import flatten, in_group, is_computed
 
 
 class StepFlops(NamedTuple):
@@ -117,7 +117,7 @@ def _projector_flops(config: ModelConfig) -> float:
     kernels = [
         leaf.size
         for path, leaf in flatten(unbox(abstract_params(config))).items()
-        if path.startswith("projector/") and path.endswith("/kernel")
+        if path.startswith("projector/") and in_group(path, "kernels")
     ]
     return 2.0 * sum(kernels)
 
@@ -128,7 +128,7 @@ def _trained_share(config: ModelConfig, trained: set[str]) -> float:
     active = {}
     for path, leaf in flatten(unbox(abstract_params(config))).items():
         if not path.startswith("vision/") and path != "decoder/embedding":
-            idle = "/experts_" in path and moe is not None
+            idle = in_group(path, "experts") and moe is not None
             active[path] = leaf.size * (moe.top_k / moe.num_experts if idle else 1.0)
     return sum(size for path, size in active.items() if path in trained) / sum(active.values())
 
@@ -140,9 +140,8 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """
     flat = flatten(unbox(abstract_params(config)))
     total = sum(leaf.size for leaf in flat.values())
-    experts = sum(leaf.size for path, leaf in flat.items() if "/experts_" in path)
+    experts = sum(leaf.size for path, leaf in flat.items() if in_group(path, "experts"))
     moe = config.decoder.moe
     idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts if moe else 0
-    never = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
-    idle += sum(leaf.size for path, leaf in flat.items() if path.startswith(never))
+    idle += sum(leaf.size for path, leaf in flat.items() if not is_computed(path))
     return total, total - idle

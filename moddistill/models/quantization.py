@@ -14,10 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from moddistill.params import flatten, unflatten
-
-_KERNELS = re.compile(r"decoder/segment_\d+/.*/(kernel|experts_(gate|up|down))")
-_LARGE = re.compile(rf"{_KERNELS.pattern}(/int8)?")
+from moddistill.params import DECODER_LAYERS, flatten, in_group, unflatten
 
 
 def pack(kernels: Float[Array, "..."], axis: int) -> dict[str, Array]:
@@ -61,7 +58,7 @@ def packed_shapes(shapes: dict[str, Any], weights: str, memory: str) -> dict[str
         packed = {path: _packed_shape(path, x) for path, x in flat.items() if _is_kernel(path)}
         flat = flatten(unflatten(flat | packed))
     if memory == "host":
-        flat |= {path: _on_host(x) for path, x in flat.items() if _LARGE.fullmatch(path)}
+        flat |= {p: _on_host(x) for p, x in flat.items() if _is_kernel(p.removesuffix("/int8"))}
     return unflatten(flat)
 
 
@@ -98,12 +95,14 @@ def pack_all(params: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_kernel(path: str) -> bool:
-    return bool(_KERNELS.fullmatch(path))
+    """Whether this is a matrix of the decoder's layers."""
+    in_layer = re.fullmatch(DECODER_LAYERS, path) is not None
+    return in_layer and in_group(path, "kernels", "experts")
 
 
 def _line(path: str) -> int:
     """The axis of a kernel's inputs, behind those of layers and experts."""
-    return 2 if "/experts_" in path else 1
+    return 2 if in_group(path, "experts") else 1
 
 
 def _packed_shape(path: str, x: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:

@@ -23,9 +23,6 @@ from moddistill.models.layers import (
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu, "gelu_tanh": tanh_gelu}
 
-# Parameters of a published tower that no feature depends on.
-NEVER_COMPUTED = ("unused", "post_norm")
-
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -158,7 +155,7 @@ class Vision(nn.Module):
         return layers(self.config, self.compute.dtype, name=name)
 
     def _init_never_computed(self, x: Float[Array, "B T D"]) -> None:
-        """Makes the parameters of `NEVER_COMPUTED`: layers above the selected one, and their norm.
+        """Makes the layers above the selected one and their norm, `params.NEVER_COMPUTED`.
 
         A tower is stored whole, so that it can be given back as it was published. `init` alone
         makes these parameters; `apply` takes them and spends no time on them.

@@ -24,6 +24,7 @@ from moddistill.models.decoder import Context, Decoder, DecoderConfig, KVCache
 from moddistill.models.moe.router import RouterStats
 from moddistill.models.projector import Projector
 from moddistill.models.vision import Vision, VisionConfig
+from moddistill.params import check_groups, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,4 +118,9 @@ def dummy_batch(config: ModelConfig) -> Batch:
 def abstract_params(config: ModelConfig) -> Any:
     """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
     model = Vlm(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch(config)))["params"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch(config)))["params"]
+    required = ["kernels", "embeddings", "norms"]
+    required += ["experts", "routers"] if config.decoder.moe_layers else []
+    required += ["positions", "biases"] if config.vision else []
+    check_groups(flatten(shapes), required)
+    return shapes

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
-from moddistill.convert.resolve import as_model_folder
+from moddistill.convert.resolve import RANDOM, resolve
 from moddistill.distributed import accelerators, sharding
 from moddistill.errors import UserError
 from moddistill.models.batch import AnyBatch, make_batch
@@ -22,12 +22,11 @@ from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import ModelConfig
 from moddistill.planning.hlo_collectives import collectives
-from moddistill.storage.model_folder import read_model_config
 from moddistill.teachers.live import check_teacher, shares_tower, without_tower
-from moddistill.training.loading import trained_architecture
-from moddistill.training.program import Program, make_program, place, step_size
+from moddistill.training.architectures import trained_architecture
+from moddistill.training.program import Program, make_program, step_size, with_shardings
 from moddistill.training.stages import stage_of
-from moddistill.training.validation import check_settings, check_spread
+from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")
 _RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
@@ -44,11 +43,11 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     devices = accelerators.topology_devices(topology)
     _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
-    check_spread(config, mesh)
+    check_batch_divides_mesh(config, mesh)
     # Outside of the mesh, whose devices cannot run even the smallest operation.
     program = make_program(config, student, teacher, mesh)
-    state = place(program.state, program.places)
-    if shared := shares_tower(student, teacher, program.state.params):
+    state = with_shardings(program.abstract_state, program.state_shardings)
+    if shared := shares_tower(student, teacher, program.abstract_state.params):
         program = program._replace(teacher=without_tower(program.teacher))
     batch = abstract_batch(config, student, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
@@ -66,7 +65,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
     size = step_size(config, student)
-    flops = step_flops(student, teacher, size, set(program.state.params), shared)
+    flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
     return report | _verdict(report, topology, utilisation)
 
@@ -108,9 +107,8 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
 
 
 def _architecture(spec: str) -> ModelConfig:
-    folder = Path(spec)
-    if not spec.startswith("random:") and folder.exists():
-        return read_model_config(as_model_folder(folder))
+    if not spec.startswith(RANDOM) and Path(spec).exists():
+        return resolve(spec).config
     names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
     if len(names) != 1:
         raise UserError(
@@ -189,7 +187,7 @@ def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
 
 def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
     """Bytes of one device by what they are for; those of a teacher in host memory apart."""
-    state = place(program.state, program.places)
+    state = with_shardings(program.abstract_state, program.state_shardings)
     parts = {
         "trained": state.params,
         "moments": state.opt_state,

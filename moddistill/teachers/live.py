@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moddistill.config import TrainConfig
-from moddistill.convert.resolve import RANDOM, architecture, as_model_folder, random_params
+from moddistill.convert.resolve import ResolvedModel, random_params
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import Batch
@@ -54,27 +55,20 @@ def teacher_inputs(params: dict[str, Any], batch: Batch, student: Output) -> Bat
 
 
 def teacher_architecture(
-    config: TrainConfig, student: ModelConfig, tokenizer: Tokenizer
-) -> ModelConfig | None:
-    """Returns the teacher's architecture, or None without a teacher.
-
-    Its `real_ids` are those that it shares with the student.
+    config: TrainConfig, teacher: ResolvedModel, student: ModelConfig, tokenizer: Tokenizer
+) -> ModelConfig:
+    """The teacher's architecture with the `real_ids` that it shares with the student.
 
     Raises:
-      UserError: the teacher's tokens, images or template differ from the student's.
+      UserError: if the teacher does not fit the student or the template of the records.
     """
-    if not config.teacher:
-        return None
-    with at_field("config.teacher"):
-        teacher = architecture(config.teacher, tokenizer)
-        check_teacher(teacher, student, config.teacher)
-        if config.teacher.startswith(RANDOM):
-            return teacher
-        check_template(config, teacher.template)
-        teacher_tokenizer = load_tokenizer(str(as_model_folder(config.teacher)))
-        shared = shared_ids(teacher_tokenizer, tokenizer, config.teacher)
-    decoder = dataclasses.replace(teacher.decoder, real_ids=shared)
-    return dataclasses.replace(teacher, decoder=decoder)
+    check_teacher(teacher.config, student, teacher.spec)
+    if teacher.folder is None:
+        return teacher.config
+    check_template(config, teacher.config.template)
+    shared = shared_ids(load_tokenizer(str(teacher.folder)), tokenizer, teacher.spec)
+    decoder = dataclasses.replace(teacher.config.decoder, real_ids=shared)
+    return dataclasses.replace(teacher.config, decoder=decoder)
 
 
 def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> None:
@@ -100,17 +94,17 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> No
 
 
 def load_teacher(
-    config: TrainConfig, teacher: ModelConfig, shapes: Any, mesh: Mesh
+    config: TrainConfig, folder: Path | None, teacher: ModelConfig, shapes: Any, mesh: Mesh
 ) -> dict[str, Any]:
     """Reads the teacher's parameters into the dtypes and shardings of `shapes`."""
     dtype = jnp.dtype(config.dtype)
-    if config.teacher.startswith(RANDOM):
+    if folder is None:
         params = random_params(teacher, mesh, jax.random.key(config.seed + 1))
         return pack_all(cast_frozen(params, dtype), shapes)
     read = unpacked_shapes(shapes, dtype)
     with at_field("config.teacher"):
         params = load_params(
-            as_model_folder(config.teacher),
+            folder,
             teacher,
             dtype=jax.tree.map(lambda x: x.dtype, read),
             shardings=jax.tree.map(lambda x: x.sharding, read),

@@ -1,108 +1,107 @@
-"""The models a stage begins with: architectures first, then parameters into their shards."""
+"""What a run begins with: compiled step, state before the first step, teacher."""
 
 import dataclasses
 import logging
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import (
-    RANDOM,
-    architecture,
-    as_model_folder,
+    ResolvedModel,
+    load_or_init,
     random_params,
-    spec_params,
 )
-from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import param_shardings
-from moddistill.errors import UserError, at_field
-from moddistill.models.upcycle import check_upcycle, upcycle, upcycle_config
-from moddistill.models.vlm import ModelConfig, abstract_params
-from moddistill.storage.model_folder import load_params, read_model_config
-from moddistill.training.stages import stage_of
+from moddistill.errors import at_field
+from moddistill.losses import Loss
+from moddistill.models.flops import StepFlops, step_flops
+from moddistill.models.moe.grouped_matmul import form
+from moddistill.models.upcycle import upcycle
+from moddistill.models.vlm import Vlm, abstract_params
+from moddistill.params import count
+from moddistill.storage.model_folder import load_params
+from moddistill.teachers.live import (
+    load_teacher,
+    same_tower,
+    shares_tower,
+    without_tower,
+)
+from moddistill.training.architectures import Models
+from moddistill.training.program import Program, make_program, step_size
+from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
 
 
-def student_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer of the student's folder, or `config.tokenizer` for a random student."""
-    if not config.student.startswith(RANDOM):
-        if config.tokenizer:
-            raise UserError(
-                f"config.tokenizer is {config.tokenizer!r}, but the student {config.student!r} "
-                "brings its own; accepted: an empty string"
-            )
-        with at_field("config.student"):
-            folder = as_model_folder(config.student)
-            read_model_config(folder)
-            return load_tokenizer(str(folder))
-    if not config.tokenizer:
-        raise UserError(
-            f"config.tokenizer is empty; a student with new weights ({config.student!r}) needs a "
-            "tokenizer folder"
-        )
-    with at_field("config.tokenizer"):
-        return load_tokenizer(config.tokenizer)
+class Run(NamedTuple):
+    """Everything that a run computes with, on the mesh.
+
+    Attributes:
+      model: the student.
+      loss: of the stage.
+      step: `state, metrics = step(state, teacher, batch)`, jitted; donates the state.
+      state: before the first step.
+      teacher: the teacher's parameters, or None; without its vision encoder if that is shared.
+      flops: of one step.
+    """
+
+    model: Vlm
+    loss: Loss
+    step: Callable[..., Any]
+    state: State
+    teacher: dict[str, Any] | None
+    flops: StepFlops
 
 
-def student_architectures(
-    config: TrainConfig, tokenizer: Tokenizer
-) -> tuple[ModelConfig, ModelConfig]:
-    """What `config.student` holds, and what the stage trains."""
-    with at_field("config.student"):
-        base = architecture(config.student, tokenizer)
-    with at_field("config.vision"):
-        tower = architecture(config.vision, tokenizer) if config.vision else None
-    return base, trained_architecture(config, base, tower)
+def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
+    """Loads or initialises all parameters of a run, sharded over the mesh, and its step."""
+    target, teacher = models.student_config, models.teacher_config
+    program = make_program(config, target, teacher, mesh)
+    teacher_params = None
+    if teacher is not None:
+        teacher_params = load_teacher(config, models.teacher.folder, teacher, program.teacher, mesh)
+    state = _first_state(program, student_params(config, models, mesh))
+    total = count(state.params) + count(state.frozen)
+    LOG.info(
+        "%s: %s parameters, %s trainable", config.stage, f"{total:,}", f"{count(state.params):,}"
+    )
+    if target.decoder.moe is not None:
+        LOG.info("experts are computed by %s", form())
+    shared = shares_tower(target, teacher, state.params) and same_tower(
+        state.frozen, teacher_params
+    )
+    if shared:
+        LOG.info("the teacher gets the features of the student's vision encoder, which is the same")
+        teacher_params = without_tower(teacher_params)
+    flops = step_flops(target, teacher, step_size(config, target), set(state.params), shared)
+    return Run(program.model, program.loss, program.step, state, teacher_params, flops)
 
 
-def trained_architecture(
-    config: TrainConfig, base: ModelConfig, tower: ModelConfig | None
-) -> ModelConfig:
-    """The student with the stage's template, the tower of another model, and its experts."""
-    target = dataclasses.replace(base, template=config.data.template)
-    if tower is not None:
-        if base.vision is not None:
-            raise UserError(
-                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
-                "tower already; accepted: an empty string"
-            )
-        if tower.vision is None:
-            raise UserError(
-                f"config.vision is {config.vision!r}, which has no vision encoder; accepted: a "
-                "model with one"
-            )
-        is_new = config.student.startswith(RANDOM)
-        if not is_new and base.image_token >= base.decoder.vocab_size:
-            raise UserError(
-                f"config.student is {config.student!r}, in which <image> is id {base.image_token} "
-                f"and the embedding has {base.decoder.vocab_size} rows; accepted: a student that "
-                "was imported with --vision, which adds the row"
-            )
-        target = dataclasses.replace(target, vision=tower.vision)
-    if not stage_of(config).sparse:
-        return target
-    with at_field("config.upcycle"):
-        check_upcycle(config.upcycle)
-    with at_field("config.student" if base.decoder.moe else "config.moe"):
-        return upcycle_config(target, config.moe)
+def _first_state(program: Program, params: dict[str, Any]) -> State:
+    """Makes the state of `params`, which it donates: they and the state never exist together."""
+    make = jax.jit(program.make_state, out_shardings=program.state_shardings, donate_argnums=0)
+    with warnings.catch_warnings():
+        # A buffer whose parameter changes its dtype cannot be reused, and JAX warns of each.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return make(params)
 
 
-def student_params(
-    config: TrainConfig, base: ModelConfig, target: ModelConfig, mesh: Mesh
-) -> dict[str, Any]:
-    """The parameters of `target` before the first step, deterministic in `config.seed`."""
+def student_params(config: TrainConfig, models: Models, mesh: Mesh) -> dict[str, Any]:
+    """The student's parameters before the first step, deterministic in `config.seed`."""
     init_rng, tower_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
+    base, target = models.student.config, models.student_config
     with at_field("config.student"):
-        params = spec_params(config.student, base, mesh, init_rng)
-    if config.vision:
+        params = load_or_init(models.student, mesh, init_rng)
+    if models.vision is not None:
         new = random_params(dataclasses.replace(base, vision=target.vision), mesh, tower_rng)
         params |= {"vision": new["vision"], "projector": new["projector"]}
-        if not config.vision.startswith(RANDOM):
+        if models.vision.folder is not None:
             with at_field("config.vision"):
-                params |= _vision_params(config.vision, mesh)
+                params |= _vision_params(models.vision, mesh)
     if target.decoder.moe != base.decoder.moe:
         make = jax.jit(
             lambda params: upcycle(params, target, router_rng, config.upcycle),
@@ -112,22 +111,7 @@ def student_params(
     return params
 
 
-def _vision_params(spec: str, mesh: Mesh) -> dict[str, Any]:
+def _vision_params(model: ResolvedModel, mesh: Mesh) -> dict[str, Any]:
     """`{"vision": ...}` of a model folder, as stored."""
-    folder = as_model_folder(spec)
-    config = read_model_config(folder)
-    shardings = param_shardings(mesh, abstract_params(config))
-    return load_params(folder, config, shardings=shardings, part="vision")
-
-
-def warn_of_template(config: TrainConfig, base: ModelConfig) -> None:
-    """Logs a warning if a trained student is distilled in another template than its own."""
-    trained = config.teacher and not config.student.startswith(RANDOM)
-    if trained and base.template != config.data.template:
-        LOG.warning(
-            "config.data.template is %r, but the student %r was trained with %r: it learns the "
-            "other format in this stage, and its model folder will name that",
-            config.data.template,
-            config.student,
-            base.template,
-        )
+    shardings = param_shardings(mesh, abstract_params(model.config))
+    return load_params(model.folder, model.config, shardings=shardings, part="vision")

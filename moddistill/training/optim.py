@@ -3,10 +3,7 @@
 import optax
 
 from moddistill.config import OptimConfig
-from moddistill.params import Flat
-
-# Matrices are decayed; biases, norm scales, routers and position tables are not.
-_DECAYED = ("kernel", "embedding", "head", "experts_gate", "experts_up", "experts_down")
+from moddistill.params import DECAYED_GROUPS, Flat, in_group
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -16,8 +13,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Flat) -> dict[str, bool]:
-    """Which parameters weight decay applies to."""
-    return {path: path.split("/")[-1] in _DECAYED for path in params}
+    """Whether weight decay applies, by path: to matrices, but not to routers or positions."""
+    return {path: in_group(path, *DECAYED_GROUPS) for path in params}
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -23,7 +23,7 @@ from moddistill.params import cast_frozen, flatten
 from moddistill.teachers.live import LiveTeacher
 from moddistill.training.optim import make_optimizer
 from moddistill.training.stages import stage_of, trainable_paths
-from moddistill.training.state import State, make_state, state_shardings
+from moddistill.training.state import State, make_state, make_state_shardings
 from moddistill.training.step import make_step
 
 SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
@@ -44,9 +44,9 @@ class Program(NamedTuple):
       model: the student.
       loss: of the stage.
       step: `state, metrics = step(state, teacher, batch)`, jitted; takes over the state's memory.
-      make_state: from all parameters to the state, to be jitted with `places`.
-      state: shapes of the state.
-      places: its shardings.
+      make_state: from all parameters to the state, to be jitted with `state_shardings`.
+      abstract_state: shapes and dtypes of the state.
+      state_shardings: its shardings.
       teacher: shapes of the teacher's parameters with their shardings, or None.
     """
 
@@ -54,8 +54,8 @@ class Program(NamedTuple):
     loss: Loss
     step: Callable[..., Any]
     make_state: Callable[[Any], State]
-    state: State
-    places: State
+    abstract_state: State
+    state_shardings: State
     teacher: Any
 
 
@@ -77,10 +77,10 @@ def make_program(
     def make(params: Any) -> State:
         return make_state(params, trainable, optimizer, compute.dtype)
 
-    everywhere = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     state = jax.eval_shape(make, params)
-    param_places = flatten(sharding.param_shardings(mesh, boxed))
-    places = state_shardings(state, param_places, optimizer, everywhere)
+    param_shardings = flatten(sharding.param_shardings(mesh, boxed))
+    shardings = make_state_shardings(state, param_shardings, optimizer, replicated)
     packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
     compute = dataclasses.replace(compute, quantized_layers=packed)
     live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
@@ -88,10 +88,10 @@ def make_program(
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
         donate_argnums=(0,) if config.donate else (),
-        out_shardings=(places, everywhere),
+        out_shardings=(shardings, replicated),
     )
     frozen = None if teacher is None else _teacher_shapes(config, teacher, mesh)
-    return Program(model, loss, step, make, state, places, frozen)
+    return Program(model, loss, step, make, state, shardings, frozen)
 
 
 def compute_config(config: TrainConfig) -> ComputeConfig:
@@ -121,12 +121,12 @@ def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> di
     boxed = _abstract_params(config, teacher, mesh, "teacher")
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
-    shapes = place(shapes, sharding.param_shardings(mesh, boxed))
+    shapes = with_shardings(shapes, sharding.param_shardings(mesh, boxed))
     return packed_shapes(shapes, config.teacher_weights, config.teacher_memory)
 
 
-def place(shapes: Any, shardings: Any) -> Any:
-    """Shapes with their shardings."""
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Returns abstract arrays with their shardings."""
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

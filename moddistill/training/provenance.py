@@ -9,53 +9,54 @@ import hashlib
 import json
 from pathlib import Path
 
-from moddistill.config import TrainConfig
-from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, at_field
+from moddistill.models.vlm import ModelConfig
 from moddistill.storage.digests import fingerprint
 from moddistill.storage.json_file import read_json
-from moddistill.storage.model_folder import read_model_config, read_source
+from moddistill.storage.model_folder import read_source
+from moddistill.training.architectures import Models
 
 _NAME = "models.json"
 
 
-def check_models(config: TrainConfig, workdir: Path) -> None:
+def check_models(models: Models, workdir: Path) -> None:
     """Compares the models of a run that is going to resume with those it began with.
 
     Raises:
       UserError: if a model folder has other content now, or its record is missing.
     """
     recorded = read_json(workdir / _NAME)
-    for name, digest in _fingerprints(config).items():
+    for name, digest in _fingerprints(models).items():
         if recorded.get(name) != digest:
+            spec = getattr(models, name).spec
             raise UserError(
                 f"config.{name}: expected the model that the run in {workdir} began with "
-                f"(digest {str(recorded.get(name))[:12]}), got {getattr(config, name)!r} with "
+                f"(digest {str(recorded.get(name))[:12]}), got {spec!r} with "
                 f"other content ({digest[:12]}); restore it, or use another --workdir"
             )
 
 
-def write_models(config: TrainConfig, workdir: Path) -> None:
+def write_models(models: Models, workdir: Path) -> None:
     """Records the models that a run begins with."""
     if is_main_process():
         partial = workdir / f".{_NAME}.partial"
-        partial.write_text(json.dumps(_fingerprints(config), indent=2) + "\n")
+        partial.write_text(json.dumps(_fingerprints(models), indent=2) + "\n")
         partial.replace(workdir / _NAME)
 
 
-def _fingerprints(config: TrainConfig) -> dict[str, str]:
+def _fingerprints(models: Models) -> dict[str, str]:
     """The digest of each model folder by the setting that names it; new weights have none."""
     found = {}
     for name in ("student", "teacher", "vision"):
-        spec = getattr(config, name)
-        if spec and not spec.startswith(RANDOM):
+        model = getattr(models, name)
+        if model is not None and model.folder is not None:
             with at_field(f"config.{name}"):
-                found[name] = _fingerprint(as_model_folder(spec))
+                found[name] = _fingerprint(model.folder, model.config)
     return found
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(folder: Path, config: ModelConfig) -> str:
     """A digest of a model that stays the same when the same weights are imported again.
 
     Files of array stores differ from one import to the next, so an import records the digest of
@@ -64,5 +65,5 @@ def _fingerprint(folder: Path) -> str:
     weights = read_source(folder).get("imported", {}).get("weights")
     if weights is None:
         return fingerprint(folder)
-    architecture = dataclasses.asdict(read_model_config(folder))
-    return hashlib.sha256(json.dumps([architecture, weights]).encode()).hexdigest()
+    identity = json.dumps([dataclasses.asdict(config), weights])
+    return hashlib.sha256(identity.encode()).hexdigest()

@@ -15,16 +15,16 @@ from moddistill.errors import UserError, nearest
 from moddistill.losses import Loss
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
-from moddistill.models.vision import NEVER_COMPUTED
 from moddistill.models.vlm import Vlm
-from moddistill.params import match
+from moddistill.params import (
+    DENSE_LAYERS,
+    EXPERT_LAYERS,
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    is_computed,
+    match,
+)
 from moddistill.teachers.targets import Teacher
-
-_LANGUAGE = "decoder/.*"
-_PROJECTOR = "projector/.*"
-_EXPERTS = "decoder/.*/moe/.*"
-_DENSE_MLP = "decoder/.*/mlp/.*"
-_NEVER_COMPUTED = tuple(f"vision/{name}/" for name in NEVER_COMPUTED)
 
 
 def _token_loss(config: TrainConfig, student: Vlm, teacher: Teacher | None, terms: Any) -> Loss:
@@ -80,32 +80,32 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "sft": Stage(
-        trains=(_LANGUAGE, _PROJECTOR),
+        trains=(LANGUAGE_MODEL, PROJECTOR),
         loss=functools.partial(_token_loss, terms=("ce",)),
         reads=_CE + _ROUTER,
     ),
     "init": Stage(
-        trains=(_PROJECTOR,),
+        trains=(PROJECTOR,),
         loss=functools.partial(_token_loss, terms=("ce",)),
         reads=_CE + _ROUTER,
     ),
     "d2d": Stage(
-        trains=(_LANGUAGE, _PROJECTOR),
+        trains=(LANGUAGE_MODEL, PROJECTOR),
         loss=functools.partial(_token_loss, terms=("kd",)),
         reads=_KD + _ROUTER,
         teacher=True,
     ),
     "d2s": Stage(
-        trains=(_EXPERTS, _PROJECTOR),
-        also=(_DENSE_MLP,),
+        trains=(EXPERT_LAYERS, PROJECTOR),
+        also=(DENSE_LAYERS,),
         loss=functools.partial(_token_loss, terms=("kd", "ce")),
         reads=_KD + _CE + _ROUTER,
         teacher=True,
         sparse=True,
     ),
     "preference": Stage(
-        trains=(_EXPERTS, _PROJECTOR),
-        also=(_DENSE_MLP,),
+        trains=(EXPERT_LAYERS, PROJECTOR),
+        also=(DENSE_LAYERS,),
         loss=_preference_loss,
         reads=_PREFERENCE + _ROUTER,
         teacher=True,
@@ -141,7 +141,7 @@ def trainable_paths(config: TrainConfig, paths: Sequence[str]) -> set[str]:
     """
     origin = "config.trainable"
     found = match(paths, _patterns(config, paths), origin)
-    computed = {path for path in found if not path.startswith(_NEVER_COMPUTED)}
+    computed = {path for path in found if is_computed(path)}
     if not computed:
         raise UserError(
             f"{origin} is {config.trainable!r}, of which nothing is ever computed; accepted: "

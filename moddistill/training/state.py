@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how parameters are made ready for it."""
+"""Training state: trainable and frozen parameters, optimizer state, step."""
 
 from typing import Any
 
@@ -11,9 +11,15 @@ from moddistill.params import Flat, cast_frozen, flatten, split, unflatten
 
 @flax.struct.dataclass
 class State:
-    """`params` train and have moments in `opt_state`; `frozen` ones have neither.
+    """What a step updates.
 
-    Leaves are arrays, or in the same places their shapes or shardings.
+    Leaves are arrays; of an abstract state their shapes, of its shardings those.
+
+    Attributes:
+      step: number of steps made, int32.
+      params: trainable parameters by path, float32.
+      frozen: all other parameters by path; they have no moments.
+      opt_state: moments of `params`, and counters.
     """
 
     step: Any
@@ -32,23 +38,23 @@ def make_state(
     return State(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
 
 
-def state_shardings(
-    state: State, places: Flat, optimizer: optax.GradientTransformation, replicated: Any
+def make_state_shardings(
+    state: State, param_shardings: Flat, optimizer: optax.GradientTransformation, replicated: Any
 ) -> State:
-    """Where a state's leaves lie: moments beside their parameters, counters everywhere.
+    """Shardings of a state: moments like their parameters, counters replicated.
 
     Args:
       state: the shapes of the state.
-      places: shardings of all parameters by path.
+      param_shardings: of all parameters by path.
     """
-    trained = {path: places[path] for path in state.params}
+    trained = {path: param_shardings[path] for path in state.params}
     return State(
         step=replicated,
         params=trained,
-        frozen={path: places[path] for path in state.frozen},
+        frozen={path: param_shardings[path] for path in state.frozen},
         opt_state=optax.tree.map_params(
             optimizer,
-            lambda _, place: place,
+            lambda _, sharding: sharding,
             state.opt_state,
             trained,
             transform_non_params=lambda _: replicated,

@@ -22,9 +22,10 @@ from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.storage.model_folder import read_model_config
-from moddistill.training.loading import student_tokenizer
-from moddistill.training.loop import open_streams, train
+from moddistill.training.architectures import resolve_models
+from moddistill.training.loop import train
 from moddistill.training.metrics import read_metrics
+from moddistill.training.streams import open_streams
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 from tests.convert import published
@@ -119,7 +120,7 @@ def in_torch(folder):
 
 def batches(config, workdir):
     """The run's batches, as its pipeline makes them, and the tower that reads their images."""
-    stream = open_streams(config, student_tokenizer(config), workdir / "again").training
+    stream = open_streams(config, resolve_models(config), workdir / "again").training
     return [next(stream) for _ in range(config.steps)], read_model_config(workdir / "model").vision
 
 

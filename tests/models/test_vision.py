@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.vision import NEVER_COMPUTED, Vision, VisionConfig, normalise, patchify
+from moddistill.models.vision import Vision, VisionConfig, normalise, patchify
 from tests.models import draw
 
+NEVER_COMPUTED = ("unused", "post_norm")
 CONFIG = VisionConfig(image_size=12, patch_size=4, width=8, mlp=12, layers=3, heads=2)
 
 

@@ -9,14 +9,14 @@ import pytest
 import tokenizers
 
 from moddistill.config import ExpertConfig, MeshConfig
-from moddistill.convert import resolve
-from moddistill.convert.resolve import load
+from moddistill.convert.resolve import load, resolve
 from moddistill.data.tokenizer import Tokenizer, train_bpe
 from moddistill.distributed.sharding import make_mesh
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
 from moddistill.training import loading
+from moddistill.training.architectures import resolve_models
 from moddistill.training.program import make_program
 
 
@@ -31,12 +31,12 @@ def random_words():
 
 
 @pytest.fixture
-def start(tokenizer, mesh):
+def start(mesh):
     """`start(config)`: what a stage trains, before the first step."""
 
     def make(config):
-        base, target = loading.student_architectures(config, tokenizer)
-        return target, loading.student_params(config, base, target, mesh)
+        models = resolve_models(config)
+        return models.student_config, loading.student_params(config, models, mesh)
 
     return make
 
@@ -86,8 +86,14 @@ def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokenizer": ""}, r"config\.tokenizer is empty; .*'random:tiny'.* needs a tokenizer"),
-        ({"student": "DENSE"}, r"config\.tokenizer is .* brings its own; accepted: an empty"),
+        (
+            {"tokenizer": ""},
+            r"config\.tokenizer: expected a tokenizer folder, .*'random:tiny', got ''$",
+        ),
+        (
+            {"student": "DENSE"},
+            r"config\.tokenizer: expected '', since the student .* has its own, got '",
+        ),
         ({"student": "nowhere", "tokenizer": ""}, r"^config\.student: 'nowhere' is not a m"),
         (
             {"student": "random:tinny"},
@@ -109,8 +115,7 @@ def test_student_that_does_not_fit(tiny_config, tiny_models, fields, message):
     fields = {k: folders.get(v, v) if isinstance(v, str) else v for k, v in fields.items()}
     config = tiny_config("d2s", **fields)
     with pytest.raises(ValueError, match=message):
-        tokenizer = loading.student_tokenizer(config)
-        loading.student_architectures(config, tokenizer)
+        resolve_models(config)
 
 
 def changed(config, **fields):
@@ -155,7 +160,7 @@ def test_teacher_with_other_words(tiny_config, tiny_architecture, tiny_models, t
     with pytest.raises(
         ValueError, match=r"vocabulary of .*: expected the student's id .* for token"
     ):
-        live.teacher_architecture(config, tiny_architecture(), tokenizer)
+        live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), tokenizer)
 
 
 def with_token(tokenizer, token):
@@ -177,7 +182,9 @@ def test_control_token_of_one_side_is_masked_on_both(
     config = dataclasses.replace(config, decoder=decoder)
     save_model(tmp_path / "teacher", config, load(tiny_models["teacher"])[1], theirs, {})
     settings = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    accepted = live.teacher_architecture(settings, tiny_architecture(), ours)
+    accepted = live.teacher_architecture(
+        settings, resolve(settings.teacher), tiny_architecture(), ours
+    )
     assert accepted.decoder.real_ids == ((0, tokenizer.image_id),)
 
 
@@ -205,7 +212,7 @@ def test_token_with_two_ids_is_named_with_both(
     ids = (last + 2, last) if where == "teacher" else (last, last + 2)
     message = rf"token '<\|im_end\|>' is {ids[0]} there and {ids[1]} in the student; accepted: eq"
     with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(config, tiny_architecture(), ours)
+        live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), ours)
 
 
 def test_word_of_one_side_is_refused(
@@ -224,7 +231,9 @@ def test_word_of_one_side_is_refused(
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
     message = rf"token '<tool_call>' is None there and {tokenizer.image_id + 1} in the student"
     with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(config, tiny_architecture(), Tokenizer(backend))
+        live.teacher_architecture(
+            config, resolve(config.teacher), tiny_architecture(), Tokenizer(backend)
+        )
 
 
 def test_teacher_is_kept_in_the_frozen_dtype(
@@ -232,9 +241,10 @@ def test_teacher_is_kept_in_the_frozen_dtype(
 ):
     config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
     student = tiny_architecture()
-    teacher = live.teacher_architecture(config, student, tokenizer)
+    model = resolve(config.teacher, tokenizer)
+    teacher = live.teacher_architecture(config, model, student, tokenizer)
     shapes = make_program(config, student, teacher, mesh).teacher
-    flat = flatten(live.load_teacher(config, teacher, shapes, mesh))
+    flat = flatten(live.load_teacher(config, model.folder, teacher, shapes, mesh))
     assert flat["decoder/embedding"].dtype == jnp.bfloat16
     assert flat["decoder/norm/scale"].dtype == jnp.float32
 
@@ -247,9 +257,10 @@ def test_teacher_is_packed_and_off_loaded(
     fields = {"teacher_weights": "int8", "teacher_memory": "host"}
     config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
     student = tiny_architecture()
-    teacher = live.teacher_architecture(config, student, tokenizer)
+    model = resolve(config.teacher, tokenizer)
+    teacher = live.teacher_architecture(config, model, student, tokenizer)
     shapes = make_program(config, student, teacher, mesh).teacher
-    params = live.load_teacher(config, teacher, shapes, mesh)
+    params = live.load_teacher(config, model.folder, teacher, shapes, mesh)
     jax.tree.map(lambda x, shape: chex.assert_equal(x.sharding, shape.sharding), params, shapes)
     kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["gate"]["kernel"]
     assert kernel["int8"].dtype == jnp.int8
@@ -273,4 +284,4 @@ def test_towers_are_the_same_if_all_their_weights_are(tiny_models):
 def test_tokenizer_with_too_many_ids(tiny_config):
     tokenizer = train_bpe(random_words(), 400)
     with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the model's embedding 320"):
-        resolve.architecture("random:tiny", tokenizer)
+        resolve("random:tiny", tokenizer)

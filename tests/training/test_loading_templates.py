@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from moddistill.convert.resolve import resolve
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
-from moddistill.training import loading
+from moddistill.training.architectures import resolve_models
 
 
 @pytest.fixture
@@ -29,22 +30,25 @@ def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, 
         rf"'{config.teacher}' \(or the teacher imported with --template vicuna\), got 'vicuna'$"
     )
     with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(config, student, tokenizer)
+        live.teacher_architecture(config, resolve(config.teacher), student, tokenizer)
     data = dataclasses.replace(config.data, template="chatml")
     same = dataclasses.replace(config, data=data)
-    assert live.teacher_architecture(same, student, tokenizer).template == "chatml"
+    assert (
+        live.teacher_architecture(same, resolve(same.teacher), student, tokenizer).template
+        == "chatml"
+    )
 
 
 def test_new_weights_know_no_template(tiny_config, tiny_architecture, tokenizer):
     config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
-    live.teacher_architecture(config, tiny_architecture(), tokenizer)
+    teacher = resolve(config.teacher, tokenizer)
+    live.teacher_architecture(config, teacher, tiny_architecture(), tokenizer)
 
 
 @pytest.mark.parametrize(("stage", "warned"), [("init", False), ("sft", False), ("d2d", True)])
 def test_a_student_distilled_in_another_template_is_a_warning(
-    stage, warned, tiny_config, tiny_architecture, trained_with, caplog
+    stage, warned, tiny_config, trained_with, caplog
 ):
-    config = tiny_config(stage, student=trained_with("chatml", "tiny"))
-    base = dataclasses.replace(tiny_architecture(), template="chatml")
-    loading.warn_of_template(config, base)
+    config = tiny_config(stage, student=trained_with("chatml", "tiny"), tokenizer="")
+    resolve_models(config)
     assert ("is 'vicuna', but the student" in caplog.text) == warned

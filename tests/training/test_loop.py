@@ -12,7 +12,9 @@ from moddistill.convert.resolve import load
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
-from moddistill.training import loop
+from moddistill.training import loading, loop, streams
+from moddistill.training.architectures import resolve_models
+from moddistill.training.heldout import evaluate_heldout
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 
@@ -67,10 +69,10 @@ def test_images_are_padded_with_the_mean_of_the_tower(
     save_model(tmp_path / "model", config, init(config), tokenizer, {})
     specs = []
     monkeypatch.setattr(
-        loop, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
+        streams, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
     )
     stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
-    loop.open_streams(stage, tokenizer, tmp_path)
+    streams.open_streams(stage, resolve_models(stage), tmp_path)
     assert specs and {spec.pad_color[0] for spec in specs} == {color}
 
 
@@ -227,7 +229,7 @@ def test_held_out_batches_are_measured_in_micro_batches(tiny_config):
     state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
     records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
     run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
-    means = loop.measure(config, run, state, records, sharding.make_mesh(config.mesh))
+    means = evaluate_heldout(config, run, state, records, sharding.make_mesh(config.mesh))
     assert means == {"heldout_x": 15.0}
     assert sizes == [(8,)]  # compiled once
 
@@ -266,8 +268,8 @@ def test_one_pass_of_a_shared_tower_serves_both_models(
     config = tiny_config("d2d", student=folder, teacher=folder, tokenizer="", steps=2, remat="none")
     with caplog.at_level(logging.INFO, logger="moddistill"):
         loop.train(config, tmp_path / "shared")
-    assert "takes the features of the student's tower" in caplog.text
-    monkeypatch.setattr(loop, "same_tower", lambda *_: False)
+    assert "gets the features of the student's vision encoder" in caplog.text
+    monkeypatch.setattr(loading, "same_tower", lambda *_: False)
     loop.train(config, tmp_path / "apart")
     for shared, apart in zip(rows(tmp_path / "shared"), rows(tmp_path / "apart"), strict=True):
         assert shared == pytest.approx(apart, rel=1e-4, abs=1e-6)

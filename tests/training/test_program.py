@@ -13,7 +13,7 @@ from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.planning.planner import abstract_batch
-from moddistill.training.program import make_program, place
+from moddistill.training.program import make_program, with_shardings
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def make(tiny_config):
 def test_a_step_takes_over_the_memory_of_its_state(make, donate):
     config, mesh, program = make("d2s", donate=donate)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        state = place(program.state, program.places)
+        state = with_shardings(program.abstract_state, program.state_shardings)
         batch = abstract_batch(config, program.model.config, mesh)
         text = program.step.lower(state, program.teacher, batch).as_text()
     assert ("tf.aliasing_output" in text or "jax.buffer_donor" in text) == donate

@@ -9,6 +9,7 @@ from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.errors import UserError
 from moddistill.storage.digests import NAME, write_digests
+from moddistill.training.architectures import resolve_models
 from moddistill.training.provenance import check_models, write_models
 from tests.convert import hf_folders
 
@@ -31,36 +32,37 @@ def source(tiny_models, tmp_path):
 
 
 def test_run_resumes_with_the_same_weights_imported_again(tiny_config, source, tmp_path):
-    config = tiny_config("d2d", student=str(tmp_path / "model"))
+    config = tiny_config("d2d", student=str(tmp_path / "model"), tokenizer="")
     import_model(str(source(1)), tmp_path / "model")
-    write_models(config, tmp_path)
+    write_models(resolve_models(config), tmp_path)
     shutil.rmtree(tmp_path / "model")
     import_model(str(source(1)), tmp_path / "model")
-    check_models(config, tmp_path)
+    check_models(resolve_models(config), tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["student", "teacher"])
 def test_run_does_not_resume_with_other_weights(setting, tiny_config, source, tmp_path):
-    config = tiny_config("d2d", **{setting: str(tmp_path / "model")})
     import_model(str(source(1)), tmp_path / "model")
-    write_models(config, tmp_path)
+    fields = {"tokenizer": ""} if setting == "student" else {}
+    config = tiny_config("d2d", **{setting: str(tmp_path / "model")}, **fields)
+    write_models(resolve_models(config), tmp_path)
     import_model(str(source(2)), tmp_path / "model", overwrite=True)
     with pytest.raises(UserError, match=rf"^config\.{setting}: expected the model that the run"):
-        check_models(config, tmp_path)
+        check_models(resolve_models(config), tmp_path)
 
 
 def test_run_does_not_resume_with_another_model_of_a_stage(tiny_config, tiny_models, tmp_path):
     folder = shutil.copytree(tiny_models["dense"], tmp_path / "model")
-    config = tiny_config("d2d", student=str(folder))
-    write_models(config, tmp_path)
-    check_models(config, tmp_path)
+    config = tiny_config("d2d", student=str(folder), tokenizer="")
+    write_models(resolve_models(config), tmp_path)
+    check_models(resolve_models(config), tmp_path)
     description = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(description))  # without its line breaks
     write_digests(folder, "train")
     with pytest.raises(UserError, match=r"^config\.student: expected the model that the run"):
-        check_models(config, tmp_path)
+        check_models(resolve_models(config), tmp_path)
 
 
 def test_resuming_needs_the_record_of_models(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"models\.json"):
-        check_models(tiny_config("sft"), tmp_path)
+        check_models(resolve_models(tiny_config("sft")), tmp_path)

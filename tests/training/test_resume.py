@@ -16,9 +16,10 @@ from moddistill.params import flatten
 from moddistill.storage.atomic_dir import new_folder
 from moddistill.storage.model_folder import VERSION, read_source
 from moddistill.training import loop
+from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
 from moddistill.training.provenance import write_models
-from moddistill.training.validation import write_settings
+from moddistill.training.workdir import write_settings
 
 
 def with_fields(config, **changes):
@@ -256,7 +257,7 @@ def test_checkpoint_of_another_architecture(finished, tmp_path):
     config, whole = finished("d2s")
     other = with_fields(config, moe={"num_experts": 2})
     write_settings(other, tmp_path)
-    write_models(other, tmp_path)
+    write_models(resolve_models(other), tmp_path)
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
         loop.train(other, tmp_path)

@@ -10,7 +10,8 @@ from experiments import llava_mod
 from moddistill.config import RecipeConfig, SourceConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.training import loop
-from moddistill.training.validation import Range, check_is_workdir, check_settings, check_spread
+from moddistill.training.validation import Range, check_batch_divides_mesh, check_settings
+from moddistill.training.workdir import check_is_workdir
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
 
@@ -179,7 +180,7 @@ def spread_over(processes, **axes):
     ],
 )
 def test_processes_that_have_their_samples_to_themselves(tiny_config, processes, axes):
-    check_spread(tiny_config("sft"), spread_over(processes, **axes))
+    check_batch_divides_mesh(tiny_config("sft"), spread_over(processes, **axes))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_processes_that_have_their_samples_to_themselves(tiny_config, processes,
 )
 def test_processes_that_do_not(tiny_config, processes, axes, message):
     with pytest.raises(ValueError, match=message):
-        check_spread(tiny_config("sft"), spread_over(processes, **axes))
+        check_batch_divides_mesh(tiny_config("sft"), spread_over(processes, **axes))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""The models of a run, each spec resolved once, and the architecture that its stage trains."""
+
+import dataclasses
+import logging
+from typing import NamedTuple
+
+from moddistill.config import TrainConfig
+from moddistill.convert.resolve import (
+    RANDOM,
+    ResolvedModel,
+    resolve,
+)
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.errors import UserError, at_field, invalid
+from moddistill.models.upcycle import check_upcycle, upcycle_config
+from moddistill.models.vlm import ModelConfig
+from moddistill.teachers.live import teacher_architecture
+from moddistill.training.stages import stage_of
+
+LOG = logging.getLogger("moddistill")
+
+
+class Models(NamedTuple):
+    """The models of a run, each spec resolved once.
+
+    Attributes:
+      tokenizer: of the student.
+      student: what `config.student` names.
+      vision: what `config.vision` names, if anything.
+      teacher: what `config.teacher` names, if anything.
+      student_config: the architecture that the stage trains.
+      teacher_config: the teacher's, with the token ids that it shares with the student.
+    """
+
+    tokenizer: Tokenizer
+    student: ResolvedModel
+    vision: ResolvedModel | None
+    teacher: ResolvedModel | None
+    student_config: ModelConfig
+    teacher_config: ModelConfig | None
+
+
+def resolve_models(config: TrainConfig) -> Models:
+    """Resolves student, vision encoder and teacher, and checks that they fit each other.
+
+    Raises:
+      UserError: naming the setting of a model that does not exist or does not fit.
+    """
+    student, tokenizer = _student(config)
+    vision = teacher = None
+    if config.vision:
+        with at_field("config.vision"):
+            vision = resolve(config.vision, tokenizer)
+    target = trained_architecture(config, student.config, vision.config if vision else None)
+    teacher_config = None
+    if config.teacher:
+        with at_field("config.teacher"):
+            teacher = resolve(config.teacher, tokenizer)
+            teacher_config = teacher_architecture(config, teacher, target, tokenizer)
+    _warn_of_template(config, student)
+    return Models(tokenizer, student, vision, teacher, target, teacher_config)
+
+
+def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
+    """The student with the tokenizer of its folder, or of `config.tokenizer` for new weights."""
+    if not config.student.startswith(RANDOM):
+        if config.tokenizer:
+            expected = f"'', since the student {config.student!r} has its own"
+            raise invalid("config.tokenizer", config.tokenizer, expected)
+        with at_field("config.student"):
+            student = resolve(config.student)
+            return student, load_tokenizer(str(student.folder))
+    if not config.tokenizer:
+        expected = f"a tokenizer folder, since the student is {config.student!r}"
+        raise invalid("config.tokenizer", config.tokenizer, expected)
+    with at_field("config.tokenizer"):
+        tokenizer = load_tokenizer(config.tokenizer)
+    with at_field("config.student"):
+        return resolve(config.student, tokenizer), tokenizer
+
+
+def trained_architecture(
+    config: TrainConfig, base: ModelConfig, tower: ModelConfig | None
+) -> ModelConfig:
+    """The student with the stage's template, the tower of another model, and its experts."""
+    target = dataclasses.replace(base, template=config.data.template)
+    if tower is not None:
+        if base.vision is not None:
+            raise UserError(
+                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
+                "tower already; accepted: an empty string"
+            )
+        if tower.vision is None:
+            raise UserError(
+                f"config.vision is {config.vision!r}, which has no vision encoder; accepted: a "
+                "model with one"
+            )
+        is_new = config.student.startswith(RANDOM)
+        if not is_new and base.image_token >= base.decoder.vocab_size:
+            raise UserError(
+                f"config.student is {config.student!r}, in which <image> is id {base.image_token} "
+                f"and the embedding has {base.decoder.vocab_size} rows; accepted: a student that "
+                "was imported with --vision, which adds the row"
+            )
+        target = dataclasses.replace(target, vision=tower.vision)
+    if not stage_of(config).sparse:
+        return target
+    with at_field("config.upcycle"):
+        check_upcycle(config.upcycle)
+    with at_field("config.student" if base.decoder.moe else "config.moe"):
+        return upcycle_config(target, config.moe)
+
+
+def _warn_of_template(config: TrainConfig, student: ResolvedModel) -> None:
+    """Logs a warning if a trained student is distilled in another template than its own."""
+    trained = config.teacher and student.folder is not None
+    if trained and student.config.template != config.data.template:
+        LOG.warning(
+            "config.data.template is %r, but the student %r was trained with %r: it learns the "
+            "other format in this stage, and its model folder will name that",
+            config.data.template,
+            config.student,
+            student.config.template,
+        )

@@ -1,0 +1,115 @@
+"""The folder of a run: `config.json`, and which settings may change when the run resumes."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moddistill.config import TrainConfig
+from moddistill.distributed.processes import is_main_process
+from moddistill.errors import UserError
+from moddistill.params import flatten
+from moddistill.storage.digests import check_outside
+
+# Settings that a run may change when it resumes: of memory, speed and reports, and its length.
+_FREE = (
+    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory",
+    "logits_chunk_size",
+    "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
+    "log_every", "save_every", "profile_steps",
+)  # fmt: skip
+
+# Side effects of changing a setting, for the log.
+_EFFECTS = {
+    "steps": "warm-up and decay are those of the new number from here on",
+    "accumulate": "the balance loss of experts, their capacity and kto_pair's KL are per "
+    "micro-batch, so that losses differ slightly from here on",
+}
+
+
+def check_is_workdir(workdir: Path) -> None:
+    """Raises UserError for a folder with files that a run would overwrite, but did not write."""
+    file = workdir / "config.json"
+    accepted = "accepted: a new --workdir, or that of a run"
+    check_outside(file, "--workdir")
+    if file.is_file():
+        try:
+            settings = json.loads(file.read_text())
+        except (ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict) or "stage" not in settings:
+            raise UserError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
+        return
+    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl", "checkpoints"):
+        if (workdir / name).exists():
+            raise UserError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
+
+
+def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
+    """Checks that the run in a workdir can be resumed with this config.
+
+    A run that has not written a checkpoint yet has nothing to resume, and any setting may change.
+
+    Returns:
+      A line for each setting that changes, for the log.
+
+    Raises:
+      UserError: if a setting has changed that would make another result, or `steps` are fewer than
+        the run has made.
+    """
+    file, last = workdir / "config.json", last_step(workdir)
+    finished = (workdir / "model").exists()
+    if not file.is_file() or (last is None and not finished):
+        return []
+    changed = _changed(config, file)
+    fixed = [
+        f"{name}: {then!r} there, {now!r} now"
+        for name, (then, now) in changed.items()
+        if name not in _FREE
+    ]
+    if fixed:
+        raise UserError(
+            f"{workdir} holds a run with other settings ({'; '.join(fixed)}); accepted: the same "
+            f"settings to resume it, of which {', '.join(_FREE)} may change, or another --workdir"
+        )
+    if last is None and "steps" in changed:
+        raise UserError(
+            f"config.steps is {config.steps}, but the run in {workdir} is finished with "
+            f"{changed['steps'][0]} and has no checkpoint to go on from; accepted: "
+            f"{changed['steps'][0]}, or another --workdir"
+        )
+    if last is not None and config.steps < last:
+        raise UserError(
+            f"config.steps is {config.steps}, but the run in {workdir} has made {last}; accepted: "
+            f"at least {last}, or another --workdir"
+        )
+    return [
+        f"config.{name}: {then!r} before, {now!r} now"
+        + (f"; {_EFFECTS[name]}" if name in _EFFECTS else "")
+        for name, (then, now) in changed.items()
+    ]
+
+
+def last_step(workdir: Path) -> int | None:
+    """The step of the newest checkpoint in a workdir, if there is one."""
+    names = (path.name for path in (workdir / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
+    """Settings by their dotted names, with the value in `config.json` and the one in `config`."""
+    then = flatten(json.loads(file.read_text()))
+    now = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    pairs = {key: (then.get(key), now.get(key)) for key in now | then}
+    return {key.replace("/", "."): pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def write_settings(config: TrainConfig, workdir: Path) -> None:
+    """Writes `config.json`, against which later runs in the workdir are checked."""
+    if not is_main_process():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    partial = workdir / ".config.json.partial"
+    partial.write_text(text)
+    partial.replace(workdir / "config.json")
