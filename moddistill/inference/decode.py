@@ -44,7 +44,7 @@ def decode(
     decoder = model.config.decoder
     causal = jnp.tril(jnp.ones((length, length), bool)) | jnp.eye(length, dtype=bool)
     mask = jnp.pad(causal[None] & prompt[:, None], ((0, 0), (0, 0), (0, max_new_tokens)))
-    cache = init_cache(decoder, rows, slots, model.dtype)
+    cache = init_cache(decoder, rows, slots, model.compute.dtype)
     output = model.apply({"params": params}, batch | {"mask": mask}, cache)
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
