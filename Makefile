@@ -1,6 +1,6 @@
 # make demo   the whole recipe on real pictures, about ten minutes on two CPU cores
 # make test   all tests
-# make lint   style and format
+# make lint   style, format and the order of imports
 # make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
 # Each makes the virtual environment .venv and installs what it needs, once.
 # `PYTHON=python3.13 make test` does so with another interpreter, in .venv-3.13.
@@ -29,6 +29,7 @@ test: $(VENV)/test.installed
 lint: $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Runs last: with libtpu installed, JAX probes for TPUs at start-up and warns.
 tpu: $(VENV)/tpu.installed

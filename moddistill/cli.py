@@ -38,6 +38,14 @@ def plain_errors() -> Iterator[None]:
         sys.exit(f"error: {error.filename}: {error.strerror}")
 
 
+def command_name() -> str:
+    """Returns how the command was called: `python -m MODULE`, or the name of a console script."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def run_experiment(main: Callable[[ConfigDict, str], None]) -> None:
     """Calls `main(config, workdir)` with `--config FILE[:ARGUMENT]`, its overrides and `--workdir`.
 

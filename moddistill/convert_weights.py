@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.cli import plain_errors
+from moddistill.cli import command_name, plain_errors
 from moddistill.config import UPCYCLE_METHODS, ExpertConfig, UpcycleConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.convert_weights",
+        prog=command_name(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -146,8 +146,12 @@ def _check_steps(stage: TrainConfig, folder: Path) -> None:
         )
 
 
-def main(values: ConfigDict, workdir: str) -> None:
+def main() -> None:
     """Entry point of `python -m moddistill.recipe`."""
+    run_experiment(_run)
+
+
+def _run(values: ConfigDict, workdir: str) -> None:
     start_logging()
     config = from_config_dict(RecipeConfig, at_workdir(values.to_dict(), workdir))
     run(config, Path(workdir))
@@ -158,4 +162,4 @@ def main(values: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    run_experiment(main)
+    main()

@@ -16,11 +16,15 @@ from moddistill.configdict import from_config_dict
 from moddistill.training.loop import start_logging, train
 
 
-def main(values: ConfigDict, workdir: str) -> None:
+def main() -> None:
     """Entry point of `python -m moddistill.train`."""
+    run_experiment(_train)
+
+
+def _train(values: ConfigDict, workdir: str) -> None:
     start_logging()
     train(from_config_dict(TrainConfig, values.to_dict()), Path(workdir))
 
 
 if __name__ == "__main__":
-    run_experiment(main)
+    main()
