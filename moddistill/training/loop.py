@@ -65,7 +65,7 @@ LOG = logging.getLogger("moddistill")
 
 
 # Where the pipeline notes records, and what happened to them.
-_NOTED = {"quarantine.jsonl": "left out", "cut.jsonl": "cut at max_length"}
+_RECORD_LISTS = {"quarantine.jsonl": "left out", "truncated.jsonl": "truncated to max_length"}
 
 
 class Streams(NamedTuple):
@@ -108,7 +108,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     for change in changes:
         LOG.info("resumed with another setting: %s", change)
     if is_main_process() and not resumes:
-        for name in _NOTED:  # by a run that left no checkpoint
+        for name in _RECORD_LISTS:  # by a run that left no checkpoint
             (workdir / name).unlink(missing_ok=True)
     barrier("reading the workdir")
     with at_field("config.mesh"):
@@ -251,7 +251,7 @@ def _profiled(step: int, start: int, config: TrainConfig, workdir: Path) -> Iter
 
 
 def _warn_of_records(workdir: Path) -> None:
-    for name, what in _NOTED.items():
+    for name, what in _RECORD_LISTS.items():
         noted = Quarantine(str(workdir / name))
         if noted.count:
             LOG.warning("%d records %s: %s", noted.count, what, noted.path)

@@ -178,7 +178,7 @@ def test_processes_that_do_not(tiny_config, processes, axes, message):
             "mine\n",
             r"has quarantine\.jsonl, but no config\.json; accepted: a n",
         ),
-        ("cut.jsonl", "mine\n", r"has cut\.jsonl, but no config\.json"),
+        ("truncated.jsonl", "mine\n", r"has truncated\.jsonl, but no config\.json"),
     ],
 )
 def test_workdir_with_files_of_others(tmp_path, name, content, message):
@@ -193,6 +193,6 @@ def test_workdir_that_is_new_or_of_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
     check_is_workdir(tmp_path)
     (tmp_path / "config.json").write_text('{"stage": "sft"}')
-    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
+    for name in ("metrics.jsonl", "quarantine.jsonl", "truncated.jsonl"):
         (tmp_path / name).touch()
     check_is_workdir(tmp_path)
