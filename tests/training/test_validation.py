@@ -104,7 +104,7 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
         ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),
         ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
-        ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: mesh data=3, .* does not fit 8 devices"),
+        ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: expected .* product 8, .*got data=3, "),
     ],
 )
 def test_a_run_with_settings_that_do_not_fit_leaves_no_model(
