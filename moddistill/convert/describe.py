@@ -11,7 +11,7 @@ from moddistill.convert.exporting import exported_pieces
 from moddistill.convert.hub import local_folder
 from moddistill.convert.importing import place
 from moddistill.convert.rules import slots
-from moddistill.convert.sources import Source, read_source
+from moddistill.convert.sources import Source, open_source
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
@@ -83,7 +83,7 @@ def _uses(config: ModelConfig) -> list[str]:
 
 
 def _hugging_face(folder: Path) -> dict[str, Any]:
-    source = read_source(folder)
+    source = open_source(folder)
     config = _config(source)
     facts = _tensors("Hugging Face folder", source.checkpoint)
     facts |= {"holds": list(source.parts)} | _sizes(config, source.parts)

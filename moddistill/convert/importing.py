@@ -25,7 +25,7 @@ from moddistill.convert.rules import (
     prefixed,
     slots,
 )
-from moddistill.convert.sources import Source, read_source
+from moddistill.convert.sources import Source, open_source
 from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig, abstract_params
@@ -60,7 +60,7 @@ def import_model(
     Raises:
       UserError: for parts that are missing, doubled or do not fit, with everything that is wrong.
     """
-    sources = [read_source(local_folder(name), select_layer)]
+    sources = [open_source(local_folder(name), select_layer)]
     if select_layer is not None and not vision and sources[0].vision is None:
         raise UserError(f"--select_layer is {select_layer}, but there is no tower")
     if sources[0].decoder is None:
@@ -86,7 +86,7 @@ def import_model(
 
 
 def _tower(name: str, language: Source, select_layer: int | None) -> Source:
-    source = read_source(local_folder(name), select_layer)
+    source = open_source(local_folder(name), select_layer)
     if source.vision is None or source.decoder is not None:
         raise UserError(f"{name!r} is no vision tower alone; accepted: a CLIP or SigLIP model")
     if language.vision is not None:

@@ -64,7 +64,7 @@ class Source:
         )
 
 
-def read_source(folder: Path, select_layer: int | None = None) -> Source:
+def open_source(folder: Path, select_layer: int | None = None) -> Source:
     """Recognises a folder by its config.
 
     Args:

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from moddistill.convert.chat_template import stored_template
 from moddistill.convert.describe import describe
 from moddistill.convert.importing import import_model
-from moddistill.convert.sources import read_source
+from moddistill.convert.sources import open_source
 from moddistill.data.examples import encode_prompt
 from moddistill.models.presets import preset
 from moddistill.models.vlm import ModelConfig
@@ -21,7 +21,7 @@ PUBLISHED = list(published.CONFIGS)
 def test_published_config_is_the_preset_and_all_names_are_known(name, qwen_tokenizer, tmp_path):
     """At full size: the config as published, and every tensor's name, shape and dtype."""
     folder = published.write_hollow(tmp_path / "hub", name, qwen_tokenizer)
-    source = read_source(folder)
+    source = open_source(folder)
     config = ModelConfig(
         source.decoder, source.vision, source.projector, source.template, source.tokenizer.image_id
     )

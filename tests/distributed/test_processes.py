@@ -59,9 +59,7 @@ def start(tmp_path):
         started = []
         for flags, variables in launches:
             with stderr_file(tmp_path, len(running)).open("w") as errors:
-                started.append(
-                    subprocess.Popen(command + flags, env=env | variables, stderr=errors)
-                )
+                process = subprocess.Popen(command + flags, env=env | variables, stderr=errors)
             started.append(process)
             running.append(process)
         return started

@@ -82,12 +82,12 @@ def vision_config(
         raise UserError(
             f"{origin}: hidden_act is {activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
         )
-    return built(
+    return build_vision_config(
         hf, origin, select_layer=select_layer, activation=ACTIVATIONS[activation], **pixels
     )
 
 
-def built(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
+def build_vision_config(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
     """The tower with the sizes of a config; UserError for those that make no sense."""
     sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
     limits.check_numbers(sizes, limits.VISION, origin, SIZES.get)
