@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from moddistill.convert.families import qwen
-from moddistill.convert.rules import pieces, prefixed
+from moddistill.convert.rules import mapped_tensors, prefixed
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vlm import ModelConfig
@@ -56,7 +56,7 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     config = ModelConfig(decoder, None, "linear", "chatml", tokenizer.image_id)
     rules = (*prefixed(qwen.RULES, "model."), *qwen.HEAD)
     dtype = np.dtype(ml_dtypes.bfloat16)
-    planned = [Planned(piece.name, dtype, piece.shape) for piece in pieces(config, rules)]
+    planned = [Planned(piece.name, dtype, piece.shape) for piece in mapped_tensors(config, rules)]
     total = sum(tensor.nbytes for tensor in planned)
     rng = np.random.default_rng(0)
     for name, place in create_shards(folder, planned, total // shards).items():

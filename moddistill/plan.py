@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from moddistill.cli import parse_flags, plain_errors
 from moddistill.config import TrainConfig
 from moddistill.configdict import from_config_dict
-from moddistill.planning.planner import describe, fit, plan
+from moddistill.planning.planner import fit, format_report, plan
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         with plain_errors():
             config = from_config_dict(TrainConfig, values.value.to_dict())
             report = (fit if largest.value else plan)(config, topology.value, utilisation.value)
-            print(json.dumps(report) if as_json.value else describe(report))
+            print(json.dumps(report) if as_json.value else format_report(report))
 
     app.run(run, flags_parser=parse_flags)
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import convert, digests
 from benchmarks.head_to_head import check_agreement, compare
-from moddistill.convert.sources import read_source
+from moddistill.convert.sources import open_source
 
 MIB = 2**20
 
@@ -48,7 +48,7 @@ def test_sides_that_do_other_work(other):
 def test_checkpoint_that_is_converted(tmp_path):
     """One layer, since less than the embedding cannot be asked for."""
     largest = convert.make_checkpoint(tmp_path / "hf", gigabytes=0.1, shards=2)
-    source = read_source(tmp_path / "hf")
+    source = open_source(tmp_path / "hf")
     assert source.decoder.layers == 1
     assert sum(x.nbytes for x in source.checkpoint.values()) > largest > 600 * 10**6
 

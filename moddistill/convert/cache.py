@@ -13,7 +13,7 @@ from moddistill.storage.model_folder import VERSION
 LOG = logging.getLogger("moddistill")
 
 
-def imported(name: str) -> Path:
+def import_once(name: str) -> Path:
     """The model folder of a Hugging Face folder or hub name, made now or before.
 
     Of several processes that share a cache the first imports.

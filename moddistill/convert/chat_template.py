@@ -60,7 +60,7 @@ _PLAIN = """\
 """
 
 
-def stored_template(folder: Path) -> str:
+def read_chat_template(folder: Path) -> str:
     """The chat template that a Hugging Face folder brings; empty if it has none, or several."""
     file = folder / FILE
     if os.path.lexists(file):
@@ -81,13 +81,13 @@ def _check_unicode(text: str, file: Path) -> str:
     return text
 
 
-def known_template(folder: Path) -> str:
+def detect_template(folder: Path) -> str:
     """Returns the conversation format of the chat template in a folder.
 
     Exports bring the template of one of our formats, which is recognised. Any other template is
     taken for ChatML, the format of Qwen; if it lacks ChatML's tokens, a warning says so.
     """
-    stored = stored_template(folder)
+    stored = read_chat_template(folder)
     for name in TEMPLATES:
         if chat_template(name) == stored:
             return name
@@ -115,7 +115,7 @@ def chat_template(template: str) -> str:
     )
 
 
-def end_of_answer(template: str) -> str:
+def stop_token(template: str) -> str:
     """The control token that ends generation; a format that ends in text has the general one."""
     end = end_token(template)
     return "<|endoftext|>" if end.isspace() else end

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.convert.exporting import exported_pieces
+from moddistill.convert.exporting import exported_tensors
 from moddistill.convert.hub import local_folder
-from moddistill.convert.importing import place
+from moddistill.convert.importing import assign_tensors
 from moddistill.convert.rules import slots
-from moddistill.convert.sources import Source, read_source
+from moddistill.convert.sources import Source, open_source
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
@@ -71,7 +71,7 @@ def _imported(folder: Path) -> dict[str, Any]:
 def _with_export(folder: Path, config: ModelConfig) -> dict[str, Any]:
     uses = _uses(config) + (["upcycle"] if config.decoder.moe is None else [])
     try:
-        exported_pieces(config, folder)
+        exported_tensors(config, folder)
     except UserError as error:
         return {"uses": uses, "not exported": str(error)}
     return {"uses": [*uses, "export"]}
@@ -83,7 +83,7 @@ def _uses(config: ModelConfig) -> list[str]:
 
 
 def _hugging_face(folder: Path) -> dict[str, Any]:
-    source = read_source(folder)
+    source = open_source(folder)
     config = _config(source)
     facts = _tensors("Hugging Face folder", source.checkpoint)
     facts |= {"holds": list(source.parts)} | _sizes(config, source.parts)
@@ -96,7 +96,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
     elif source.vision is not None:
         facts["image"] = _image(source.vision)
     try:
-        place(source, config)
+        assign_tensors(source, config)
     except UserError as error:
         return facts | {"uses": [], "not imported": str(error).splitlines()}
     if is_whole:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moddistill.convert.carried import POOLING
-from moddistill.convert.chat_template import FILE, chat_template, end_of_answer, stored_template
+from moddistill.convert.chat_template import FILE, chat_template, read_chat_template, stop_token
+from moddistill.convert.extras import POOLING
 from moddistill.convert.families import llava, qwen
 from moddistill.convert.finite import FiniteCheck
 from moddistill.convert.resolve import as_model_folder
-from moddistill.convert.rules import Piece, Rules, pieces, prefixed
+from moddistill.convert.rules import MappedTensor, Rules, mapped_tensors, prefixed
 from moddistill.convert.source_settings import check_generation, merge_generation
 from moddistill.data.conversation import end_token
 from moddistill.data.records import IMAGE
@@ -35,7 +35,7 @@ from moddistill.storage.tensor import DTYPES, Planned, Tensor
 LOG = logging.getLogger("moddistill")
 # Without it, `transformers` warns of a tokenizer bug of earlier releases.
 _WRITTEN_FOR = {"transformers_version": version("transformers")}
-_DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED
+_DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED_PREFIXES
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
 
@@ -56,7 +56,7 @@ def export_model(
     """
     given, model = model, as_model_folder(model)
     config = read_model_config(model)
-    found = exported_pieces(config, model)
+    found = exported_tensors(config, model)
     reader = Reader(model / "params")
     reader.check(config)
     stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
@@ -103,17 +103,17 @@ def _check_exportable(config: ModelConfig) -> None:
 def _rules(config: ModelConfig) -> Rules:
     if config.vision is None:
         return (*prefixed(qwen.RULES + qwen.EXPERTS, "model."), *qwen.HEAD)
-    return llava.rules_for(llava.PUBLISHED, llava.tower_family(config.vision))
+    return llava.checkpoint_rules(llava.PUBLISHED_PREFIXES, llava.tower_family(config.vision))
 
 
-def exported_pieces(config: ModelConfig, model: Path) -> list[Piece]:
+def exported_tensors(config: ModelConfig, model: Path) -> list[MappedTensor]:
     """All arrays of a model folder's export; a tied head too, if the source had stored one.
 
     Raises:
       UserError: for a model that no class of `transformers` computes.
     """
     _check_exportable(config)
-    found = pieces(config, _rules(config))
+    found = mapped_tensors(config, _rules(config))
     _hf_config(config)
     if not _imported(model).get("stored_head"):
         return found
@@ -162,7 +162,9 @@ def _layer_order(tensor: Planned) -> list[Any]:
     return [(not x.isdigit(), int(x) if x.isdigit() else x) for x in re.split(r"[.]", tensor.name)]
 
 
-def _write_weights(found: Sequence[Piece], places: dict[str, Tensor], reader: Reader) -> None:
+def _write_weights(
+    found: Sequence[MappedTensor], places: dict[str, Tensor], reader: Reader
+) -> None:
     """Array by array; tensors that are not filled stay zero."""
     finite = FiniteCheck(str(reader.folder))
     total = sum(place.nbytes for place in places.values())
@@ -185,11 +187,11 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     tokenizer.save(str(folder))
     if config.vision is None and tokenizer.image_id >= config.decoder.vocab_size:
         _remove_token(folder / "tokenizer.json", IMAGE)
-    end = end_of_answer(config.template)
+    end = stop_token(config.template)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"eos_token": end}
     _write_json(path, settings)
-    template = stored_template(model) or chat_template(config.template)
+    template = read_chat_template(model) or chat_template(config.template)
     (folder / FILE).write_text(template, encoding="utf-8")
     # Rows without a token, and that of `<image>`, which `transformers` would generate.
     masked = np.flatnonzero(~token_mask(config.decoder.real_ids, config.decoder.vocab_size))
@@ -222,7 +224,7 @@ def _remove_token(file: Path, token: str) -> None:
 
 def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
     """Ids at any of which generation ends; a format that ends in text has the general one too."""
-    general = tokenizer.special(end_of_answer(template))
+    general = tokenizer.special(stop_token(template))
     end = end_token(template)
     return [general, *tokenizer.encode(end)] if end.isspace() else general
 

@@ -37,7 +37,7 @@ def local_folder(name: str) -> Path:
         ) from None
 
 
-def part_of(fields: Mapping[str, Any], name: str, origin: str) -> dict[str, Any]:
+def sub_config(fields: Mapping[str, Any], name: str, origin: str) -> dict[str, Any]:
     """An object inside a config, empty if it is absent; UserError if it is something else."""
     part = fields.get(name)
     if part is None:

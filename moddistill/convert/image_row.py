@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from moddistill.convert.rules import Piece
+from moddistill.convert.rules import MappedTensor
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.tensor import Checkpoint, Tensor
 
@@ -40,7 +40,9 @@ def with_image_row(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(decoder, vocab_size=rows))
 
 
-def pad_rows(checkpoint: Checkpoint, pieces: Sequence[Piece], rows: int) -> Mapping[str, Tensor]:
+def pad_rows(
+    checkpoint: Checkpoint, pieces: Sequence[MappedTensor], rows: int
+) -> Mapping[str, Tensor]:
     """The checkpoint with embedding and head padded to the rows that the architecture has.
 
     Args:

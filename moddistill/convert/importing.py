@@ -11,21 +11,21 @@ import numpy as np
 from tqdm import tqdm
 
 from moddistill.config import TEMPLATES
-from moddistill.convert.carried import carry_pooling, carry_template, imported_from
+from moddistill.convert.extras import copy_chat_template, copy_pooling_head, import_record
 from moddistill.convert.families import llava
 from moddistill.convert.finite import FiniteCheck, is_finite
 from moddistill.convert.hub import local_folder
 from moddistill.convert.image_row import pad_rows, with_image_row
 from moddistill.convert.rules import (
     Index,
-    Piece,
-    check_complete,
-    dtypes_of,
-    pieces,
+    MappedTensor,
+    check_matches_config,
+    mapped_tensors,
+    param_dtypes,
     prefixed,
     slots,
 )
-from moddistill.convert.sources import Source, read_source
+from moddistill.convert.sources import Source, open_source
 from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig, abstract_params
@@ -36,7 +36,7 @@ from moddistill.storage.orbax_layout import Writer
 from moddistill.storage.shards import read_file
 from moddistill.storage.tensor import Tensor, check_weights, some_of
 
-Placed = list[tuple[Piece, Tensor]]
+Assignments = list[tuple[MappedTensor, Tensor]]
 
 
 def import_model(
@@ -60,7 +60,7 @@ def import_model(
     Raises:
       UserError: for parts that are missing, doubled or do not fit, with everything that is wrong.
     """
-    sources = [read_source(local_folder(name), select_layer)]
+    sources = [open_source(local_folder(name), select_layer)]
     if select_layer is not None and not vision and sources[0].vision is None:
         raise UserError(f"--select_layer is {select_layer}, but there is no tower")
     if sources[0].decoder is None:
@@ -69,24 +69,24 @@ def import_model(
         layer = sources[0].select_layer if select_layer is None else select_layer
         sources.append(_tower(vision, sources[0], layer))
     config = _architecture(sources, template, projector)
-    placed = _place_all(sources, config, projector)
+    placed = _assign_all(sources, config, projector)
     read = [source.folder for source in sources] + ([Path(projector)] if projector else [])
     fresh = _new_projector(config, placed, seed)
-    description = {"imported": imported_from(sources, config, sorted(fresh))}
+    description = {"imported": import_record(sources, config, sorted(fresh))}
     with new_folder(out, "import", overwrite, keep=read) as aside:
         # Of a language model alone, a template has no place for pictures; the original code's
         # checkpoints bring one that they were not trained with.
         if len(sources) == 1 and sources[0].template == config.template == "chatml":
-            carry_template(sources[0].folder, aside)
+            copy_chat_template(sources[0].folder, aside)
         weights = _write_params(aside / "params", config, placed, fresh)
         description["imported"]["weights"] = weights
-        carry_pooling(sources[-1], aside)
+        copy_pooling_head(sources[-1], aside)
         write_description(aside, config, sources[0].tokenizer, description)
     return config
 
 
 def _tower(name: str, language: Source, select_layer: int | None) -> Source:
-    source = read_source(local_folder(name), select_layer)
+    source = open_source(local_folder(name), select_layer)
     if source.vision is None or source.decoder is not None:
         raise UserError(f"{name!r} is no vision tower alone; accepted: a CLIP or SigLIP model")
     if language.vision is not None:
@@ -120,12 +120,12 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
     )
 
 
-def _place_all(sources: Sequence[Source], config: ModelConfig, projector: str) -> Placed:
+def _assign_all(sources: Sequence[Source], config: ModelConfig, projector: str) -> Assignments:
     """All arrays of all parts; one UserError with what is wrong with any of them."""
     placed, wrong = [], []
-    steps = [functools.partial(place, source, config) for source in sources]
+    steps = [functools.partial(assign_tensors, source, config) for source in sources]
     if projector:
-        steps.append(functools.partial(_place_projector, Path(projector), config))
+        steps.append(functools.partial(_assign_projector, Path(projector), config))
     for step in steps:
         try:
             placed += step()
@@ -164,13 +164,13 @@ def _is_cast_of(tensor: Tensor, given: Tensor) -> bool:
         return np.array_equal(tensor.read(), given.read().astype(tensor.dtype))
 
 
-def place(source: Source, config: ModelConfig) -> Placed:
+def assign_tensors(source: Source, config: ModelConfig) -> Assignments:
     """The arrays of a source's parts and where their bytes are.
 
     Raises:
       UserError: listing every one that is missing, unexpected or of another shape.
     """
-    found = pieces(config, source.rules, source.parts)
+    found = mapped_tensors(config, source.rules, source.parts)
     pooling = [name for name in source.checkpoint if _is_pooling(name, source)]
     read = [*(piece.name for piece in found), *pooling]
     check_weights(read, source.checkpoint, str(source.folder))
@@ -179,7 +179,7 @@ def place(source: Source, config: ModelConfig) -> Placed:
     names = {piece.name for piece in found}
     rows = source.decoder.vocab_size if source.decoder else 0
     checkpoint = pad_rows(source.checkpoint, found, rows)
-    check_complete(found, checkpoint, ignored, str(source.folder))
+    check_matches_config(found, checkpoint, ignored, str(source.folder))
     finite = FiniteCheck(str(source.folder))
     for name, tensor in source.checkpoint.items():
         if source.zero and re.fullmatch(source.zero, name) and np.any(tensor.read()):
@@ -197,7 +197,7 @@ def _is_pooling(name: str, source: Source) -> bool:
     return bool(source.pooling) and name.startswith(source.pooling)
 
 
-def _check_tied(source: Source, found: Sequence[Piece]) -> None:
+def _check_tied(source: Source, found: Sequence[MappedTensor]) -> None:
     [table] = [piece.name for piece in found if piece.slot.path == "decoder/embedding"]
     head, embedding = (source.checkpoint[name].read() for name in (source.tied, table))
     # Values that are not finite are reported when the tensor is copied.
@@ -207,7 +207,7 @@ def _check_tied(source: Source, found: Sequence[Piece]) -> None:
         )
 
 
-def _place_projector(file: Path, config: ModelConfig) -> Placed:
+def _assign_projector(file: Path, config: ModelConfig) -> Assignments:
     """A projector saved by itself, under any of the names the original code gives it."""
     if not file.is_file():
         raise UserError(f"{str(file)!r} is no file; accepted: mm_projector.bin or safetensors")
@@ -218,13 +218,13 @@ def _place_projector(file: Path, config: ModelConfig) -> Placed:
         names = some_of(sorted(checkpoint)) or "none"
         raise UserError(f"{file}: its tensors are {names}; accepted: those of one projector")
     rules = prefixed(llava.original_projector(config.projector), prefixes[0])
-    found = pieces(config, rules, ("projector",))
+    found = mapped_tensors(config, rules, ("projector",))
     check_weights([piece.name for piece in found], checkpoint, str(file))
-    check_complete(found, checkpoint, (), str(file))
+    check_matches_config(found, checkpoint, (), str(file))
     return [(piece, checkpoint[piece.name]) for piece in found]
 
 
-def _new_projector(config: ModelConfig, placed: Placed, seed: int) -> dict[str, np.ndarray]:
+def _new_projector(config: ModelConfig, placed: Assignments, seed: int) -> dict[str, np.ndarray]:
     """Weights of a projector that no source has: normal by fan-in, biases zero."""
     if config.vision is None or any(
         piece.slot.path.startswith("projector/") for piece, _ in placed
@@ -240,12 +240,12 @@ def _new_projector(config: ModelConfig, placed: Placed, seed: int) -> dict[str, 
 
 
 def _write_params(
-    folder: Path, config: ModelConfig, placed: Placed, fresh: dict[str, np.ndarray]
+    folder: Path, config: ModelConfig, placed: Assignments, fresh: dict[str, np.ndarray]
 ) -> str:
     """Writes all arrays; returns the SHA-256 of their names and bytes in the order of the files."""
     digest = hashlib.sha256()
     found = [piece for piece, _ in placed]
-    dtypes = dtypes_of(found, {piece.name: tensor for piece, tensor in placed})
+    dtypes = param_dtypes(found, {piece.name: tensor for piece, tensor in placed})
     dtypes |= {path: array.dtype for path, array in fresh.items()}
     finite = FiniteCheck(", ".join(sorted({str(tensor.file.parent) for _, tensor in placed})))
     with Writer(folder, array_specs(config, dtypes)) as writer:
@@ -267,7 +267,9 @@ def _add_array(digest: "hashlib._Hash", name: str, array: np.ndarray) -> None:
     digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
 
 
-def _move(piece: Piece, array: np.ndarray, rows: slice, writer: Writer, index: Index) -> None:
+def _move(
+    piece: MappedTensor, array: np.ndarray, rows: slice, writer: Writer, index: Index
+) -> None:
     shape = list(piece.slot.shape)
     if rows != slice(None):
         shape[piece.transform.rows] = len(array)
@@ -282,7 +284,7 @@ def array_specs(
     return {path: jax.ShapeDtypeStruct(x.shape, dtypes[path]) for path, x in shapes.items()}
 
 
-def _with_progress(placed: Placed) -> Iterator[tuple[Piece, Tensor]]:
+def _with_progress(placed: Assignments) -> Iterator[tuple[MappedTensor, Tensor]]:
     """In the order of the files, with a bar of bytes."""
     total = sum(tensor.nbytes for _, tensor in placed)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", mininterval=0.5) as bar:

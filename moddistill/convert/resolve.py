@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moddistill.convert.cache import imported
+from moddistill.convert.cache import import_once
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.sharding import param_shardings, unbox
 from moddistill.models.presets import preset, with_vocabulary
@@ -70,7 +70,7 @@ def as_model_folder(name: str | Path) -> Path:
     is_hub_name = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
     if not (folder / "config.json").is_file() and not is_hub_name:
         return folder  # reading it says what is missing
-    return imported(str(name))
+    return import_once(str(name))
 
 
 def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:

@@ -43,16 +43,16 @@ class Transform(NamedTuple):
     rows: int | None = None
 
 
-SAME = Transform(lambda shape: shape, lambda x, _: x, lambda x, _: x, rows=0)
+IDENTITY = Transform(lambda shape: shape, lambda x, _: x, lambda x, _: x, rows=0)
 # A vector that is kept by heads here.
-FLAT = Transform(
+FLATTEN = Transform(
     lambda shape: (math.prod(shape),),
     lambda x, shape: x.reshape(shape),
     lambda x, shape: x.reshape(shape),
 )
 
 
-def matrix(inputs: int = 1) -> Transform:
+def linear_kernel(inputs: int = 1) -> Transform:
     """Torch's [outputs, inputs] to a kernel [*inputs, *outputs] of `inputs` input axes."""
     return Transform(
         lambda shape: (math.prod(shape[inputs:]), math.prod(shape[:inputs])),
@@ -63,7 +63,7 @@ def matrix(inputs: int = 1) -> Transform:
 
 
 # Torch's convolution [outputs, 3, p, p] to a kernel [p * p * 3, outputs] over flattened patches.
-PATCHES = Transform(
+PATCH_KERNEL = Transform(
     lambda shape: (shape[1], 3, math.isqrt(shape[0] // 3), math.isqrt(shape[0] // 3)),
     lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape),
     lambda x, shape: x.reshape(*shape[2:], 3, shape[0]).transpose(3, 2, 0, 1),
@@ -75,7 +75,7 @@ class Rule(NamedTuple):
 
     name: str
     path: str
-    transform: Transform = SAME
+    transform: Transform = IDENTITY
 
 
 Rules = tuple[Rule, ...]
@@ -102,7 +102,7 @@ class Slot(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class MappedTensor:
     """One array of a checkpoint and its slot."""
 
     name: str
@@ -154,9 +154,9 @@ def _layers_of(path: str, shape: Shape, config: ModelConfig) -> Iterable[tuple[s
     ]
 
 
-def pieces(
+def mapped_tensors(
     config: ModelConfig, rules: Rules, parts: Sequence[str] = ("decoder", "vision", "projector")
-) -> list[Piece]:
+) -> list[MappedTensor]:
     """The arrays that a model of this architecture has in a checkpoint with these rules.
 
     Args:
@@ -175,7 +175,7 @@ def pieces(
             without.append(path)
             continue
         [(match, rule)] = hits
-        found.append(Piece(rule.name.format(**match.groupdict()), slot, rule.transform))
+        found.append(MappedTensor(rule.name.format(**match.groupdict()), slot, rule.transform))
     if without:
         raise UserError(
             f"this format has no place for {len(without)} parameters of the model, such as "
@@ -189,8 +189,8 @@ def pattern(path: str) -> str:
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(path))
 
 
-def check_complete(
-    wanted: Sequence[Piece], checkpoint: Checkpoint, ignored: Sequence[str], origin: str
+def check_matches_config(
+    wanted: Sequence[MappedTensor], checkpoint: Checkpoint, ignored: Sequence[str], origin: str
 ) -> None:
     """Raises one UserError that lists every missing, unexpected and misshapen tensor.
 
@@ -221,7 +221,7 @@ def check_complete(
         )
 
 
-def dtypes_of(wanted: Sequence[Piece], checkpoint: Checkpoint) -> dict[str, np.dtype]:
+def param_dtypes(wanted: Sequence[MappedTensor], checkpoint: Checkpoint) -> dict[str, np.dtype]:
     """The stored dtype of each parameter; UserError if its slices differ in it."""
     found: dict[str, tuple[str, np.dtype]] = {}
     for piece in wanted:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moddistill.convert.hub import part_of
+from moddistill.convert.hub import sub_config
 from moddistill.errors import UserError
 from moddistill.models.limits import Spell
 from moddistill.models.vision import VisionConfig
@@ -135,7 +135,7 @@ def image_processor(folder: Path) -> dict[str, Any]:
         if os.path.lexists(file):
             fields = read_json(file)
             nested = "image_processor" in fields
-            found |= part_of(fields, "image_processor", str(file)) if nested else fields
+            found |= sub_config(fields, "image_processor", str(file)) if nested else fields
     return found
 
 

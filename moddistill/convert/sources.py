@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moddistill.convert.chat_template import known_template
+from moddistill.convert.chat_template import detect_template
 from moddistill.convert.families import llava, qwen
-from moddistill.convert.hub import check_not_quantized, part_of, with_defaults
+from moddistill.convert.hub import check_not_quantized, sub_config, with_defaults
 from moddistill.convert.rules import Rules, prefixed
 from moddistill.convert.source_settings import image_processor
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
@@ -64,7 +64,7 @@ class Source:
         )
 
 
-def read_source(folder: Path, select_layer: int | None = None) -> Source:
+def open_source(folder: Path, select_layer: int | None = None) -> Source:
     """Recognises a folder by its config.
 
     Args:
@@ -87,14 +87,14 @@ def read_source(folder: Path, select_layer: int | None = None) -> Source:
     if kind in qwen.DENSE_TYPES + qwen.SPARSE_TYPES:
         needed = qwen.NEEDED.get(kind, ())
         return _language_model(folder, with_defaults(fields, llava.READ, origin, needed))
-    if kind in llava.WITH_TOWER or kind in llava.TOWERS:
+    if kind in llava.DUAL_ENCODERS or kind in llava.TOWERS:
         return _tower(folder, fields, SELECT_LAYER if select_layer is None else select_layer)
     if kind == "llava":
         _check_parts(fields, origin)
         return _llava(folder, with_defaults(fields, llava.READ, origin), fields, select_layer)
     if "llava" in kind and "qwen" in kind:
         return _original(folder, fields, select_layer)
-    known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.WITH_TOWER, *llava.TOWERS, "llava")
+    known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.DUAL_ENCODERS, *llava.TOWERS, "llava")
     raise UserError(
         f"{str(folder)!r} is of architecture {kind!r:.80}; accepted: {', '.join(known)}, and the "
         "original LLaVA code's with Qwen (llava_qwen2 and the like)"
@@ -118,16 +118,16 @@ def _language_model(folder: Path, hf: dict[str, Any]) -> Source:
         decoder=qwen.decoder_config(hf, tokenizer.real_ids, origin),
         context=qwen.context_length(hf, origin),
         tokenizer=tokenizer,
-        template=known_template(folder),
+        template=detect_template(folder),
     )
 
 
 def _tower(folder: Path, fields: dict[str, Any], select_layer: int) -> Source:
     kind = fields["model_type"]
     origin = str(folder / "config.json")
-    if kind in llava.WITH_TOWER:
-        kind = llava.WITH_TOWER[kind]
-        fields = {**part_of(fields, "vision_config", origin), "model_type": kind}
+    if kind in llava.DUAL_ENCODERS:
+        kind = llava.DUAL_ENCODERS[kind]
+        fields = {**sub_config(fields, "vision_config", origin), "model_type": kind}
     family = llava.TOWERS[kind]
     hf = with_defaults(fields, llava.READ, origin)
     checkpoint = open_checkpoint(folder)
@@ -148,7 +148,7 @@ def _check_parts(fields: dict[str, Any], origin: str) -> None:
     """Raises UserError for a text or vision model that is not known."""
     known = {"text_config": qwen.DENSE_TYPES + qwen.SPARSE_TYPES, "vision_config": llava.TOWERS}
     for part, accepted in known.items():
-        kind = part_of(fields, part, origin).get("model_type")
+        kind = sub_config(fields, part, origin).get("model_type")
         if kind not in tuple(accepted):
             raise UserError(
                 f"{origin}: {part} is of type {kind!r:.80}; accepted: {', '.join(accepted)}"
@@ -169,14 +169,14 @@ def _llava(
             f"{tokenizer.image_id} in the tokenizer; accepted: the same id"
         )
     checkpoint = open_checkpoint(folder)
-    spelling = llava.find_spelling(checkpoint, family)
+    spelling = llava.find_prefixes(checkpoint, family)
     decoder, head, vision, _ = spelling
     layer = llava.select_layer(hf, origin) if select_layer is None else select_layer
     text = hf["text_config"] | {"tie_word_embeddings": _tied(stated, head, checkpoint, origin)}
     return Source(
         folder,
         checkpoint,
-        llava.rules_for(spelling, family),
+        llava.checkpoint_rules(spelling, family),
         pooling=f"{vision}head.",
         zero=re.escape(decoder) + qwen.SHARED_EXPERT,
         tied=f"{head}lm_head.weight",
@@ -185,7 +185,7 @@ def _llava(
         vision=family.vision_config(hf["vision_config"], layer, _pixels(folder), origin),
         projector="mlp2x_gelu",
         tokenizer=tokenizer,
-        template=known_template(folder),
+        template=detect_template(folder),
     )
 
 

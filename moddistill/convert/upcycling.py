@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from moddistill.config import ExpertConfig, UpcycleConfig
-from moddistill.convert.carried import POOLING
 from moddistill.convert.chat_template import FILE
+from moddistill.convert.extras import POOLING
 from moddistill.convert.finite import FiniteCheck
 from moddistill.convert.importing import array_specs
 from moddistill.convert.resolve import as_model_folder

@@ -49,7 +49,7 @@ def make_dataset(
 
     The stream never ends. `get_state` and `set_state` of its iterator restore the exact next batch,
     with any number of workers. Rejected records are written to `quarantine_path`, which
-    `Quarantine(quarantine_path).count` counts; truncated ones to `cut.jsonl` next to it.
+    `Quarantine(quarantine_path).count` counts; truncated ones to `truncated.jsonl` next to it.
 
     Args:
       origin: the setting that `config.sources` comes from, for messages.
@@ -69,7 +69,7 @@ def make_dataset(
         )
     read, make = KINDS[kind]
     quarantine = Quarantine(quarantine_path)
-    cut = Quarantine(str(Path(quarantine_path).with_name("cut.jsonl")))
+    cut = Quarantine(str(Path(quarantine_path).with_name("truncated.jsonl")))
     streams, weights = [], []
     # Sorted, so that the order of records does not depend on the order of settings.
     for number, (name, source) in enumerate(sorted(config.sources.items())):
@@ -217,7 +217,7 @@ class _Maker:
                 ) from error
             return None
         if length > self.spec.max_length:
-            reason = f"{length} tokens are cut to {self.spec.max_length}"
+            reason = f"{length} tokens are truncated to {self.spec.max_length}"
             self.cut.add([Rejected(record.file, record.line, reason)])
         return sample
 

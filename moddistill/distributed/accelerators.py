@@ -1,7 +1,8 @@
-"""Accelerators by name, for compiling without owning one.
+"""Specifications of accelerators, and topologies to compile for without hardware.
 
-A topology is `v5p:2x2x1`: a TPU generation and its chips in each direction; `h100:8` is as many
-GPUs of one machine, `h100:4x8` those of four; `cpu:8` simulated devices of this one.
+A topology is a name and sizes: `v5p:2x2x1` is a TPU generation and its chips along each dimension
+of the torus, `h100:8` 8 GPUs of one machine, `h100:4x8` those of 4 machines, `cpu:8` simulated
+devices.
 """
 
 import dataclasses
@@ -14,22 +15,26 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from moddistill.errors import UserError, nearest
+from moddistill.errors import UserError, invalid, not_one_of
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Memory in bytes and dense bfloat16 operations a second of one chip, as its maker states them.
+    """Published specification of one chip.
 
-    `kind` is how the name begins that the backend gives its devices.
+    Attributes:
+      kind: prefix of JAX's `device_kind`.
+      memory: bytes.
+      flops: dense bfloat16 FLOP/s.
+      devices: JAX devices per chip.
     """
 
     kind: str
     memory: int
     flops: float
-    devices: int = 1  # that the compiler sees
+    devices: int = 1
 
 
 CHIPS = {
@@ -44,13 +49,22 @@ CHIPS = {
     "b200": Chip("NVIDIA B200", 180 * 10**9, 2250e12),
 }
 
-# In which the chips of a TPU lie.
-_DIRECTIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# Dimensions of the torus of a TPU generation.
+_TORUS_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the compiler asks a GPU for: processors, caches and memory in bytes, bytes a second."""
+    """Specification of a GPU for XLA's compiler.
+
+    Attributes:
+      capability: CUDA compute capability, major and minor.
+      cores: streaming multiprocessors.
+      shared_per_core: bytes of shared memory per multiprocessor.
+      cache: bytes of L2 cache.
+      bandwidth: bytes per second of device memory.
+      clock_ghz: boost clock.
+    """
 
     capability: tuple[int, int]
     cores: int
@@ -69,43 +83,36 @@ GPUS = {
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """Operations a second of all these devices together; None if their speed is not known."""
+    """Returns the bfloat16 FLOP/s of all devices together; None for an unknown device kind."""
     chips = [chip for chip in CHIPS.values() if devices[0].device_kind.startswith(chip.kind)]
     if not chips:
         return None
+    # The longest prefix: "TPU v5" is also a prefix of "TPU v5 lite".
     chip = max(chips, key=lambda chip: len(chip.kind))
     return len(devices) * chip.flops / chip.devices
 
 
 def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
-    """Name and sizes of `NAME:AxBxC`; UserError for a name or form that is not known."""
+    """Returns name and sizes of `NAME:AxBxC`; UserError for an unknown name or another form."""
     name, _, sizes = topology.partition(":")
-    known = (*CHIPS, "cpu")
-    if name not in known:
-        raise UserError(
-            f"topology {topology!r} is of an unknown accelerator; accepted: {', '.join(known)}"
-            + nearest(name, known)
-        )
+    accelerators = (*CHIPS, "cpu")
+    if name not in accelerators:
+        raise not_one_of(f"accelerator of topology {topology!r}", name, accelerators)
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(
-            f"topology {topology!r} states no sizes; accepted: such as v5e:4x4, v5p:2x2x1, h100:8 "
-            "or cpu:8"
-        )
+        raise invalid("topology", topology, "a name and sizes, as v5e:4x4, v5p:2x2x1 or h100:8")
     counts = tuple(int(size) for size in sizes.split("x"))
-    directions = _DIRECTIONS.get(name, len(counts))
-    if len(counts) != directions:
-        raise UserError(
-            f"topology {topology!r} has {len(counts)} sizes; accepted: {directions}, as chips of "
-            f"{name} lie in so many directions, such as {name}:{'x'.join('2' * directions)}"
-        )
+    dimensions = _TORUS_DIMENSIONS.get(name, len(counts))
+    if len(counts) != dimensions:
+        example = f"{name}:{'x'.join('2' * dimensions)}"
+        raise invalid("topology", topology, f"{dimensions} sizes, as {example}")
     return name, counts
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Devices to compile for; they cannot run anything unless they are this machine's own.
+    """Returns devices to compile for; only those of `cpu` can run a program.
 
     Raises:
-      UserError: without that accelerator's compiler, or for a topology that it does not know.
+      UserError: the accelerator's compiler is not installed or does not know the topology.
     """
     name, sizes = parse_topology(topology)
     if name == "cpu":
@@ -117,25 +124,24 @@ def topology_devices(topology: str) -> list[Any]:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"topology {topology!r} cannot be compiled for here ({reason}); accepted: a topology "
-            f"of that accelerator, with the extra `{extra}` installed (pip install "
-            f"'moddistill[{extra}]'), which needs no such device"
+            f"topology: expected one that the compiler of the extra `{extra}` knows (pip install "
+            f"'moddistill[{extra}]'; it needs no device), got {topology!r} ({reason})"
         ) from None
 
 
 def compiler_options(topology: str) -> dict[str, Any]:
-    """What the compiler is told where it cannot try things out.
+    """Returns XLA options for compiling without the device, which rules out autotuning.
 
-    Without a GPU, Triton's products keep their first tiles, which some shapes refuse.
+    Untuned Triton matmuls keep default tile sizes, which do not compile for some shapes.
     """
     name, _ = parse_topology(topology)
     return {"xla_gpu_enable_triton_gemm": False} if name in GPUS else {}
 
 
 def _tpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
-    # What the compiler would otherwise ask a cloud for.
+    # libtpu would query the metadata server of the cloud for these.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip, so plans need not queue
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip, so no lock on it
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name}-{math.prod(sizes)}")
     options = {"platform": "tpu", "topology_name": f"{name}:{'x'.join(map(str, sizes))}"}
@@ -147,11 +153,11 @@ def _tpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _gpu_options(name: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """Machines times GPUs of each; a description of the GPU stands for the GPU."""
+    """Returns topology options for machines x GPUs, with a target description of the GPU."""
     *machines, gpus = sizes
     gpu, chip = GPUS[name], CHIPS[name]
     major, minor = gpu.capability
-    # XLA's `GpuTargetConfigProto` as text; what all these GPUs have in common is stated as it is.
+    # XLA's `GpuTargetConfigProto` as text; constants are common to all of `GPUS`.
     target = f"""
 platform_name: "CUDA"
 device_description_str: "{chip.kind}"
@@ -186,7 +192,7 @@ gpu_device_info {{
 
 
 def devices_per_chip(topology: str) -> int:
-    """How many devices the compiler sees in one chip."""
+    """Returns the number of JAX devices per chip."""
     name, _ = parse_topology(topology)
     return CHIPS[name].devices if name in CHIPS else 1
 
@@ -194,8 +200,6 @@ def devices_per_chip(topology: str) -> int:
 def _host_devices(count: int) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise UserError(
-            f"topology 'cpu:{count}' needs {count} devices, there are {len(devices)}; accepted: no "
-            "more than these (JAX_NUM_CPU_DEVICES sets their number)"
-        )
+        expected = f"at most {len(devices)} devices (JAX_NUM_CPU_DEVICES sets their number)"
+        raise invalid("topology", f"cpu:{count}", expected)
     return devices[:count]

@@ -1,7 +1,7 @@
-"""Several processes as one run: joining them, and who writes.
+"""Multi-process runs: initialisation, barriers and small collectives on the host.
 
-All processes see the same files. The first one writes what there is one of: configs, metrics, model
-folders; checkpoints are written by all, each its shards.
+All processes share a file system. The main process writes configs, metrics and model folders; all
+processes write checkpoints, each its own shards.
 """
 
 import hashlib
@@ -12,102 +12,106 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 
-_SILENCE = 60  # seconds after which a process counts as dead
-_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # how many they have started
+_HEARTBEAT_TIMEOUT = 60  # seconds; then all processes exit
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set by launchers
 
 
 def initialize(coordinator: str, count: int | None, index: int | None) -> None:
-    """Makes this process one of several; must come before anything else that uses devices.
+    """Initialises this process as one of several; must precede all use of devices.
 
     Args:
-      coordinator: empty for a process alone; `auto` under Slurm, Open MPI, on a TPU pod or GKE,
-        which say the rest themselves; otherwise HOST:PORT of the first process.
-      count: number of processes, with HOST:PORT alone.
-      index: of this process, from 0; likewise.
+      coordinator: empty for a single process; `auto` under Slurm, Open MPI, on a TPU pod or GKE,
+        where JAX detects the rest; otherwise HOST:PORT of process 0.
+      count: number of processes; only with HOST:PORT.
+      index: index of this process, from 0; only with HOST:PORT.
 
     Raises:
-      UserError: for HOST:PORT without the other two, for those without it, an index outside of
-        the count, `auto` where nothing tells, or a process of several that is to be alone.
+      UserError: the flags are incomplete or contradict each other, `auto` detects nothing, or a
+        launcher started several tasks and `coordinator` is empty.
     """
-    needed = coordinator not in ("", "auto")
-    if needed and not re.fullmatch(r"[^:]+:\d+|\[.+\]:\d+", coordinator):
-        raise UserError(f"--coordinator is {coordinator!r}; accepted: HOST:PORT, or auto")
-    if (count is not None, index is not None) != (needed, needed):
-        given = {"coordinator": coordinator or None, "processes": count, "process": index}
-        said = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    is_explicit = coordinator not in ("", "auto")
+    if is_explicit and not re.fullmatch(r"[^:]+:\d+|\[.+\]:\d+", coordinator):
+        raise invalid("--coordinator", coordinator, "HOST:PORT or auto")
+    if (count is not None, index is not None) != (is_explicit, is_explicit):
+        flags = {"coordinator": coordinator or None, "processes": count, "process": index}
+        text = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
         raise UserError(
-            f"flags are {said}; accepted: --coordinator HOST:PORT with both --processes and "
-            "--process, --coordinator auto alone, or none of them"
+            "flags: expected --coordinator HOST:PORT with both --processes and --process, only "
+            f"--coordinator auto, or none of them, got {text}"
         )
     if not coordinator:
-        _check_alone()
+        _check_single_task()
         return
     if coordinator == "auto":
         _initialize_from_environment()
         return
     if not 0 <= index < count:
-        raise UserError(
-            f"--process is {index} of --processes {count}; accepted: 0 to one less than that"
-        )
-    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=_SILENCE)
+        raise invalid("--process", index, f"0 to {count - 1} with --processes {count}")
+    jax.distributed.initialize(
+        coordinator, count, index, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT
+    )
 
 
 def _initialize_from_environment() -> None:
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
     except ValueError as error:
         raise UserError(
-            f"--coordinator is 'auto', but nothing here tells of other processes ({error}); "
-            "accepted: auto in a task of Slurm or Open MPI, on a TPU pod or GKE, else HOST:PORT"
+            "--coordinator: expected HOST:PORT, or auto in a task of Slurm or Open MPI, on a TPU "
+            f"pod or GKE, got 'auto', which detects no other processes ({error})"
         ) from None
 
 
-def _check_alone() -> None:
-    """Raises UserError in one of several tasks, which would all write the same run."""
-    for name in _LAUNCHERS:
+def _check_single_task() -> None:
+    """Raises UserError in one of several tasks, since each would write the same run."""
+    for name in _TASK_COUNTS:
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
-                f"--coordinator is empty, but {name} is {os.environ[name]}; accepted: "
-                "--coordinator auto, or one task"
+                f"--coordinator: expected auto with {name}={os.environ[name]}, or one task, got "
+                "no coordinator"
             )
 
 
-def check_equal_on_all_processes(what: str, text: str) -> None:
-    """Raises UserError unless all processes bring the same text; all must call it."""
+def check_equal_on_all_processes(name: str, text: str) -> None:
+    """Raises UserError unless `text` is equal on all processes. Collective: all must call it.
+
+    Args:
+      name: plural noun for `text`, for the message.
+    """
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    found = multihost_utils.process_allgather(digest)
-    different = [i for i, other in enumerate(found) if np.any(other != found[0])]
+    digests = multihost_utils.process_allgather(digest)
+    different = [i for i, other in enumerate(digests) if np.any(other != digests[0])]
     if different:
         raise UserError(
-            f"{what} of process {different[0]} are not those of process 0; accepted: the same "
-            "command in every process"
+            f"{name}: expected the same command in every process, got other {name} in process "
+            f"{different[0]} than in process 0"
         )
 
 
 def any_process(flags: np.ndarray) -> np.ndarray:
-    """Elementwise `or` of every process's boolean array; all must call it."""
+    """Returns the elementwise `or` over all processes of a boolean array. Collective."""
     if jax.process_count() == 1:
         return flags
     return multihost_utils.process_allgather(flags).any(axis=0)
 
 
 def broadcast_from_main(number: int) -> int:
-    """The first process's number, in every process; all must call it."""
+    """Returns the `number` (int32) of the main process on every process. Collective."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what there is one of."""
+    """Returns True in the process that writes shared files, process 0."""
     return jax.process_index() == 0
 
 
-def barrier(what: str) -> None:
-    """Returns when every process has come here; `what` is for the message if one does not."""
+def barrier(name: str) -> None:
+    """Waits until every process calls it with the same `name`; others are an error."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)

@@ -1,7 +1,7 @@
-"""Device mesh, and one table from logical axis names to mesh axes.
+"""Device mesh, and the table of sharding rules from logical axis names to mesh axes.
 
-Parameters carry logical names from their creation; an unknown name is an error. Without this table
-a misspelt one would silently be replicated.
+Parameters carry logical names from their initialisation. A name without a rule is an error, since
+Flax would silently replicate a misspelt one.
 """
 
 import math
@@ -17,14 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moddistill.config import MeshConfig
-from moddistill.errors import UserError, nearest
+from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.params import flatten
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # along which samples are spread
+BATCH_AXES = ("data", "fsdp", "expert")  # shard the batch dimension
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "embed": ("fsdp", "expert"),  # for the kernels of experts "fsdp" alone
+    "embed": ("fsdp", "expert"),  # only "fsdp" for kernels of experts, see `logical_to_mesh`
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -43,27 +43,28 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def is_distributed() -> bool:
-    """Whether the mesh of the context has several devices."""
+    """Returns True if the mesh in context has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def device_kind() -> str:
-    """The backend's name for the devices of the mesh in context, else for the default device."""
+    """Returns the `device_kind` of the mesh in context, else of the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
         return mesh.abstract_device.device_kind
+    # `jax_default_device` is a device, the name of a platform, or None for the first backend.
     default = jax.config.jax_default_device
     if isinstance(default, jax.Device):
         return default.device_kind
-    return jax.devices(default)[0].device_kind  # of a platform's name, or of the first backend
+    return jax.devices(default)[0].device_kind
 
 
 def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or over those given.
+    """Returns a mesh over `among`, by default over all devices.
 
     Raises:
-      UserError: if the axis sizes do not multiply to their number.
+      UserError: the product of the axis sizes is not the number of devices.
     """
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     devices = jax.device_count() if among is None else len(among)
@@ -72,70 +73,72 @@ def make_mesh(config: MeshConfig, among: Sequence[Any] | None = None) -> Mesh:
     if sizes.count(-1) > 1 or min(filled) < 1 or math.prod(filled) != devices:
         shape = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
         raise UserError(
-            f"mesh {shape} does not fit {devices} devices; accepted: positive sizes whose product "
-            "is their number, one of them -1 for what is left"
+            f"config.mesh: expected positive sizes with the product {devices}, the number of "
+            f"devices (one may be -1, for the rest), got {shape}"
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
-    # As `jax.make_mesh`, which does not let an axis take a part of a TPU's physical one.
-    placed = mesh_utils.create_device_mesh(filled, among, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=types)
+    # Not `jax.make_mesh`: it cannot split a physical axis of the torus over two mesh axes.
+    grid = mesh_utils.create_device_mesh(filled, among, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def resolve(names: PartitionSpec) -> PartitionSpec:
-    """Mesh axes for an array's logical names; UserError for a name the table does not have."""
+def logical_to_mesh(names: PartitionSpec) -> PartitionSpec:
+    """Returns the mesh axes for the logical axis names of an array.
+
+    A mesh axis may shard only one dimension. A rule with several mesh axes yields to rules with
+    one: `(embed, mlp)` is `(("fsdp", "expert"), "tensor")`, `(expert, embed, mlp)` is
+    `("expert", "fsdp", "tensor")`.
+
+    Raises:
+      UserError: a name without a rule.
+    """
     for name in names:
         if name is not None and name not in RULES:
-            raise UserError(
-                f"logical axis {name!r} is unknown; accepted: {', '.join(RULES)}"
-                + nearest(name, RULES)
-            )
+            raise not_one_of("logical axis", name, RULES)
     axes = [None if name is None else RULES[name] for name in names]
-    taken = {axis for axis in axes if isinstance(axis, str)}
-    return PartitionSpec(*(_free(axis, taken) for axis in axes))
+    used = {axis for axis in axes if isinstance(axis, str)}
+    return PartitionSpec(*(_unused(axis, used) for axis in axes))
 
 
-def _free(axes: str | tuple[str, ...] | None, taken: set[str]) -> str | tuple[str, ...] | None:
-    """Of several mesh axes those that no other dimension has to itself."""
+def _unused(axes: str | tuple[str, ...] | None, used: set[str]) -> str | tuple[str, ...] | None:
     if not isinstance(axes, tuple):
         return axes
-    free = tuple(axis for axis in axes if axis not in taken)
-    return free[0] if len(free) == 1 else free
+    unused = tuple(axis for axis in axes if axis not in used)
+    return unused[0] if len(unused) == 1 else unused
 
 
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """Shardings of the parameters of an abstract init whose leaves carry logical names."""
+    """Returns the shardings of parameters, from an abstract init with logical axis names."""
     specs = nn.get_partition_spec(boxed)
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, resolve(spec)),
+        lambda spec: NamedSharding(mesh, logical_to_mesh(spec)),
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
 
-def check_divisible(mesh: Mesh, boxed: Any, whose: str) -> None:
-    """Raises UserError for a parameter that cannot be cut into equal parts along the mesh.
+def check_divisible(mesh: Mesh, boxed: Any, model: str) -> None:
+    """Raises UserError for a dimension that its mesh axes do not divide.
 
     Args:
-      boxed: an abstract init whose leaves carry logical names.
-      whose: the model, for the message.
+      boxed: an abstract init with logical axis names.
+      model: "student" or "teacher", for the message.
     """
     names, shapes = flatten(nn.get_partition_spec(boxed)), flatten(unbox(boxed))
     for path, spec in names.items():
-        for name, axes, size in zip(spec, resolve(spec), shapes[path].shape, strict=False):
+        for name, axes, size in zip(spec, logical_to_mesh(spec), shapes[path].shape, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
-            pieces = math.prod(mesh.shape[axis] for axis in axes)
-            if size % pieces:
-                said = " * ".join(f"config.mesh.{axis}" for axis in axes)
-                raise UserError(
-                    f"{said} is {pieces}, along which the {whose}'s {path} has {size} {name}; "
-                    f"accepted: a divisor of {size}"
-                )
+            shards = math.prod(mesh.shape[axis] for axis in axes)
+            if size % shards:
+                origin = " * ".join(f"config.mesh.{axis}" for axis in axes)
+                expected = f"a divisor of {size}, the {name} of the {model}'s {path}"
+                raise invalid(origin, shards, expected)
 
 
 def unbox(boxed: Any) -> Any:
-    """Parameters, or their shapes, without the logical names.
+    """Removes the logical axis names from parameters or their shapes.
 
-    Flax's own `unbox` also constrains the layout, which shapes do not have.
+    `nn.unbox` also applies sharding constraints, which fail for `ShapeDtypeStruct`.
     """
 
     def is_boxed(x: Any) -> bool:
@@ -145,36 +148,38 @@ def unbox(boxed: Any) -> Any:
 
 
 def constrain_to_batch_sharding(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The same, whole samples on each device.
+    """Constrains activations to batch sharding.
 
-    Said at the entry of every layer: a compiler left to itself may cut widths as the kernels are
-    cut, and then adds up the activations of all samples on all devices.
+    Without this at the entry of each layer, XLA may shard the width like the kernels and all-reduce
+    the activations of all samples.
     """
     axes = ("act_batch", "act_seq", "act_embed")
     return nn.with_logical_constraint(hidden, axes, fallback=RulesFallback.RAISE_ERROR)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Samples spread over all axes but `tensor`."""
+    """Returns the sharding of a batch: its first dimension over all axes but `tensor`."""
     return NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Among how many groups of devices samples are spread."""
+    """Returns the number of shards of the batch dimension."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """This process's samples (numpy arrays) as parts of global arrays."""
+    """Assembles global arrays from each process's own rows (numpy arrays of equal length)."""
     sharding = batch_sharding(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
-        # Said, since JAX takes samples of two processes for one where they share a place.
-        whole = (len(x) * jax.process_count(), *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, whole)
+        # Without the global shape, JAX assumes that processes whose devices share a shard (along
+        # `tensor`) pass the same rows.
+        global_shape = (len(x) * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, global_shape)
 
     return jax.tree.map(put, batch)

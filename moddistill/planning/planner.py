@@ -1,4 +1,8 @@
-"""Compiles the real step of an experiment for an accelerator that is only described."""
+"""Capacity planning: compiles the training step of an experiment for hardware that is not there.
+
+Nothing is executed: parameters and batches are shapes with shardings, and memory and collectives
+are those of the compiled program.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +19,7 @@ from jax.sharding import Mesh
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import RANDOM, resolve
 from moddistill.distributed import accelerators, sharding
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.models.batch import AnyBatch, make_batch
 from moddistill.models.flops import step_flops
 from moddistill.models.presets import PRESETS, preset
@@ -29,14 +33,21 @@ from moddistill.training.stages import stage_of
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")
-_RESERVED = 0.97  # of the memory, for a program; the runtime keeps the rest
+_USABLE_MEMORY = 0.97  # fraction for programs; the runtime reserves the rest
 
 
 def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
-    """What the step of an experiment takes on a topology; sizes are bytes of one chip.
+    """Plans an experiment on a topology: memory, collectives and FLOPs of a step, and duration.
+
+    Args:
+      topology: name and sizes, as for `accelerators.parse_topology`.
+      utilisation: model FLOPs utilisation that is assumed for the duration.
+
+    Returns:
+      A report for `format_report`; sizes are bytes per chip.
 
     Raises:
-      UserError: for settings or a topology that do not fit.
+      UserError: invalid settings or topology, or a mesh or batch that does not fit.
     """
     check_settings(config)
     student, teacher = architectures(config)
@@ -44,7 +55,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     check_batch_divides_mesh(config, mesh)
-    # Outside of the mesh, whose devices cannot run even the smallest operation.
+    # Outside of the mesh context, in which even a constant would be put on devices that do not run.
     program = make_program(config, student, teacher, mesh)
     state = with_shardings(program.abstract_state, program.state_shardings)
     if shared := shares_tower(student, teacher, program.abstract_state.params):
@@ -67,23 +78,24 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     size = step_size(config, student)
     flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
-    return report | _verdict(report, topology, utilisation)
+    return report | _fit_and_duration(report, topology, utilisation)
 
 
 def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
-    """The plan with the largest micro-batch that fits; the smallest one's if none does.
+    """Plans with the largest micro-batch that fits, or with the smallest if none does.
 
-    Micro-batches are of equal size and give each device at least one sample.
+    Micro-batches have equal sizes and at least one sample per device.
+
+    Raises:
+      UserError: as `plan`, and for a topology of CPUs.
     """
     if accelerators.parse_topology(topology)[0] == "cpu":
-        raise UserError(
-            f"nobody knows how much memory {topology!r} has left; accepted with --fit: a topology "
-            f"of {', '.join(accelerators.CHIPS)}"
-        )
+        names = ", ".join(accelerators.CHIPS)
+        raise invalid("topology", topology, f"one of {names} with --fit, which needs known memory")
     mesh = sharding.make_mesh(config.mesh, accelerators.topology_devices(topology))
-    places = sharding.num_batch_shards(mesh)
+    shards = sharding.num_batch_shards(mesh)
     size = config.batch_size
-    counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % places == 0]
+    counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % shards == 0]
     for accumulate in counts or [1]:
         candidate = dataclasses.replace(config, accumulate=accumulate)
         report = plan(candidate, topology, utilisation)
@@ -93,12 +105,16 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
 
 
 def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]:
-    """Student, with its experts, and teacher of an experiment whose models may not exist yet."""
+    """Returns the configs of student, upcycled, and teacher of an experiment.
+
+    A model that does not exist yet, such as the result of an earlier stage, is that of the preset
+    in its path.
+    """
     student = _architecture(config.student)
     if config.stage == "preference" and not student.decoder.moe:
-        student = upcycle_config(student, config.moe)  # a preset for what `d2s` made of it
-    tower = _architecture(config.vision) if config.vision else None
-    student = trained_architecture(config, student, tower)
+        student = upcycle_config(student, config.moe)  # stands for the result of `d2s`
+    encoder = _architecture(config.vision) if config.vision else None
+    student = trained_architecture(config, student, encoder)
     if not config.teacher:
         return student, None
     teacher = _architecture(config.teacher)
@@ -112,9 +128,8 @@ def _architecture(spec: str) -> ModelConfig:
     names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
     if len(names) != 1:
         raise UserError(
-            f"{spec!r} is not there and names {' and '.join(sorted(names)) or 'no preset'}; "
-            "accepted: a model folder, random:PRESET, or a path with one of "
-            f"{', '.join(PRESETS)}"
+            "model: expected an existing model folder, random:PRESET, or a path with one of "
+            f"{', '.join(PRESETS)}, got {spec!r} with {' and '.join(sorted(names)) or 'none'}"
         )
     return preset(names.pop())
 
@@ -133,14 +148,12 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> Any
 def _check_memory(config: TrainConfig, topology: str) -> None:
     name, _ = accelerators.parse_topology(topology)
     if config.teacher_memory == "host" and name in accelerators.GPUS:
-        raise UserError(
-            f"config.teacher_memory is 'host', which a GPU that is only described, as "
-            f"{topology!r}, does not have; accepted: 'device', or a TPU"
-        )
+        expected = f"'device' for {topology!r}: without the device, only TPUs have host memory"
+        raise invalid("config.teacher_memory", config.teacher_memory, expected)
 
 
 def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
-    """What the compiler says of a chip; None without a program."""
+    """Returns the compiler's bytes per chip; None values without a program."""
     memory = compiled.memory_analysis() if compiled else None
     if memory is None:
         return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
@@ -153,30 +166,34 @@ def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
 
 
 def peak_bytes(memory: Any, name: str) -> int:
-    """Peak bytes of one device from a program's `memory_analysis()`; `name` is "cpu" for CPUs."""
-    if name != "cpu":  # host memory is counted in the peak, too
+    """Returns the peak bytes of one device from a program's `memory_analysis()`.
+
+    Args:
+      name: of the accelerator; "cpu" for CPUs.
+    """
+    if name != "cpu":  # the peak includes arguments in host memory
         return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
-    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # not in the peak of CPUs
+    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # CPUs have no peak of both
     return sizes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _compile(lowered: Any, topology: str) -> Any:
-    """The compiled program; None if the compiler finds that it cannot fit."""
+    """Compiles the step; None if the compiler runs out of device memory."""
     try:
         return lowered.compile(compiler_options=accelerators.compiler_options(topology))
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in reason or "vmem" in reason.lower():
             raise UserError(
-                f"the compiler for {topology!r} refuses this step: {reason}; accepted: settings "
-                "that it knows how to build there"
+                f"topology: expected settings that compile for {topology!r}, got an error of the "
+                f"compiler: {reason}"
             ) from error
         LOG.warning("%s", reason)
         return None
 
 
 def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
-    """None where the compiler cannot print its program."""
+    """Returns the collectives; None where the backend cannot print its program."""
     if chips == 1:
         return {}
     try:
@@ -186,7 +203,7 @@ def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
 
 
 def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
-    """Bytes of one device by what they are for; those of a teacher in host memory apart."""
+    """Returns the argument bytes of one device by kind; "host" is a teacher in host memory."""
     state = with_shardings(program.abstract_state, program.state_shardings)
     parts = {
         "trained": state.params,
@@ -203,12 +220,13 @@ def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
     return sizes
 
 
-def _verdict(report: dict[str, Any], topology: str, utilisation: float) -> dict[str, Any]:
+def _fit_and_duration(report: dict[str, Any], topology: str, utilisation: float) -> dict[str, Any]:
+    """Returns whether the step fits into memory, and the days of training; None for CPUs."""
     name, _ = accelerators.parse_topology(topology)
     if name == "cpu":
         return {"fits": None}
     chip = accelerators.CHIPS[name]
-    allowed = round(chip.memory * _RESERVED)
+    allowed = round(chip.memory * _USABLE_MEMORY)
     flops = report["model_flops_per_step"] + report["teacher_flops_per_step"]
     speed = chip.flops * report["chips"] * utilisation
     return {
@@ -220,8 +238,8 @@ def _verdict(report: dict[str, Any], topology: str, utilisation: float) -> dict[
     }
 
 
-def describe(report: dict[str, Any]) -> str:
-    """The report for people."""
+def format_report(report: dict[str, Any]) -> str:
+    """Formats a report of `plan` as lines of text."""
     gib = {
         key: math.nan if value is None else value / 2**30
         for key, value in report.items()

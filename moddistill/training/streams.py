@@ -21,7 +21,7 @@ from moddistill.training.stages import stage_of
 LOG = logging.getLogger("moddistill")
 
 # Files in which the pipeline lists records, and what happened to these.
-_LISTS = {"quarantine.jsonl": "left out", "cut.jsonl": "cut at max_length"}
+_LISTS = {"quarantine.jsonl": "left out", "truncated.jsonl": "truncated to max_length"}
 
 
 class Streams(NamedTuple):

@@ -40,7 +40,7 @@ def check_is_workdir(workdir: Path) -> None:
         if not isinstance(settings, dict) or "stage" not in settings:
             raise UserError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
         return
-    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl", "checkpoints"):
+    for name in ("metrics.jsonl", "quarantine.jsonl", "truncated.jsonl", "checkpoints"):
         if (workdir / name).exists():
             raise UserError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
-from moddistill.convert.sources import read_source
+from moddistill.convert.sources import open_source
 from moddistill.storage.safetensors import read_safetensors
 from moddistill.storage.shards import open_checkpoint
 from tests.convert import hf_folders as hf
@@ -175,6 +175,6 @@ def test_damaged_export_is_not_imported(sparse, tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"does not match digests\.json.*an undamaged"):
-        read_source(folder)
+        open_source(folder)
     (folder / "digests.json").unlink()
-    read_source(folder)
+    open_source(folder)

@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moddistill.config import TEMPLATES
-from moddistill.convert.chat_template import chat_template, known_template
+from moddistill.convert.chat_template import chat_template, detect_template
 from moddistill.data.conversation import prompt, render
 from moddistill.data.examples import ExampleSpec, make_example
 from moddistill.data.records import Record
@@ -139,11 +139,11 @@ def test_unknown_template():
 
 def test_template_without_tokens_of_chatml_is_warned_of(tmp_path, caplog):
     (tmp_path / "chat_template.jinja").write_text("USER: {{ messages }} ASSISTANT:")
-    assert known_template(tmp_path) == "chatml"
+    assert detect_template(tmp_path) == "chatml"
     assert "imported with the template chatml, unless --template names another" in caplog.text
 
 
 def test_template_that_is_not_unicode_is_refused(tmp_path):
     (tmp_path / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
     with pytest.raises(UserError, match=r"\.json: expected a chat_template in Unicode"):
-        known_template(tmp_path)
+        detect_template(tmp_path)

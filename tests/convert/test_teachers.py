@@ -4,24 +4,24 @@ import numpy as np
 import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from moddistill.convert.chat_template import stored_template
+from moddistill.convert.chat_template import read_chat_template
 from moddistill.convert.describe import describe
 from moddistill.convert.importing import import_model
-from moddistill.convert.sources import read_source
+from moddistill.convert.sources import open_source
 from moddistill.data.examples import encode_prompt
 from moddistill.models.presets import preset
 from moddistill.models.vlm import ModelConfig
 from tests import torch_or_skip as torch
 from tests.convert import published
 
-PUBLISHED = list(published.CONFIGS)
+PUBLISHED_PREFIXES = list(published.CONFIGS)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
 def test_published_config_is_the_preset_and_all_names_are_known(name, qwen_tokenizer, tmp_path):
     """At full size: the config as published, and every tensor's name, shape and dtype."""
     folder = published.write_hollow(tmp_path / "hub", name, qwen_tokenizer)
-    source = read_source(folder)
+    source = open_source(folder)
     config = ModelConfig(
         source.decoder, source.vision, source.projector, source.template, source.tokenizer.image_id
     )
@@ -33,7 +33,7 @@ def test_published_config_is_the_preset_and_all_names_are_known(name, qwen_token
     assert sum(facts["dtypes"].values()) == facts["parameters"]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
 def test_logits_of_the_import_are_those_of_transformers(
     name, qwen_tokenizer, tmp_path, torch_logits, our_logits, random_inputs
 ):
@@ -52,7 +52,7 @@ def test_logits_of_the_import_are_those_of_transformers(
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
 def test_chatml_is_the_published_prompt_of_an_image_and_a_question(name, qwen_tokenizer, tmp_path):
     """Token by token, after the system message, which the interleave models' template lacks."""
     folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
@@ -60,7 +60,7 @@ def test_chatml_is_the_published_prompt_of_an_image_and_a_question(name, qwen_to
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     text = theirs.apply_chat_template(
         [{"role": "user", "content": content}],
-        chat_template=stored_template(folder),
+        chat_template=read_chat_template(folder),
         add_generation_prompt=True,
         tokenize=False,
     )

@@ -220,9 +220,9 @@ def test_records_that_were_cut_are_counted(workers, stream, data_file, tmp_path)
     batches = iter(stream(path, workers=workers))
     for _ in range(3):
         next(batches)
-    noted = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
+    noted = [json.loads(line) for line in (tmp_path / "truncated.jsonl").read_text().splitlines()]
     assert [item["line"] for item in noted] == [2]
-    assert noted[0]["reason"].endswith("tokens are cut to 160")
+    assert noted[0]["reason"].endswith("tokens are truncated to 160")
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 

@@ -16,10 +16,10 @@ from moddistill.distributed.sharding import (
     MESH_AXES,
     batch_sharding,
     device_kind,
+    logical_to_mesh,
     make_mesh,
     param_shardings,
     put_batch,
-    resolve,
 )
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import PRESETS
@@ -44,7 +44,7 @@ from moddistill.training.streams import open_streams
         (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
     ],
 )
-def test_mesh(config, shape):
+def test_mesh_shape(config, shape):
     mesh = make_mesh(config)
     assert mesh.axis_names == MESH_AXES
     assert mesh.devices.shape == shape
@@ -62,85 +62,87 @@ def test_mesh(config, shape):
         MeshConfig(fsdp=-2),
     ],
 )
-def test_mesh_that_does_not_fit(config):
-    with pytest.raises(ValueError, match=rf"mesh data={config.data}, fsdp={config.fsdp}.* 8 devi"):
+def test_mesh_that_does_not_fit_the_devices_is_an_error(config):
+    with pytest.raises(ValueError, match=rf"product 8, .*data={config.data}, fsdp={config.fsdp}"):
         make_mesh(config)
 
 
-def test_kind_of_the_devices_of_a_mesh():
+def test_device_kind_of_a_mesh():
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert device_kind() == jax.devices()[0].device_kind
     assert device_kind() == jax.devices()[0].device_kind
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_device_kind_without_a_mesh_is_that_of_the_default_device(monkeypatch, named):
-    """On a machine with a TPU, programs for its CPU get no kernel for TPUs."""
+@pytest.mark.parametrize("by_platform", [False, True])
+def test_device_kind_without_a_mesh_is_that_of_the_default_device(monkeypatch, by_platform):
+    """On a TPU machine, programs for the CPU must not get TPU kernels."""
     [cpu, *_], tpu = jax.devices(), types.SimpleNamespace(device_kind="TPU v5")
     monkeypatch.setattr(jax, "devices", lambda platform=None: [cpu if platform == "cpu" else tpu])
     assert device_kind() == "TPU v5"
-    with jax.default_device("cpu" if named else cpu):
+    with jax.default_device("cpu" if by_platform else cpu):
         assert device_kind() == "cpu"
 
 
-def test_unknown_logical_name():
-    assert resolve(PartitionSpec("router", None, "mlp")) == PartitionSpec(None, None, "tensor")
-    with pytest.raises(ValueError, match=r"'embedd' is unknown; .*did you mean 'embed'"):
-        resolve(PartitionSpec("embedd"))
+def test_unknown_logical_axis_is_an_error_with_a_suggestion():
+    assert logical_to_mesh(PartitionSpec("router", None, "mlp")) == PartitionSpec(
+        None, None, "tensor"
+    )
+    with pytest.raises(ValueError, match=r"^logical axis: .*got 'embedd' \(did you mean 'embed'"):
+        logical_to_mesh(PartitionSpec("embedd"))
 
 
-def test_widths_are_cut_along_every_axis_that_the_array_leaves_free():
+def test_embed_is_sharded_over_every_mesh_axis_that_no_other_dimension_uses():
     kernel, experts = ("embed", "mlp"), ("expert", "embed", "mlp")
-    whole = PartitionSpec(("fsdp", "expert"), "tensor")
-    assert resolve(PartitionSpec(*kernel)) == whole
-    assert resolve(PartitionSpec(*experts)) == PartitionSpec("expert", "fsdp", "tensor")
+    expected = PartitionSpec(("fsdp", "expert"), "tensor")
+    assert logical_to_mesh(PartitionSpec(*kernel)) == expected
+    assert logical_to_mesh(PartitionSpec(*experts)) == PartitionSpec("expert", "fsdp", "tensor")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("moe", [None, ExpertConfig(residual=True)], ids=["dense", "sparse"])
-def test_every_parameter_has_a_place_on_the_mesh(name, moe):
+def test_every_kernel_of_the_decoder_is_sharded(name, moe):
     config = PRESETS[name] if moe is None else upcycle_config(PRESETS[name], moe)
     boxed = abstract_params(config)
-    places = flatten(
+    shardings = flatten(
         param_shardings(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)), boxed)
     )
     shapes = flatten(nn.unbox(boxed))
-    assert places.keys() == shapes.keys()
+    assert shardings.keys() == shapes.keys()
     for path, shape in shapes.items():
         if path.startswith("decoder/") and shape.ndim > 2 and "/bias" not in path:
-            assert any(places[path].spec), f"{path} {shape.shape} is the same on every device"
-        places[path].shard_shape(shape.shape)  # raises where a dimension does not divide
+            assert any(shardings[path].spec), f"{path} {shape.shape} is replicated"
+        shardings[path].shard_shape(shape.shape)  # raises where a dimension does not divide
     if moe:
-        experts = {p: s for p, s in places.items() if "/experts_" in p}
+        experts = {p: s for p, s in shardings.items() if "/experts_" in p}
         assert experts
-        assert all(place.spec[1] == "expert" for place in experts.values())
+        assert all(sharding.spec[1] == "expert" for sharding in experts.values())
 
 
-def test_samples_are_spread_over_all_devices():
+def test_batch_is_sharded_over_all_devices():
     batch = {"tokens": np.arange(16).reshape(8, 2), "images": np.zeros((8, 1, 4, 4, 3), np.uint8)}
-    placed = put_batch(make_mesh(MeshConfig(data=4, fsdp=2)), batch)
-    for name, array in placed.items():
+    arrays = put_batch(make_mesh(MeshConfig(data=4, fsdp=2)), batch)
+    for name, array in arrays.items():
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
         np.testing.assert_array_equal(array, batch[name])
 
 
-def test_a_tower_gathers_its_kernels_and_nothing_of_its_samples():
-    """With 64 samples on 8 devices along `fsdp`; activations are larger than any kernel."""
+def test_vision_encoder_gathers_its_kernels_and_no_activations():
+    """64 samples on 8 devices: activations are larger than any kernel."""
     config = VisionConfig(image_size=56, patch_size=14, width=64, mlp=128, layers=3, heads=2)
-    tower = Vision(config, ComputeConfig(remat="full"))
+    encoder = Vision(config, ComputeConfig(remat="full"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     images = jax.ShapeDtypeStruct((64, 56, 56, 3), jnp.uint8, sharding=batch_sharding(mesh))
-    boxed = jax.eval_shape(tower.init, jax.random.key(0), images)
+    boxed = jax.eval_shape(encoder.init, jax.random.key(0), images)
     params = with_shardings(sharding.unbox(boxed), param_shardings(mesh, boxed))
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        found = collectives(jax.jit(tower.apply).lower(params, images).compile().as_text())
+        found = collectives(jax.jit(encoder.apply).lower(params, images).compile().as_text())
     assert found.keys() == {"all-gather"}
     assert found["all-gather"]["bytes"] == 4 * sum(
-        math.prod(x.shape) for path, x in flatten(params["params"]).items() if is_cut(path, x)
+        math.prod(x.shape) for path, x in flatten(params["params"]).items() if is_gathered(path, x)
     )
 
 
-def is_cut(path, x):
+def is_gathered(path, x):
     computed = not path.startswith(("unused/", "post_norm/"))
     return computed and x.sharding.shard_shape(x.shape) != x.shape
 
@@ -151,7 +153,7 @@ def one_device_mesh():
 
 
 def first_steps(config, mesh, workdir):
-    """Parameters and metrics after two steps of a stage on a mesh."""
+    """Returns parameters and metrics, and the state, after two steps of a stage on a mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         models = resolve_models(config)
         run = prepare(config, models, mesh)
@@ -165,9 +167,9 @@ def first_steps(config, mesh, workdir):
 
 @pytest.fixture(scope="module")
 def steps(tiny_config, tiny_models, tmp_path_factory):
-    """`steps(stage, mesh)`: two steps, `sft` from new parameters, the others from saved ones.
+    """Runs two steps of a stage on a mesh, `sft` from random parameters, others from saved ones.
 
-    A large eps, since Adam turns rounding into whole steps.
+    eps is large, since Adam turns rounding errors of tiny gradients into steps of size lr.
     """
     teacher = str(tiny_models["teacher"])
     saved = {"init": ("dense", ""), "d2d": ("dense", teacher), "d2s": ("dense", teacher)}
@@ -193,7 +195,7 @@ def steps(tiny_config, tiny_models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_device(steps):
-    """`one_device(stage)`: parameters and metrics without a mesh to speak of."""
+    """Returns parameters and metrics of a stage on a mesh of one device, cached."""
     return functools.cache(lambda stage: steps(stage, one_device_mesh())[0])
 
 
@@ -205,7 +207,7 @@ MESHES = {
 }
 
 
-def check_same(got, expected):
+def assert_close(got, expected):
     (params, metrics), (expected_params, expected_metrics) = got, expected
     for path, value in params.items():
         np.testing.assert_allclose(value, expected_params[path], atol=1e-5, err_msg=path)
@@ -217,16 +219,16 @@ def check_same(got, expected):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_steps_do_not_depend_on_the_mesh(steps, one_device, stage, mesh):
+def test_steps_are_invariant_to_the_mesh(steps, one_device, stage, mesh):
     got, state = steps(stage, make_mesh(MESHES[mesh]))
-    check_same(got, one_device(stage))
+    assert_close(got, one_device(stage))
     if stage in ("d2s", "preference"):
         [experts] = {x.sharding.spec[1] for p, x in state.params.items() if "/experts_" in p}
         assert experts == "expert"
 
 
-def test_nor_do_micro_batches_with_a_packed_teacher_and_rows_sent_all_to_all(steps):
+def test_mesh_invariance_with_accumulation_int8_teacher_and_all_to_all(steps):
     more = {"accumulate": 2, "teacher_weights": "int8"}
     got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), expert_transport="all_to_all", **more)
     expected, _ = steps("d2s", one_device_mesh(), **more)
-    check_same(got, expected)
+    assert_close(got, expected)

@@ -5,7 +5,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moddistill.planning.hlo_collectives import collectives
 
-TWO_PARTS = """
+ASYNCHRONOUS = """
 %sum (x: f32[], y: f32[]) -> f32[] {
   ROOT %z = f32[] add(%x, %y)
 }
@@ -25,8 +25,8 @@ ENTRY %main (x: f32[8,4]) -> f32[2] {
 """
 
 
-def test_operations_in_one_part_and_in_two():
-    assert collectives(TWO_PARTS) == {
+def test_synchronous_and_asynchronous_collectives_are_counted():
+    assert collectives(ASYNCHRONOUS) == {
         "all-reduce": {"count": 1, "bytes": 128},
         "all-gather": {"count": 1, "bytes": 32},
         "reduce-scatter": {"count": 1, "bytes": 8},
@@ -34,8 +34,8 @@ def test_operations_in_one_part_and_in_two():
     }
 
 
-# As the compiler for TPUs writes it: the bound stands in the condition, and an operation that runs
-# beside others is spread over fusions.
+# HLO of the TPU compiler: the bound is in the condition, and a collective that overlaps with other
+# operations is repeated in fusions.
 LOOP = """
 %condition (c: (s32[], bf16[4])) -> pred[] {
   %n = s32[]{:T(128)} constant(12)
@@ -57,30 +57,30 @@ ENTRY %main (x: bf16[4]) -> bf16[4] {
 """
 
 
-def test_each_turn_of_a_loop_counts_and_fusions_of_one_operation_do_not():
+def test_collectives_count_per_loop_iteration_and_not_per_fusion():
     assert collectives(LOOP) == {"all-gather": {"count": 12, "bytes": 12 * 32}}
 
 
-def test_an_operation_that_only_runs_beside_a_loop_counts_once():
-    begun_before = LOOP.replace(
+def test_collective_that_overlaps_with_a_loop_counts_once():
+    started_before = LOOP.replace(
         "  %w = (s32", "  %a0 = bf16[16]{0} all-gather(%x), channel_id=7\n  %w = (s32"
     )
-    assert collectives(begun_before) == {"all-gather": {"count": 1, "bytes": 32}}
+    assert collectives(started_before) == {"all-gather": {"count": 1, "bytes": 32}}
 
 
-def test_operations_of_one_channel_are_several_where_none_is_spread():
-    """As those of a `shard_map` are, which all have the first."""
+def test_collectives_of_one_channel_are_distinct_outside_of_async_fusions():
+    """All collectives of a `shard_map` have channel 1."""
     assert (
         collectives(LOOP.replace("async_collective_fusion", "fusion"))["all-gather"]["count"] == 24
     )
 
 
-def test_a_loop_of_unknown_length_counts_once():
+def test_collective_in_a_loop_of_unknown_length_counts_once():
     assert collectives(LOOP.replace("constant(12)", "parameter(1)"))["all-gather"]["count"] == 1
 
 
 @pytest.mark.parametrize("layers", [3, 12])
-def test_a_compiled_scan_gathers_its_kernels_in_each_layer(layers):
+def test_compiled_scan_gathers_its_kernels_once_per_layer(layers):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
 
     def shape(*size, spec):

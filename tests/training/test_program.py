@@ -50,13 +50,25 @@ def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
 @pytest.mark.parametrize(
     ("mesh", "sizes", "message"),
     [
-        ({"tensor": 4}, {}, r"mesh\.tensor is 4, .* student's .*/key/.* has 2 kv_heads; accepted"),
-        ({"tensor": 2}, {"mlp": 33}, r"mesh\.tensor is 2, .* has 33 mlp; accepted: a divisor of 3"),
-        ({"expert": 8}, {"moe": ExpertConfig()}, r"mesh\.expert is 8, .*/experts_.* has 4 expert;"),
+        (
+            {"tensor": 4},
+            {},
+            r"mesh\.tensor: .* divisor of 2, the kv_heads of the student's .*/key/.* got 4",
+        ),
+        (
+            {"tensor": 2},
+            {"mlp": 33},
+            r"mesh\.tensor: expected a divisor of 33, the mlp of .* got 2",
+        ),
+        (
+            {"expert": 8},
+            {"moe": ExpertConfig()},
+            r"mesh\.expert: .* of 4, the expert of .*/experts_.* got 8",
+        ),
         (
             {"fsdp": 4, "expert": 2},
             {"width": 20},
-            r"mesh\.fsdp \* config\.mesh\.expert is 8, .* 20 embed;",
+            r"mesh\.fsdp \* config\.mesh\.expert: .* divisor of 20, the embed of .* got 8",
         ),
     ],
 )
@@ -70,7 +82,9 @@ def test_mesh_that_cannot_cut_the_student(tiny_config, tiny_architecture, mesh, 
 def test_mesh_that_cannot_cut_the_teacher(tiny_config, tiny_architecture):
     student, teacher = tiny_architecture("demo-teacher"), tiny_architecture()
     mesh = make_mesh(MeshConfig(tensor=4))
-    with pytest.raises(ValueError, match=r"mesh\.tensor is 4, .* the teacher's .* has 2 kv_heads"):
+    with pytest.raises(
+        ValueError, match=r"mesh\.tensor: .* divisor of 2, the kv_heads of the teacher's .* got 4"
+    ):
         make_program(tiny_config("d2d"), student, teacher, mesh)
 
 

@@ -134,7 +134,7 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
         ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),
         ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
-        ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: mesh data=3, .* does not fit 8 devices"),
+        ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: expected .* product 8, .*got data=3, "),
     ],
 )
 def test_a_run_with_settings_that_do_not_fit_leaves_no_model(
@@ -208,7 +208,7 @@ def test_processes_that_do_not(tiny_config, processes, axes, message):
             "mine\n",
             r"has quarantine\.jsonl, but no config\.json; accepted: a n",
         ),
-        ("cut.jsonl", "mine\n", r"has cut\.jsonl, but no config\.json"),
+        ("truncated.jsonl", "mine\n", r"has truncated\.jsonl, but no config\.json"),
     ],
 )
 def test_workdir_with_files_of_others(tmp_path, name, content, message):
@@ -223,6 +223,6 @@ def test_workdir_that_is_new_or_of_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
     check_is_workdir(tmp_path)
     (tmp_path / "config.json").write_text('{"stage": "sft"}')
-    for name in ("metrics.jsonl", "quarantine.jsonl", "cut.jsonl"):
+    for name in ("metrics.jsonl", "quarantine.jsonl", "truncated.jsonl"):
         (tmp_path / name).touch()
     check_is_workdir(tmp_path)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moddistill.convert.rules import FLAT, PATCHES, Rule, Rules, matrix
+from moddistill.convert.rules import FLATTEN, PATCH_KERNEL, Rule, Rules, linear_kernel
 from moddistill.errors import UserError
 from moddistill.models import limits
 from moddistill.models.vision import VisionConfig
@@ -35,17 +35,21 @@ def layer_rules() -> Rules:
         ]
     for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
         rules += [
-            Rule(f"{layer}.self_attn.{theirs}.weight", f"{path}/attention/{ours}/kernel", matrix()),
-            Rule(f"{layer}.self_attn.{theirs}.bias", f"{path}/attention/{ours}/bias", FLAT),
+            Rule(
+                f"{layer}.self_attn.{theirs}.weight",
+                f"{path}/attention/{ours}/kernel",
+                linear_kernel(),
+            ),
+            Rule(f"{layer}.self_attn.{theirs}.bias", f"{path}/attention/{ours}/bias", FLATTEN),
         ]
     out = f"{layer}.self_attn.out_proj"
     rules += [
-        Rule(f"{out}.weight", f"{path}/attention/out/kernel", matrix(inputs=2)),
+        Rule(f"{out}.weight", f"{path}/attention/out/kernel", linear_kernel(inputs=2)),
         Rule(f"{out}.bias", f"{path}/attention/out/bias"),
     ]
     for theirs, ours in (("fc1", "up"), ("fc2", "down")):
         rules += [
-            Rule(f"{layer}.mlp.{theirs}.weight", f"{path}/{ours}/kernel", matrix()),
+            Rule(f"{layer}.mlp.{theirs}.weight", f"{path}/{ours}/kernel", linear_kernel()),
             Rule(f"{layer}.mlp.{theirs}.bias", f"{path}/{ours}/bias"),
         ]
     return tuple(rules)
@@ -53,7 +57,7 @@ def layer_rules() -> Rules:
 
 RULES: Rules = (
     Rule("embeddings.class_embedding", "vision/class_token"),
-    Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCHES),
+    Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCH_KERNEL),
     Rule("embeddings.position_embedding.weight", "vision/positions"),
     # The misspelling is the published one.
     Rule("pre_layrnorm.weight", "vision/pre_norm/scale"),
@@ -82,12 +86,12 @@ def vision_config(
         raise UserError(
             f"{origin}: hidden_act is {activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
         )
-    return built(
+    return build_vision_config(
         hf, origin, select_layer=select_layer, activation=ACTIVATIONS[activation], **pixels
     )
 
 
-def built(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
+def build_vision_config(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
     """The tower with the sizes of a config; UserError for those that make no sense."""
     sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
     limits.check_numbers(sizes, limits.VISION, origin, SIZES.get)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moddistill.convert.families import clip, qwen, siglip
-from moddistill.convert.rules import Rule, Rules, matrix, prefixed
+from moddistill.convert.rules import Rule, Rules, linear_kernel, prefixed
 from moddistill.errors import UserError
 from moddistill.models.projector import projector_depth
 from moddistill.models.vision import VisionConfig
@@ -17,19 +17,19 @@ TOWERS = {
     "siglip_vision_model": siglip,
 }
 # What holds a tower together with a text encoder, whose tensors are left alone.
-WITH_TOWER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+DUAL_ENCODERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 # Prefixes of the decoder, the head, the tower and the projector in published checkpoints, which
 # every release of `transformers` loads, and vLLM's LlavaForConditionalGeneration too.
-PUBLISHED = (
+PUBLISHED_PREFIXES = (
     "language_model.model.",
     "language_model.",
     "vision_tower.vision_model.",
     "multi_modal_projector.",
 )
 # All prefixes under which releases of `transformers` have saved them.
-SPELLINGS = (
-    PUBLISHED,
+PREFIX_VARIANTS = (
+    PUBLISHED_PREFIXES,
     ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
     (
         "model.language_model.",
@@ -64,7 +64,7 @@ PROJECTOR: Rules = tuple(
     rule
     for number in (1, 2)
     for rule in (
-        Rule(f"linear_{number}.weight", f"projector/linear_{number - 1}/kernel", matrix()),
+        Rule(f"linear_{number}.weight", f"projector/linear_{number - 1}/kernel", linear_kernel()),
         Rule(f"linear_{number}.bias", f"projector/linear_{number - 1}/bias"),
     )
 )
@@ -77,13 +77,13 @@ def original_projector(kind: str) -> Rules:
         rule
         for i, name in enumerate(names)
         for rule in (
-            Rule(f"{name}weight", f"projector/linear_{i}/kernel", matrix()),
+            Rule(f"{name}weight", f"projector/linear_{i}/kernel", linear_kernel()),
             Rule(f"{name}bias", f"projector/linear_{i}/bias"),
         )
     )
 
 
-def rules_for(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
+def checkpoint_rules(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
     """All rules of a multimodal checkpoint whose tower is of the family `tower`."""
     decoder, head, vision, projector = spelling
     return (
@@ -94,14 +94,14 @@ def rules_for(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
     )
 
 
-def find_spelling(names: Iterable[str], tower: Any) -> tuple[str, str, str, str]:
+def find_prefixes(names: Iterable[str], tower: Any) -> tuple[str, str, str, str]:
     """The spelling that most names have; `tower` is the family of the tower."""
 
     def found(spelling: tuple[str, str, str, str]) -> int:
-        return sum(count[_shape(rule.name)] for rule in rules_for(spelling, tower))
+        return sum(count[_shape(rule.name)] for rule in checkpoint_rules(spelling, tower))
 
     count = collections.Counter(map(_shape, names))
-    return max(SPELLINGS, key=found)
+    return max(PREFIX_VARIANTS, key=found)
 
 
 def _shape(name: str) -> str:

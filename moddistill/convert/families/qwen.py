@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moddistill.config import ExpertConfig
-from moddistill.convert.hub import part_of
-from moddistill.convert.rules import FLAT, Rule, Rules, matrix
+from moddistill.convert.hub import sub_config
+from moddistill.convert.rules import FLATTEN, Rule, Rules, linear_kernel
 from moddistill.errors import UserError
 from moddistill.models import limits
 from moddistill.models.decoder import DecoderConfig
@@ -25,12 +25,12 @@ RULES: Rules = (
             Rule(
                 f"layers.{{layer}}.self_attn.{letter}_proj.weight",
                 f"decoder/layers/{{layer}}/attention/{name}/kernel",
-                matrix(),
+                linear_kernel(),
             ),
             Rule(
                 f"layers.{{layer}}.self_attn.{letter}_proj.bias",
                 f"decoder/layers/{{layer}}/attention/{name}/bias",
-                FLAT,
+                FLATTEN,
             ),
         )
     ),
@@ -45,13 +45,13 @@ RULES: Rules = (
     Rule(
         "layers.{layer}.self_attn.o_proj.weight",
         "decoder/layers/{layer}/attention/out/kernel",
-        matrix(inputs=2),
+        linear_kernel(inputs=2),
     ),
     *(
         Rule(
             f"layers.{{layer}}.mlp.{name}_proj.weight",
             f"decoder/layers/{{layer}}/mlp/{name}/kernel",
-            matrix(),
+            linear_kernel(),
         )
         for name in ("gate", "up", "down")
     ),
@@ -63,13 +63,15 @@ def expert_rules(router: str, expert: str) -> Rules:
     """The rules of expert layers, from the names of a router and of an expert below `mlp.`."""
     return (
         Rule(
-            f"layers.{{layer}}.mlp.{router}.weight", "decoder/layers/{layer}/moe/router", matrix()
+            f"layers.{{layer}}.mlp.{router}.weight",
+            "decoder/layers/{layer}/moe/router",
+            linear_kernel(),
         ),
         *(
             Rule(
                 f"layers.{{layer}}.mlp.{expert}.{{expert}}.{name}_proj.weight",
                 f"decoder/layers/{{layer}}/moe/experts_{name}/{{expert}}",
-                matrix(),
+                linear_kernel(),
             )
             for name in ("gate", "up", "down")
         ),
@@ -135,8 +137,8 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
             f"{origin}: text model {kind!r:.80} is unknown; accepted: "
             + ", ".join(DENSE_TYPES + SPARSE_TYPES)
         )
-    scaling = part_of(hf, "rope_scaling", origin)
-    rope = part_of(hf, "rope_parameters", origin) or {
+    scaling = sub_config(hf, "rope_scaling", origin)
+    rope = sub_config(hf, "rope_parameters", origin) or {
         "rope_theta": hf.get("rope_theta"),
         "rope_type": scaling.get("rope_type") or scaling.get("type", "default"),
     }
@@ -281,7 +283,7 @@ def deepspeed_moe(
     found = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
     if not found:
         return None
-    moe = part_of(fields, "moe", origin)
+    moe = sub_config(fields, "moe", origin)
     if "top_k_experts" not in moe:
         raise UserError(f"{origin} has no moe.top_k_experts, but the weights have experts")
     if moe.get("use_residual"):

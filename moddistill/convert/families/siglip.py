@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from moddistill.convert.families import clip
-from moddistill.convert.rules import PATCHES, Rule, Rules
+from moddistill.convert.rules import PATCH_KERNEL, Rule, Rules
 from moddistill.errors import UserError
 from moddistill.models.vision import VisionConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
 RULES: Rules = (
-    Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCHES),
+    Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCH_KERNEL),
     Rule("embeddings.patch_embedding.bias", "vision/patch/bias"),
     Rule("embeddings.position_embedding.weight", "vision/positions"),
     *clip.layer_rules(),
@@ -28,7 +28,7 @@ def vision_config(
         raise UserError(
             f"{origin}: hidden_act is {activation!r:.80}; accepted: 'gelu_pytorch_tanh'"
         )
-    return clip.built(
+    return clip.build_vision_config(
         hf,
         origin,
         select_layer=select_layer,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.convert.chat_template import FILE, stored_template
+from moddistill.convert.chat_template import FILE, read_chat_template
 from moddistill.convert.source_settings import read_generation, replaced_image_settings
 from moddistill.convert.sources import Source
 from moddistill.models.vlm import ModelConfig
@@ -16,7 +16,7 @@ LOG = logging.getLogger("moddistill")
 POOLING = "pooling.safetensors"  # in a model folder
 
 
-def imported_from(
+def import_record(
     sources: Sequence[Source], config: ModelConfig, new: Sequence[str]
 ) -> dict[str, Any]:
     """The entry `imported` of `model.json`; logs settings of the source that are replaced.
@@ -60,7 +60,7 @@ def imported_from(
     }
 
 
-def carry_pooling(source: Source, folder: Path) -> None:
+def copy_pooling_head(source: Source, folder: Path) -> None:
     """Copies SigLIP's pooling head, which no feature depends on, into a model folder."""
     head = {
         name.removeprefix(source.pooling): tensor
@@ -73,7 +73,7 @@ def carry_pooling(source: Source, folder: Path) -> None:
             write(place, head[name].read())
 
 
-def carry_template(source: Path, folder: Path) -> None:
+def copy_chat_template(source: Path, folder: Path) -> None:
     """Copies a source's own chat template into a model folder."""
-    if template := stored_template(source):
+    if template := read_chat_template(source):
         (folder / FILE).write_text(template, encoding="utf-8")
