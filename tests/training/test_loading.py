@@ -132,16 +132,25 @@ def changed(config, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_token": 5}, "image token 5"),
-        ({"patch_size": 7}, "positions an image 16, the student's 4"),
-        ({"image_size": 56, "patch_size": 28}, "image size 56, the student's 28"),
-        ({"vision": None}, "expected a teacher with a vision tower"),
+        ({"image_token": 5}, "image token of 'runs/t': expected 300 as in the student, got 5"),
+        (
+            {"patch_size": 7},
+            "positions per image of 'runs/t': expected 4 as in the student, got 16",
+        ),
+        (
+            {"image_size": 56, "patch_size": 28},
+            "image size of 'runs/t': expected 28 as in the student, got 56",
+        ),
+        (
+            {"vision": None},
+            "expected a teacher with a vision tower, as the student has, got 'runs/t' without one",
+        ),
     ],
 )
 def test_teacher_that_does_not_fit(tiny_architecture, fields, message):
     student = tiny_architecture()
     live.check_teacher(student, student, "runs/t")
-    with pytest.raises(ValueError, match=f"teacher 'runs/t' .*{message}"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         live.check_teacher(changed(student, **fields), student, "runs/t")
 
 

@@ -95,7 +95,7 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         (
             "d2d",
             {"teacher": "random:demo-teacher"},
-            r"positions per image of .*: expected 16 .*, got 36$",
+            r"positions per image of .*: expected 4 .*, got 36$",
         ),
         ("sft", {"seed": -1}, r"config\.seed is -1; accepted: 0 to "),
         ("sft", {"optim": {"lr": math.nan}}, r"config\.optim\.lr is nan; accepted: 0 to"),
