@@ -66,10 +66,10 @@ def match(paths: Sequence[str], patterns: Sequence[str], origin: str) -> set[str
         hits = {path for path in paths if re.fullmatch(pattern, path)}
         if not hits:
             parts = sorted({path.split("/")[0] for path in paths})
-            raise UserError(
-                f"{origin}: pattern {pattern!r} matches no parameter; paths begin with {parts}, "
-                f"for example {sorted(paths)[0]!r}"
+            expected = (
+                f"a pattern of parameter paths, such as {min(paths)!r} (first parts: {parts})"
             )
+            raise invalid(origin, pattern, expected)
         found |= hits
     return found
 
@@ -110,12 +110,12 @@ def check_same(found: Flat, expected: Flat, origin: str) -> None:
 
 
 def in_group(path: str, *groups: str) -> bool:
-    """Whether a parameter is in one of these groups."""
+    """Returns whether a parameter is in one of these groups."""
     return any(re.fullmatch(GROUPS[group], path) for group in groups)
 
 
 def is_computed(path: str) -> bool:
-    """Whether any output depends on a parameter."""
+    """Returns whether any output depends on a parameter."""
     return not re.fullmatch(NEVER_COMPUTED, path)
 
 

@@ -58,7 +58,7 @@ def resolve(spec: str, tokenizer: Tokenizer | None = None) -> ResolvedModel:
 def as_model_folder(name: str | Path) -> Path:
     """A model folder for anything that names a model.
 
-    A model folder is taken as it is. A Hugging Face folder or hub name is imported once into
+    A model folder is returned as it is. A Hugging Face folder or hub name is imported once into
     `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
 
     Raises:

@@ -11,7 +11,7 @@ from moddistill.convert.resolve import (
     resolve,
 )
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.errors import UserError, at_field, invalid
+from moddistill.errors import at_field, invalid
 from moddistill.models.upcycle import check_upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig
 from moddistill.teachers.live import teacher_architecture
@@ -82,26 +82,30 @@ def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
 def trained_architecture(
     config: TrainConfig, base: ModelConfig, tower: ModelConfig | None
 ) -> ModelConfig:
-    """The student with the stage's template, the tower of another model, and its experts."""
+    """Returns the student's architecture with the stage's template, vision encoder and experts.
+
+    Args:
+      base: the student as `config.student` names it.
+      tower: the model whose vision encoder a text-only student gets, if any.
+
+    Raises:
+      UserError: for a vision encoder too many or missing, or experts that do not fit.
+    """
     target = dataclasses.replace(base, template=config.data.template)
     if tower is not None:
         if base.vision is not None:
-            raise UserError(
-                f"config.vision is {config.vision!r}, but the student {config.student!r} has a "
-                "tower already; accepted: an empty string"
-            )
+            expected = f"'', since the student {config.student!r} has a vision encoder"
+            raise invalid("config.vision", config.vision, expected)
         if tower.vision is None:
-            raise UserError(
-                f"config.vision is {config.vision!r}, which has no vision encoder; accepted: a "
-                "model with one"
-            )
+            raise invalid("config.vision", config.vision, "a model with a vision encoder")
         is_new = config.student.startswith(RANDOM)
-        if not is_new and base.image_token >= base.decoder.vocab_size:
-            raise UserError(
-                f"config.student is {config.student!r}, in which <image> is id {base.image_token} "
-                f"and the embedding has {base.decoder.vocab_size} rows; accepted: a student that "
-                "was imported with --vision, which adds the row"
+        rows = base.decoder.vocab_size
+        if not is_new and base.image_token >= rows:
+            expected = (
+                f"a student imported with --vision, which adds an embedding row for <image> (id "
+                f"{base.image_token}, {rows} rows)"
             )
+            raise invalid("config.student", config.student, expected)
         target = dataclasses.replace(target, vision=tower.vision)
     if not stage_of(config).sparse:
         return target

@@ -1,6 +1,6 @@
 """Checkpoints of a run: trained parameters, optimizer, step and data position.
 
-Frozen parameters are not among them; they are made again from what the config names.
+Frozen parameters are not saved: a resumed run loads them from the models that its config names.
 
 A checkpoint is written under a hidden name, gets digests of all its files, and is then renamed to
 its step. So one with a step as its name is complete; an interrupted one is never resumed from.
@@ -20,14 +20,14 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.distributed.processes import broadcast_from_main, is_main_process
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from moddistill.params import Flat, check_same
 from moddistill.storage.digests import NAME, verify, write_digests
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
 
-KEEP = 2  # the one before, should the disk damage the newest
+KEEP = 2  # the previous one too, in case the newest is damaged on disk
 
 
 @dataclasses.dataclass
@@ -87,7 +87,7 @@ def _finish(response: Any, unfinished: Path, step: int) -> None:
     unfinished.rename(unfinished.with_name(str(step)))
     for old in _steps(unfinished.parent)[:-KEEP]:
         folder = unfinished.with_name(str(old))
-        if (folder / NAME).is_file():  # otherwise it is not ours
+        if (folder / NAME).is_file():  # not a folder that someone else put there
             shutil.rmtree(folder)
 
 
@@ -109,6 +109,8 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
         optimizer or trainable set, or of another number of processes, each of which has its own
         position.
     """
+    # Order: bytes, processes, shapes, then arrays. Orbax reports damage as errors of many kinds,
+    # so all that can be wrong is found before it loads.
     folder = checkpoints.directory / str(checkpoints.latest)
     verify(folder, accepted=_way_out(folder), shared=True)
     _check_processes(folder)
@@ -132,10 +134,8 @@ def _check_processes(folder: Path) -> None:
     names = (re.search(r"-of-(\d+)", file.name) for file in (folder / "data").iterdir())
     counts = {int(name[1]) for name in names if name}
     if counts - {jax.process_count()}:
-        raise UserError(
-            f"checkpoint {folder} is of {max(counts)} processes, and now there are "
-            f"{jax.process_count()}; accepted: as many as before"
-        )
+        expected = f"{max(counts)} processes, as many as wrote it"
+        raise invalid(f"checkpoint {folder}", jax.process_count(), expected)
 
 
 def _by_path(tree: Any) -> Flat:

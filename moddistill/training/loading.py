@@ -1,4 +1,4 @@
-"""What a run begins with: compiled step, state before the first step, teacher."""
+"""Loading of a run: student and teacher into their shards, and the first state."""
 
 import dataclasses
 import logging

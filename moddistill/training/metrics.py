@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard, a progress bar, and the guard against NaN."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, a progress bar, and the check for NaN."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from moddistill.distributed.processes import is_main_process
-from moddistill.errors import DivergedError, UserError
+from moddistill.errors import DivergedError, invalid
 from moddistill.losses import Metrics
 from moddistill.models.flops import StepFlops
 
@@ -21,12 +21,16 @@ HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 
 
 class MetricsLog:
-    """Means over the steps since the last report, and where they are written.
+    """A context manager that averages metrics over steps and writes the means.
 
-    `flops` are those of one step; `peak_flops` is the peak of the devices per second, if known.
+    Rows that a resumed run writes again, those of steps after `start` and of held-out records, are
+    removed first, so that the file has each once.
 
-    Use as a context manager. Rows that a cut-off run will write again, those of steps after `start`
-    and of held-out records, are removed, so each stands there once.
+    Args:
+      start: the step that the run resumes from, or 0.
+      title: of the progress bar.
+      flops: of one step.
+      peak_flops: of all devices per second, if known.
     """
 
     def __init__(
@@ -41,10 +45,10 @@ class MetricsLog:
         self.path = workdir / "metrics.jsonl"
         self.writes = is_main_process()
         rows = read_metrics(self.path)
-        kept = [row for row in rows if row["step"] <= start and "loss" in row]
-        self.before = kept[-1]["seconds"] if kept else 0.0
+        saved_rows = [row for row in rows if row["step"] <= start and "loss" in row]
+        self.before = saved_rows[-1]["seconds"] if saved_rows else 0.0
         if self.writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in saved_rows))
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.flops = flops
         self.peak_flops = peak_flops
@@ -69,7 +73,7 @@ class MetricsLog:
         self.bar.close()
 
     def add(self, metrics: Metrics) -> None:
-        """Keeps one step's sums and weights on the device."""
+        """Adds one step's sums and weights, which stay on the device until the next report."""
         self.pending.append(metrics)
 
     def report(self, step: int, learning_rate: float, last_good: str) -> None:
@@ -84,7 +88,7 @@ class MetricsLog:
             check_finite(row, number, last_good)
         means = weighted_means(rows)
         now = time.monotonic()
-        means |= self._speed(means.pop("tokens") * len(rows) / (now - self.last))
+        means |= self._throughput(means.pop("tokens") * len(rows) / (now - self.last))
         row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
         row["seconds"] = self.before + now - self.began
         self.last = now
@@ -94,21 +98,21 @@ class MetricsLog:
         text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         self.bar.set_postfix_str(text, refresh=False)
 
-    def _speed(self, tokens_per_second: float) -> Row:
-        """Tokens and operations a second, of both models; of the peak where that is known.
+    def _throughput(self, tokens_per_second: float) -> Row:
+        """Tokens and FLOPs per second of both models, and the utilisation of a known peak.
 
-        Operations are those of real tokens: padding and recomputation do not count.
+        FLOPs are those of real tokens: padding and recomputation do not count.
         """
         share = tokens_per_second / self.flops.positions
-        speed = {
+        throughput = {
             "tokens_per_second": tokens_per_second,
             "student_tflops": self.flops.student * share / 1e12,
             "teacher_tflops": self.flops.teacher * share / 1e12,
         }
         if self.peak_flops:
             both = (self.flops.student + self.flops.teacher) * share
-            speed["mfu"] = both / self.peak_flops
-        return speed
+            throughput["mfu"] = both / self.peak_flops
+        return throughput
 
     def write(self, row: Row) -> None:
         """Appends a row to the file and to TensorBoard, in the first process."""
@@ -143,7 +147,7 @@ def check_finite(metrics: HostMetrics, step: int, last_good: str) -> None:
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file; none if it does not exist.
 
-    A last line without a line break was cut off as it was written, and is left out.
+    A last line without a line break is incomplete, since the run was interrupted, and is left out.
 
     Raises:
       UserError: for another line that is no row.
@@ -158,7 +162,7 @@ def _row(line: str, origin: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{origin}: not JSON: {error}") from None
+        raise invalid(origin, line, f"a JSON object ({error})") from None
     if not isinstance(row, dict) or "step" not in row:
-        raise UserError(f"{origin}: {line[:60]!r} is no row; accepted: an object with a step")
+        raise invalid(origin, line, "a JSON object with a step")
     return row

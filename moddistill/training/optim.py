@@ -13,7 +13,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Flat) -> dict[str, bool]:
-    """Whether weight decay applies, by path: to matrices, but not to routers or positions."""
+    """Mask of weight decay by path: true for matrices, but not for routers and positions."""
     return {path: in_group(path, *DECAYED_GROUPS) for path in params}
 
 

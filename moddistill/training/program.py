@@ -1,6 +1,6 @@
-"""The compiled step of a stage, from architectures alone: no array is made here.
+"""The jitted step of a stage, from its architectures: no array is made here.
 
-Training fills it with parameters; planning compiles it for a device that nobody owns.
+Training runs it on parameters; planning compiles it for devices that are only described.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
 
 
 def step_size(config: TrainConfig, student: ModelConfig) -> StepSize:
-    """What one step of a stage reads when all rows are full, for counting its FLOPs."""
+    """Size of one step of a stage whose rows are all full, for counting its FLOPs."""
     rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
     length = config.data.max_length
     images = config.batch_size * config.data.max_images if student.vision else 0
@@ -43,7 +43,7 @@ class Program(NamedTuple):
     Attributes:
       model: the student.
       loss: of the stage.
-      step: `state, metrics = step(state, teacher, batch)`, jitted; takes over the state's memory.
+      step: `state, metrics = step(state, teacher, batch)`, jitted; donates the state.
       make_state: from all parameters to the state, to be jitted with `state_shardings`.
       abstract_state: shapes and dtypes of the state.
       state_shardings: its shardings.
@@ -62,10 +62,14 @@ class Program(NamedTuple):
 def make_program(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
 ) -> Program:
-    """Everything of a stage that its architectures decide.
+    """Builds model, loss, step and shardings of a stage.
+
+    Args:
+      student: the architecture that the stage trains.
+      teacher: None for a stage without one.
 
     Raises:
-      UserError: for a mesh that cannot cut the parameters, or cannot carry rows to experts.
+      UserError: for a mesh that does not divide the parameters, or lacks `expert_transport`.
     """
     compute = compute_config(config)
     model = Vlm(student, compute)
@@ -78,13 +82,18 @@ def make_program(
         return make_state(params, trainable, optimizer, compute.dtype)
 
     replicated = sharding.replicated(mesh)
+    # Shapes first: shardings of moments follow from the abstract state, and the step is jitted
+    # with these before any array exists.
     state = jax.eval_shape(make, params)
     param_shardings = flatten(sharding.param_shardings(mesh, boxed))
     shardings = make_state_shardings(state, param_shardings, optimizer, replicated)
-    packed = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
-    compute = dataclasses.replace(compute, quantized_layers=packed)
+    # Layers in host memory are fetched like quantized ones: one at a time, inside the scan.
+    by_layer = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
+    compute = dataclasses.replace(compute, quantized_layers=by_layer)
     live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
     loss = stage_of(config).loss(config, model, live_teacher)
+    # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
+    # parameters and moments exist once. The teacher is an argument of its own and stays.
     step = jax.jit(
         make_step(loss, optimizer, config.accumulate, config.seed),
         donate_argnums=(0,) if config.donate else (),
@@ -95,7 +104,7 @@ def make_program(
 
 
 def compute_config(config: TrainConfig) -> ComputeConfig:
-    """How a run computes its student, and its teacher but for quantized layers."""
+    """Returns the settings by which a run computes its student."""
     return ComputeConfig(
         one_segment=True,  # the data pipeline does not pack samples
         dtype=jnp.dtype(config.dtype),
@@ -106,7 +115,7 @@ def compute_config(config: TrainConfig) -> ComputeConfig:
 
 
 def _abstract_params(config: TrainConfig, model: ModelConfig, mesh: Mesh, whose: str) -> Any:
-    """`abstract_params`; UserError unless the mesh can hold the model."""
+    """`abstract_params` of a model; UserError unless it can be sharded over the mesh."""
     platform = mesh.devices.flat[0].platform
     is_ragged = model.decoder.moe is not None and config.expert_transport == "ragged"
     if is_ragged and platform == "cpu" and mesh.size > 1:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moddistill.config import TrainConfig
-from moddistill.errors import UserError, nearest
+from moddistill.errors import invalid, not_one_of
 from moddistill.losses import Loss
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
@@ -117,17 +117,14 @@ STAGES: dict[str, Stage] = {
 def stage_of(config: TrainConfig) -> Stage:
     """The row of the config's stage; UserError for an unknown one or a teacher too few or many."""
     if config.stage not in STAGES:
-        raise UserError(
-            f"config.stage is {config.stage!r}; accepted: {', '.join(STAGES)}"
-            + nearest(config.stage, STAGES)
-        )
+        raise not_one_of("config.stage", config.stage, STAGES)
     stage = STAGES[config.stage]
     if stage.teacher and not config.teacher:
-        raise UserError(f"config.teacher is empty; stage {config.stage!r} needs a model folder")
+        expected = f"a model, since stage {config.stage!r} has a teacher"
+        raise invalid("config.teacher", config.teacher, expected)
     if config.teacher and not stage.teacher:
-        raise UserError(
-            f"config.teacher is {config.teacher!r}; stage {config.stage!r} takes no teacher"
-        )
+        expected = f"'', since stage {config.stage!r} has no teacher"
+        raise invalid("config.teacher", config.teacher, expected)
     return stage
 
 
@@ -143,10 +140,7 @@ def trainable_paths(config: TrainConfig, paths: Sequence[str]) -> set[str]:
     found = match(paths, _patterns(config, paths), origin)
     computed = {path for path in found if is_computed(path)}
     if not computed:
-        raise UserError(
-            f"{origin} is {config.trainable!r}, of which nothing is ever computed; accepted: "
-            "patterns that match other parameters too"
-        )
+        raise invalid(origin, config.trainable, "patterns that match a parameter that is computed")
     return computed
 
 
@@ -161,8 +155,6 @@ def _patterns(config: TrainConfig, paths: Sequence[str]) -> tuple[str, ...]:
         left = (p for p in stage.also if any(re.fullmatch(p, path) for path in paths))
         return (*stage.trains, *left)
     if isinstance(chosen, str):
-        raise UserError(
-            f"config.trainable is {chosen!r}; accepted: 'paper', 'reference', or a tuple of "
-            "patterns of parameter paths"
-        )
+        expected = "'paper', 'reference', or a tuple of patterns of parameter paths"
+        raise invalid("config.trainable", chosen, expected)
     return chosen

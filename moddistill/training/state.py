@@ -11,7 +11,7 @@ from moddistill.params import Flat, cast_frozen, flatten, split, unflatten
 
 @flax.struct.dataclass
 class State:
-    """What a step updates.
+    """Training state.
 
     Leaves are arrays; of an abstract state their shapes, of its shardings those.
 

@@ -15,13 +15,14 @@ from moddistill.training.state import State
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, accumulate: int, seed: int
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
-    """`state, metrics = step(state, teacher, batch)`, a pure function of its arguments.
+    """Returns `state, metrics = step(state, teacher, batch)`, a pure function.
 
-    Micro-batches share the denominators of the full batch, so their gradients simply add up.
-    Randomness is that of (seed, step).
+    Its randomness is `fold_in(seed, step)`, so that a resumed run repeats it.
     """
 
     def step(state: State, teacher: Any, batch: Any) -> tuple[State, Metrics]:
+        # Denominators are of the entire batch: each micro-batch's loss is its share of the mean,
+        # and gradients of micro-batches add up to that of the batch, whatever their tokens.
         denominators = loss.denominators(batch)
 
         def gradients(part: Any, rng: jax.Array) -> tuple[Any, Metrics]:

@@ -69,37 +69,30 @@ def check_settings(config: TrainConfig) -> None:
         if value not in accepted:
             raise UserError(f"config.{name} is {value}; accepted: {accepted}")
     for name, default in (("moe", ExpertConfig()), ("upcycle", UpcycleConfig())):
-        if not stage.sparse and getattr(config, name) != default:
-            raise UserError(
-                f"config.{name} is set, but stage {config.stage!r} makes no experts; accepted: its "
-                "defaults, since the student brings its own"
-            )
-    if bool(config.heldout_steps) != bool(config.data.heldout.path):
-        raise UserError(
-            f"config.data.heldout.path is {config.data.heldout.path!r} and heldout_steps is "
-            f"{config.heldout_steps}; accepted: both, or neither"
-        )
+        value = getattr(config, name)
+        if not stage.sparse and value != default:
+            expected = f"its defaults, since stage {config.stage!r} makes no experts"
+            raise invalid(f"config.{name}", value, expected)
+    heldout, steps = config.data.heldout.path, config.heldout_steps
+    if steps and not heldout:
+        expected = f"a file, since heldout_steps is {steps}"
+        raise invalid("config.data.heldout.path", heldout, expected)
+    if heldout and not steps:
+        expected = f">= 1, since data.heldout.path is {heldout!r}"
+        raise invalid("config.heldout_steps", steps, expected)
     _check_read(config)
     _check_losses(config)
     profiled = config.profile_steps
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
-        raise UserError(
-            f"config.profile_steps is {profiled}; accepted: first and last step, such as (10, 12), "
-            f"of 1 to {config.steps}, or ()"
-        )
-    if not config.teacher and (config.teacher_weights, config.teacher_memory) != (
-        "dtype",
-        "device",
-    ):
-        raise UserError(
-            "config.teacher_weights or teacher_memory is set, but config.teacher is empty; "
-            "accepted: their defaults"
-        )
+        expected = f"() or (first, last) with 1 <= first <= last <= {config.steps}"
+        raise invalid("config.profile_steps", profiled, expected)
+    for name, default in (("teacher_weights", "dtype"), ("teacher_memory", "device")):
+        value = getattr(config, name)
+        if not config.teacher and value != default:
+            raise invalid(f"config.{name}", value, f"{default!r}, since config.teacher is empty")
     if config.batch_size % config.accumulate:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}; accepted: a multiple of accumulate, "
-            f"{config.accumulate}"
-        )
+        expected = f"a multiple of accumulate ({config.accumulate})"
+        raise invalid("config.batch_size", config.batch_size, expected)
 
 
 def _check_read(config: TrainConfig) -> None:
@@ -143,39 +136,30 @@ def _check_losses(config: TrainConfig) -> None:
 
 
 def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError unless the samples and positions can be spread over the devices."""
+    """Raises UserError unless samples and positions can be sharded evenly over the mesh."""
     _check_processes(mesh)
-    places = num_batch_shards(mesh)
-    if (config.batch_size // config.accumulate) % places:
-        raise UserError(
-            f"config.batch_size is {config.batch_size} in {config.accumulate} micro-batches; "
-            f"accepted: micro-batches of a multiple of {places} samples, for the mesh has so many "
-            f"devices along {', '.join(BATCH_AXES)}"
-        )
+    shards, micro_batch = num_batch_shards(mesh), config.batch_size // config.accumulate
+    if micro_batch % shards:
+        axes = " * ".join(BATCH_AXES)
+        expected = f"a multiple of the mesh's {axes} ({shards})"
+        raise invalid("config.batch_size / config.accumulate", micro_batch, expected)
     if config.data.max_length % mesh.shape["tensor"]:
-        raise UserError(
-            f"config.data.max_length is {config.data.max_length}; accepted: a multiple of "
-            f"mesh.tensor, {mesh.shape['tensor']}, along which positions meet the vocabulary"
-        )
+        expected = f"a multiple of mesh.tensor ({mesh.shape['tensor']}), which shards positions"
+        raise invalid("config.data.max_length", config.data.max_length, expected)
 
 
 def _check_processes(mesh: Mesh) -> None:
-    """Raises UserError unless each process alone has its samples, as many as the others.
+    """Raises UserError unless each shard of a batch is in one process, equally many in each.
 
-    Each reads its own; of two that shared a place, each would put another sample there. Together
-    with whole places for each micro-batch, this spreads `batch_size` evenly over processes too.
+    Each process reads its own samples. If two shared a shard, each would fill it with others. As
+    micro-batches fill all shards evenly, so does `batch_size` all processes.
     """
     tensor = mesh.shape["tensor"]
-    places = mesh.devices.reshape(-1, tensor)  # `tensor` is the last axis
-    owners = [{device.process_index for device in place} for place in places]
+    shards = mesh.devices.reshape(-1, tensor)  # `tensor` is the last axis
+    owners = [{device.process_index for device in shard} for shard in shards]
     if max(map(len, owners)) > 1:
-        raise UserError(
-            f"config.mesh.tensor is {tensor}, along which lie devices of several processes; "
-            "accepted: a size, such as 1, with all devices of a sample in one process"
-        )
-    held = Counter(owner for [owner] in owners)
-    if len(set(held.values())) > 1:
-        raise UserError(
-            f"config.mesh: processes have {min(held.values())} to {max(held.values())} places of "
-            "samples on the mesh; accepted: as many in each"
-        )
+        expected = "a size, such as 1, with all devices of a sample in one process"
+        raise invalid("config.mesh.tensor", tensor, expected)
+    counts = sorted(Counter(owner for [owner] in owners).values())
+    if len(set(counts)) > 1:
+        raise invalid("config.mesh", counts, "equally many batch shards in each process")

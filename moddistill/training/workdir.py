@@ -7,11 +7,11 @@ from typing import Any
 
 from moddistill.config import TrainConfig
 from moddistill.distributed.processes import is_main_process
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.params import flatten
 from moddistill.storage.digests import check_outside
 
-# Settings that a run may change when it resumes: of memory, speed and reports, and its length.
+# Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
     "steps", "accumulate", "remat", "scan", "donate", "teacher_memory",
     "logits_chunk_size",
@@ -30,7 +30,6 @@ _EFFECTS = {
 def check_is_workdir(workdir: Path) -> None:
     """Raises UserError for a folder with files that a run would overwrite, but did not write."""
     file = workdir / "config.json"
-    accepted = "accepted: a new --workdir, or that of a run"
     check_outside(file, "--workdir")
     if file.is_file():
         try:
@@ -38,11 +37,13 @@ def check_is_workdir(workdir: Path) -> None:
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict) or "stage" not in settings:
-            raise UserError(f"--workdir: {file} does not hold the settings of a run; {accepted}")
+            expected = "a new folder, or that of a run with its settings in config.json"
+            raise invalid("--workdir", str(workdir), expected)
         return
     for name in ("metrics.jsonl", "quarantine.jsonl", "truncated.jsonl", "checkpoints"):
         if (workdir / name).exists():
-            raise UserError(f"--workdir: {workdir} has {name}, but no config.json; {accepted}")
+            expected = f"a new folder, or that of a run, not one with {name} but no config.json"
+            raise invalid("--workdir", str(workdir), expected)
 
 
 def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
@@ -63,26 +64,22 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
         return []
     changed = _changed(config, file)
     fixed = [
-        f"{name}: {then!r} there, {now!r} now"
+        f"{name} {now!r} instead of {then!r}"
         for name, (then, now) in changed.items()
         if name not in _FREE
     ]
     if fixed:
         raise UserError(
-            f"{workdir} holds a run with other settings ({'; '.join(fixed)}); accepted: the same "
-            f"settings to resume it, of which {', '.join(_FREE)} may change, or another --workdir"
+            f"--workdir: expected the settings that the run in {workdir} began with, of which "
+            f"{', '.join(_FREE)} may change, got {'; '.join(fixed)}"
         )
     if last is None and "steps" in changed:
-        raise UserError(
-            f"config.steps is {config.steps}, but the run in {workdir} is finished with "
-            f"{changed['steps'][0]} and has no checkpoint to go on from; accepted: "
-            f"{changed['steps'][0]}, or another --workdir"
-        )
+        made = changed["steps"][0]
+        expected = f"{made}, since the run in {workdir} is finished and has no checkpoint"
+        raise invalid("config.steps", config.steps, expected)
     if last is not None and config.steps < last:
-        raise UserError(
-            f"config.steps is {config.steps}, but the run in {workdir} has made {last}; accepted: "
-            f"at least {last}, or another --workdir"
-        )
+        expected = f">= {last}, the steps that the run in {workdir} has made"
+        raise invalid("config.steps", config.steps, expected)
     return [
         f"config.{name}: {then!r} before, {now!r} now"
         + (f"; {_EFFECTS[name]}" if name in _EFFECTS else "")

@@ -99,7 +99,7 @@ def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
             {"student": "random:tinny"},
             r"^config\.student: preset 'tinny' is unknown; .*did you mean 'tiny'",
         ),
-        ({"vision": "DENSE"}, r"config\.vision is .*'random:tiny' has a tower already"),
+        ({"vision": "DENSE"}, r"config\.vision: expected '', since .*:tiny' has a vision encoder"),
         (
             {"student": "SPARSE", "tokenizer": ""},
             r"^config\.student: .* already has 4 experts in layers \(0, 2\)",

@@ -100,7 +100,11 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "not JSON: Expecting"), ("[1]", r"'\[1\]' is no row; accepted: an"), ("", "not JSON")],
+    [
+        ("{", r"expected a JSON object \(Expecting .*, got '\{'$"),
+        ("[1]", r"expected a JSON object with a step, got '\[1\]'$"),
+        ("", r"expected a JSON object \(.*, got ''$"),
+    ],
 )
 def test_any_other_broken_line_is_named(line, message, tmp_path):
     file = tmp_path / "metrics.jsonl"

@@ -43,7 +43,11 @@ def test_a_step_takes_over_the_memory_of_its_state(make, donate):
 def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
     _, _, program = make(stage, expert_transport="all_to_all", remat="products", scan=False)
     assert program.model.compute == ComputeConfig(
-        dtype=jnp.dtype("float32"), remat="products", unroll=True, expert_transport="all_to_all"
+        dtype=jnp.dtype("float32"),
+        remat="products",
+        one_segment=True,
+        unroll=True,
+        expert_transport="all_to_all",
     )
 
 

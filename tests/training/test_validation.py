@@ -67,12 +67,12 @@ def test_ranges(accepted, inside, outside, text):
         (
             "sft",
             {"heldout_steps": 1},
-            r"heldout\.path is '' and heldout_steps is 1; accepted: both",
+            r"heldout\.path: expected a file, since heldout_steps is 1, got ''$",
         ),
         (
             "sft",
             {"data": {"heldout": SourceConfig("a.json")}},
-            r"heldout\.path is 'a\.json' and heldout_steps is 0; accepted: both, or neither",
+            r"heldout_steps: expected >= 1, since data\.heldout\.path is 'a\.json', got 0$",
         ),
     ],
 )
@@ -88,9 +88,21 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         ("sft", {"log_every": 0}, r"config\.log_every is 0; accepted: 1 to inf"),
         ("sft", {"steps": -1}, r"config\.steps is -1; accepted: 1 to inf"),
         ("sft", {"logits_chunk_size": 0}, r"config\.logits_chunk_size is 0; accepted: 1 to inf"),
-        ("sft", {"accumulate": 3}, r"config\.batch_size is 8; accepted: a multiple of .*3"),
-        ("d2d", {"teacher": ""}, r"config\.teacher is empty; stage 'd2d' needs"),
-        ("sft", {"teacher": "runs/t"}, r"stage 'sft' takes no teacher"),
+        (
+            "sft",
+            {"accumulate": 3},
+            r"config\.batch_size: expected a multiple of accumulate \(3\), got 8$",
+        ),
+        (
+            "d2d",
+            {"teacher": ""},
+            r"config\.teacher: expected a model, since stage 'd2d' .*, got ''$",
+        ),
+        (
+            "sft",
+            {"teacher": "runs/t"},
+            r"expected '', since stage 'sft' has no teacher, got 'runs/t'$",
+        ),
         ("d2d", {"teacher": "runs/none/model"}, r"^config\.teacher: 'runs/none/model' is not a m"),
         (
             "d2d",
@@ -105,8 +117,16 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
             r"config\.optim\.eps is 0\.0; accepted: above 0 and at mo",
         ),
         ("sft", {"optim": {"clip_norm": -1.0}}, r"config\.optim\.clip_norm is -1"),
-        ("d2d", {"moe": {"top_k": 99}}, r"config\.moe is set, but stage 'd2d' makes no experts"),
-        ("d2d", {"upcycle": {"method": "drop"}}, r"config\.upcycle is set, but stage 'd2d' makes"),
+        (
+            "d2d",
+            {"moe": {"top_k": 99}},
+            r"config\.moe: expected its .* since stage 'd2d' makes no ex",
+        ),
+        (
+            "d2d",
+            {"upcycle": {"method": "drop"}},
+            r"config\.upcycle: expected its .* 'd2d' makes no",
+        ),
         ("d2s", {"moe": {"num_experts": 10**9}}, r"^config\.moe\.num_experts is 1000000000; acc"),
         ("d2s", {"moe": {"top_k": 10**9}}, r"^config\.moe\.top_k is 1000000000; accepted: 1 to"),
         (
@@ -129,11 +149,23 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
             {"distillation": {"kd_weight": 0.0, "ce_weight": 0.0}},
             r"config\.distillation\.kd_weight or ce_weight: expected > 0, got 0\.0",
         ),
-        ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path is '' and heldout_steps is 1"),
-        ("sft", {"profile_steps": (3,)}, r"config\.profile_steps is \(3,\); accepted: first and"),
-        ("sft", {"profile_steps": (3, 9)}, r"\(3, 9\); accepted: .* of 1 to 4, or \(\)"),
-        ("sft", {"teacher_memory": "host"}, r"teacher_memory is set, but config\.teacher is empty"),
-        ("sft", {"trainable": ("decode/.*",)}, r"config\.trainable: pattern 'decode/"),
+        ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path: expected a file, .*, got ''$"),
+        (
+            "sft",
+            {"profile_steps": (3,)},
+            r"profile_steps: expected \(\) or .*, got \(3,\)$",
+        ),
+        ("sft", {"profile_steps": (3, 9)}, r"<= last <= 4, got \(3, 9\)$"),
+        (
+            "sft",
+            {"teacher_memory": "host"},
+            r"teacher_memory: expected 'device', .* empty, got 'host'$",
+        ),
+        (
+            "sft",
+            {"trainable": ("decode/.*",)},
+            r"config\.trainable: expected a pattern .*, got 'decode/",
+        ),
         ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: expected .* product 8, .*got data=3, "),
     ],
 )
@@ -186,9 +218,9 @@ def test_processes_that_have_their_samples_to_themselves(tiny_config, processes,
 @pytest.mark.parametrize(
     ("processes", "axes", "message"),
     [
-        ((0, 1), {"tensor": 2}, r"mesh\.tensor is 2, along which lie devices of several .*; acce"),
-        ((0, 1, 0, 1), {"data": 2, "tensor": 2}, r"mesh\.tensor is 2"),
-        ((0, 1, 1, 1), {"data": 4}, r"processes have 1 to 3 places of samples .*; accepted"),
+        ((0, 1), {"tensor": 2}, r"mesh\.tensor: expected a size, .* in one process, got 2$"),
+        ((0, 1, 0, 1), {"data": 2, "tensor": 2}, r"mesh\.tensor: .*, got 2$"),
+        ((0, 1, 1, 1), {"data": 4}, r"^config\.mesh: expected equally many .*, got \[1, 3\]$"),
     ],
 )
 def test_processes_that_do_not(tiny_config, processes, axes, message):
@@ -199,16 +231,24 @@ def test_processes_that_do_not(tiny_config, processes, axes, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", '{"model_type": "llava"}', r"config\.json does not hold the settings of a"),
-        ("config.json", "hyper: parameters", r"config\.json does not hold the settings of a run"),
-        ("config.json", "3", r"config\.json does not hold the settings of a run; accepted: a new"),
-        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', r"has metrics\.jsonl, but no config\.json"),
+        (
+            "config.json",
+            '{"model_type": "llava"}',
+            r"^--workdir: expected a new folder, or .* in config\.json, got",
+        ),
+        ("config.json", "hyper: parameters", r"or that of a run with its settings in config\.json"),
+        ("config.json", "3", r"or that of a run with its settings in config\.json"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": 2.0}\n',
+            r"not one with metrics\.jsonl but no config\.json, got",
+        ),
         (
             "quarantine.jsonl",
             "mine\n",
-            r"has quarantine\.jsonl, but no config\.json; accepted: a n",
+            r"not one with quarantine\.jsonl but no config\.json, got",
         ),
-        ("truncated.jsonl", "mine\n", r"has truncated\.jsonl, but no config\.json"),
+        ("truncated.jsonl", "mine\n", r"not one with truncated\.jsonl but no config\.json, got"),
     ],
 )
 def test_workdir_with_files_of_others(tmp_path, name, content, message):
