@@ -110,7 +110,7 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
         position.
     """
     folder = checkpoints.directory / str(checkpoints.latest)
-    verify(folder, accepted=_way_out(folder), shared=True)
+    verify(folder, expected=_way_out(folder), shared=True)
     _check_processes(folder)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
