@@ -30,7 +30,7 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.storage.model_folder import load_params, read_model_config, save_model
 from moddistill.storage.safetensors import write
 from moddistill.storage.shards import create_shards
-from moddistill.storage.tensor import Planned
+from moddistill.storage.tensor import TensorSpec
 
 GIB = 2**30
 
@@ -56,7 +56,9 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     config = ModelConfig(decoder, None, "linear", "chatml", tokenizer.image_id)
     rules = (*prefixed(qwen.RULES, "model."), *qwen.HEAD)
     dtype = np.dtype(ml_dtypes.bfloat16)
-    planned = [Planned(piece.name, dtype, piece.shape) for piece in mapped_tensors(config, rules)]
+    planned = [
+        TensorSpec(piece.name, dtype, piece.shape) for piece in mapped_tensors(config, rules)
+    ]
     total = sum(tensor.nbytes for tensor in planned)
     rng = np.random.default_rng(0)
     for name, place in create_shards(folder, planned, total // shards).items():

@@ -25,12 +25,12 @@ from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import token_mask
-from moddistill.storage.atomic_dir import new_folder
+from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import preprocessor_config, read_model_config, read_source
 from moddistill.storage.orbax_layout import Reader
 from moddistill.storage.safetensors import read_safetensors, write
 from moddistill.storage.shards import create_shards
-from moddistill.storage.tensor import DTYPES, Planned, Tensor
+from moddistill.storage.tensor import DTYPES, Tensor, TensorSpec
 
 LOG = logging.getLogger("moddistill")
 # Without it, `transformers` warns of a tokenizer bug of earlier releases.
@@ -61,24 +61,25 @@ def export_model(
     reader.check(config)
     stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
     planned = [
-        Planned(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape) for piece in found
+        TensorSpec(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape)
+        for piece in found
     ]
     pooling = _pooling(model)
     planned += _shared_expert(config, planned)
-    planned += [Planned(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
+    planned += [TensorSpec(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
     fields = _hf_config(config) | {"dtype": _common_dtype(planned)} | _WRITTEN_FOR
     if context := _imported(model).get("context"):
         fields.get("text_config", fields)["max_position_embeddings"] = context
     fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
-    with new_folder(out, "export", overwrite, keep=(given, model)) as aside:
-        places = create_shards(aside, sorted(planned, key=_layer_order), max_shard_size)
+    with write_folder(out, "export", overwrite, inputs=(given, model)) as tmp_dir:
+        places = create_shards(tmp_dir, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(found, places, reader)
         for name, tensor in pooling.items():
             write(places[name], tensor.read(), f"{model / POOLING}: {name}")
-        _write_json(aside / "config.json", fields)
-        _write_companions(aside, config, model)
+        _write_json(tmp_dir / "config.json", fields)
+        _write_companions(tmp_dir, config, model)
     return fields
 
 
@@ -143,21 +144,21 @@ def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
     return _DTYPES[wanted] if wanted else stored
 
 
-def _shared_expert(config: ModelConfig, planned: Sequence[Planned]) -> list[Planned]:
+def _shared_expert(config: ModelConfig, planned: Sequence[TensorSpec]) -> list[TensorSpec]:
     """The zero expert of Qwen2-MoE, of the dtype that the others have."""
     prefix = "model." if config.vision is None else _DECODER
     shapes = qwen.shared_expert(config.decoder)
     dtypes = [tensor.dtype for tensor in planned if ".experts." in tensor.name]
-    return [Planned(prefix + name, dtypes[0], shape) for name, shape in shapes.items()]
+    return [TensorSpec(prefix + name, dtypes[0], shape) for name, shape in shapes.items()]
 
 
-def _common_dtype(tensors: Sequence[Planned]) -> str:
+def _common_dtype(tensors: Sequence[TensorSpec]) -> str:
     """The dtype in which no weight loses anything."""
     found = {tensor.dtype.name for tensor in tensors}
     return found.pop() if len(found) == 1 else "float32"
 
 
-def _layer_order(tensor: Planned) -> list[Any]:
+def _layer_order(tensor: TensorSpec) -> list[Any]:
     """Names with their numbers compared as numbers."""
     return [(not x.isdigit(), int(x) if x.isdigit() else x) for x in re.split(r"[.]", tensor.name)]
 

@@ -10,7 +10,7 @@ from moddistill.convert.source_settings import read_generation, replaced_image_s
 from moddistill.convert.sources import Source
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.safetensors import create_file, write
-from moddistill.storage.tensor import Planned
+from moddistill.storage.tensor import TensorSpec
 
 LOG = logging.getLogger("moddistill")
 POOLING = "pooling.safetensors"  # in a model folder
@@ -68,7 +68,7 @@ def copy_pooling_head(source: Source, folder: Path) -> None:
         if source.pooling and name.startswith(source.pooling)
     }
     if head:
-        planned = [Planned(name, x.dtype, x.shape) for name, x in head.items()]
+        planned = [TensorSpec(name, x.dtype, x.shape) for name, x in head.items()]
         for name, place in create_file(folder / POOLING, planned).items():
             write(place, head[name].read())
 

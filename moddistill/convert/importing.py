@@ -30,7 +30,7 @@ from moddistill.distributed.sharding import unbox
 from moddistill.errors import UserError
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import flatten
-from moddistill.storage.atomic_dir import new_folder
+from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import write_description
 from moddistill.storage.orbax_layout import Writer
 from moddistill.storage.shards import read_file
@@ -73,15 +73,15 @@ def import_model(
     read = [source.folder for source in sources] + ([Path(projector)] if projector else [])
     fresh = _new_projector(config, placed, seed)
     description = {"imported": import_record(sources, config, sorted(fresh))}
-    with new_folder(out, "import", overwrite, keep=read) as aside:
+    with write_folder(out, "import", overwrite, inputs=read) as tmp_dir:
         # Of a language model alone, a template has no place for pictures; the original code's
         # checkpoints bring one that they were not trained with.
         if len(sources) == 1 and sources[0].template == config.template == "chatml":
-            copy_chat_template(sources[0].folder, aside)
-        weights = _write_params(aside / "params", config, placed, fresh)
+            copy_chat_template(sources[0].folder, tmp_dir)
+        weights = _write_params(tmp_dir / "params", config, placed, fresh)
         description["imported"]["weights"] = weights
-        copy_pooling_head(sources[-1], aside)
-        write_description(aside, config, sources[0].tokenizer, description)
+        copy_pooling_head(sources[-1], tmp_dir)
+        write_description(tmp_dir, config, sources[0].tokenizer, description)
     return config
 
 

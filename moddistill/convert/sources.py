@@ -77,7 +77,7 @@ def open_source(folder: Path, select_layer: int | None = None) -> Source:
         listed = digests.read_digests(folder, _UNDAMAGED).files
         # Settings that are too large are refused by their readers, which do not read them whole.
         names = [name for name in sorted(listed) if _is_readable(folder / name)]
-        digests.verify(folder, names, accepted=_UNDAMAGED)
+        digests.verify(folder, names, expected=_UNDAMAGED)
     fields = read_json(folder / "config.json")
     origin = str(folder / "config.json")
     kind = fields.get("model_type", "")

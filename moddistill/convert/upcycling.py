@@ -27,7 +27,7 @@ from moddistill.models.upcycle import (
 )
 from moddistill.models.vlm import ModelConfig
 from moddistill.params import flatten, unflatten
-from moddistill.storage.atomic_dir import new_folder
+from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import read_model_config, read_source, write_description
 from moddistill.storage.orbax_layout import Reader, Writer
 
@@ -56,10 +56,10 @@ def upcycle_model(
     reader.check(dense)
     before, after = slots(dense), slots(sparse)
     finite = FiniteCheck(str(given))
-    with new_folder(out, "upcycle", overwrite, keep=(given, model)) as aside:
+    with write_folder(out, "upcycle", overwrite, inputs=(given, model)) as tmp_dir:
         kept = {path: reader.dtype(before[path].path) for path in before}
         dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
-        with Writer(aside / "params", array_specs(sparse, dtypes)) as writer:
+        with Writer(tmp_dir / "params", array_specs(sparse, dtypes)) as writer:
             same = sorted(before.keys() & after.keys(), key=before.get)
             for path in tqdm(same, desc="copy", unit="array"):
                 _copy(path, reader, before[path], writer, after[path], finite)
@@ -77,10 +77,10 @@ def upcycle_model(
         finite.close()
         source = {"upcycled": {"from": str(model), "seed": seed} | dataclasses.asdict(how)}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
-        write_description(aside, sparse, load_tokenizer(str(model)), source)
+        write_description(tmp_dir, sparse, load_tokenizer(str(model)), source)
         for name in (POOLING, FILE):
             if (model / name).is_file():
-                shutil.copy(model / name, aside)
+                shutil.copy(model / name, tmp_dir)
     return sparse
 
 

@@ -1,4 +1,13 @@
-"""Folders that get their name, and their digests, when everything in them is written."""
+"""Output folders that appear under their name when complete, with the digests of all their files.
+
+1. Files are written to a hidden folder next to the target, `.NAME.TOKEN.partial`.
+2. `digests.json` is written into it, after forcing all files to the disk.
+3. A folder to be replaced is renamed to `.NAME.TOKEN.old`, then the new one to its name.
+4. The old one is removed.
+
+A process that is killed between the two renames of step 3 leaves both hidden folders; the next
+writer of the same name restores the old one.
+"""
 
 import contextlib
 import errno
@@ -12,94 +21,97 @@ from moddistill.distributed.processes import barrier, broadcast_from_main, is_ma
 from moddistill.errors import UserError
 from moddistill.storage.digests import check_outside, verify, write_digests
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFINISHED, _REPLACED = ".partial", ".old"
 
 
 @contextlib.contextmanager
-def new_folder(
-    folder: Path, written_by: str, overwrite: bool, keep: Sequence[Path] = ()
+def write_folder(
+    folder: Path, written_by: str, overwrite: bool, inputs: Sequence[Path] = ()
 ) -> Iterator[Path]:
-    """A folder to write into, which is named `folder` when everything is written.
+    """Yields a temporary folder, which is renamed to `folder` when the block ends.
 
-    Every writer has one of its own. One that fails is removed; if the process is killed, it remains
-    as `.NAME.*.partial`.
+    Several writers may run at once, each with its own temporary folder. After an error it is
+    removed.
 
     Args:
-      written_by: the command, for `digests.json`, which is written at the end.
+      written_by: the command, for `digests.json`.
       overwrite: whether to replace a folder that the same command wrote and that is unchanged.
-      keep: files and folders that are read; `folder` may not be one of them or hold one.
+      inputs: files and folders being read, none of which may be in `folder`.
 
     Raises:
-      UserError: if `folder` exists, now or at the end, and may not be replaced; if the disk is
-        full.
+      UserError: if `folder` exists, at the start or at the end, and may not be replaced; if the
+        disk is full.
     """
     target = folder.resolve()
     check_outside(target, "--out")
-    _put_back(target)
-    for source in keep:
+    _restore_replaced(target)
+    for source in inputs:
         if target.exists() and source.exists() and source.resolve().is_relative_to(target):
-            raise UserError(f"{str(folder)!r} holds {str(source)!r}, which is being read")
+            raise UserError(
+                f"{str(folder)!r}: expected a folder without inputs of this command, got one that "
+                f"contains {str(source)!r}"
+            )
     _check_free(target, written_by, overwrite)
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
-    with _named_when_written(aside, target, written_by, overwrite):
-        yield aside
+    tmp_dir = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    with _renamed_when_complete(tmp_dir, target, written_by, overwrite):
+        yield tmp_dir
 
 
 @contextlib.contextmanager
-def new_folder_of_all(folder: Path, written_by: str) -> Iterator[Path]:
-    """As `new_folder` with `overwrite`, for all processes of one run, which share one folder.
+def write_shared_folder(folder: Path, written_by: str) -> Iterator[Path]:
+    """As `write_folder` with `overwrite`, for all processes of a run, which share the folder.
 
-    The first process makes and names it. Unfinished ones of earlier runs are removed.
+    The main process creates and renames it, and removes unfinished ones of earlier runs.
     """
     target = folder.resolve()
     token = broadcast_from_main(secrets.randbits(31))
-    aside = target.with_name(f".{target.name}.{token:08x}{_UNFINISHED}")
+    tmp_dir = target.with_name(f".{target.name}.{token:08x}{_UNFINISHED}")
     with contextlib.ExitStack() as stack:
         if is_main_process():
-            _put_back(target)
+            _restore_replaced(target)
             for unfinished in _unfinished(target):
                 shutil.rmtree(unfinished)
-        barrier(f"tidying for {folder}")
+        barrier(f"clean up before {folder}")
         check_replaceable(folder, written_by)
         if is_main_process():
-            stack.enter_context(_named_when_written(aside, target, written_by, overwrite=True))
-        barrier(f"making {folder}")
-        yield aside
-        barrier(f"filling {folder}")
+            stack.enter_context(_renamed_when_complete(tmp_dir, target, written_by, overwrite=True))
+        barrier(f"create {folder}")
+        yield tmp_dir
+        barrier(f"write {folder}")
 
 
 def check_replaceable(folder: Path, written_by: str) -> None:
-    """Checks, in all processes together, what `new_folder_of_all` will find when it ends.
+    """Checks, in all processes together, that `write_shared_folder` may replace a folder.
 
     Raises:
       UserError: if `folder` exists, unless the same command wrote it and it is unchanged.
     """
-    accepted = f"remove or rename {str(folder)!r}"
-    _check_free(folder.resolve(), written_by, overwrite=True, accepted=accepted, shared=True)
+    expected = f"an unchanged folder that {written_by} wrote, or none (remove or rename this one)"
+    _check_free(folder.resolve(), written_by, overwrite=True, expected=expected, shared=True)
 
 
 @contextlib.contextmanager
-def _named_when_written(
-    aside: Path, folder: Path, written_by: str, overwrite: bool
+def _renamed_when_complete(
+    tmp_dir: Path, folder: Path, written_by: str, overwrite: bool
 ) -> Iterator[None]:
-    aside.mkdir(parents=True)
+    tmp_dir.mkdir(parents=True)
     try:
         yield
-        write_digests(aside, written_by)
-        _give_name(aside, folder, written_by, overwrite)
+        write_digests(tmp_dir, written_by)
+        _replace(tmp_dir, folder, written_by, overwrite)
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _NO_SPACE:
             raise
         raise UserError(
-            f"{str(folder)!r} cannot be written: {error.strerror}; accepted: a disk with room"
+            f"{str(folder)!r}: expected a disk with enough space, got {error.strerror!r}"
         ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
 
 
-def _give_name(new: Path, folder: Path, written_by: str, overwrite: bool) -> None:
-    """Replaces a folder by `new`, which is never visible in part."""
+def _replace(new: Path, folder: Path, written_by: str, overwrite: bool) -> None:
+    """Renames `new` to `folder`, which is at no time visible in part."""
     _check_free(folder, written_by, overwrite)
     old = new.with_suffix(_REPLACED)
     if folder.exists():
@@ -107,15 +119,16 @@ def _give_name(new: Path, folder: Path, written_by: str, overwrite: bool) -> Non
     try:
         new.rename(folder)
     except OSError:
-        _put_back(folder)
+        _restore_replaced(folder)
         _check_free(folder, written_by, overwrite=False)  # another process was faster
         raise
     finally:
+        # Without the new folder, the old one is the only copy.
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _put_back(folder: Path) -> None:
+def _restore_replaced(folder: Path) -> None:
     """Undoes the first of two renames, after which a process was killed."""
     if folder.exists():
         return
@@ -130,25 +143,28 @@ def _unfinished(folder: Path) -> list[Path]:
 
 
 def _check_free(
-    folder: Path, written_by: str, overwrite: bool, accepted: str = "", shared: bool = False
+    folder: Path, written_by: str, overwrite: bool, expected: str = "", shared: bool = False
 ) -> None:
     """Raises UserError if a folder exists, unless it may be overwritten.
 
     Args:
-      accepted: the way out, for the message, where it is not `--overwrite`.
+      expected: what the message asks for, where that is not `--overwrite`.
       shared: whether all processes call this together.
     """
     if not folder.exists():
         return
+    origin = repr(str(folder))
     if not (overwrite and folder.is_dir()):
-        accepted = accepted or "a new folder, or --overwrite"
-        raise UserError(f"{str(folder)!r} exists; accepted: {accepted}")
-    accepted = (
-        accepted or f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
+        expected = expected or "a new folder, or --overwrite"
+        raise UserError(f"{origin}: expected {expected}, got one that exists")
+    expected = (
+        expected or f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
     )
-    for name, place in (("working", Path.cwd()), ("home", Path.home())):
-        if place.is_relative_to(folder):
-            raise UserError(f"{str(folder)!r} holds the {name} directory; accepted: {accepted}")
-    found = verify(folder, accepted=accepted, shared=shared).written_by
-    if found != written_by:
-        raise UserError(f"{str(folder)!r} was written by {found}; accepted: {accepted}")
+    for name, path in (("working", Path.cwd()), ("home", Path.home())):
+        if path.is_relative_to(folder):
+            raise UserError(
+                f"{origin}: expected {expected}, got one that contains the {name} directory"
+            )
+    writer = verify(folder, expected=expected, shared=shared).written_by
+    if writer != written_by:
+        raise UserError(f"{origin}: expected {expected}, got one that {writer} wrote")

@@ -1,11 +1,11 @@
-"""SHA-256 digests of the files of a folder, so that damage is found when the folder is read.
+"""SHA-256 digests of the files of a folder, by which readers find damaged files.
 
 `digests.json` is written after all other files:
 
     {"written_by": "import", "files": {"model.json": "5f0c...", ...}, "sha256": "98ea..."}
 
-Names are relative to the folder. The last digest is of the rest of `digests.json` itself, whose
-bytes follow from its content, so no bit of any file can change unnoticed.
+Names are relative to the folder. The last digest covers the rest of `digests.json` itself, whose
+bytes are a function of its content: a changed bit anywhere in the folder is found.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from moddistill.distributed.processes import any_process
 from moddistill.errors import UserError
 
 NAME = "digests.json"
-UNDAMAGED = "an undamaged copy of the folder"
+UNDAMAGED = "an undamaged folder"
 _LARGEST_FILE = 16 * 2**20  # bytes; a file of 100,000 names has 12 MB
-_SHOWN = 3  # file names in an error
+_MOST_SHOWN = 3  # file names in an error
 
 
 class Digests(NamedTuple):
@@ -39,29 +39,33 @@ def write_digests(folder: Path, written_by: str) -> None:
     """Writes `digests.json` of all files below a folder, after forcing them to the disk."""
     names = _list_files(folder)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _sha256(folder / name, sync=True), names)
-        digests = Digests(written_by, dict(zip(names, found, strict=True)))
+        hashes = pool.map(lambda name: _sha256(folder / name, sync=True), names)
+        digests = Digests(written_by, dict(zip(names, hashes, strict=True)))
     with (folder / NAME).open("w") as file:
         file.write(_render(digests))
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_digests(folder: Path, accepted: str = UNDAMAGED) -> Digests:
-    """Reads `digests.json`; UserError if it is missing or damaged."""
+def read_digests(folder: Path, expected: str = UNDAMAGED) -> Digests:
+    """Reads `digests.json`; UserError if it is missing or damaged.
+
+    Args:
+      expected: what the message asks for.
+    """
     file = folder / NAME
     if not file.is_file():
-        raise UserError(f"{folder} has no {NAME}; accepted: {accepted}")
+        raise UserError(f"{folder}: expected {expected}, got one without {NAME}")
     with file.open("rb") as opened:
         content = opened.read(_LARGEST_FILE + 1)
     digests = _parse(content) if len(content) <= _LARGEST_FILE else None
     if digests is None:
-        raise UserError(f"{file} is damaged: its own sha256 differs; accepted: {accepted}")
+        raise UserError(f"{folder}: expected {expected}, got one whose {NAME} has another sha256")
     return digests
 
 
 def fingerprint(folder: Path) -> str:
-    """Identifies the content of a folder: the digest of the digests of all its files."""
+    """Returns the digest of `digests.json`, which identifies the content of all files."""
     read_digests(folder)
     return _sha256(folder / NAME)
 
@@ -82,7 +86,7 @@ def check_outside(folder: Path, origin: str) -> None:
 
 
 def _parse(content: bytes) -> Digests | None:
-    """The content of an intact `digests.json` that names only files below its folder."""
+    """Parses `digests.json`; None if it is damaged or names a file outside of its folder."""
     try:
         fields = json.loads(content)
         digests = Digests(fields["written_by"], dict(fields["files"]))
@@ -98,50 +102,53 @@ def verify(
     folder: Path,
     names: Sequence[str] | None = None,
     *,
-    accepted: str = UNDAMAGED,
+    expected: str = UNDAMAGED,
     shared: bool = False,
 ) -> Digests:
-    """Compares files with `digests.json`, which it returns.
+    """Compares files with `digests.json`, and returns its content.
 
     Args:
-      names: the files that will be read; all files of the folder if None, and then a file that is
-        not in `digests.json` is an error too.
-      accepted: the way out, for the message.
+      names: the files to compare; by default all files of the folder, and then a file that is not
+        in `digests.json` is an error too.
+      expected: what the message asks for.
       shared: whether all processes call this together; each then reads its share of the files.
 
     Raises:
       UserError: naming the files that are missing, unexpected or damaged.
     """
-    digests = read_digests(folder, accepted)
-    chosen = sorted(digests.files) if names is None else list(names)
-    wrong = [_describe(folder, name) for name in _find_damaged(folder, chosen, digests, shared)]
+    digests = read_digests(folder, expected)
+    compared = sorted(digests.files) if names is None else list(names)
+    wrong = [_describe(folder, name) for name in _find_damaged(folder, compared, digests, shared)]
     if names is None:
         unknown = [name for name in _list_files(folder) if name not in digests.files]
         wrong += [f"{name} is not in {NAME}" for name in unknown]
     if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
         raise UserError(
-            f"{folder} is not as {digests.written_by} wrote it: {', '.join(wrong[:_SHOWN])}{more}; "
-            f"accepted: {accepted}"
+            f"{folder}: expected {expected}, got one changed since {digests.written_by} wrote it: "
+            f"{', '.join(wrong[:_MOST_SHOWN])}{more}"
         )
     return digests
 
 
 def _find_damaged(folder: Path, names: Sequence[str], digests: Digests, shared: bool) -> list[str]:
-    """The files that do not match; with `shared`, each process reads every n-th one."""
+    """Returns the files that do not match.
+
+    With `shared`, process i of n reads every n-th file from i on, and all learn of every damage.
+    """
     index, count = (jax.process_index(), jax.process_count()) if shared else (0, 1)
-    mine = names[index::count]
+    local = names[index::count]
     damaged = np.zeros(len(names), bool)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _differs(folder / name, digests.files.get(name)), mine)
-        damaged[index::count] = list(found)
+        differs = pool.map(lambda name: _differs(folder / name, digests.files.get(name)), local)
+        damaged[index::count] = list(differs)
     if shared:
         damaged = any_process(damaged)
-    return [name for name, differs in zip(names, damaged, strict=True) if differs]
+    return [name for name, is_damaged in zip(names, damaged, strict=True) if is_damaged]
 
 
 def _differs(file: Path, expected: str | None) -> bool:
-    """Whether the digest differs, or the file cannot be read."""
+    """Returns whether the digest differs or the file cannot be read."""
     try:
         return not file.is_file() or _sha256(file) != expected
     except OSError:
@@ -160,13 +167,13 @@ def _sha256(file: Path, sync: bool = False) -> str:
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Names of everything below a folder but directories and `digests.json`, sorted."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted({path.relative_to(folder).as_posix() for path in found} - {NAME})
+    """Returns the sorted names of all files and links below a folder except `digests.json`."""
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in files} - {NAME})
 
 
 def _render(digests: Digests) -> str:
-    """The text of `digests.json`, with the digest of the rest at its end."""
+    """Returns the text of `digests.json`, which ends with the digest of the rest."""
     fields = digests._asdict()
     seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     return json.dumps(fields | {"sha256": seal}, indent=2) + "\n"

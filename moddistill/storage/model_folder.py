@@ -1,9 +1,9 @@
 """Model folders: architecture, parameters, tokenizer and image settings of one model.
 
-model.json               architecture, layer plan, conversation template, where it came from
-params/                  Orbax
+model.json     architecture, layer plan, conversation template, source
+params/        arrays; see `orbax_layout`
 tokenizer.json, tokenizer_config.json, preprocessor_config.json
-digests.json             of all these files, checked by whatever reads them
+digests.json   SHA-256 of all these files, compared by all readers
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from moddistill.config import TEMPLATES
 from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import is_main_process
 from moddistill.distributed.sharding import unbox
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.models.limits import check_architecture
 from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten, unflatten
-from moddistill.storage.atomic_dir import new_folder_of_all
+from moddistill.storage.atomic_dir import write_shared_folder
 from moddistill.storage.digests import verify
 from moddistill.storage.json_file import read_json
 from moddistill.storage.orbax_layout import (
@@ -39,7 +39,7 @@ _LARGEST_CONTEXT = 1_000_000_000  # positions
 
 @runtime_checkable
 class SavesFiles(Protocol):
-    """A tokenizer, of which only this much is needed here."""
+    """A tokenizer, as far as model folders use it."""
 
     def save(self, folder: str) -> None: ...
 
@@ -51,21 +51,23 @@ def save_model(
     tokenizer: SavesFiles,
     source: dict[str, Any],
 ) -> None:
-    """Writes a model folder; an interrupted write leaves none.
+    """Writes a model folder, atomically.
+
+    All processes call this together.
 
     Raises:
       UserError: if the folder exists, unless this function wrote it and it is unchanged.
     """
-    with new_folder_of_all(Path(folder), "train") as aside:
-        write_arrays(aside / "params", params)
+    with write_shared_folder(Path(folder), "train") as tmp_dir:
+        write_arrays(tmp_dir / "params", params)
         if is_main_process():
-            write_description(aside, config, tokenizer, source)
+            write_description(tmp_dir, config, tokenizer, source)
 
 
 def write_description(
     folder: Path, config: ModelConfig, tokenizer: SavesFiles, source: dict[str, Any]
 ) -> None:
-    """Everything of a model folder but its parameters."""
+    """Writes all files of a model folder except `params/`."""
     description = {
         "version": VERSION,
         "architecture": dataclasses.asdict(config),
@@ -81,10 +83,10 @@ def write_description(
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """The architecture of a model folder.
+    """Reads the architecture of a model folder.
 
     Raises:
-      UserError: if it is none, of another version, or its `model.json` is damaged.
+      UserError: if this is not a model folder or of another version, or `model.json` is damaged.
     """
     description = _read_description(folder)
     origin = str(Path(folder) / "model.json")
@@ -96,21 +98,19 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         raise UserError(message if message.startswith(origin) else f"{origin}: {message}") from None
     check_architecture(config, origin)
     if config.template not in TEMPLATES:
-        raise UserError(
-            f"{origin}: template is {config.template!r:.80}; accepted: {', '.join(TEMPLATES)}"
-        )
+        raise not_one_of(f"{origin}: template", config.template, TEMPLATES)
     return config
 
 
 def read_source(folder: str | Path) -> dict[str, Any]:
-    """Where a model came from: the settings of its stage, or what it was imported from."""
+    """Reads the origin of a model: the settings of its stage, or the sources of its import."""
     source = _read_description(folder)["source"]
     _check_imported(source.get("imported", {}), str(Path(folder) / "model.json"))
     return source
 
 
 def _check_imported(imported: Any, origin: str) -> None:
-    """Raises UserError unless what an import has noted is of the kind that it writes."""
+    """Raises UserError unless the fields of `source.imported` have the types of an import."""
     is_names = lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x)  # noqa: E731
     checks = {
         "from": (is_names, "a list of names"),
@@ -118,7 +118,7 @@ def _check_imported(imported: Any, origin: str) -> None:
         "spelling": (lambda x: is_names(x) and len(x) == 4, "four names"),
         "context": (
             lambda x: x is None or (type(x) is int and 0 < x <= _LARGEST_CONTEXT),
-            f"a whole number above 0, at most {_LARGEST_CONTEXT:,}",
+            f"an integer from 1 to {_LARGEST_CONTEXT:,}",
         ),
         "weights": (lambda x: isinstance(x, str), "a digest"),
         "stored_head": (lambda x: isinstance(x, bool), "true or false"),
@@ -126,32 +126,25 @@ def _check_imported(imported: Any, origin: str) -> None:
         "replaced": (is_names, "a list of texts"),
     }
     if not isinstance(imported, dict):
-        raise UserError(f"{origin}: source.imported is {imported!r:.80}; accepted: an object")
-    for name, (is_right, accepted) in checks.items():
-        if name in imported and not is_right(imported[name]):
-            raise UserError(
-                f"{origin}: source.imported.{name} is {imported[name]!r:.80}; accepted: {accepted}"
-            )
+        raise invalid(f"{origin}: source.imported", imported, "an object")
+    for name, (is_valid, expected) in checks.items():
+        if name in imported and not is_valid(imported[name]):
+            raise invalid(f"{origin}: source.imported.{name}", imported[name], expected)
 
 
 def _read_description(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "model.json"
     if not file.is_file():
         raise UserError(
-            f"{str(folder)!r} is not a model folder: it has no model.json; accepted: the `model/` "
+            f"{str(folder)!r} is not a model folder: it has no model.json; expected the `model/` "
             "folder that a stage writes, a Hugging Face folder, or `random:PRESET` for new weights"
         )
     description = read_json(file)
     if description.get("version") != VERSION:
-        raise UserError(
-            f"{file} has version {description.get('version')!r:.40}; this release reads {VERSION}"
-        )
+        raise invalid(f"{file}: version", description.get("version"), str(VERSION))
     for part in ("architecture", "source"):
         if not isinstance(description.get(part), dict):
-            raise UserError(
-                f"{file}: {part} is {description.get(part)!r:.40}; accepted: an object, as a stage "
-                "or an import writes it"
-            )
+            raise invalid(f"{file}: {part}", description.get(part), "an object")
     verify(file.parent, [file.name])
     return description
 
@@ -164,15 +157,15 @@ def load_params(
     shardings: dict[str, Any] | None = None,
     part: str = "",
 ) -> dict[str, Any]:
-    """Parameters of a model folder, read straight into their sharding and dtype.
+    """Reads the parameters of a model folder straight into their sharding and dtype.
 
     All files of the folder are compared with their digests first.
 
     Args:
-      dtype: of the loaded arrays, one or a tree like the parameters; as stored if None.
+      dtype: of the loaded arrays, one or a tree like the parameters; by default as stored.
       shardings: a tree like the parameters, with which all processes load together; by default
-        everything is on the first device.
-      part: the only component to load, such as `vision`; all by default.
+        all arrays are loaded onto the first device.
+      part: the only component to load, such as `vision`; by default all.
 
     Raises:
       UserError: naming damaged files, or listing every parameter that is missing, unexpected or of
@@ -201,7 +194,10 @@ def load_params(
 def preprocessor_config(
     size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> dict[str, Any]:
-    """`preprocessor_config.json` with which `transformers` makes the same arrays, normalised."""
+    """Returns the `preprocessor_config.json` with which `transformers` prepares images alike.
+
+    The result of `transformers` is the array of `data.images`, normalised by `mean` and `std`.
+    """
     return {
         "image_processor_type": "LlavaImageProcessor",
         "do_pad": True,

@@ -1,7 +1,7 @@
-"""Pickles that describe tensors, read by a machine that cannot do anything else.
+"""A pickle machine that can only build dictionaries of tensor descriptions.
 
-The operations that `torch.save` writes for a dictionary of tensors are carried out here one by one,
-on texts, numbers, tuples and descriptions of tensors. There is nothing that a file could call.
+It executes the opcodes that `torch.save` writes for a dictionary of tensors, on strings, numbers,
+tuples and `View`s. No global of a file is ever imported or called, so a file cannot run code.
 """
 
 import pickletools
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from moddistill.errors import UserError
 
-# The storages of PyTorch, and the names that safetensors has for their dtypes.
+# Storage classes of PyTorch, and the names of their dtypes in safetensors.
 STORAGES = {
     "DoubleStorage": "F64",
     "FloatStorage": "F32",
@@ -27,11 +27,11 @@ STORAGES = {
     "Float8_e5m2Storage": "F8_E5M2",
 }
 _MOST_AXES = 8
-_LARGEST = 2**40  # of an axis, a stride or a start
+_LARGEST = 2**40  # elements of an axis, a stride or a start
 
 
 class Refused(UserError):
-    """A file that can be read and is not accepted."""
+    """A well-formed file with content that is not supported."""
 
 
 class Storage(NamedTuple):
@@ -76,10 +76,10 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def load(data: bytes, origin: str) -> Any:
-    """The value that a pickle describes.
+    """Returns the value that a pickle describes.
 
     Raises:
-      Refused: for an operation, a name or an argument that no tensor needs.
+      Refused: for an opcode, a global or an argument that no dictionary of tensors has.
     """
     machine = _Machine(origin)
     try:
@@ -90,15 +90,17 @@ def load(data: bytes, origin: str) -> Any:
     except (IndexError, KeyError, ValueError) as error:
         if isinstance(error, Refused):
             raise
-        raise Refused(f"{origin} holds a broken pickle: {error!r:.200}; {_EXPECTED}") from None
-    raise Refused(f"{origin} holds a pickle without an end; {_EXPECTED}")
+        raise _refused(origin, f"a broken pickle ({error!r:.200})") from None
+    raise _refused(origin, "a pickle without an end")
 
 
-_EXPECTED = "accepted: what torch.save writes for a dictionary of tensors"
+def _refused(origin: str, value: str) -> Refused:
+    expected = "what torch.save writes for a flat dictionary of tensors"
+    return Refused(f"{origin}: expected {expected}, got {value}")
 
 
 class _Machine:
-    """The stack and the memo of a pickle."""
+    """The stack and the memo of a pickle, as in the standard library's `pickle`."""
 
     def __init__(self, origin: str):
         self.origin = origin
@@ -106,7 +108,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """Carries out one operation."""
+        """Executes one opcode."""
         if name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in _VALUES:
@@ -120,7 +122,7 @@ class _Machine:
         elif name in ("BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
         elif name == "GLOBAL":
-            self.stack.append(self.known(_Name(*argument.split(" ", 1))))
+            self.stack.append(self.check_global(_Name(*argument.split(" ", 1))))
         elif name == "BINPERSID":
             self.stack.append(self.storage(self.pop()))
         elif name == "REDUCE":
@@ -133,10 +135,10 @@ class _Machine:
             items = self.pop_mark() if name == "APPENDS" else [self.pop()]
             self.extend(self.stack[-1], items)
         elif name == "BUILD":
-            self.pop()  # attributes of the dictionary, such as versions of modules
+            self.pop()  # attributes of an OrderedDict, such as `_metadata` of a module
             self.set_items(self.stack[-1], [])
         elif name != "PROTO":
-            raise Refused(f"{self.origin} is refused: its pickle has {name}; {_EXPECTED}")
+            raise _refused(self.origin, f"a pickle with opcode {name}")
 
     def pop(self) -> Any:
         return self.stack.pop()
@@ -147,12 +149,10 @@ class _Machine:
             items.append(item)
         return items[::-1]
 
-    def known(self, name: _Name) -> _Name:
+    def check_global(self, name: _Name) -> _Name:
         if name not in _KNOWN:
-            raise Refused(
-                f"{self.origin} is refused: its pickle would run {name.module:.80}.{name.name:.80};"
-                " accepted: only tensors"
-            )
+            called = f"{name.module:.80}.{name.name:.80}"
+            raise _refused(self.origin, f"a pickle that would run {called}")
         return name
 
     def storage(self, reference: Any) -> Storage:
@@ -160,7 +160,7 @@ class _Machine:
             _, kind, key, *_ = reference
             if isinstance(kind, _Name) and kind.name in STORAGES and isinstance(key, str):
                 return Storage(kind.name, key)
-        raise Refused(f"{self.origin} holds a storage of an unknown kind; {_EXPECTED}")
+        raise _refused(self.origin, "a storage of unknown type")
 
     def call(self, function: Any, arguments: Any) -> Any:
         if function == _ORDERED and arguments == ():
@@ -170,7 +170,7 @@ class _Machine:
                 return arguments[0]
             if function == _TENSOR and len(arguments) >= 4:
                 return self.view(*arguments[:4])
-        raise Refused(f"{self.origin} holds a pickle that calls something else; {_EXPECTED}")
+        raise _refused(self.origin, "a pickle that calls another function")
 
     def view(self, storage: Any, start: Any, shape: Any, stride: Any) -> View:
         for numbers in ((start,), shape, stride):
@@ -179,22 +179,19 @@ class _Machine:
                 or len(numbers) > _MOST_AXES
                 or any(type(x) is not int or not 0 <= x <= _LARGEST for x in numbers)
             ):
-                raise Refused(
-                    f"{self.origin} holds a tensor whose start, shape or stride is none; accepted: "
-                    "whole numbers from 0"
-                )
+                raise _refused(self.origin, f"start, shape or stride {numbers!r:.80}")
         if not isinstance(storage, Storage) or len(shape) != len(stride):
-            raise Refused(f"{self.origin} holds a tensor without a storage; {_EXPECTED}")
+            raise _refused(self.origin, "a tensor without a storage")
         return View(storage, start, shape, stride)
 
     def extend(self, target: Any, items: list[Any]) -> None:
         if not isinstance(target, list):
-            raise Refused(f"{self.origin} holds no flat dictionary of tensors; {_EXPECTED}")
+            raise _refused(self.origin, "nested or other values")
         target += items
 
     def set_items(self, target: Any, items: list[Any]) -> None:
         names, values = items[::2], items[1::2]
-        is_right = isinstance(target, dict) and len(names) == len(values)
-        if not is_right or not all(isinstance(name, str) for name in names):
-            raise Refused(f"{self.origin} holds no flat dictionary of tensors; {_EXPECTED}")
+        is_valid = isinstance(target, dict) and len(names) == len(values)
+        if not is_valid or not all(isinstance(name, str) for name in names):
+            raise _refused(self.origin, "nested or other values")
         target |= dict(zip(names, values, strict=True))

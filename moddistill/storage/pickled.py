@@ -1,4 +1,4 @@
-"""PyTorch's `.bin` files, without PyTorch and without running anything that is in them.
+"""Reads PyTorch's `.bin` files without PyTorch and without running code of a file.
 
 Such a file is a zip archive: a pickle that describes tensors, and their bytes, uncompressed.
 """
@@ -21,13 +21,13 @@ _LOCAL_HEADER = 30  # bytes before the name of an entry of a zip archive
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed(Tensor):
-    """Rows from `first` on of a matrix whose first axis, of `whole` rows, is the fastest."""
+    """Rows from `first` on of a column-major matrix of `num_rows` rows."""
 
     first: int
-    whole: int
+    num_rows: int
 
     def map(self, mode: Literal["r", "r+"]) -> np.ndarray:
-        stored = Tensor(self.file, self.offset, self.dtype, (self.shape[1], self.whole))
+        stored = Tensor(self.file, self.offset, self.dtype, (self.shape[1], self.num_rows))
         return stored.map(mode).T[self.first : self.first + self.shape[0]]
 
     def rows(self, part: slice) -> Tensor:
@@ -37,10 +37,10 @@ class _Transposed(Tensor):
 
 
 def read_pickled(file: Path) -> Checkpoint:
-    """The tensors of a `.bin` file that holds one flat dictionary of them.
+    """Reads a `.bin` file of one flat dictionary of tensors.
 
     Raises:
-      UserError: the file is no such archive, or its pickle names anything else than tensors.
+      UserError: if this is not such an archive, or its pickle describes anything but tensors.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -50,8 +50,8 @@ def read_pickled(file: Path) -> Checkpoint:
     # A broken archive can fail in any way.
     except Exception as error:
         raise UserError(
-            f"{file} is no PyTorch archive of tensors ({error}); accepted: what torch.save writes "
-            "since version 1.6, or safetensors"
+            f"{file}: expected safetensors or an archive of tensors as torch.save writes it since "
+            f"version 1.6, got something else ({error})"
         ) from None
 
 
@@ -60,39 +60,42 @@ def _read(file: Path, archive: zipfile.ZipFile) -> Checkpoint:
     size = archive.getinfo(description).file_size
     if size > _LARGEST_PICKLE:
         raise Refused(
-            f"{file}: {description} has {size:,} bytes; accepted: up to {_LARGEST_PICKLE:,}"
+            f"{file}: {description}: expected at most {_LARGEST_PICKLE:,} bytes, got {size:,}"
         )
     state = load(archive.read(description), str(file))
     is_flat = isinstance(state, dict) and all(isinstance(x, View) for x in state.values())
     if not is_flat or not state:
-        raise Refused(f"{file} holds no flat dictionary of tensors")
+        raise Refused(f"{file}: expected a flat dictionary of tensors, got other values")
     root = description.removesuffix("data.pkl")
     return {name: _tensor(file, archive, root, name, view) for name, view in state.items()}
 
 
 def _tensor(file: Path, archive: zipfile.ZipFile, root: str, name: str, view: View) -> Tensor:
-    """Where the numbers of a view are, after checking that they are in its storage."""
+    """Locates the elements of a view, after checking that they are within its storage."""
     storage, start, shape, stride = view
     entry = archive.getinfo(f"{root}data/{storage.key}")
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise Refused(f"{file}: {entry.filename} is compressed; accepted: stored as it is")
+        raise Refused(f"{file}: {entry.filename}: expected an uncompressed entry, got another")
     dtype = DTYPES[STORAGES[storage.kind]]
     first = start * dtype.itemsize
     if first + math.prod(shape) * dtype.itemsize > entry.file_size:
         raise Refused(
-            f"{file} holds a tensor of shape {shape} from element {start} of "
-            f"{entry.file_size // dtype.itemsize}; accepted: one inside of its storage"
+            f"{file}: {name:.80}: expected a tensor within its storage of "
+            f"{entry.file_size // dtype.itemsize} elements, got shape {shape} from element {start}"
         )
-    place = (file, _data_offset(file, entry) + first, dtype, shape)
+    location = (file, _data_offset(file, entry) + first, dtype, shape)
     if _is_contiguous(shape, stride):
-        return Tensor(*place)
+        return Tensor(*location)
     if len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1]):
-        return _Transposed(*place, first=0, whole=shape[0])
-    raise Refused(f"{file} holds a tensor of stride {stride} for shape {shape}")
+        return _Transposed(*location, first=0, num_rows=shape[0])
+    raise Refused(
+        f"{file}: {name:.80}: expected a contiguous tensor or the transpose of one, got stride "
+        f"{stride} for shape {shape}"
+    )
 
 
 def _data_offset(file: Path, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its local header, a name and an extra field."""
+    """Returns the offset of an entry's bytes: after its local header, name and extra field."""
     with file.open("rb") as stream:
         stream.seek(entry.header_offset + 26)
         name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.storage.tensor import (
     ACCEPTED_WEIGHTS,
     DTYPES,
     Checkpoint,
-    Planned,
     Tensor,
+    TensorSpec,
     check_count,
 )
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SUBBYTE = ("F4", "F6_E2M3", "F6_E3M2")  # whose numbers share bytes
+_SUBBYTE = ("F4", "F6_E2M3", "F6_E3M2")  # elements of less than a byte
 # Bytes; the format allows six times as many, a file of 100,000 tensors has 12 MB.
 LARGEST_HEADER = 16 * 2**20
 _LARGEST_AXIS = 2**40
@@ -31,98 +31,99 @@ _MOST_AXES = 8
 
 
 def read_safetensors(file: Path) -> Checkpoint:
-    """The tensors of one file, whose header is checked against its length.
+    """Reads the header of one file, and checks it against the length of the file.
+
+    The data of the tensors must fill the file without gaps, as the format requires.
 
     Raises:
-      UserError: naming the file and the byte offset where it is wrong.
+      UserError: naming the file and the byte offset of the fault.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise UserError(
-                f"{file} is no whole safetensors file: at offset 0 a header of {length} bytes is "
-                f"announced, the file has {size}"
+                f"{file}: expected a complete safetensors file, got a header of {length} bytes at "
+                f"offset 0 in a file of {size}"
             )
         if length > LARGEST_HEADER:
             raise UserError(
-                f"{file}: its header has {length:,} bytes; accepted: up to {LARGEST_HEADER:,}"
+                f"{file}: expected a header of at most {LARGEST_HEADER:,} bytes, got {length:,}"
             )
         text = stream.read(length)
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise UserError(f"it is {header!r:.80}; accepted: an object")
+            raise UserError(f"expected an object, got {header!r:.80}")
         header.pop("__metadata__", None)
         check_count(len(header), str(file))
         tensors = {name: _tensor(file, 8 + length, name, x) for name, x in header.items()}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: broken header at offset 8: {error}") from None
+        raise UserError(f"{file}: header at offset 8: {error}") from None
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
-            raise UserError(f"{file}: {name:.80} begins at offset {tensor.offset}, expected {end}")
+            raise UserError(f"{file}: {name:.80}: expected offset {end}, got {tensor.offset}")
         end += tensor.nbytes
         if end > size:
-            raise UserError(
-                f"{file} is cut off: {name:.80} ends at offset {end}, the file at {size}"
-            )
+            raise UserError(f"{file} is truncated: expected {end} bytes for {name:.80}, got {size}")
     if end != size:
-        raise UserError(f"{file}: its tensors end at offset {end}, the file at {size}")
+        raise UserError(f"{file}: expected the end of the file at offset {end}, got {size}")
     return tensors
 
 
 def _tensor(file: Path, start: int, name: str, entry: Any) -> Tensor:
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or any(field not in entry for field in fields):
-        raise UserError(f"{name:.80} is {entry!r:.80}; accepted: {', '.join(fields)}")
+        raise UserError(f"{name:.80}: expected {', '.join(fields)}, got {entry!r:.80}")
     dtype, shape, offsets = (entry[field] for field in fields)
     if dtype in _SUBBYTE:
-        raise UserError(f"{name:.80} is {dtype}, which is quantised; accepted: {ACCEPTED_WEIGHTS}")
+        raise UserError(f"{name:.80}: expected {ACCEPTED_WEIGHTS}, got {dtype} (quantized)")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r:.80} is unknown; accepted: {', '.join(DTYPES)}")
+        raise not_one_of(f"{name:.80}.dtype", dtype, DTYPES)
     if not isinstance(shape, list) or len(shape) > _MOST_AXES:
-        raise UserError(f"{shape!r:.80} is a shape; accepted: a list of up to {_MOST_AXES}")
+        raise invalid(f"{name:.80}.shape", shape, f"a list of at most {_MOST_AXES} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2:
-        raise UserError(f"{offsets!r:.80} are offsets; accepted: a list of two")
+        raise invalid(f"{name:.80}.data_offsets", offsets, "a list of two")
     for number in (*offsets, *shape):
         if type(number) is not int or not 0 <= number <= _LARGEST_AXIS:
-            raise UserError(
-                f"{number!r:.80} in a shape or an offset; accepted: a whole number from 0"
-            )
+            raise invalid(f"{name:.80}: shape or offset", number, "an integer from 0")
     begin, end = offsets
     tensor = Tensor(file, start + begin, DTYPES[dtype], tuple(shape))
     if end - begin != tensor.nbytes:
-        raise UserError(f"{end - begin} bytes for shape {tensor.shape} of {dtype}")
+        raise UserError(
+            f"{name:.80}: expected {tensor.nbytes} bytes for shape {tensor.shape} of {dtype}, "
+            f"got {end - begin}"
+        )
     return tensor
 
 
-def write(place: Tensor, array: np.ndarray, origin: str = "") -> None:
-    """Puts an array of the planned shape into its place, in the planned dtype.
+def write(tensor: Tensor, array: np.ndarray, origin: str = "") -> None:
+    """Writes an array to its tensor of a file, in the dtype of the tensor.
 
     Args:
-      origin: folder and name of the tensor, for errors; by default the file that is written.
+      origin: folder and name of the tensor, for errors; by default the file being written.
 
     Raises:
-      UserError: if the array has another shape, or a number that is too large for the dtype.
+      UserError: if the array has another shape, or a number that overflows the dtype.
     """
-    origin = origin or str(place.file)
-    if array.shape != place.shape:
-        raise UserError(f"{origin}: {array.shape} was given for {place.shape}")
+    origin = origin or str(tensor.file)
+    if array.shape != tensor.shape:
+        raise UserError(f"{origin}: expected shape {tensor.shape}, got {array.shape}")
     with np.errstate(over="ignore"):
-        written = array.astype(place.dtype, copy=False)
-    if array.dtype != place.dtype and np.any(np.isinf(written) & np.isfinite(array)):
-        accepted = "bfloat16 or float32" if place.dtype == np.float16 else "float32"
+        written = array.astype(tensor.dtype, copy=False)
+    if array.dtype != tensor.dtype and np.any(np.isinf(written) & np.isfinite(array)):
+        wider = "bfloat16 or float32" if tensor.dtype == np.float16 else "float32"
         largest = float(np.abs(array[np.isfinite(array)]).max())
         raise UserError(
-            f"{origin} has the number {largest:.4g}, which is too large for {place.dtype}; "
-            f"accepted: {accepted}"
+            f"{origin}: expected numbers within the range of {tensor.dtype}, got {largest:.4g}; "
+            f"it fits {wider}"
         )
-    place.map("r+")[...] = written
+    tensor.map("r+")[...] = written
 
 
-def create_file(file: Path, tensors: Sequence[Planned]) -> dict[str, Tensor]:
-    """One file, whose tensors are zero until they are written."""
+def create_file(file: Path, tensors: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Creates one file, whose tensors are zero until `write` fills them."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -139,7 +140,7 @@ def create_file(file: Path, tensors: Sequence[Planned]) -> dict[str, Tensor]:
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         if hasattr(os, "posix_fallocate"):
-            # A page of a file with holes that a full disk cannot back kills the process.
+            # Reserves the blocks: writing to a page without one, on a full disk, kills the process.
             os.posix_fallocate(stream.fileno(), 0, start + position)
         else:  # macOS
             stream.truncate(start + position)

@@ -1,4 +1,4 @@
-"""Checkpoints of one or several weight files, as tensors by name.
+"""Reads and writes checkpoints of one or several weight files, as tensors by name.
 
 `open_checkpoint` reads one `.safetensors` or `.bin` file, or the shards that an index lists. Only
 headers are read, so opening a checkpoint of any size takes milliseconds. `create_shards` splits the
@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.storage.json_file import read_json
 from moddistill.storage.pickled import read_pickled
 from moddistill.storage.safetensors import LARGEST_HEADER, create_file, read_safetensors
 from moddistill.storage.tensor import (
     Checkpoint,
-    Planned,
     Tensor,
+    TensorSpec,
     check_count,
     some_of,
 )
@@ -26,86 +26,82 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The tensors of a folder's weight files by name.
+    """Reads the headers of a folder's weight files.
 
     Raises:
-      UserError: no weight file, a shard that is missing, corrupt, cut off or outside the folder.
+      UserError: if there is no weight file, or a shard is missing, corrupt, truncated or outside
+        of the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return read_file(folder / name)  # also beside an index, as `transformers` does
+            return read_file(folder / name)  # also next to an index, as `transformers` does
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index)
     raise UserError(
-        f"{str(folder)!r} has no weights; accepted: model.safetensors or pytorch_model.bin, whole "
-        "or in shards with their index"
+        f"{str(folder)!r}: expected model.safetensors or pytorch_model.bin, in one file or in "
+        "shards with their index, got no weights"
     )
 
 
 def read_file(file: Path) -> Checkpoint:
-    """The tensors of one file; safetensors by its name, otherwise a `.bin`."""
+    """Reads the header of one file: safetensors if named so, otherwise a `.bin`."""
     return (read_safetensors if file.suffix == ".safetensors" else read_pickled)(file)
 
 
 def _read_shards(index: Path) -> Checkpoint:
-    places = _weight_map(index)
-    names = sorted(set(places.values()))
+    shard_of = _weight_map(index)
+    names = sorted(set(shard_of.values()))
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
-            raise UserError(f"{index} names {name!r:.80}, which is outside of its folder")
+            raise invalid(str(index), name, "shards in its folder")
         if len(name) > 200 or not name.isprintable():
-            raise UserError(f"{index} names {name!r:.80}; accepted: the name of a file")
+            raise invalid(str(index), name, "names of files")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise UserError(
-            f"{index} names {len(missing)} of {len(names)} files that are missing: "
+            f"{index}: expected {len(names)} shards, got {len(names) - len(missing)}; missing: "
             + some_of(missing)
         )
     shards: dict[str, Checkpoint] = {}
     for name in names:
         shards[name] = read_file(index.parent / name)
         check_count(sum(len(shard) for shard in shards.values()), str(index))
-    lost = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
-    if lost:
+    absent = sorted(tensor for tensor, shard in shard_of.items() if tensor not in shards[shard])
+    if absent:
         raise UserError(
-            f"{index} places tensors in shards that do not hold them: "
-            + some_of([f"{tensor} in {places[tensor]}" for tensor in lost])
+            f"{index}: expected tensors in their shards, got shards without them: "
+            + some_of([f"{tensor} in {shard_of[tensor]}" for tensor in absent])
         )
-    beside = {name: x for shard in shards.values() for name, x in shard.items()}
-    return beside | {tensor: shards[shard][tensor] for tensor, shard in places.items()}
+    # Tensors that the index does not list are included, so that the importer can refuse them.
+    unlisted = {name: x for shard in shards.values() for name, x in shard.items()}
+    return unlisted | {tensor: shards[shard][tensor] for tensor, shard in shard_of.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        places = read_json(index, LARGEST_HEADER).get("weight_map")
-    except UserError as error:
-        raise UserError(f"{index} is no index of shards: {error}") from None
-    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
-        raise UserError(
-            f"{index} is no index of shards: its weight_map is {places!r:.80}; accepted: an object "
-            "of tensors' names and files"
-        )
-    check_count(len(places), str(index))
-    return places
+    shard_of = read_json(index, LARGEST_HEADER).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
+        raise invalid(f"{index}: weight_map", shard_of, "an object of tensor names and their files")
+    check_count(len(shard_of), str(index))
+    return shard_of
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` or `2GiB`; UserError for another text."""
+    """Returns the bytes of `5GB`, `500MB` or `2GiB`; UserError for another text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", text.strip(), re.IGNORECASE)
     size = round(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size < 1:
-        raise UserError(f"max_shard_size is {text!r}; accepted: a number and a unit, such as 5GB")
+        raise invalid("max_shard_size", text, "a number and a unit, such as 5GB")
     return size
 
 
-def create_shards(folder: Path, tensors: Sequence[Planned], largest: int) -> dict[str, Tensor]:
-    """Files of at most `largest` bytes of tensors (a larger tensor has its own), still empty.
+def create_shards(folder: Path, tensors: Sequence[TensorSpec], largest: int) -> dict[str, Tensor]:
+    """Creates files of at most `largest` bytes of tensors; a larger tensor has its own file.
 
-    Returns the place of each tensor; `write` fills it.
+    Returns the tensors by name, which are zero until `write` fills them.
     """
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.nbytes > largest:
@@ -125,7 +121,7 @@ def create_shards(folder: Path, tensors: Sequence[Planned], largest: int) -> dic
             },
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    places = {}
+    created = {}
     for name, shard in zip(names, shards, strict=True):
-        places |= create_file(folder / name, shard)
-    return places
+        created |= create_file(folder / name, shard)
+    return created

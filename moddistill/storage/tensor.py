@@ -1,4 +1,4 @@
-"""A tensor of a weight file: where its bytes are, and its dtype."""
+"""Tensors of weight files: location of the bytes, dtype, shape; and tensors to be written."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 from moddistill.errors import UserError
 
-# Names of the format; those of quantised weights too, so that they can be refused by name.
+# Names of the safetensors format, those of quantized weights included: errors name them.
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -33,23 +33,16 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
-
-
 ACCEPTED_WEIGHTS = "float32, bfloat16 or float16, such as the bfloat16 release"
-
-
 WEIGHTS = tuple(DTYPES[name] for name in ("F32", "BF16", "F16"))
-
-
 _MOST_TENSORS = 100_000  # of a checkpoint
-
 
 Checkpoint = Mapping[str, "Tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where the bytes of an array lie: little-endian, the last axis fastest."""
+    """An array in a file: little-endian, row-major, from byte `offset` on."""
 
     file: Path
     offset: int
@@ -61,51 +54,52 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The array, as the file's pages: they come with their use and go with the array."""
+        """Maps the array read-only: pages are read when used, and freed with the array."""
         return self.map("r")
 
     def map(self, mode: Literal["r", "r+"]) -> np.ndarray:
-        """The array's bytes in the file; with `r+`, what is assigned to it is written there."""
+        """Maps the array; with `r+`, assignments to it change the file."""
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
         if self.offset + self.nbytes > (size := self.file.stat().st_size):
             raise UserError(
-                f"{self.file} is cut off: {self.nbytes} bytes are wanted at offset {self.offset}, "
-                f"the file has {size}"
+                f"{self.file} is truncated: expected {self.nbytes} bytes at offset {self.offset}, "
+                f"got a file of {size}"
             )
         data = np.memmap(self.file, np.uint8, mode, self.offset, (self.nbytes,))
         return np.asarray(data).view(self.dtype).reshape(self.shape)
 
     def rows(self, part: slice) -> "Tensor":
-        """A range of the first axis."""
+        """Returns a range of the first axis."""
         start, stop, _ = part.indices(self.shape[0])
-        skipped = start * (self.nbytes // self.shape[0])
+        row_bytes = self.nbytes // self.shape[0]
         shape = (stop - start, *self.shape[1:])
-        return dataclasses.replace(self, offset=self.offset + skipped, shape=shape)
+        return dataclasses.replace(self, offset=self.offset + start * row_bytes, shape=shape)
 
 
 def check_count(tensors: int, origin: str) -> None:
+    """Raises UserError for more tensors than any checkpoint has."""
     if tensors > _MOST_TENSORS:
-        raise UserError(f"{origin} holds {tensors:,} tensors; accepted: up to {_MOST_TENSORS:,}")
+        raise UserError(f"{origin}: expected at most {_MOST_TENSORS:,} tensors, got {tensors:,}")
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many there are besides."""
+    """Returns the first names and the number of the others, for a message."""
     shown = ", ".join(name if len(name) < 200 else f"{name[:200]}..." for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_weights(names: Iterable[str], checkpoint: Checkpoint, origin: str) -> None:
-    """Raises UserError for weights that are quantised or no floating point, naming some."""
+    """Raises UserError naming weights that are quantized or not floating point."""
     dtypes = {name: checkpoint[name].dtype for name in names if name in checkpoint}
-    wrong = [f"{name} is {dtype.name}" for name, dtype in dtypes.items() if dtype not in WEIGHTS]
+    wrong = [f"{name} in {dtype.name}" for name, dtype in dtypes.items() if dtype not in WEIGHTS]
     if wrong:
-        raise UserError(f"{origin}: {some_of(wrong)}; accepted: {ACCEPTED_WEIGHTS}")
+        raise UserError(f"{origin}: expected {ACCEPTED_WEIGHTS}, got {some_of(wrong)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """A tensor that is going to be written."""
+class TensorSpec:
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: np.dtype

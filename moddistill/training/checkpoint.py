@@ -112,7 +112,7 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
     # Order: bytes, processes, shapes, then arrays. Orbax reports damage as errors of many kinds,
     # so all that can be wrong is found before it loads.
     folder = checkpoints.directory / str(checkpoints.latest)
-    verify(folder, accepted=_way_out(folder), shared=True)
+    verify(folder, expected=_way_out(folder), shared=True)
     _check_processes(folder)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)

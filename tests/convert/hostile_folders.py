@@ -25,7 +25,7 @@ from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.storage.model_folder import save_model
 from moddistill.storage.safetensors import create_file
 from moddistill.storage.shards import open_checkpoint, read_file
-from moddistill.storage.tensor import Planned
+from moddistill.storage.tensor import TensorSpec
 
 TEXTS = ["what colour is the shape? a red circle, no triangle. yes no " * 3]
 
@@ -87,7 +87,7 @@ def _arrays(folder: Path, prefix: str) -> dict[str, np.ndarray]:
 
 def save_tensors(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """A safetensors file."""
-    places = create_file(file, [Planned(name, x.dtype, x.shape) for name, x in arrays.items()])
+    places = create_file(file, [TensorSpec(name, x.dtype, x.shape) for name, x in arrays.items()])
     for name, array in arrays.items():
         places[name].map("r+")[...] = array
 

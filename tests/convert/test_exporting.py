@@ -267,12 +267,12 @@ def test_image_token_is_removed_from_the_vocabulary_too(tmp_path, small_tokenize
         (
             "float16",
             1e30,
-            "has the number 1e+30, which is too large for float16; accepted: bfloat16 or float32",
+            "expected numbers within the range of float16, got 1e+30; it fits bfloat16 or float32",
         ),
         (
             "bfloat16",
             3.4e38,
-            "has the number 3.4e+38, which is too large for bfloat16; accepted: float32",
+            "expected numbers within the range of bfloat16, got 3.4e+38; it fits float32",
         ),
     ],
 )
@@ -285,5 +285,5 @@ def test_number_that_is_too_large_is_named_with_its_tensor(
     save_model(tmp_path / "ours", config, params, small_tokenizer, {})
     with pytest.raises(ValueError) as error:
         export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB, dtype=dtype)
-    assert str(error.value) == f"{tmp_path / 'ours'}: model.norm.weight {message}"
+    assert str(error.value) == f"{tmp_path / 'ours'}: model.norm.weight: {message}"
     assert not (tmp_path / "out").exists()

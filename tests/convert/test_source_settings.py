@@ -162,7 +162,7 @@ def test_export_saved_again_by_transformers_is_no_other_processor(llava, tmp_pat
 def test_settings_that_are_no_json_are_refused_before_anything_is_written(llava, tmp_path):
     source = llava()
     (source / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: expected JSON"):
         import_model(str(source), tmp_path / "ours")
     assert list(tmp_path.iterdir()) == []
 

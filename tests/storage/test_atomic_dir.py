@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from moddistill.storage.atomic_dir import _check_free, new_folder, new_folder_of_all
+from moddistill.storage.atomic_dir import _check_free, write_folder, write_shared_folder
 from moddistill.storage.digests import NAME
 
 
 def write(folder, text, command="import", overwrite=True):
     """A folder as a command writes it."""
-    with new_folder(folder, command, overwrite) as aside:
-        (aside / "file").write_text(text)
+    with write_folder(folder, command, overwrite) as tmp_dir:
+        (tmp_dir / "file").write_text(text)
 
 
 def names(folder):
@@ -19,8 +19,8 @@ def names(folder):
 
 def test_two_writers_do_not_share_a_folder(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="exists; accepted: a new folder"):  # noqa: SIM117
-        with new_folder(out, "import", overwrite=False) as slow:
+    with pytest.raises(ValueError, match=r"expected a new folder, .*, got one that ex"):  # noqa: SIM117
+        with write_folder(out, "import", overwrite=False) as slow:
             (slow / "file").write_text("slow")
             write(out, "fast", overwrite=False)
             assert names(slow) == ["file"]
@@ -30,7 +30,7 @@ def test_two_writers_do_not_share_a_folder(tmp_path):
 
 def test_the_last_of_two_that_overwrite_stays(tmp_path):
     out = tmp_path / "out"
-    with new_folder(out, "import", overwrite=True) as slow:
+    with write_folder(out, "import", overwrite=True) as slow:
         (slow / "file").write_text("slow")
         write(out, "fast")
         assert (out / "file").read_text() == "fast"
@@ -46,11 +46,11 @@ def test_half_an_exchange_is_undone(tmp_path):
     write(out, "before")
     out.rename(old)
     new.mkdir()
-    with pytest.raises(ValueError, match="exists; accepted"):
+    with pytest.raises(ValueError, match="got one that exists"):
         write(out, "after", overwrite=False)
     assert (out / "file").read_text() == "before"
     out.rename(old)
-    with pytest.raises(KeyboardInterrupt), new_folder(out, "import", overwrite=True):
+    with pytest.raises(KeyboardInterrupt), write_folder(out, "import", overwrite=True):
         raise KeyboardInterrupt
     assert (out / "file").read_text() == "before"
     assert not old.exists()
@@ -79,8 +79,8 @@ def test_what_is_read_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     write(out, "read")
     for source in (out, out / "file"):
-        with pytest.raises(ValueError, match="which is being read"):  # noqa: SIM117
-            with new_folder(out, "import", overwrite=True, keep=[source]):
+        with pytest.raises(ValueError, match=r"without inputs .* contains '.*/out"):  # noqa: SIM117
+            with write_folder(out, "import", overwrite=True, inputs=[source]):
                 pass
     assert (out / "file").read_text() == "read"
 
@@ -88,18 +88,18 @@ def test_what_is_read_is_not_replaced(tmp_path):
 def thesis(folder):
     folder.mkdir()
     (folder / "chapter.tex").write_text("years of work")
-    return "has no digests.json"
+    return "without digests.json"
 
 
 def workdir(folder):
     thesis(folder)
     write(folder / "model", "a result", command="train")
-    return "has no digests.json"
+    return "without digests.json"
 
 
 def parent_of_outputs(folder):
     write(folder / "one", "imported")
-    return "has no digests.json"
+    return "without digests.json"
 
 
 def output_with_a_note(folder):
@@ -128,12 +128,12 @@ def output_with_a_file_removed(folder):
 
 def output_of_another_command(folder):
     write(folder, "trained for a week", command="train")
-    return "was written by train"
+    return "that train wrote"
 
 
 def file(folder):
     folder.write_text("no folder")
-    return "exists"
+    return "that exists"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,9 @@ def test_overwrite_keeps_what_the_command_did_not_write(tmp_path, make, linked):
         given = tmp_path / "link"
         given.symlink_to(tmp_path / "out")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match=f"/out.* {message}.*; accepted: a new folder, or --over"):
+    with pytest.raises(
+        ValueError, match=f"/out'?: expected a new folder, or --overwrite.*, got .*{message}"
+    ):
         write(given, "exported")
     assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
@@ -166,11 +168,11 @@ def test_overwrite_keeps_what_the_command_did_not_write(tmp_path, make, linked):
 @pytest.mark.parametrize("folder", [".", ".."])
 def test_overwrite_of_the_working_directory_or_above_it(tmp_path, folder):
     """Even if the command wrote it, since the shell would be left in a folder that is gone."""
-    with new_folder(tmp_path / "out", "import", overwrite=False) as aside:
-        (aside / "below").mkdir()
-        (aside / "file").touch()
+    with write_folder(tmp_path / "out", "import", overwrite=False) as tmp_dir:
+        (tmp_dir / "below").mkdir()
+        (tmp_dir / "file").touch()
     inside = tmp_path / "out" / "below" if folder == ".." else tmp_path / "out"
-    message = "/out' holds the working directory; accepted: a new"
+    message = "/out': expected a new .*, got one that contains the working directory"
     with contextlib.chdir(inside), pytest.raises(ValueError, match=message):
         write(Path(folder), "after")
     assert names(tmp_path / "out") == ["below", NAME, "file"]
@@ -180,21 +182,23 @@ def test_overwrite_of_the_home_directory_or_above_it(tmp_path, monkeypatch):
     write(tmp_path / "home", "before")
     for home in (tmp_path / "home", tmp_path / "home" / "me"):
         monkeypatch.setenv("HOME", str(home))
-        with pytest.raises(ValueError, match="/home' holds the home directory; accepted: a new"):
+        with pytest.raises(
+            ValueError, match=r"/home': expected a new .* that contains the home dir"
+        ):
             write(tmp_path / "home", "after")
     assert (tmp_path / "home" / "file").read_text() == "before"
 
 
 def test_root_directory():
     """Only the check is called: nothing is written if it fails."""
-    with pytest.raises(ValueError, match="'/' holds the working directory; accepted: a new folder"):
+    with pytest.raises(ValueError, match=r"'/': expected a new .* that contains the working dir"):
         _check_free(Path("/"), "import", overwrite=True)
 
 
 def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
     write(tmp_path / "out", "before")
     with pytest.raises(ValueError, match=r"note\.txt is not in digests\.json"):  # noqa: SIM117
-        with new_folder(tmp_path / "out", "import", overwrite=True):
+        with write_folder(tmp_path / "out", "import", overwrite=True):
             (tmp_path / "out" / "note.txt").write_text("mine")
     assert names(tmp_path / "out") == [NAME, "file", "note.txt"]
     assert names(tmp_path) == ["out"]
@@ -203,13 +207,13 @@ def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
 def test_folder_of_a_stage_is_replaced_by_a_stage_alone(tmp_path):
     (tmp_path / ".model.0123abcd.partial").mkdir()  # of a run that was killed
     for text in ("first", "second"):
-        with new_folder_of_all(tmp_path / "model", "train") as aside:
-            (aside / "file").write_text(text)
+        with write_shared_folder(tmp_path / "model", "train") as tmp_dir:
+            (tmp_dir / "file").write_text(text)
     assert (tmp_path / "model" / "file").read_text() == "second"
     (tmp_path / "model" / "file").write_text("edited")
     write(tmp_path / "imported", "imported")
     for name in ("model", "imported"):
-        with pytest.raises(ValueError, match=f"accepted: remove or rename '.*/{name}'"):  # noqa: SIM117
-            with new_folder_of_all(tmp_path / name, "train"):
+        with pytest.raises(ValueError, match=f"/{name}'?: expected .*remove or rename this one"):  # noqa: SIM117
+            with write_shared_folder(tmp_path / name, "train"):
                 pass
     assert names(tmp_path) == ["imported", "model"]

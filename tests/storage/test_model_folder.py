@@ -90,7 +90,7 @@ def test_interrupted_write_leaves_no_folder(sparse, tokenizer, tmp_path, monkeyp
 
 
 def test_not_a_model_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a model folder: it has no model\.json; accept"):
+    with pytest.raises(ValueError, match=r"is not a model folder: it has no model\.json; expect"):
         moddistill.load(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_folder_of_another_version(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "model.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
-    with pytest.raises(ValueError, match=r"model\.json has version 99; this release reads 3"):
+    with pytest.raises(ValueError, match=r"model\.json: version: expected 3, got 99"):
         moddistill.load(tmp_path / "model")
 
 

@@ -86,8 +86,8 @@ def test_damaged_checkpoint_names_the_way_out(folder, kept):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     start = {2: "resume from step 2", 1: "start from step 0"}[len(kept)]
     with checkpoint.open_checkpoints(folder) as checkpoints:
-        message = f"checkpoints/3 is not as train wrote it: state/.*d/{file.name} does not match .*"
-        message += f"; accepted: an undamaged copy, or to remove this folder and {start}$"
+        message = f"checkpoints/3: expected an undamaged copy, or to remove this folder and {start}"
+        message += f", got one changed since train wrote it: state/.*d/{file.name} does not match "
         with pytest.raises(ValueError, match=message):
             checkpoint.restore(checkpoints, state_at(0), records())
     shutil.rmtree(folder / "3")
@@ -99,7 +99,9 @@ def test_checkpoint_of_a_release_without_digests(folder):
     (folder / "3" / "digests.json").unlink()
     with (
         checkpoint.open_checkpoints(folder) as checkpoints,
-        pytest.raises(ValueError, match=r"3 has no digests\.json; accepted: .* resume from step 2"),
+        pytest.raises(
+            ValueError, match=r"3: expected .* resume from step 2, got one without digests\.json"
+        ),
     ):
         checkpoint.restore(checkpoints, state_at(0), records())
 

@@ -13,7 +13,7 @@ from moddistill.convert.resolve import load
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.distributed import sharding
 from moddistill.params import flatten
-from moddistill.storage.atomic_dir import new_folder
+from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import VERSION, read_source
 from moddistill.training import loop
 from moddistill.training.architectures import resolve_models
@@ -179,7 +179,9 @@ def test_a_model_that_may_not_be_replaced_is_found_before_the_first_step(
     (workdir / "model" / "README.md").write_text("mine")
     monkeypatch.setattr(loop, "prepare", None)
     assert loop.train(config, workdir) == workdir / "model"  # is finished
-    said = r"README\.md is not in digests\.json; accepted: remove or rename '.*/run/model'$"
+    said = (
+        r"/run/model'?: expected .*remove or rename this one.*README\.md is not in digests\.json$"
+    )
     with pytest.raises(ValueError, match=said):
         loop.train(dataclasses.replace(config, steps=6), workdir)
     assert steps(workdir) == [1, 2, 3, 4]
@@ -188,11 +190,13 @@ def test_a_model_that_may_not_be_replaced_is_found_before_the_first_step(
 def test_a_model_that_another_command_wrote_is_found_before_the_first_step(
     tiny_config, tmp_path, monkeypatch
 ):
-    with new_folder(tmp_path / "model", "import", overwrite=False) as aside:
+    with write_folder(tmp_path / "model", "import", overwrite=False) as tmp_dir:
         description = {"version": VERSION, "architecture": {}, "source": {}}
-        (aside / "model.json").write_text(json.dumps(description))
+        (tmp_dir / "model.json").write_text(json.dumps(description))
     monkeypatch.setattr(loop, "prepare", None)
-    with pytest.raises(ValueError, match=r"model' was written by import; accepted: remove or ren"):
+    with pytest.raises(
+        ValueError, match=r"model': expected .* rename this one\), got one that import wr"
+    ):
         loop.train(tiny_config("sft"), tmp_path)
 
 
