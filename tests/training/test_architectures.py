@@ -18,7 +18,7 @@ def test_run_imports_and_reads_each_model_once(
     export_model(tiny_models["teacher"], tmp_path / "teacher-hf", max_shard_size=10**9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     imports, reads = Counter(), Counter()
-    imported, check_architecture = resolve.imported, model_folder.check_architecture
+    imported, check_architecture = resolve.import_once, model_folder.check_architecture
 
     def count_import(name):
         imports[name] += 1
@@ -28,7 +28,7 @@ def test_run_imports_and_reads_each_model_once(
         reads[origin] += 1
         return check_architecture(config, origin)
 
-    monkeypatch.setattr(resolve, "imported", count_import)
+    monkeypatch.setattr(resolve, "import_once", count_import)
     monkeypatch.setattr(model_folder, "check_architecture", count_read)
     config = tiny_config(
         "d2d",
