@@ -5,12 +5,11 @@
 Pictures belong to the first question. An empty line or the end of input ends the conversation.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.cli import plain_errors
+from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,17 +51,19 @@ def _typed() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.chat`."""
-    parser = argparse.ArgumentParser(prog="python -m moddistill.chat", description=__doc__)
+    parser = Parser(__doc__, prog="python -m moddistill.chat")
     parser.add_argument(
         "--model", required=True, help="model folder, or Hugging Face folder or name"
     )
     parser.add_argument("--image", action="append", default=[], help="file; repeat for several")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument(
+        "--max_new_tokens", type=in_range(int, ge=1), default=256, help="longest answer"
+    )
     args = parser.parse_args(argv)
     for path in args.image:
         if not Path(path).is_file():
             parser.error(f"--image {path!r}: no such file")
-    with plain_errors():
+    with user_errors():
         folder = as_model_folder(args.model)
         model, params = load(folder)
         tokenizer = load_tokenizer(str(folder))

@@ -1,161 +1,231 @@
 """The configuration of one training run, as frozen dataclasses.
 
-Experiments are `ml_collections.ConfigDict`s made from these dataclasses by `to_config_dict`, so
-names and defaults stand in one place. `from_config_dict` turns them back at start-up: a stray or
-misspelt key is an error there, and everything behind it works with typed, frozen fields.
+A field says everything about itself: type, default, range and one line of description, from which
+`--help` and docs/config.md are made. Experiments are `ml_collections.ConfigDict`s made from these
+dataclasses by `to_config_dict`; `from_config_dict` turns them back at start-up, where an unknown
+key or another type is an error, and `check_values` checks ranges and enumerations.
 """
 
 import dataclasses
+import operator
 import typing
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
+MAX_FLOAT32 = 3.4028235e38
+
+StageName = Literal["sft", "init", "d2d", "d2s", "preference"]
 Template = Literal["vicuna", "chatml", "plain"]
-TEMPLATES: tuple[str, ...] = typing.get_args(Template)
-UpcycleMethod = Literal["copy", "noise", "drop"]
-UPCYCLE_METHODS: tuple[str, ...] = typing.get_args(UpcycleMethod)
-ExpertTransport = Literal["all_gather", "all_to_all", "ragged"]
-
+Dtype = Literal["bfloat16", "float32"]
+Remat = Literal["none", "products", "full"]
 PreferenceKind = Literal["sigmoid", "hinge", "ipo", "kto_pair"]
+Placement = Literal["sparse", "dense", "first_half", "second_half"]
+Dispatch = Literal["dropless", "capacity"]
+UpcycleMethod = Literal["copy", "noise", "drop"]
+ExpertTransport = Literal["all_gather", "all_to_all", "ragged"]
+TEMPLATES: tuple[str, ...] = typing.get_args(Template)
 PREFERENCE_KINDS: tuple[str, ...] = typing.get_args(PreferenceKind)
+UPCYCLE_METHODS: tuple[str, ...] = typing.get_args(UpcycleMethod)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, named like the functions of `operator`; always finite in float32.
+
+    >>> str(Range(gt=0, le=1))
+    '> 0 and <= 1'
+    """
+
+    ge: int | float | None = None
+    gt: int | float | None = None
+    le: int | float | None = None
+    lt: int | float | None = None
+
+    def __contains__(self, value: int | float) -> bool:
+        return abs(value) <= MAX_FLOAT32 and all(
+            getattr(operator, name)(value, bound) for name, bound in self._bounds()
+        )
+
+    def __str__(self) -> str:
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        return " and ".join(f"{signs[name]} {bound}" for name, bound in self._bounds())
+
+    def _bounds(self) -> Iterator[tuple[str, int | float]]:
+        return ((name, bound) for name, bound in vars(self).items() if bound is not None)
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One file of records and the folder its image names are relative to."""
+    """One file of records."""
 
-    path: str = ""
-    images: str = ""
-    weight: float = 1.0
+    path: Annotated[str, "LLaVA JSON or JSONL file"] = ""
+    images: Annotated[str, "folder that image names in the file are relative to"] = ""
+    weight: Annotated[float, Range(gt=0), "sampling weight relative to the other sources"] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and the fixed shapes it is made into."""
+    """Records, and the fixed shapes that they are made into."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    template: Template = "vicuna"
-    max_length: int = 2048  # tokens of a sample, image patches included
-    max_images: int = 1
-    workers: int = 0  # worker processes; 0 reads in threads
-    heldout: SourceConfig = SourceConfig()  # measured at the end, for `heldout_steps` batches
+    template: Annotated[Template, "conversation format, which must be the teacher's"] = "vicuna"
+    max_length: Annotated[int, Range(ge=1), "tokens of a sample, image patches included"] = 2048
+    max_images: Annotated[int, Range(ge=1), "images of a sample"] = 1
+    workers: Annotated[int, Range(ge=0), "worker processes; 0 reads in threads"] = 0
+    # Evaluated at the end, for `heldout_steps` batches.
+    heldout: SourceConfig = SourceConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay to zero."""
 
-    lr: float = 2e-5
-    b1: float = 0.9
-    b2: float = 0.98  # the paper's; the reference code keeps 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.03
-    clip_norm: float = 1.0
+    lr: Annotated[float, Range(ge=0), "peak learning rate"] = 2e-5
+    b1: Annotated[float, Range(ge=0, lt=1), "decay of the first moment"] = 0.9
+    # The paper's; the reference code has 0.999.
+    b2: Annotated[float, Range(ge=0, lt=1), "decay of the second moment"] = 0.98
+    eps: Annotated[float, Range(gt=0, le=1), "added to the root of the second moment"] = 1e-8
+    weight_decay: Annotated[float, Range(ge=0), "decoupled decay of kernels"] = 0.0
+    warmup_ratio: Annotated[float, Range(ge=0, le=1), "share of `steps` with linear warm-up"] = 0.03
+    clip_norm: Annotated[float, Range(ge=0), "largest norm of the gradient; 0: any"] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+    """Devices along each mesh axis; at most one axis may be -1, which takes all that remain."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: Annotated[int, "samples are sharded, parameters replicated"] = -1
+    fsdp: Annotated[int, "samples and parameters are sharded"] = 1
+    expert: Annotated[int, "samples and experts are sharded"] = 1
+    tensor: Annotated[int, "heads, hidden sizes and the vocabulary are sharded"] = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
     """Next-token losses: forward KL to the teacher, cross entropy to the records."""
 
-    kd_weight: float = 1.0
-    ce_weight: float = 1.0
-    kd_positions: Literal["response", "all_tokens"] = "response"
-    kd_shift: Literal["correct", "reference"] = "correct"  # reference: mask one position late
+    kd_weight: Annotated[float, Range(ge=0), "weight of the KL to the teacher"] = 1.0
+    ce_weight: Annotated[float, Range(ge=0), "weight of the cross entropy"] = 1.0
+    kd_positions: Annotated[
+        Literal["response", "all_tokens"], "tokens with a KL: those of answers, or all"
+    ] = "response"
+    kd_shift: Annotated[
+        Literal["correct", "reference"], "mask of the KL; reference: one position late"
+    ] = "correct"
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig:
     """Losses of pairs of answers: `sigmoid` is DPO, `kto_pair` is KTO on pairs."""
 
-    kind: PreferenceKind = "kto_pair"
-    beta: float = 0.1
-    label_smoothing: float = 0.0  # probability that the labels of a pair are swapped; `sigmoid`
+    kind: Annotated[PreferenceKind, "loss of a pair"] = "kto_pair"
+    beta: Annotated[float, Range(gt=0), "scale of the log-ratios to the teacher"] = 0.1
+    label_smoothing: Annotated[
+        float, Range(ge=0, le=0.5), "probability that the labels of a pair are swapped; sigmoid"
+    ] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterLossConfig:
     """Auxiliary losses of the routers of a sparse student."""
 
-    load_balance_weight: float = 0.01
-    z_weight: float = 0.0
+    load_balance_weight: Annotated[float, Range(ge=0), "weight of the load-balance loss"] = 0.01
+    z_weight: Annotated[float, Range(ge=0), "weight of the z-loss"] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
     """The expert layers of a sparse model."""
 
-    num_experts: int = 4
-    top_k: int = 2
-    # sparse | dense | first_half | second_half | indices of layers
-    placement: str | tuple[int, ...] = "sparse"
-    norm_topk_prob: bool | None = None  # None: renormalise for top_k >= 2, raw for 1
-    dispatch: Literal["dropless", "capacity"] = "dropless"
-    capacity_factor: float = 1.5
-    residual: bool = False
-    moe_intermediate_size: int = 0  # width of an expert; 0: the dense layer's
+    num_experts: Annotated[int, Range(ge=1), "experts of a layer"] = 4
+    top_k: Annotated[int, Range(ge=1), "experts of a token"] = 2
+    placement: Annotated[
+        Placement | tuple[int, ...], "layers with experts: every second, all, a half, or by index"
+    ] = "sparse"
+    norm_topk_prob: Annotated[
+        bool | None, "router weights of a token sum to one; None: where top_k is at least 2"
+    ] = None
+    dispatch: Annotated[Dispatch, "whether tokens above an expert's capacity are dropped"] = (
+        "dropless"
+    )
+    capacity_factor: Annotated[
+        float, Range(gt=0), "slots of an expert over its mean load, for dispatch=capacity"
+    ] = 1.5
+    residual: Annotated[bool, "adds a dense layer, mixed with the experts by learned weights"] = (
+        False
+    )
+    moe_intermediate_size: Annotated[
+        int, Range(ge=0), "width of an expert; 0: that of the dense layer"
+    ] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class UpcycleConfig:
     """How experts are initialised from the feed-forward layer of a dense model."""
 
-    # copy | noise: added to each copy | drop: part of each copy is re-initialised
-    method: UpcycleMethod = "copy"
-    noise_std: float = 0.0
-    drop_fraction: float = 0.0
+    method: Annotated[
+        UpcycleMethod, "copies of the layer, copies with noise, or partly re-initialised copies"
+    ] = "copy"
+    noise_std: Annotated[float, Range(ge=0), "standard deviation, for method=noise"] = 0.0
+    drop_fraction: Annotated[float, Range(ge=0, le=1), "re-initialised share, for method=drop"] = (
+        0.0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One stage.
+    """One training stage.
 
     `student` and `teacher` are model folders, Hugging Face folders or hub names, or `random:PRESET`
-    for new weights; `vision` is such a model with a tower.
+    for new weights; `vision` is such a model with a vision encoder.
     """
 
-    stage: str = "sft"
-    student: str = ""
-    teacher: str = ""
-    vision: str = ""  # where a text-only student takes its tower from, like `student`
-    tokenizer: str = ""  # tokenizer folder, for `random:` students only
-    trainable: str | tuple[str, ...] = "paper"  # paper | reference | patterns of parameter paths
-    steps: int = 1000
-    batch_size: int = 256
-    accumulate: int = 1
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
-    heldout_steps: int = 0
-    profile_steps: tuple[int, ...] = ()  # first and last step that the profiler sees
-    # Of computation and frozen parameters; trained ones are float32.
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # What layers keep for the gradient: all | their matrix products | their inputs alone.
-    remat: Literal["none", "products", "full"] = "full"
-    scan: bool = True  # layers as a loop; False: compiles longer, runs faster where they are few
-    donate: bool = True  # a step takes over the memory of parameters and moments
-    # Collective that moves tokens to their experts, in any stage; ragged needs a TPU or GPU.
-    expert_transport: ExpertTransport = "all_gather"
-    # Of the teacher's layers: int8 halves them; host memory holds those that fit nowhere else.
-    teacher_weights: Literal["dtype", "int8"] = "dtype"
-    teacher_memory: Literal["device", "host"] = "device"
+    stage: Annotated[StageName, "row of moddistill/training/stages.py"] = "sft"
+    student: Annotated[str, "model to train: a folder, a Hugging Face name, or `random:PRESET`"] = (
+        ""
+    )
+    teacher: Annotated[str, "model to distil from, named in the same ways"] = ""
+    vision: Annotated[str, "model whose vision encoder a text-only student receives"] = ""
+    tokenizer: Annotated[str, "tokenizer folder, for `random:` students only"] = ""
+    trainable: Annotated[
+        str | tuple[str, ...], "`paper`, `reference`, or a tuple of patterns of parameter paths"
+    ] = "paper"
+    steps: Annotated[int, Range(ge=1), "optimizer steps"] = 1000
+    batch_size: Annotated[int, Range(ge=1), "samples of a step, over all devices"] = 256
+    accumulate: Annotated[int, Range(ge=1), "micro-batches of a step"] = 1
+    seed: Annotated[
+        int, Range(ge=0, le=2**32 - 1), "seed of new weights and of the order of records"
+    ] = 0
+    log_every: Annotated[int, Range(ge=1), "steps between rows of metrics"] = 10
+    save_every: Annotated[int, Range(ge=1), "steps between checkpoints"] = 500
+    heldout_steps: Annotated[int, Range(ge=0), "batches of `data.heldout`, at the end"] = 0
+    profile_steps: Annotated[tuple[int, ...], "first and last step for the profiler"] = ()
+    dtype: Annotated[Dtype, "of compute and frozen parameters; trained ones are float32"] = (
+        "bfloat16"
+    )
+    remat: Annotated[
+        Remat, "what layers save for the gradient: everything, their matmuls, or their inputs only"
+    ] = "full"
+    scan: Annotated[bool, "layers as a loop; false compiles longer, runs faster if few"] = True
+    donate: Annotated[bool, "a step reuses the memory of parameters and moments"] = True
+    logits_chunk_size: Annotated[
+        int, Range(ge=1), "supervised positions whose logits are in memory at one time"
+    ] = 256
+    expert_transport: Annotated[
+        ExpertTransport, "collective that moves tokens to their experts; ragged: no CPU"
+    ] = "all_gather"
+    teacher_weights: Annotated[
+        Literal["dtype", "int8"], "of the teacher's layers; int8 halves their memory"
+    ] = "dtype"
+    teacher_memory: Annotated[
+        Literal["device", "host"], "where the teacher's layers are; host for those that fit nowhere"
+    ] = "device"
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     distillation: DistillationConfig = DistillationConfig()
     preference: PreferenceConfig = PreferenceConfig()
     router: RouterLossConfig = RouterLossConfig()
-    logits_chunk_size: int = 256  # supervised positions whose logits are in memory at one time
     moe: ExpertConfig = ExpertConfig()  # experts that a sparse stage adds to a dense student
     upcycle: UpcycleConfig = UpcycleConfig()  # how it makes them
 
@@ -164,15 +234,18 @@ class TrainConfig:
 class TaskConfig:
     """An evaluation task and its data."""
 
-    task: str = ""  # of moddistill.evals, or a module that defines TASK, such as my_project.chartqa
-    data: str = ""  # folder of questions and images
+    task: Annotated[str, "module of moddistill.evals, or any module that defines TASK"] = ""
+    data: Annotated[str, "folder of questions and images"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConfig:
-    """Stages in order, and tasks. `{workdir}` in a path of a stage is the recipe's folder."""
+    """Stages that run one after the other, and tasks that evaluate their models.
 
-    order: tuple[str, ...] = ()
+    `{workdir}` in a path of a stage is replaced by the folder of the recipe.
+    """
+
+    order: Annotated[tuple[str, ...], "names of the stages, first to last"] = ()
     stages: Mapping[str, TrainConfig] = dataclasses.field(default_factory=dict)
     tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
-    evaluated: tuple[str, ...] = ()  # stages whose models are evaluated on all tasks, teacher first
+    evaluated: Annotated[tuple[str, ...], "stages whose models are evaluated, teacher first"] = ()

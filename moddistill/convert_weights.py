@@ -12,11 +12,12 @@ import argparse
 import json
 import logging
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.cli import command_name, plain_errors
-from moddistill.config import UPCYCLE_METHODS, ExpertConfig, UpcycleConfig
+from moddistill.cli.parser import Parser, user_errors
+from moddistill.config import TEMPLATES, UPCYCLE_METHODS, ExpertConfig, Placement, UpcycleConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
@@ -31,16 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("moddistill").setLevel(logging.INFO)
-    with plain_errors():
+    with user_errors():
         args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=command_name(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, prog="python -m tools.convert_weights")
     commands = parser.add_subparsers(required=True, metavar="import|upcycle|export|inspect")
     _import_arguments(commands.add_parser("import", help="Hugging Face weights to a model folder"))
     _upcycle_arguments(commands.add_parser("upcycle", help="a dense model folder to a sparse one"))
@@ -55,7 +52,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, help="folder or hub name of the model")
     parser.add_argument("--vision", default="", help="folder or hub name of the tower")
     parser.add_argument("--projector", default="", help="mm_projector.bin or safetensors")
-    parser.add_argument("--template", default="", help="vicuna, chatml or plain")
+    parser.add_argument("--template", default="", help=", ".join(TEMPLATES))
     parser.add_argument("--select_layer", type=int, help="hidden state of the tower, such as -2")
     parser.add_argument("--seed", type=int, default=0, help="of a new projector")
     _output_arguments(parser)
@@ -70,7 +67,7 @@ def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement",
         default=default.placement,
-        help="sparse, dense, first_half, second_half or indices such as (0,2,5)",
+        help=f"{', '.join(typing.get_args(Placement))}, or indices such as (0,2,5)",
     )
     parser.add_argument("--upcycle", choices=UPCYCLE_METHODS, default="copy")
     parser.add_argument("--noise_std", type=float, default=0.0, help="for --upcycle noise")

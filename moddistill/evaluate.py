@@ -5,18 +5,17 @@
 Writes `predictions.jsonl` (id, question, images, answers, prediction) and `scores.json` to `--out`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.cli import plain_errors
+from moddistill.cli.parser import Parser, user_errors
 from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.evaluate`."""
-    parser = argparse.ArgumentParser(prog="python -m moddistill.evaluate", description=__doc__)
+    parser = Parser(__doc__, prog="python -m moddistill.evaluate")
     parser.add_argument(
         "--model", required=True, help="model folder, or Hugging Face folder or name"
     )
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder of questions and images")
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with user_errors():
         task = find_task(args.task, "--task")
         [scores] = evaluate(args.model, [TaskRun(task, args.data, args.out)])
         print(json.dumps(scores, indent=2))

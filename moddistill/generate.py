@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.cli import plain_errors
+from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import load_tokenizer
@@ -23,7 +23,7 @@ from moddistill.inference.sampling import Sampling
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.generate`."""
-    parser = argparse.ArgumentParser(prog="python -m moddistill.generate", description=__doc__)
+    parser = Parser(__doc__, prog="python -m moddistill.generate")
     parser.add_argument(
         "--model", required=True, help="model folder, or Hugging Face folder or name"
     )
@@ -32,19 +32,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompt", required=True, help=f"question; without {IMAGE}, images go first"
     )
     parser.add_argument("--json", action="store_true", help="print text, token_ids and prompt_ids")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument(
+        "--max_new_tokens", type=in_range(int, ge=1), default=128, help="longest answer"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
     )
     parser.add_argument("--top_p", type=float, default=1.0, help="probability that is sampled from")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens is {args.max_new_tokens}; accepted: 1 or more")
     for path in args.image:
         if not Path(path).is_file():
             parser.error(f"--image {path!r}: no such file")
-    with plain_errors():
+    with user_errors():
         result = _answer_one(args)
     print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if args.json else result.text)
 

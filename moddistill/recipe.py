@@ -7,18 +7,16 @@ The models of the evaluated stages answer the questions of all tasks. The result
 `predictions/TASK.jsonl` and `report.html`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from moddistill.cli import run_experiment
+from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import RecipeConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
-from moddistill.distributed.processes import barrier, is_main_process
+from moddistill.distributed.processes import barrier, initialize, is_main_process
 from moddistill.errors import at_field, invalid
 from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
@@ -146,19 +144,22 @@ def _check_steps(stage: TrainConfig, folder: Path) -> None:
         )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.recipe`."""
-    run_experiment(_run)
-
-
-def _run(values: ConfigDict, workdir: str) -> None:
-    start_logging()
-    config = from_config_dict(RecipeConfig, at_workdir(values.to_dict(), workdir))
-    run(config, Path(workdir))
-    if is_main_process():
-        if config.evaluated:
-            print(format_table(table_columns(config), table_rows(config, Path(workdir))))
-        print(f"report: {workdir}/report.html")
+    parser = Parser(__doc__, prog="python -m moddistill.recipe", config=RecipeConfig)
+    parser.add_argument("--workdir", required=True, help="folder of the recipe")
+    add_process_flags(parser)
+    args = parser.parse_args(argv)
+    with user_errors():
+        initialize(args.coordinator, args.processes, args.process)
+        start_logging()
+        values = at_workdir(args.config.to_dict(), args.workdir)
+        config, workdir = from_config_dict(RecipeConfig, values), Path(args.workdir)
+        run(config, workdir)
+        if is_main_process():
+            if config.evaluated:
+                print(format_table(table_columns(config), table_rows(config, workdir)))
+            print(f"report: {args.workdir}/report.html")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Names of settings: what to suggest for one that does not exist."""
+"""Suggestions for settings that do not exist, among them the names that other trainers use."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 from moddistill.errors import UserError
 
-# Names of these settings in other trainers.
+# The names of our settings in other trainers.
 _OTHER_NAMES = {
     "student": "model model_path model_name_or_path base_model student_model",
     "teacher": "teacher_model teacher_path teacher_model_name_or_path",
@@ -49,11 +49,10 @@ _SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in o
 
 
 def nearest_setting(setting: str, known: Iterable[str]) -> str:
-    """`; did you mean 'optim.lr'?` for the one of `known` that `setting` is likely to mean.
+    """Returns ` (did you mean 'optim.lr'?)` for the likely one of `known`, or an empty string.
 
-    All are dotted names. Looks for what other trainers call a setting, within the part that
-    `setting` names if there is one, then for the same name in another part, then for a similar
-    spelling; an empty string if there is none.
+    All are dotted names. Tries in this order: what other trainers call the setting, within the part
+    that `setting` names if that part exists; the same name in another part; a similar spelling.
     """
     known = list(known)
     *parts, name = setting.split(".")
@@ -63,7 +62,7 @@ def nearest_setting(setting: str, known: Iterable[str]) -> str:
     same = [each for each in known if f".{each}".endswith(f".{other or name}")]
     if other and is_part:
         same = [each for each in same if each.startswith(prefix)]
-    # Of several, the one in the nearest part, such as in the same stage of a recipe.
+    # Prefer the nearest part, such as the same stage of a recipe.
     same.sort(key=lambda each: ("heldout" in each, -_shared(each.split("."), parts)))
     inside = [each.removeprefix(prefix) for each in known if each.startswith(prefix)]
     best = (
@@ -71,21 +70,21 @@ def nearest_setting(setting: str, known: Iterable[str]) -> str:
         or [prefix + each for each in difflib.get_close_matches(name, inside)]
         or difflib.get_close_matches(setting, known, cutoff=0.8)
     )
-    return f"; did you mean {best[0]!r}?" if best else ""
+    return f" (did you mean {best[0]!r}?)" if best else ""
 
 
 def _shared(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many parts of two names agree."""
+    """Returns the number of parts that agree between two names."""
     return sum(x == y for x, y in zip(a, b, strict=False))
 
 
 def unknown_setting(origin: str, setting: str, known: Iterable[str]) -> UserError:
-    """The error for a dotted name that is not in `known`, with the nearest or those accepted."""
+    """Returns the error for a dotted name not in `known`, with the nearest one or the choices."""
     known = list(known)
     hint = nearest_setting(setting, known)
     if not hint:
         part = setting.rpartition(".")[0]
         inside = [each.removeprefix(f"{part}.") for each in known if each.startswith(f"{part}.")]
         names = dict.fromkeys(each.split(".")[0] for each in inside or known)
-        hint = f"; accepted: {', '.join(names)}"
+        hint = f"; expected one of {', '.join(names)}"
     return UserError(f"{origin}.{setting} is not a setting{hint}")

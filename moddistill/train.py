@@ -3,27 +3,29 @@
     python -m moddistill.train --config experiments/d2d.py --workdir runs/d2d
 
 The same command again resumes an interrupted run, bit for bit. Settings of memory and speed may
-change between the two, and `steps`: with more of them, a finished run goes on.
+change between the two, and `steps`: with more of them, a finished run continues.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from moddistill.cli import run_experiment
+from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import TrainConfig
 from moddistill.configdict import from_config_dict
+from moddistill.distributed.processes import initialize
 from moddistill.training.loop import start_logging, train
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.train`."""
-    run_experiment(_train)
-
-
-def _train(values: ConfigDict, workdir: str) -> None:
-    start_logging()
-    train(from_config_dict(TrainConfig, values.to_dict()), Path(workdir))
+    parser = Parser(__doc__, prog="python -m moddistill.train", config=TrainConfig)
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    add_process_flags(parser)
+    args = parser.parse_args(argv)
+    with user_errors():
+        initialize(args.coordinator, args.processes, args.process)
+        start_logging()
+        train(from_config_dict(TrainConfig, args.config.to_dict()), args.workdir)
 
 
 if __name__ == "__main__":

@@ -31,18 +31,18 @@ KNOWN = (
     ],
 )
 def test_the_nearest_setting_is_suggested(setting, nearest):
-    assert nearest_setting(setting, KNOWN) == f"; did you mean {nearest!r}?"
+    assert nearest_setting(setting, KNOWN) == f" (did you mean {nearest!r}?)"
 
 
 @pytest.mark.parametrize("setting", ["zebra", "optim.zebra", "mesh.max_steps", "optim.model"])
-def test_nothing_is_suggested_where_nothing_is_near(setting):
+def test_nothing_is_suggested_for_a_name_that_is_unlike_any(setting):
     assert nearest_setting(setting, KNOWN) == ""
 
 
-def test_of_several_stages_the_same_one_is_suggested():
+def test_suggestion_in_a_recipe_is_of_the_same_stage():
     known = ("stages.d2d.optim.lr", "stages.d2s.optim.lr")
     hint = nearest_setting("stages.d2s.learning_rate", known)
-    assert hint == "; did you mean 'stages.d2s.optim.lr'?"
+    assert hint == " (did you mean 'stages.d2s.optim.lr'?)"
 
 
 def test_another_name_of_a_stage_stays_in_its_part():
@@ -53,14 +53,14 @@ def test_another_name_of_a_stage_stays_in_its_part():
 
 def test_without_a_suggestion_the_settings_of_the_part_are_listed():
     error = unknown_setting("config", "optim.zebra", KNOWN)
-    assert str(error) == "config.optim.zebra is not a setting; accepted: lr, eps"
+    assert str(error) == "config.optim.zebra is not a setting; expected one of lr, eps"
 
 
 @pytest.mark.parametrize("name", _SYNONYMS)
 def test_every_other_name_leads_to_a_setting_and_is_none_itself(name):
     stage = {"data": {"sources": {"a": {}}}}
     with pytest.raises(
-        ValueError, match=rf"^config\.{name} is not .*; did you mean '.*{_SYNONYMS[name]}'"
+        ValueError, match=rf"^config\.{name} is not .* \(did you mean '.*{_SYNONYMS[name]}'"
     ):
         from_config_dict(TrainConfig, stage | {name: 1})
     with pytest.raises(ValueError, match=rf"did you mean 'stages\.s\..*{_SYNONYMS[name]}'"):

@@ -143,6 +143,10 @@ def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
 
 
 def start_logging() -> None:
-    """Shows messages of moddistill from INFO on in the main process, all others from WARNING."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """Logs to stderr: this library from INFO on (main process), all others from WARNING on."""
+    logging.basicConfig(
+        format="%(levelname).1s%(asctime)s %(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m%d %H:%M:%S",
+    )
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and grain
     LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)

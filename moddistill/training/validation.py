@@ -1,73 +1,21 @@
 """Checks of the settings of a run: ranges, combinations, and divisibility over the mesh."""
 
-import math
 import operator
 from collections import Counter
-from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from moddistill.config import ExpertConfig, TrainConfig, UpcycleConfig
+from moddistill.configdict import check_values
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
 from moddistill.errors import UserError, invalid
 from moddistill.training.stages import STAGES, stage_of
 
 
-class Range(NamedTuple):
-    """Numbers from `least` to `most`, without those themselves where `above` or `below` say so."""
-
-    least: int | float
-    most: int | float
-    above: bool = False
-    below: bool = False
-
-    def __contains__(self, value: int | float) -> bool:
-        return (self.least < value if self.above else self.least <= value) and (
-            value < self.most if self.below else value <= self.most
-        )
-
-    def __str__(self) -> str:
-        if not self.above and not self.below:
-            return f"{self.least} to {self.most}"
-        first = f"above {self.least}" if self.above else f"at least {self.least}"
-        return f"{first} and {'below' if self.below else 'at most'} {self.most}"
-
-
-_RANGES = {
-    "steps": Range(1, math.inf),
-    "batch_size": Range(1, math.inf),
-    "accumulate": Range(1, math.inf),
-    "seed": Range(0, 2**32 - 1),
-    "log_every": Range(1, math.inf),
-    "save_every": Range(1, math.inf),
-    "heldout_steps": Range(0, math.inf),
-    "optim.lr": Range(0, 1e38),
-    "optim.b1": Range(0, 1, below=True),
-    "optim.b2": Range(0, 1, below=True),
-    "optim.eps": Range(0, 1, above=True),
-    "optim.weight_decay": Range(0, 1e38),
-    "optim.warmup_ratio": Range(0, 1),
-    "optim.clip_norm": Range(0, 1e38),
-    "logits_chunk_size": Range(1, math.inf),
-    "distillation.kd_weight": Range(0, 1e38),
-    "distillation.ce_weight": Range(0, 1e38),
-    "router.load_balance_weight": Range(0, 1e38),
-    "router.z_weight": Range(0, 1e38),
-    "preference.beta": Range(0, 1e38, above=True),
-    "preference.label_smoothing": Range(0, 0.5),
-    "data.max_length": Range(1, math.inf),
-    "data.max_images": Range(1, math.inf),
-    "data.workers": Range(0, math.inf),
-}
-
-
 def check_settings(config: TrainConfig) -> None:
     """Raises UserError for an unknown stage, numbers without a meaning, or settings not used."""
+    check_values(config)
     stage = stage_of(config)
-    for name, accepted in _RANGES.items():
-        value = operator.attrgetter(name)(config)
-        if value not in accepted:
-            raise UserError(f"config.{name} is {value}; accepted: {accepted}")
     for name, default in (("moe", ExpertConfig()), ("upcycle", UpcycleConfig())):
         value = getattr(config, name)
         if not stage.sparse and value != default:

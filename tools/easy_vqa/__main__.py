@@ -9,7 +9,6 @@ same options give the same bytes. A folder that the same options made is kept as
 existing folder is an error.
 """
 
-import argparse
 import dataclasses
 import json
 import random
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moddistill.cli import plain_errors
+from moddistill.cli.parser import Parser, user_errors
 from moddistill.data import conversation, tokenizer
 from moddistill.errors import UserError
 from tools.easy_vqa import images, published, records
@@ -147,12 +146,12 @@ def build(out: Path, options: Options) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="python -m tools.easy_vqa")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     for field in dataclasses.fields(Options):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="%(default)s")
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="")
     flags = vars(parser.parse_args(argv))
-    with plain_errors():
+    with user_errors():
         out, options = flags.pop("out"), Options(**flags)
         if is_built(out, options):
             print(f"{out} is complete")

@@ -7,13 +7,14 @@ output never depends on the other tokens of the batch.
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from moddistill.config import ExpertConfig
+from moddistill.config import Dispatch, ExpertConfig
 from moddistill.errors import UserError, nearest
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.layers import SwiGLU, init_fan_in, init_normal, init_zeros
@@ -27,7 +28,7 @@ from moddistill.models.moe.router import (
     within_capacity,
 )
 
-DISPATCHES = ("dropless", "capacity")
+DISPATCHES = typing.get_args(Dispatch)
 MAX_EXPERTS = 1_000
 
 

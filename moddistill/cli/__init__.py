@@ -1,0 +1,1 @@
+"""The command line of all commands: flags, experiment files and their overrides."""

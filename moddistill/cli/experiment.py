@@ -1,0 +1,150 @@
+"""Experiment files and the overrides of their settings on the command line."""
+
+import ast
+import contextlib
+import dataclasses
+import importlib.machinery
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from moddistill.config import SourceConfig
+from moddistill.errors import UserError, invalid
+from moddistill.setting_names import unknown_setting
+
+
+def read_experiment(path: str, args: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """Reads an experiment and applies `--config.FIELD=VALUE`, as ml_collections parses it.
+
+    An override may name a source of records that the experiment does not have, which is added.
+
+    Args:
+      path: `FILE` or `FILE:ARGUMENT`; the config is `get_config()` or `get_config(ARGUMENT)`.
+      args: of the command line, without those that the command itself knows.
+
+    Returns:
+      The config, and what is left of `args`.
+
+    Raises:
+      UserError: for a file that cannot be an experiment, or a setting that the experiment does not
+        have or of another type. An error in the code of an experiment keeps its traceback.
+    """
+    config = _load(path)
+    overrides = _overrides(args)
+    for name, value in overrides.items():
+        _add_source(config, name, overrides)
+        _check_setting(config, name)
+        _check_part(config, name, value)
+    args = [path, *args]  # the first is the name of the program
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=args)
+        rest = values(args, known_only=True)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    return values.config, rest[1:]
+
+
+def _load(path: str) -> ConfigDict:
+    file, *argument = path.split(":", 1)
+    if not Path(file).is_file():
+        raise invalid("--config", file, "an experiment file")
+    loader = importlib.machinery.SourceFileLoader("config_config", file)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module  # dataclasses look their module up
+    loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise invalid("--config", file, "a file that defines get_config()")
+    config = module.get_config(*argument)
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"{file}: expected a ConfigDict from get_config(), got {kind}")
+    return config.lock()
+
+
+def _overrides(args: Sequence[str]) -> dict[str, str]:
+    """Returns names and values of `--config.NAME=VALUE` and `--config.NAME VALUE`, as typed."""
+    found = {}
+    for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
+        if match := re.fullmatch(r"(?s)--?(?:no)?config\.([^=]+)(?:=(.*))?", arg):
+            found[match[1]] = following if match[2] is None else match[2]
+    return found
+
+
+def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) -> None:
+    """Adds the source of `[...]data.sources.NAME.FIELD` if its path is among the overrides.
+
+    Raises:
+      UserError: if there is no such source, and no path that would make it a new one.
+    """
+    match = re.fullmatch(r"((?:.+\.)?data\.sources)\.([^.]+)(\.[^.]+)?", setting)
+    sources = match and _at(config, match[1])
+    if not isinstance(sources, ConfigDict) or match[2] in sources:
+        return
+    source = f"{match[1]}.{match[2]}"
+    if not match[2].isidentifier():
+        raise invalid(f"config.{source}", match[2], "a name of letters, digits and _")
+    if not match[3]:
+        raise invalid(f"config.{source}", overrides[setting], f"--config.{source}.path=FILE")
+    if f"{source}.path" not in overrides:
+        raise UserError(
+            f"config.{source} is not a source: expected one of {', '.join(sources) or 'none yet'}, "
+            f"or a new one with --config.{source}.path=FILE"
+        )
+    with sources.unlocked():
+        sources[match[2]] = ConfigDict(dataclasses.asdict(SourceConfig()))
+
+
+def _check_setting(config: ConfigDict, setting: str) -> None:
+    """Raises UserError with the nearest setting if there is none of that dotted name."""
+    if "[" not in setting and _at(config, setting) is _MISSING:
+        raise unknown_setting("config", setting, list(_settings(config)))
+
+
+def _check_part(config: ConfigDict, name: str, value: str) -> None:
+    """Raises UserError if `name` contains settings and `value` is not a dict of them."""
+    part = _at(config, name)
+    if not isinstance(part, ConfigDict):
+        return
+    with contextlib.suppress(ValueError, SyntaxError):
+        if isinstance(ast.literal_eval(value), dict):
+            return
+    if re.fullmatch(r"(.+\.)?data\.sources", name):
+        expected = (
+            f"--config.{name}.NAME.path=FILE, which adds a source, or "
+            f"--config.{name}=\"{{'NAME': {{'path': 'FILE'}}}}\", which replaces all"
+        )
+    elif "path" in part:
+        expected = f"--config.{name}.path=FILE"
+    else:
+        expected = f"its settings one by one, such as --config.{name}.{next(_settings(part))}=VALUE"
+    raise invalid(f"config.{name}", value, expected)
+
+
+_MISSING = object()
+
+
+def _at(config: ConfigDict, setting: str) -> Any:
+    """Returns the value at a dotted name, or `_MISSING`."""
+    value: Any = config
+    for part in setting.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value
+
+
+def _settings(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of all values in a config."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
