@@ -68,8 +68,8 @@ def batch_rows(
 
 def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
     """Returns the bytes of keys and values of one row with `slots` positions."""
-    cache = jax.eval_shape(lambda: init_cache(config, 1, slots, dtype))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).layers))
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def cache_budget(memory_stats: dict[str, int] | None) -> int:

@@ -50,7 +50,7 @@ def decode(
     slots = length + max_new_tokens
     decoder = model.config.decoder
     cache = init_cache(decoder, rows, slots, model.compute.dtype)
-    cache = cache._replace(layers=_constrain(cache.layers, CACHE_AXES))
+    cache = cache.replace(layers=_constrain(cache.layers, CACHE_AXES))
     output = model.apply({"params": params}, batch, cache)
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
