@@ -3,9 +3,10 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import convert, digests
+from benchmarks import convert, digests, kd_step, vision_tower
 from benchmarks.head_to_head import check_agreement, compare
 from moddistill.convert.sources import open_source
+from moddistill.models.limits import check_architecture
 
 MIB = 2**20
 
@@ -34,8 +35,8 @@ SIDES = {"nothing": nothing, "slow": slow_and_large}
 def test_sides_are_timed_and_weighed():
     result = compare("tests.test_benchmarks", rounds=3)
     assert result["nothing"]["seconds"] < 0.02 < result["slow"]["seconds"]
-    assert result["slow"]["peak_bytes_of_the_work"] > 60 * MIB
-    assert result["nothing"]["peak_bytes_of_the_work"] < 30 * MIB
+    assert result["slow"]["working_bytes"] > 60 * MIB
+    assert result["nothing"]["working_bytes"] < 30 * MIB
 
 
 @pytest.mark.parametrize("other", [1.00002, -1.0, float("nan")])
@@ -43,6 +44,11 @@ def test_sides_that_do_other_work(other):
     check_agreement({"ours": {"loss": 1.0}, "dense": {}, "theirs": {"loss": 1.000005}})
     with pytest.raises(RuntimeError, match="sides disagree on loss"):
         check_agreement({"ours": {"loss": 1.0}, "theirs": {"loss": other}})
+
+
+def test_models_of_benchmarks_can_be_saved_and_loaded():
+    for config in (*kd_step.architectures(), vision_tower.architecture()):
+        check_architecture(config, "benchmark")
 
 
 def test_checkpoint_that_is_converted(tmp_path):
