@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     return max(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def save_as_training_does(folder: Path, out: Path) -> None:
+def save_in_float32(folder: Path, out: Path) -> None:
     """Writes the model of a folder in float32, as a stage saves one with all parameters trained."""
     config = read_model_config(folder)
     tokenizer = load_tokenizer(str(folder))
@@ -106,11 +106,13 @@ def run(gigabytes: float, shards: int) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in (root / "hf").glob("*.safetensors"))
         copy = copy_seconds(root / "hf", root / "copy")
         shutil.rmtree(root / "copy")
-        inward, peak_in = measure("import", "--hf", f"{root}/hf", "--out", f"{root}/ours")
-        outward, peak_out = measure("export", "--model", f"{root}/ours", "--out", f"{root}/back")
+        inward, peak_in = measure("import", "--hf", f"{root}/hf", "--out", f"{root}/model")
+        outward, peak_out = measure(
+            "export", "--model", f"{root}/model", "--out", f"{root}/exported"
+        )
         shutil.rmtree(root / "hf")
-        shutil.rmtree(root / "back")
-        save_as_training_does(root / "ours", root / "trained")
+        shutil.rmtree(root / "exported")
+        save_in_float32(root / "model", root / "trained")
         trained, peak_trained = measure(
             "export", "--model", f"{root}/trained", "--out", f"{root}/student"
         )

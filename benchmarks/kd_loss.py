@@ -38,7 +38,7 @@ def figures(d_hidden: Any, d_head: Any) -> dict[str, float]:
     return {name: float(np.linalg.norm(np.asarray(x))) for name, x in lengths.items()}
 
 
-def ours(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +75,7 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-def theirs(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(_: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     *matrices, labels, supervised = arrays()
@@ -97,7 +97,7 @@ def theirs(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "torch": theirs}
+SIDES = {"moddistill": prepare_moddistill, "torch": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.kd_loss", __doc__)

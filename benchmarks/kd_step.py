@@ -68,7 +68,7 @@ def make_files(folder: Path) -> None:
     models.save_both(folder, "teacher", teacher, taught)
 
 
-def ours(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
     from moddistill.config import OptimConfig, RouterLossConfig, TrainConfig
@@ -104,7 +104,7 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-def theirs(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
     from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 
@@ -147,7 +147,7 @@ def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "torch": theirs}
+SIDES = {"moddistill": prepare_moddistill, "torch": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.kd_step", __doc__)

@@ -38,7 +38,7 @@ def figures(gradients: dict[str, Any]) -> dict[str, float]:
     return {name: float(np.linalg.norm(np.asarray(x[0]))) for name, x in gradients.items()}
 
 
-def ours(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -58,7 +58,7 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     return lambda: figures(jax.block_until_ready(step(params)))
 
 
-def dense(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_dense(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -76,7 +76,7 @@ def dense(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-def theirs(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(_: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     params = {name: torch.from_numpy(x).requires_grad_() for name, x in arrays().items()}
@@ -100,7 +100,7 @@ def theirs(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "dense": dense, "torch": theirs}
+SIDES = {"moddistill": prepare_moddistill, "dense": prepare_dense, "torch": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.moe_layer", __doc__)

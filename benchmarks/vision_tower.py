@@ -42,7 +42,7 @@ def make_files(folder: Path) -> None:
     models.save_both(folder, "model", config, models.random_params(config, 0))
 
 
-def ours(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
     from moddistill.models.compute import ComputeConfig
@@ -58,7 +58,7 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     return lambda: figures(np.asarray(encode(params, images)))
 
 
-def theirs(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     tower = models.load_in_torch(folder, "model").model.vision_tower.eval()
@@ -74,7 +74,7 @@ def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "transformers": theirs}
+SIDES = {"moddistill": prepare_moddistill, "transformers": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.vision_tower", __doc__)
