@@ -1,11 +1,11 @@
-"""Time and peak memory of converting a large checkpoint in many shards, in, out and upcycled.
+"""Time and peak memory of converting a large sharded checkpoint: import, export, upcycling.
 
     python -m benchmarks.convert [--gigabytes 2] [--shards 20] [--json]
 
-The checkpoint is a Qwen2 of random bfloat16 weights. It is imported and exported; the same in
-float32, as a stage saves it, is exported and upcycled with noise. Each command runs in a process of
-its own, whose peak resident memory the kernel reports; the disk's own speed is that of copying the
-files.
+The checkpoint is a Qwen2 with random bfloat16 weights. It is imported and exported. A float32 copy
+of it, as a training stage saves a model, is exported and upcycled with noise. Each command runs in
+its own process, whose peak resident memory the kernel reports. A copy of the files measures the
+speed of the disk.
 """
 
 import argparse
@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
-    """Writes a checkpoint of about that size; returns the bytes of its largest shard."""
+    """Writes a checkpoint of about `gigabytes`; returns the bytes of its largest shard."""
     folder.mkdir(parents=True)
     tokenizer = train_bpe(["a small tokenizer"], 300)
     tokenizer.save(str(folder))
@@ -67,15 +67,15 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     return max(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def save_as_training_does(folder: Path, out: Path) -> None:
-    """The model of a folder in float32, as a stage leaves one whose parameters all were trained."""
+def save_in_float32(folder: Path, out: Path) -> None:
+    """Writes the model of a folder in float32, as a stage saves one with all parameters trained."""
     config = read_model_config(folder)
     tokenizer = load_tokenizer(str(folder))
     save_model(out, config, load_params(folder, config, dtype=jnp.float32), tokenizer, {})
 
 
 def measure(*command: str) -> tuple[float, float]:
-    """Seconds and peak resident bytes of a command."""
+    """Returns seconds and peak resident bytes of a converter command."""
     program = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -92,24 +92,27 @@ def measure(*command: str) -> tuple[float, float]:
 
 
 def copy_seconds(source: Path, target: Path) -> float:
+    """Copies a folder and returns the seconds that it took."""
     began = time.monotonic()
     shutil.copytree(source, target)
     return time.monotonic() - began
 
 
 def run(gigabytes: float, shards: int) -> dict[str, Any]:
-    """The measured figures, sizes in bytes and speeds in bytes a second."""
+    """Runs all commands and returns their figures: sizes in bytes, speeds in bytes per second."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         largest = make_checkpoint(root / "hf", gigabytes, shards)
         size = sum(file.stat().st_size for file in (root / "hf").glob("*.safetensors"))
         copy = copy_seconds(root / "hf", root / "copy")
         shutil.rmtree(root / "copy")
-        inward, peak_in = measure("import", "--hf", f"{root}/hf", "--out", f"{root}/ours")
-        outward, peak_out = measure("export", "--model", f"{root}/ours", "--out", f"{root}/back")
+        inward, peak_in = measure("import", "--hf", f"{root}/hf", "--out", f"{root}/model")
+        outward, peak_out = measure(
+            "export", "--model", f"{root}/model", "--out", f"{root}/exported"
+        )
         shutil.rmtree(root / "hf")
-        shutil.rmtree(root / "back")
-        save_as_training_does(root / "ours", root / "trained")
+        shutil.rmtree(root / "exported")
+        save_in_float32(root / "model", root / "trained")
         trained, peak_trained = measure(
             "export", "--model", f"{root}/trained", "--out", f"{root}/student"
         )

@@ -1,15 +1,18 @@
-"""Checks and measures this machine's accelerator: one file of figures and a table.
+"""Checks and benchmarks of this machine's accelerator, as a JSON file and a Markdown table.
 
     python -m benchmarks.device [--minutes 9] [--out runs/device.json]
 
-Losses, attention, the expert layer and one step of every stage are compared with the CPU; then the
-step of sparse distillation at the paper's size, large matmuls, the expert layer and decoding are
-timed, on the first device and with random weights. It needs neither torch nor a network. On a CPU
-everything is tiny, which tests the program and not the CPU.
+1. Losses, attention, the expert layer and one step of every stage are compared with the CPU.
+2. The sparse distillation step at the paper's size, large matmuls, the expert layer and decoding
+   are timed, on the first device and with random weights.
 
-Sections share the time: one for which too little is left is skipped, one that raises is recorded,
-and the others go on. Figures are written after each section, the table is printed at the end. The
-exit code is 1 if a check failed or a section raised, 2 if a check did not run for lack of time.
+Neither torch nor a network is needed. On a CPU all sizes are tiny, which tests the benchmark and
+not the CPU.
+
+The sections share `--minutes`. A section with too little time left is skipped; one that raises is
+recorded, and the next one runs. Figures are written after each section, and the table is printed
+at the end. The exit code is 1 if a check failed or a section raised, and 2 if a check did not run
+for lack of time.
 """
 
 import argparse
@@ -38,9 +41,9 @@ class Section(NamedTuple):
     """A part of the benchmark.
 
     Attributes:
-      share: of the whole time; a section is skipped when less than half of it is left for it.
-      run: `(device, tiny, left)` to figures and rows of the `table`; `left()` are the seconds until
-        it should end.
+      share: fraction of the total time; the section is skipped if less than half of it is left.
+      run: `(device, tiny, left)` to figures and rows of the `table`; `left()` returns the seconds
+        until the section should end.
     """
 
     name: str
@@ -48,7 +51,7 @@ class Section(NamedTuple):
     run: Callable[[Any, bool, Callable[[], float]], dict[str, Any]]
 
 
-# The most valuable first.
+# Ordered by importance, since later sections may be skipped.
 SECTIONS = (
     Section("operations", 0.15, device_checks.check_operations),
     Section("stages", 0.25, device_checks.check_stages),
@@ -70,14 +73,14 @@ def run(seconds: float, out: Path) -> dict[str, Any]:
     report = {"device": describe_device(device), "seconds": seconds, "sections": {}}
     for number, section in enumerate(SECTIONS):
         left = end - time.monotonic()
-        # Time that earlier sections saved or overran is redistributed over the remaining ones.
+        # Redistributes the time that earlier sections saved or overran.
         time_share = section.share / sum(other.share for other in SECTIONS[number:]) * left
         needed = section.share * seconds / 2
         if time_share < needed:
             reason = f"{max(time_share, 0):.0f} s are left for it, it needs {needed:.0f} s"
             entry = {"status": "skipped", "reason": reason}
         else:
-            report["sections"][section.name] = {"status": "running"}  # found if it is killed
+            report["sections"][section.name] = {"status": "running"}  # stays if it is killed
             _write(report, out)
             entry = _run_section(section, device, time.monotonic() + time_share)
         say(f"{section.name}: {entry['status']} {entry.get('reason', '')}")
@@ -87,7 +90,7 @@ def run(seconds: float, out: Path) -> dict[str, Any]:
 
 
 def _run_section(section: Section, device: Any, end: float) -> dict[str, Any]:
-    """The section's figures, or the error that it raised."""
+    """Runs a section; returns its figures, or the error that it raised."""
     began = time.monotonic()
     say(f"{section.name}: at most {end - began:.0f} s")
     try:
@@ -104,7 +107,7 @@ def _run_section(section: Section, device: Any, end: float) -> dict[str, Any]:
 
 
 def describe_device(device: Any) -> dict[str, Any]:
-    """The device, its runtime and the versions of what computes on it."""
+    """Returns the device, its runtime and the versions of the libraries that use it."""
     versions = {"python": platform.python_version()}
     for name in _VERSIONS + _CUDA:
         try:
@@ -122,26 +125,26 @@ def describe_device(device: Any) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
-    """Writes atomically: a killed run leaves the last complete file."""
+    """Writes atomically, so that a killed run leaves the last complete file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".new")
-    aside.write_text(json.dumps(report, indent=2) + "\n")
-    aside.replace(out)
+    partial = out.with_name(out.name + ".new")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(out)
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether a check failed or a section raised."""
+    """Returns whether a check failed or a section raised."""
     return any(entry["status"] in ("failed", "raised") for entry in report["sections"].values())
 
 
 def incomplete(report: dict[str, Any]) -> bool:
-    """Whether a check did not run for lack of time."""
+    """Returns whether a check did not run for lack of time."""
     checks = (entry for name, entry in report["sections"].items() if name in CHECKS)
     return any(entry["status"] in ("incomplete", "skipped") for entry in checks)
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Rows for `docs/performance.md`: device, what, figure."""
+    """Returns a Markdown table for `docs/performance.md`: device, what, figure."""
     about = report["device"]
     device = f"{about['kind']}, jax {about['versions']['jax']}"
     lines = ["| device | what | figure |", "|---|---|---|"]
@@ -162,11 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for all sections")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all sections together")
     parser.add_argument("--out", type=Path, default=Path("runs/device.json"), help="JSON file")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
-        parser.error(f"--minutes is {args.minutes}; accepted: above 0")
+        parser.error(f"--minutes: expected > 0, got {args.minutes}")
     report = run(60 * args.minutes, args.out)
     print(format_table(report))
     if failed(report):

@@ -1,12 +1,12 @@
-"""Checks of `benchmarks.device`: does the device compute what the CPU computes?
+"""Checks of `benchmarks.device`: results of the device against those of the CPU.
 
-Every operation is compared with a plain form of it on the CPU, and, on an accelerator, with its own
-form on the CPU, values and gradients. The step of each stage is compared with one on the CPU that
-neither scans nor rematerialises its layers and has all logits at once: metrics, gradients (Adam's
-first moments after one step) and updated parameters.
+Operations: values and gradients are compared with a plain form on the CPU and, on an accelerator,
+with the same operation on the CPU. Stages: one step is compared with a step on the CPU that neither
+scans nor rematerialises its layers and holds all logits at once. Compared are metrics, gradients
+(Adam's first moments after one step) and updated parameters.
 
 Bounds are on `||found - expected|| / ||expected||` of each array. float32 runs at the highest
-matmul precision; bfloat16 as in training.
+matmul precision, bfloat16 as in training.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from moddistill.planning.planner import architectures
 from moddistill.training.program import make_program
 from moddistill.training.stages import STAGES
 
-# bfloat16 has 8 bits: one rounding is off by up to 0.4 %, a layer has a few of them in a row.
+# bfloat16 has 8 bits of precision: one rounding is off by up to 0.4 %, and a layer has several.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
-# In bfloat16 only metrics are compared; the CPU's own error is up to 1.6 % (norm of gradients).
+# In bfloat16 only metrics are compared. The CPU's own error is up to 1.6 % (norm of gradients).
 STEP_BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
-_FLOOR = 1e-2  # of a whole tree: an array that is smaller than this share of it is mostly rounding
+_FLOOR = 1e-2  # fraction of the norm of all arrays, below which an array is mostly rounding error
 
 Check = dict[str, Any]
 
@@ -47,8 +47,8 @@ def check_operations(device: Any, tiny: bool, left: Callable[[], float]) -> dict
     """Compares losses, attention and the expert layer, values and gradients.
 
     Args:
-      tiny: small arrays instead of the widths of real models.
-      left: seconds that remain; what is not begun by then is skipped.
+      tiny: uses small arrays in place of the sizes of real models.
+      left: seconds that remain; checks that have not started by then are skipped.
     """
     items = [(x.name, functools.partial(_operation, x, device)) for x in operations(tiny)]
     checks = _in_threads(items, left)
@@ -58,7 +58,7 @@ def check_operations(device: Any, tiny: bool, left: Callable[[], float]) -> dict
 
 
 def check_stages(device: Any, tiny: bool, left: Callable[[], float]) -> dict[str, Any]:
-    """Compares one step of every stage at the smallest size, on the CPU in float32 only."""
+    """Compares one step of every stage with tiny models; on a CPU in float32 only."""
     dtypes = ("float32",) if tiny else ("float32", "bfloat16")
     items = [(f"step of {x}", functools.partial(_stage, x, dtypes, device)) for x in STAGES]
     checks = _in_threads(items, left)
@@ -66,16 +66,16 @@ def check_stages(device: Any, tiny: bool, left: Callable[[], float]) -> dict[str
 
 
 def _in_threads(items: list[Any], left: Callable[[], float]) -> list[Check]:
-    """Checks of all items `(name, run)`, in threads, since compiling one takes one core."""
+    """Runs the checks of all items `(name, run)` in threads, since compilation uses one core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda item: _isolated(*item, left), items)
         return [check for checks in results for check in checks]
 
 
 def _isolated(name: str, run: Callable[[], list[Check]], left: Callable[[], float]) -> list[Check]:
-    """The checks of one item: skipped without time, failed with its traceback if it raises."""
+    """Runs the checks of one item: skipped without time, failed with a traceback if it raises."""
     if left() <= 0:
-        checks = [{"name": name, "skipped": "the section's time is used up"}]
+        checks = [{"name": name, "skipped": "out of time"}]
     else:
         try:
             checks = run()
@@ -89,7 +89,7 @@ def _isolated(name: str, run: Callable[[], list[Check]], left: Callable[[], floa
 
 
 def describe(check: Check) -> str:
-    """One line of a check's result."""
+    """Returns the result of a check in one line."""
     if "skipped" in check:
         return f"skipped, {check['skipped']}"
     if "raised" in check:
@@ -103,14 +103,14 @@ def describe(check: Check) -> str:
 
 
 def _summary(checks: list[Check]) -> dict[str, Any]:
-    """Summarises checks as passed, failed or, where some did not run, incomplete."""
+    """Summarises checks as failed, incomplete (some did not run) or passed."""
     failed = sum(not (check.get("passed") or "skipped" in check) for check in checks)
     complete = "incomplete" if any("skipped" in check for check in checks) else "passed"
     return {"status": "failed" if failed else complete, "failed": failed, "checks": checks}
 
 
 def _rows(checks: list[Check]) -> list[list[str]]:
-    """Rows of the table: the largest error of each item and dtype; whatever did not pass."""
+    """Returns table rows: the largest error per item and dtype, and every check without a pass."""
     worst: dict[tuple[Any, ...], Check] = {}
     for check in checks:
         key = (check["name"], check.get("dtype"), check.get("passed"))
@@ -120,9 +120,10 @@ def _rows(checks: list[Check]) -> list[list[str]]:
 
 
 def relative_errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """`||found - expected|| / ||expected||` of each array by its path.
+    """Returns `||found - expected|| / ||expected||` of each array by path.
 
-    An array whose norm is below a hundredth of all arrays' is measured against that.
+    If the norm of an array is below `_FLOOR` times the norm of all arrays, the error is relative
+    to that floor.
     """
     expected = {path: np.asarray(x, np.float64) for path, x in expected.items()}
     whole = math.sqrt(sum(float(np.sum(x * x)) for x in expected.values()))
@@ -135,7 +136,7 @@ def relative_errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str
 
 
 def verdict(name: str, dtype: str, against: str, errors: dict[str, float], bound: float) -> Check:
-    """A check that passes if no error exceeds the bound; an error that is not finite fails."""
+    """Returns a check that passes if all errors are finite and within the bound."""
     where, error = max(errors.items(), key=lambda item: np.nan_to_num(item[1], nan=np.inf))
     return {
         "name": name,
@@ -171,9 +172,9 @@ def _operation(operation: Operation, device: Any) -> list[Check]:
 def _evaluate(
     function: Callable, inputs: Any, constants: Any, device: Any, precision: str | None
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Value and gradients of an operation on a device, and whether cuDNN's attention is in it.
+    """Returns value and gradients of an operation, and whether it used cuDNN's attention.
 
-    The cotangent is random, and the same for all forms and devices.
+    The cotangent is random and the same for all forms and devices.
     """
     with on(device, precision) as mesh:
         shape = jax.eval_shape(function, inputs, constants).shape
@@ -192,7 +193,7 @@ def _evaluate(
 
 
 def _stage(stage: str, dtypes: tuple[str, ...], device: Any) -> list[Check]:
-    """Compares the step of a stage as it trains with an unrolled one on the CPU in float32."""
+    """Compares the training step of a stage with an unrolled step on the CPU in float32."""
     config = _stage_config(stage)
     [cpu, *_] = jax.devices("cpu")
     params = tuple(_initial_params(model, seed) for seed, model in enumerate(_models(config)))
@@ -224,27 +225,28 @@ def _stage_config(stage: str) -> TrainConfig:
         batch_size=4,
         dtype="float32",
         data=DataConfig(max_length=32),
-        # Gradients of key biases are 0 but for rounding, which a smaller `eps` would let through.
+        # Gradients of key biases are rounding errors of 0, which a smaller `eps` would amplify.
         optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, eps=1e-6),
         logits_chunk_size=8,
     )
 
 
 def _models(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]:
-    """Student and teacher with heads of eight, for which cuDNN has a kernel."""
-    return tuple(map(_with_heads_of_eight, architectures(config)))
+    """Returns student and teacher with a head dimension of 8, which cuDNN supports."""
+    return tuple(map(_with_head_dim_8, architectures(config)))
 
 
-def _with_heads_of_eight(model: ModelConfig | None) -> ModelConfig | None:
+def _with_head_dim_8(model: ModelConfig | None) -> ModelConfig | None:
     if model is None:
         return None
     return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, head_dim=8))
 
 
 def _initial_params(model: ModelConfig | None, seed: int) -> Any:
-    """Random float32 parameters as numpy arrays; experts are nearly copies of each other.
+    """Returns random float32 parameters as numpy arrays, with nearly equal experts.
 
-    A token that is near a tie between two of them must not decide a comparison.
+    A token close to a tie may choose another expert on the device; with nearly equal experts this
+    changes its output little.
     """
     if model is None:
         return None
@@ -261,7 +263,7 @@ def _initial_params(model: ModelConfig | None, seed: int) -> Any:
 
 
 def _one_step(config: TrainConfig, params: tuple[Any, Any], device: Any) -> dict[str, Any]:
-    """Metrics, first moments and parameters after the first step, by path."""
+    """Runs the first step; returns metrics, first moments and parameters by path."""
     student, teacher = _models(config)
     with on(device, "highest" if config.dtype == "float32" else None) as mesh:
         program = make_program(config, student, teacher, mesh)

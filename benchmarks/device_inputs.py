@@ -1,4 +1,4 @@
-"""Inputs of `benchmarks.device`: one device as a mesh, random parameters, states and batches."""
+"""Inputs of `benchmarks.device`: a mesh of one device, random parameters, states and batches."""
 
 import contextlib
 import functools
@@ -25,16 +25,19 @@ _ACCELERATOR = threading.Lock()
 
 
 def say(message: str) -> None:
-    """Prints progress at once, apart from the table on stdout."""
+    """Prints progress to stderr, since stdout is for the table."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def on(device: Any, precision: str | None = None) -> Iterator[Mesh]:
-    """The mesh of this one device, in context; `precision` is that of float32 matmuls.
+    """Enters a mesh of one device.
 
-    Threads take turns on an accelerator: CUDA fails to capture a graph in one of them while another
+    Threads take turns on an accelerator: CUDA graph capture in one thread fails while another
     allocates or autotunes.
+
+    Args:
+      precision: precision of float32 matmuls.
     """
     turn = contextlib.nullcontext() if device.platform == "cpu" else _ACCELERATOR
     mesh = sharding.make_mesh(MeshConfig(), [device])
@@ -45,32 +48,32 @@ def on(device: Any, precision: str | None = None) -> Iterator[Mesh]:
 
 
 def random_leaves(shapes: Any, seed: int) -> Any:
-    """Random parameters in the shapes, dtypes and shardings of `shapes`.
+    """Returns random parameters with the shapes, dtypes and shardings of `shapes`.
 
-    Norm scales are 1, biases 0, all else is normal with standard deviation 0.02. Leaves are made
-    one by one: a 7B model initialised in float32 would take twice the memory that it has here.
+    Norm scales are 1, biases 0, all others normal with standard deviation 0.02. Leaves are
+    initialised one by one in their own dtype: a 7B model in float32 would take twice the memory.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     arrays = []
     for number, (path, x) in enumerate(leaves):
         kind = str(path[-1].key).rsplit("/", 1)[-1]
-        make = _maker(kind, x.shape, jnp.dtype(x.dtype), x.sharding)
+        make = _initializer(kind, x.shape, jnp.dtype(x.dtype), x.sharding)
         arrays.append(make(jax.random.fold_in(jax.random.key(seed), number)))
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
 @functools.cache  # layers share shapes
-def _maker(kind: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+def _initializer(kind: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     def make(rng: jax.Array) -> jax.Array:
         if kind in ("scale", "bias"):
             return jnp.full(shape, float(kind == "scale"), dtype)
         return (0.02 * jax.random.normal(rng, shape, dtype)).astype(dtype)
 
-    return jax.jit(make, out_shardings=place)
+    return jax.jit(make, out_shardings=sharding)
 
 
 def random_state(shapes: State, seed: int) -> State:
-    """A state before its first step, with random parameters; `shapes` have shardings."""
+    """Returns the state before the first step, with random parameters; `shapes` have shardings."""
 
     def zeros(x: Any) -> jax.Array:
         return jnp.zeros(x.shape, x.dtype, device=x.sharding)
@@ -81,10 +84,10 @@ def random_state(shapes: State, seed: int) -> State:
 
 
 def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bool) -> Any:
-    """A batch of random tokens and images as numpy arrays; each row ends with supervised tokens.
+    """Returns random tokens and images as numpy arrays; each row ends with supervised tokens.
 
     Args:
-      full: rows without padding, as `moddistill.flops` counts them; else of different lengths.
+      full: rows without padding, as `moddistill.models.flops` counts them, or of random lengths.
     """
     rng = np.random.default_rng(0)
 

@@ -1,8 +1,8 @@
-"""Operations that `benchmarks.device` checks, each next to a plain form of the same mathematics.
+"""Operations that `benchmarks.device` checks, each with a plain form of the same mathematics.
 
-Plain forms have all logits at once, whole attention matrices, and a Python loop over experts.
-Inputs are float32 numbers that bfloat16 represents exactly, so both dtypes have one reference and
-no router is near a tie in only one of them.
+Plain forms hold all logits and full attention matrices at once, and loop over experts in Python.
+Inputs are float32 numbers that bfloat16 represents exactly. Both dtypes thus share one reference,
+and the router sees the same ties in both.
 """
 
 import math
@@ -29,14 +29,14 @@ Arrays = dict[str, Any]
 
 
 class Operation(NamedTuple):
-    """Two forms of one operation and what both compute on.
+    """Two forms of one operation, and their inputs.
 
     Attributes:
-      ours: `(inputs, constants, dtype)` to one array.
+      ours: `(inputs, constants, dtype)` to one array, by the library.
       plain: `(inputs, constants)` to the same array, in float32.
-      inputs: differentiated.
-      constants: not differentiated.
-      dtypes: in which `ours` computes.
+      inputs: arrays with gradients.
+      constants: arrays without gradients.
+      dtypes: dtypes in which `ours` computes.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Operation(NamedTuple):
 
 
 def operations(tiny: bool) -> list[Operation]:
-    """All operations, at widths of real models unless `tiny`."""
+    """Returns all operations, at the sizes of real models unless `tiny`."""
     decoder, tower = ((2, 24, 4, 2, 8), (2, 25, 4, 4, 8)) if tiny else _ATTENTION
     experts = (64, 16, 32) if tiny else (1024, 512, 1408)
     token = (96, 32, 48, 300) if tiny else (1024, 2048, 4096, 16_000)
@@ -71,7 +71,7 @@ def _normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.nda
 
 
 def token_losses(positions: int, width: int, teacher_width: int, real: int) -> Operation:
-    """KL and cross entropy in chunks; vocabularies of both models have different padding."""
+    """Returns KL and cross entropy in chunks; the vocabularies differ in their padding."""
     rng = np.random.default_rng(0)
     inputs = {
         "hidden": _normal(rng, positions, width),
@@ -122,7 +122,7 @@ def token_losses(positions: int, width: int, teacher_width: int, real: int) -> O
 
 
 def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> Operation:
-    """All losses of the preference stage, in float32 as there."""
+    """Returns all losses of the preference stage, in float32 as in training."""
     rng = np.random.default_rng(1)
     inputs = {name: _normal(rng, pairs, scale=3.0) for name in ("chosen", "rejected")}
 
@@ -156,13 +156,13 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
 
 
 def decoder_attention(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
-    """Causal and grouped, over packed samples and padding."""
+    """Returns causal grouped-query attention over packed samples and padding."""
     segments = np.ones((rows, length), np.int32)
     segments[0, length * 3 // 4 :] = 0
     segments[1:, length // 2 :] = 2
     visible = segments[:, :, None] == segments[:, None]
     visible &= np.tri(length, dtype=bool) & (segments > 0)[:, None]
-    visible |= np.eye(length, dtype=bool)  # padding sees itself, which keeps its softmax finite
+    visible |= np.eye(length, dtype=bool)  # padding attends to itself: a finite softmax
 
     def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
         mask = attention.causal_mask(constants["segments"])
@@ -174,7 +174,7 @@ def decoder_attention(rows: int, length: int, heads: int, kv_heads: int, width: 
 
 
 def tower_attention(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
-    """Without a mask, over an odd number of positions."""
+    """Returns attention without a mask, over an odd number of positions."""
 
     def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
         return attention.attend(*_heads(inputs, dtype), None).astype(jnp.float32)
@@ -206,7 +206,7 @@ def _plain_attention(inputs: Arrays, constants: Arrays) -> Array:
 
 
 def expert_layer(dispatch: str, tokens: int, width: int, mlp: int) -> Operation:
-    """Four experts, two for each token; no token chooses the last one, and some are padding."""
+    """Returns a layer of 4 experts, top 2; no token chooses the last, and some are padding."""
     rng = np.random.default_rng(3)
     config = check_moe(ExpertConfig(num_experts=4, top_k=2, dispatch=dispatch, capacity_factor=1.0))
     hidden, router = _normal(rng, tokens, width), _normal(rng, width, 4, scale=width**-0.5)
@@ -234,7 +234,7 @@ def expert_layer(dispatch: str, tokens: int, width: int, mlp: int) -> Operation:
 
 
 def _kept(chosen: np.ndarray, valid: np.ndarray, slots: int) -> np.ndarray:
-    """Assignments that find a slot: all first choices before all second ones, in token order."""
+    """Marks assignments that get a slot: all first choices before all second, in token order."""
     free = dict.fromkeys(range(4), slots)
     keep = np.zeros(chosen.shape, bool)
     for choice in range(chosen.shape[1]):

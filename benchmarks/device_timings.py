@@ -1,7 +1,7 @@
-"""Measurements of `benchmarks.device`: what the device can do, and what it does with our layers.
+"""Timings of `benchmarks.device`: upper bounds of the device, and the library's layers and steps.
 
-Each figure is a median of several rounds after one that is not counted; a round ends when the
-device has finished (`block_until_ready`). Weights are random, dtypes those of training.
+Each figure is the median of several rounds after a warm-up round. A round ends when the device has
+finished (`block_until_ready`). Weights are random, dtypes as in training.
 """
 
 import math
@@ -35,13 +35,13 @@ from moddistill.training.program import make_program, step_size, with_shardings
 GIB = 2**30
 _STEPS = 10
 _ROUNDS = 5
-_WORDS = 64  # of a prompt besides its image, and of an answer
+_WORDS = 64  # text tokens of a prompt, and tokens of an answer
 
-Left = Callable[[], float]  # seconds that remain
+Left = Callable[[], float]  # returns the seconds that remain
 
 
 class Pair(NamedTuple):
-    """Student and teacher presets, samples of a step, and the device memory to try it with."""
+    """Student and teacher presets, samples per step, and the device memory that they need."""
 
     student: str
     teacher: str
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
     needs: float
 
 
-# Largest first. The first is that of the paper's ablations.
+# Largest first. The first pair is that of the paper's ablations.
 PAIRS = (
     Pair("qwen1.5-1.8b", "qwen1.5-7b", 8, 46 * GIB),
     Pair("qwen2-0.5b", "qwen2-7b", 8, 28 * GIB),
@@ -59,7 +59,7 @@ _TINY = Pair("tiny", "tiny-teacher", 4, 0)
 
 
 def median_seconds(run: Callable[[], Any], inner: int) -> float:
-    """Seconds of one call of `run`: `inner` of them are queued in a round."""
+    """Returns the seconds of one call of `run`; each round queues `inner` calls."""
     jax.block_until_ready(run())
     rounds = []
     for _ in range(_ROUNDS):
@@ -70,10 +70,10 @@ def median_seconds(run: Callable[[], Any], inner: int) -> float:
 
 
 def ceilings(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """Measures FLOP/s of a large bfloat16 matmul and the memory bandwidth."""
+    """Measures the FLOP/s of a large bfloat16 matmul and the memory bandwidth."""
     size, words = (256, 2**16) if tiny else (8192, 2**29)
     with on(device):
-        # Constant data would draw less power, and clocks would be higher than in training.
+        # Random, since constant data draws less power, which allows higher clocks than training.
         x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
         multiply = jax.jit(lambda x: x @ x)
         matmul = 2 * size**3 / median_seconds(lambda: multiply(x), 10)
@@ -90,7 +90,7 @@ def ceilings(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 
 def paper_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """The step of sparse distillation with the largest pair that fits, the paper's if it can be."""
+    """Times the sparse distillation step of the largest pair that fits: the paper's, if it does."""
     fitting = [pair for pair in PAIRS if pair.needs <= _memory_limit(device)]
     if not (tiny or fitting):
         least = PAIRS[-1].needs / GIB
@@ -99,10 +99,10 @@ def paper_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 
 def second_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """The same of the next smaller pair."""
+    """Times the step of the next smaller pair."""
     fitting = [pair for pair in PAIRS if pair.needs <= _memory_limit(device)]
     if len(fitting) < 2 or tiny:
-        return {"status": "skipped", "reason": "there is no second pair for this device"}
+        return {"status": "skipped", "reason": "no second pair fits this device"}
     return _d2s(fitting[1], device, 2048, left)
 
 
@@ -136,7 +136,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         step = lowered.compile()
         compiling = time.perf_counter() - began
         planned = peak_bytes(step.memory_analysis(), device.platform)
-        say(f"  compiled in {compiling:.0f} s, takes {planned / GIB:.2f} GiB; making parameters")
+        say(f"  compiled in {compiling:.0f} s, needs {planned / GIB:.2f} GiB; initialising")
         earlier = _peak_in_use(device)
         taught = random_leaves(taught, 1)
         state = random_state(shapes, 0)
@@ -159,7 +159,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         "teacher_flops": flops.teacher,
         "peak_flops": peak_flops([device]),
         "planned_peak_bytes": planned,
-        # Earlier sections may have taken more.
+        # Unknown if an earlier section had a higher peak.
         "measured_peak_bytes": measured if measured > earlier else None,
     }
     figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
@@ -172,7 +172,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
 def _run(
     step: Any, state: Any, taught: Any, batch: Any, left: Left
 ) -> tuple[list[float], list[float]]:
-    """Seconds and losses of steps after two that are not counted; at least three."""
+    """Returns seconds of at least three steps after two warm-up steps, and losses of all steps."""
     seconds, losses = [], []
     for number in range(2 + _STEPS):
         began = time.perf_counter()
@@ -205,7 +205,7 @@ def _describe_step(figures: dict[str, Any]) -> list[str]:
 
 
 def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """An expert layer of the student against a dense layer of the same FLOPs, both passes."""
+    """Times the student's expert layer against a dense layer of the same FLOPs, with gradients."""
     config = check_moe(ExpertConfig())
     decoder = preset(_TINY.student if tiny else PAIRS[0].student).decoder
     width, mlp, tokens = decoder.width, decoder.mlp, 256 if tiny else 16_384
@@ -237,7 +237,7 @@ def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 
 def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """Answers of the sparse and the dense student to prompts with an image, greedily."""
+    """Times greedy decoding of the sparse and the dense student for prompts with an image."""
     dense = preset(_TINY.student if tiny else PAIRS[0].student)
     models = {"sparse": upcycle_config(dense, ExpertConfig()), "dense": dense}
     results, table = {}, []
@@ -245,8 +245,8 @@ def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
         for rows in (1, 32):
             key = f"{name}, batch {rows}"
             if left() <= 0:
-                results[key] = {"skipped": "the section's time is used up"}
-                table.append([f"decoding, {key}", "skipped, the section's time is used up"])
+                results[key] = {"skipped": "out of time"}
+                table.append([f"decoding, {key}", "skipped, out of time"])
                 continue
             results[key] = _decode(config, rows, device)
             table.append(_describe_decoding(key, results[key]))
@@ -255,7 +255,7 @@ def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 
 def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
-    """Seconds of the prompt and of each new token; both from answers of two lengths."""
+    """Returns seconds of prefill and of each new token, computed from answers of two lengths."""
     model = Vlm(config, ComputeConfig(dtype=jnp.bfloat16))
     length = config.vision.patches + _WORDS
     with on(device) as mesh:
@@ -277,7 +277,7 @@ def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
                     batch,
                     jax.random.key(0),
                     max_new_tokens=new,
-                    end_id=-1,  # no token: answers never end early
+                    end_id=-1,  # not a token, so that answers have full length
                     sampling=Sampling(),
                 )
 

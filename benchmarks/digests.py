@@ -1,9 +1,9 @@
-"""Seconds to write and to verify the digests of a large folder, against reading it.
+"""Seconds to write and to verify the digests of a large folder, compared with reading it.
 
     python -m benchmarks.digests [--gb 14] [--json]
 
-The folder has files of 2 GB, as Orbax writes them, below the system's temporary folder. `cold` runs
-begin without its pages in memory, `warm` ones with as many as fit.
+The folder has files of 2 GB, as Orbax writes them, and is created in the system's temporary folder.
+`cold` runs start with an empty page cache, `warm` runs with as many pages cached as fit.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _BLOCK = 64 * 2**20  # bytes
 
 
 def make_folder(folder: Path, size: int) -> None:
-    """Files of random bytes, `size` bytes in all; each block differs from the others."""
+    """Writes files of random bytes, `size` bytes in total; no two blocks are equal."""
     block = np.random.default_rng(0).integers(0, 2**64, _BLOCK // 8, np.uint64)
     for number, start in enumerate(range(0, size, _FILE)):
         left = min(_FILE, size - start)
@@ -36,14 +36,14 @@ def make_folder(folder: Path, size: int) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drops the pages of all files from memory."""
+    """Drops all files from the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read(folder: Path) -> None:
-    """Reads all files, on as many threads as `verify`."""
+    """Reads all files with as many threads as `verify`."""
 
     def read_file(path: Path) -> None:
         buffer = bytearray(2**18)
@@ -56,13 +56,14 @@ def read(folder: Path) -> None:
 
 
 def seconds(work: Callable[[], None]) -> float:
+    """Returns the seconds that `work` takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def measure(gigabytes: float) -> dict[str, float]:
-    """Seconds of each kind of access."""
+    """Returns the seconds of each kind of access."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_folder(folder, round(gigabytes * 10**9))

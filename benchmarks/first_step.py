@@ -1,10 +1,10 @@
-"""Seconds from the start of a process to the end of its first step, at demo size.
+"""Seconds from the start of a process to the end of its first training step, at demo size.
 
     python -m benchmarks.first_step [--runs runs/demo] [--rounds 3] [--json]
 
-Each round runs stage `d2s` of the demo twice, in processes of their own: `cold` compiles all
-programs, `cached` finds those of the first in `JAX_COMPILATION_CACHE_DIR`. `--runs` is the workdir
-of `make demo`, whose teacher and dense student they load.
+Each round runs stage `d2s` of the demo in two processes: `cold` compiles all programs, `cached`
+reads them from `JAX_COMPILATION_CACHE_DIR`. `--runs` is the workdir of `make demo`, which has the
+teacher and the dense student.
 """
 
 import argparse
@@ -19,20 +19,20 @@ from pathlib import Path
 
 
 def seconds_to_first_step(runs: Path, workdir: Path, cache: Path) -> float:
-    """Starts the stage, and ends it when it has reported its first step."""
+    """Starts the stage, kills it when it has reported its first step, and returns the seconds."""
     command = [sys.executable, "-m", "moddistill.train", "--config", "experiments/d2s.py:demo"]
     command += [f"--config.student={runs}/d2d/model", f"--config.teacher={runs}/teacher/model"]
     command += ["--config.log_every=1", "--workdir", str(workdir)]
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     rows = workdir / "metrics.jsonl"
     began = time.perf_counter()
-    with (workdir.parent / "stderr.txt").open("w+") as said:
-        process = subprocess.Popen(command, env=env, stderr=said)
+    with (workdir.parent / "stderr.txt").open("w+") as stderr:
+        process = subprocess.Popen(command, env=env, stderr=stderr)
         try:
             while not (rows.is_file() and rows.stat().st_size):
                 if process.poll() is not None:
-                    said.seek(0)
-                    raise RuntimeError(f"the stage ended before its first step:\n{said.read()}")
+                    stderr.seek(0)
+                    raise RuntimeError(f"the stage ended before its first step:\n{stderr.read()}")
                 time.sleep(0.02)
             return time.perf_counter() - began
         finally:
@@ -41,7 +41,7 @@ def seconds_to_first_step(runs: Path, workdir: Path, cache: Path) -> float:
 
 
 def measure(runs: Path, rounds: int) -> dict[str, float]:
-    """Median seconds without and with compiled programs at hand."""
+    """Returns median seconds with an empty and with a filled compilation cache."""
     seconds: dict[str, list[float]] = {"cold": [], "cached": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

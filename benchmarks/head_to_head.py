@@ -1,13 +1,13 @@
-"""Two or more programs doing the same work, each in a process of its own, taking turns.
+"""Head-to-head benchmark: implementations of the same work, each in its own process.
 
-A benchmark module has `SIDES`, from a name to a function that prepares the work in a folder and
-returns what is timed; `make_files(folder)`, if there is one, first writes what the sides read.
-Machines are noisy, so sides alternate and medians are compared. What is timed returns figures of
-its result; in every round all sides that have a figure must agree on it.
+A benchmark module defines `SIDES`, from a name to a function that prepares the work in a folder and
+returns the function to time. An optional `make_files(folder)` first writes the files that the sides
+read. Machines are noisy, so the sides alternate and medians are compared. The timed function
+returns figures of its result. In every round all sides that report a figure must agree on it.
 
-Peaks are those of the resident memory of a whole process while it runs, behind one run that is not
-counted: neither the making of weights and inputs nor compilation is in them. The peak of the work
-is what it takes beyond what was there when weights and inputs were ready.
+Peak memory is the resident memory of the process in the timed runs. It excludes the preparation of
+weights and inputs and the warm-up run, which compiles. Working memory is the peak beyond what was
+resident when weights and inputs were ready.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-_AGREE = 1e-5  # relative difference that rounding explains
+_AGREE = 1e-5  # largest relative difference that rounding explains
 
 
 def serve(module: str, side: str, folder: str) -> None:
-    """One side's process: runs once for every line it is sent, and tells its peak at the end."""
+    """Runs one side in its process: one run per input line; prints the peak memory at the end."""
     run = importlib.import_module(module).SIDES[side](Path(folder))
     give_back()
     ready = resident_bytes("VmRSS")
     run()
     give_back()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     print("ready", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -45,22 +45,22 @@ def serve(module: str, side: str, folder: str) -> None:
 
 
 def give_back() -> None:
-    """Returns to the system what loading and compiling have freed; Linux with glibc only."""
+    """Returns memory freed after loading and compiling to the system; Linux with glibc only."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes(kind: str) -> int:
-    """Bytes that this process holds (`VmRSS`), or the most so far (`VmHWM`); Linux only.
+    """Returns the resident bytes of this process, now (`VmRSS`) or at most (`VmHWM`); Linux only.
 
-    Not `ru_maxrss`, in which a child begins with the peak of the process that started it.
+    `ru_maxrss` does not work here: a child starts with the peak of its parent.
     """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{kind}:\s+(\d+) kB$", status, re.MULTILINE)[1])
 
 
 def compare(module: str, rounds: int) -> dict[str, Any]:
-    """Median seconds and peak bytes of every side; one run each is not counted."""
+    """Returns median seconds and peak bytes of every side, after one warm-up run each."""
     with tempfile.TemporaryDirectory() as folder:
         return _compare(module, rounds, Path(folder))
 
@@ -88,13 +88,13 @@ def _compare(module: str, rounds: int, folder: Path) -> dict[str, Any]:
             "seconds": statistics.median(seconds[side]),
             "fastest": min(seconds[side]),
             "peak_bytes": peak,
-            "peak_bytes_of_the_work": peak - ready,
+            "working_bytes": peak - ready,
         }
     return result
 
 
 def check_agreement(figures: dict[str, dict[str, float]]) -> None:
-    """Raises RuntimeError unless all sides that have a figure have it alike."""
+    """Raises RuntimeError unless all sides that report a figure agree on it."""
     for name in sorted(set().union(*figures.values())):
         values = {side: found[name] for side, found in figures.items() if name in found}
         first = next(iter(values.values()))
@@ -103,7 +103,7 @@ def check_agreement(figures: dict[str, dict[str, float]]) -> None:
 
 
 def _start(module: str, side: str, folder: Path) -> subprocess.Popen:
-    """Starts a side and waits until it has warmed up, so that none warms up beside another."""
+    """Starts a side and waits for its warm-up run, so that warm-up runs do not overlap."""
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.head_to_head", module, side, str(folder)],
         stdin=subprocess.PIPE,
@@ -129,7 +129,7 @@ def main(module: str, description: str) -> None:
         print(
             f"{side:>12} {1000 * figures['seconds']:10.1f} ms"
             f" {figures['peak_bytes'] / MIB:10.0f} MiB peak,"
-            f" {figures['peak_bytes_of_the_work'] / MIB:8.0f} of the work"
+            f" {figures['working_bytes'] / MIB:8.0f} MiB working memory"
         )
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.kd_loss [--rounds 7] [--json]
 
-Widths of Qwen2-0.5B and Qwen2-7B, float32, gradients to hidden states and head. The torch side does
-what the reference does: all logits of both models, then masks. Ours takes 128 positions at a time,
-half of the default.
+Hidden sizes of Qwen2-0.5B and Qwen2-7B, float32, gradients of hidden states and head. The torch
+side follows the reference code: all logits of both models, then the mask. moddistill computes
+logits of 128 positions at a time, half of the default.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ POSITIONS, VOCABULARY, STUDENT, TEACHER = 2048, 151_936, 896, 3584
 
 
 def arrays() -> tuple[np.ndarray, ...]:
-    """Hidden states and heads of both, labels, and which positions are supervised."""
+    """Returns hidden states and heads of both models, labels, and the supervised positions."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -33,12 +33,12 @@ def arrays() -> tuple[np.ndarray, ...]:
 
 
 def figures(d_hidden: Any, d_head: Any) -> dict[str, float]:
-    """Lengths of both gradients, of the head's first rows alone."""
+    """Returns the norms of both gradients, of the head's only over its first 1,000 rows."""
     lengths = {"d_hidden": d_hidden, "d_head": d_head[:1000]}
     return {name: float(np.linalg.norm(np.asarray(x))) for name, x in lengths.items()}
 
 
-def ours(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +75,7 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-def theirs(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(_: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     *matrices, labels, supervised = arrays()
@@ -97,7 +97,7 @@ def theirs(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "torch": theirs}
+SIDES = {"moddistill": prepare_moddistill, "torch": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.kd_loss", __doc__)

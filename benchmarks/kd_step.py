@@ -1,13 +1,17 @@
-"""One step of sparse distillation against `transformers`: same models, same records, same update.
+"""One step of sparse distillation, compared with `transformers`: same models, records and update.
 
     python -m benchmarks.kd_step [--rounds 5] [--json]
 
-Teacher: CLIP, projector and a Qwen2 of width 1,024; student: the same tower and a Qwen2 of width
-512 with 4 experts, top 2, in every second layer. Real vocabulary of 151,936, 4 rows of 512
-positions, a quarter of them supervised, 64 of them a picture. KL, cross entropy and balance loss;
-AdamW of experts, routers and projector; float32. Ours rematerialises its layers, as all experiments
-of full size do, and takes logits of 64 positions at a time, a quarter of the default; the torch
-side holds all logits, as the reference does.
+- Teacher: CLIP, projector and a Qwen2 with hidden size 1,024.
+- Student: the same vision encoder and a Qwen2 with hidden size 512, with 4 experts, top 2, in every
+  second layer.
+- Batch: a vocabulary of 151,936, 4 rows of 512 positions, a quarter of them supervised, 64 of them
+  an image.
+- Update: KL, cross entropy and balance loss; AdamW of experts, routers and projector; float32.
+
+moddistill rematerialises layers, as all full-size experiments do, and computes logits of 64
+positions at a time, a quarter of the default. The torch side holds all logits, as the reference
+code does.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from benchmarks import head_to_head, models
 from moddistill.models.batch import Batch, padded_batch
 
 ROWS, LENGTH, VOCABULARY, IMAGE = 4, 512, 151_936, 151_900
+REAL_IDS = ((0, IMAGE), (IMAGE + 1, VOCABULARY))
 BALANCE, RATE = 0.01, 1e-4
 
 
@@ -33,7 +38,7 @@ def architectures():
     def decoder(width: int, mlp: int, tied: bool) -> DecoderConfig:
         heads = width // 64
         return DecoderConfig(
-            VOCABULARY, VOCABULARY, width, mlp, 8, heads, heads // 4, 64, tied_head=tied
+            VOCABULARY, REAL_IDS, width, mlp, 8, heads, heads // 4, 64, tied_head=tied
         )
 
     tower = VisionConfig(
@@ -45,7 +50,7 @@ def architectures():
 
 
 def records() -> Batch:
-    """A batch as the pipeline gives it."""
+    """Returns a batch as the data pipeline yields it."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 150_000, (ROWS, LENGTH)).astype(np.int32)
     tokens[:, 8:72] = IMAGE
@@ -55,7 +60,7 @@ def records() -> Batch:
 
 
 def make_files(folder: Path) -> None:
-    """Both have the student's tower, which ours then runs once."""
+    """Writes both models with one vision encoder, which moddistill then runs once."""
     student, teacher = architectures()
     params = models.random_params(student, 0)
     models.save_both(folder, "student", student, params)
@@ -63,7 +68,7 @@ def make_files(folder: Path) -> None:
     models.save_both(folder, "teacher", teacher, taught)
 
 
-def ours(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
     from moddistill.config import OptimConfig, RouterLossConfig, TrainConfig
@@ -99,7 +104,7 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-def theirs(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
     from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 
@@ -142,7 +147,7 @@ def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "torch": theirs}
+SIDES = {"moddistill": prepare_moddistill, "torch": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.kd_step", __doc__)

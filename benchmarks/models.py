@@ -1,4 +1,4 @@
-"""Models of random weights that both sides of a benchmark load, each in its own format."""
+"""Models with random weights, saved in the formats of both sides of a benchmark."""
 
 import copy
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 
 
 def random_params(config: Any, seed: int) -> dict[str, Any]:
+    """Returns random float32 parameters of an architecture."""
     import jax
 
     from moddistill.config import MeshConfig
@@ -18,7 +19,7 @@ def random_params(config: Any, seed: int) -> dict[str, Any]:
 
 
 def save_both(folder: Path, name: str, config: Any, params: dict[str, Any]) -> None:
-    """A model folder `name` and, exported, `name`-hf in the format of `transformers`."""
+    """Writes a model folder `name` and its export for `transformers`, `name`-hf."""
     from moddistill.convert.exporting import export_model
     from moddistill.data.tokenizer import train_bpe
     from moddistill.storage.model_folder import save_model
@@ -28,7 +29,7 @@ def save_both(folder: Path, name: str, config: Any, params: dict[str, Any]) -> N
 
 
 def load_in_torch(folder: Path, name: str) -> Any:
-    """The exported model in float32, in memory and not in its file."""
+    """Loads the export in float32; the copy makes sure that no weight is a memory-mapped file."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -37,9 +38,10 @@ def load_in_torch(folder: Path, name: str) -> Any:
 
 
 def clip_pixels(images: np.ndarray) -> Any:
-    """Of images [B, h, w, 3] in uint8, what CLIP's tower takes in torch: [B, 3, h, w].
+    """Converts uint8 images [B, h, w, 3] to the normalised input of CLIP in torch [B, 3, h, w].
 
-    The numbers of `VisionConfig`, which torch's side does not import: it would bring JAX along.
+    Mean and standard deviation are those of `VisionConfig`, which is not imported since that would
+    load JAX in torch's process.
     """
     import torch
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.moe_layer [--rounds 7] [--json]
 
-Beside it our dense layer of the same active operations (twice as wide), and torch's loop over
-experts. float32.
+Compared with a dense layer of the same active FLOPs (twice as wide) and with a loop over experts in
+torch, in float32.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ TOKENS, WIDTH, MLP, EXPERTS, TOP_K = 1024, 896, 4864, 4, 2
 
 
 def arrays() -> dict[str, np.ndarray]:
+    """Returns tokens [T, D], router [D, E] and kernels of the experts [E, D, F] and [E, F, D]."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -33,11 +34,11 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def figures(gradients: dict[str, Any]) -> dict[str, float]:
-    """Lengths of gradients, of the first expert alone where there are several."""
+    """Returns norms of the first slice of each gradient: the first token, row or expert."""
     return {name: float(np.linalg.norm(np.asarray(x[0]))) for name, x in gradients.items()}
 
 
-def ours(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -57,7 +58,7 @@ def ours(_: Path) -> Callable[[], dict[str, float]]:
     return lambda: figures(jax.block_until_ready(step(params)))
 
 
-def dense(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_dense(_: Path) -> Callable[[], dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
@@ -70,12 +71,12 @@ def dense(_: Path) -> Callable[[], dict[str, float]]:
 
     def run() -> dict[str, float]:
         jax.block_until_ready(step(params, tokens))
-        return {}  # other weights than the experts'
+        return {}  # its weights differ, so there is nothing to compare
 
     return run
 
 
-def theirs(_: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(_: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     params = {name: torch.from_numpy(x).requires_grad_() for name, x in arrays().items()}
@@ -99,7 +100,7 @@ def theirs(_: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "dense": dense, "torch": theirs}
+SIDES = {"moddistill": prepare_moddistill, "dense": prepare_dense, "torch": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.moe_layer", __doc__)

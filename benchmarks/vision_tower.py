@@ -1,9 +1,10 @@
-"""Features of CLIP-L/14-336 for two pictures, same random weights, against `transformers`. float32.
+"""Features of CLIP-L/14-336 for two images, compared with `transformers`.
 
     python -m benchmarks.vision_tower [--rounds 5] [--json]
 
-Both begin with pictures in uint8 and end with the patches of the layer before the last, LLaVA's.
-The last layer, which `transformers` would compute, is taken from its tower.
+Both sides have the same random float32 weights, start with uint8 images and end with the patches of
+the second-to-last layer, as in LLaVA. The last layer, which `transformers` would compute for
+nothing, is deleted from its vision encoder.
 """
 
 from collections.abc import Callable
@@ -16,22 +17,23 @@ from benchmarks import head_to_head, models
 IMAGES, SIZE, IMAGE = 2, 336, 299
 
 
-def pictures() -> np.ndarray:
+def random_images() -> np.ndarray:
+    """Returns uint8 images [B, h, w, 3]."""
     return np.random.default_rng(0).integers(0, 256, (IMAGES, SIZE, SIZE, 3)).astype(np.uint8)
 
 
 def figures(features: np.ndarray) -> dict[str, float]:
-    """Of features [B, P, D]: their spread, and the first one's length."""
-    return {"spread": float(features.std()), "first": float(np.linalg.norm(features[0, 0]))}
+    """Returns the standard deviation of features [B, P, D], and the norm of the first one."""
+    return {"std": float(features.std()), "first": float(np.linalg.norm(features[0, 0]))}
 
 
 def architecture():
-    """The tower before the smallest decoder, which makes of both a model in either format."""
+    """Returns the vision encoder with a minimal decoder, since exports are complete models."""
     from moddistill.models.decoder import DecoderConfig
     from moddistill.models.presets import preset
     from moddistill.models.vlm import ModelConfig
 
-    decoder = DecoderConfig(300, 300, 8, 8, 1, 1, 1, 8)
+    decoder = DecoderConfig(300, ((0, IMAGE),), 8, 8, 1, 1, 1, 8)
     return ModelConfig(decoder, preset("qwen2-0.5b").vision, "mlp2x_gelu", "chatml", IMAGE)
 
 
@@ -40,7 +42,7 @@ def make_files(folder: Path) -> None:
     models.save_both(folder, "model", config, models.random_params(config, 0))
 
 
-def ours(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_moddistill(folder: Path) -> Callable[[], dict[str, float]]:
     import jax
 
     from moddistill.models.compute import ComputeConfig
@@ -51,17 +53,17 @@ def ours(folder: Path) -> Callable[[], dict[str, float]]:
     params = {"params": load_params(folder / "model", config, part="vision")["vision"]}
     params = jax.block_until_ready(params)
     tower = Vision(config.vision, ComputeConfig())
-    images = jax.numpy.asarray(pictures())
-    see = jax.jit(tower.apply)
-    return lambda: figures(np.asarray(see(params, images)))
+    images = jax.numpy.asarray(random_images())
+    encode = jax.jit(tower.apply)
+    return lambda: figures(np.asarray(encode(params, images)))
 
 
-def theirs(folder: Path) -> Callable[[], dict[str, float]]:
+def prepare_torch(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     tower = models.load_in_torch(folder, "model").model.vision_tower.eval()
     del tower.encoder.layers[-1]
-    images = pictures()
+    images = random_images()
 
     def run() -> dict[str, float]:
         with torch.no_grad():
@@ -72,7 +74,7 @@ def theirs(folder: Path) -> Callable[[], dict[str, float]]:
     return run
 
 
-SIDES = {"moddistill": ours, "transformers": theirs}
+SIDES = {"moddistill": prepare_moddistill, "transformers": prepare_torch}
 
 if __name__ == "__main__":
     head_to_head.main("benchmarks.vision_tower", __doc__)

@@ -3,9 +3,10 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import convert, digests
+from benchmarks import convert, digests, kd_step, vision_tower
 from benchmarks.head_to_head import check_agreement, compare
 from moddistill.convert.sources import open_source
+from moddistill.models.limits import check_architecture
 
 MIB = 2**20
 
@@ -14,46 +15,51 @@ def make_files(folder):
     (folder / "size").write_text(str(64 * MIB))
 
 
-def nothing(_):
+def prepare_nothing(_):
     return lambda: {"size": 64.0}
 
 
-def slow_and_large(folder):
+def prepare_slow_and_large(folder):
     size = int((folder / "size").read_text())
 
     def run():
         time.sleep(0.02)
-        return {"size": np.ones(size, np.uint8).sum() / MIB, "mine": 1.0}
+        return {"size": np.ones(size, np.uint8).sum() / MIB, "other": 1.0}
 
     return run
 
 
-SIDES = {"nothing": nothing, "slow": slow_and_large}
+SIDES = {"nothing": prepare_nothing, "slow": prepare_slow_and_large}
 
 
-def test_sides_are_timed_and_weighed():
+def test_time_and_memory_of_each_side_are_measured():
     result = compare("tests.test_benchmarks", rounds=3)
     assert result["nothing"]["seconds"] < 0.02 < result["slow"]["seconds"]
-    assert result["slow"]["peak_bytes_of_the_work"] > 60 * MIB
-    assert result["nothing"]["peak_bytes_of_the_work"] < 30 * MIB
+    assert result["slow"]["working_bytes"] > 60 * MIB
+    assert result["nothing"]["working_bytes"] < 30 * MIB
 
 
 @pytest.mark.parametrize("other", [1.00002, -1.0, float("nan")])
-def test_sides_that_do_other_work(other):
-    check_agreement({"ours": {"loss": 1.0}, "dense": {}, "theirs": {"loss": 1.000005}})
+def test_sides_with_different_results_raise(other):
+    check_agreement({"moddistill": {"loss": 1.0}, "dense": {}, "torch": {"loss": 1.000005}})
     with pytest.raises(RuntimeError, match="sides disagree on loss"):
-        check_agreement({"ours": {"loss": 1.0}, "theirs": {"loss": other}})
+        check_agreement({"moddistill": {"loss": 1.0}, "torch": {"loss": other}})
 
 
-def test_checkpoint_that_is_converted(tmp_path):
-    """One layer, since less than the embedding cannot be asked for."""
+def test_models_of_benchmarks_can_be_saved_and_loaded():
+    for config in (*kd_step.architectures(), vision_tower.architecture()):
+        check_architecture(config, "benchmark")
+
+
+def test_checkpoint_of_convert_benchmark_is_readable(tmp_path):
+    """One layer, since a checkpoint is never smaller than its embedding."""
     largest = convert.make_checkpoint(tmp_path / "hf", gigabytes=0.1, shards=2)
     source = open_source(tmp_path / "hf")
     assert source.decoder.layers == 1
     assert sum(x.nbytes for x in source.checkpoint.values()) > largest > 600 * 10**6
 
 
-def test_digests_of_a_folder_are_timed():
+def test_digests_benchmark_measures_every_access():
     result = digests.measure(gigabytes=0.001)
     assert set(result) == {
         "read, cold", "read, warm", "write digests", "verify, warm", "verify, cold"

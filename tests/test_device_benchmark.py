@@ -68,7 +68,7 @@ def test_table_names_every_section_in_three_columns(run):
     assert all(line.count(" | ") == 2 for line in lines[2:])
     for what in ("step of d2s", "d2s step, tiny", "bfloat16 matmul", "expert layer, 256 tokens"):
         assert what in table
-    assert "| second d2s step | skipped: there is no second pair for this device |" in table
+    assert "| second d2s step | skipped: no second pair fits this device |" in table
     assert sum("decoding, " in line for line in lines) == 4
     assert len(lines) > len(report["sections"])
 
@@ -147,7 +147,7 @@ def test_check_without_time_is_skipped_and_not_passed():
     section = device_checks.check_operations(jax.devices()[0], True, lambda: 0.0)
     assert section["status"] == "incomplete"
     assert len(section["table"]) == 7
-    assert section["table"][0][1] == "skipped, the section's time is used up"
+    assert section["table"][0][1] == "skipped, out of time"
 
 
 @pytest.mark.parametrize(("value", "passes"), [(1.0, True), (1.1, False), (float("nan"), False)])
