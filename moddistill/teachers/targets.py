@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
+from moddistill.models.batch import Batch
 from moddistill.models.vlm import Output
 from moddistill.models.vocabulary import IdRanges
 
@@ -35,7 +36,7 @@ class Teacher(Protocol):
     def real_ids(self) -> IdRanges:
         """Ids of tokens that the teacher may predict."""
 
-    def targets(self, params: Any, batch: Any, student: Output) -> Targets:
+    def targets(self, params: Any, batch: Batch, student: Output) -> Targets:
         """Returns the targets of a batch, which have no gradient.
 
         Args:
