@@ -132,7 +132,7 @@ def _check_losses(config: TrainConfig) -> None:
     for wrong, name, reader in unread:
         if wrong:
             value = operator.attrgetter(name)(config)
-            raise UserError(f"config.{name} is {value!r}, which only {reader} reads")
+            raise invalid(f"config.{name}", value, f"its default unless {reader}")
 
 
 def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
