@@ -42,7 +42,7 @@ def test_flatten_joins_keys_and_unflatten_undoes_it():
         (["decoder/norm", "projector/.*"], PATHS[2:]),
     ],
 )
-def test_match(patterns, expected):
+def test_match_returns_paths_of_any_pattern(patterns, expected):
     assert match(PATHS, patterns, "here") == set(expected)
 
 
@@ -60,7 +60,7 @@ def test_split_and_merge():
     assert merge(trained, frozen) == PARAMS
 
 
-def test_count():
+def test_count_sums_array_elements():
     assert count(PARAMS) == 6 + 3 + 2 + 8
 
 

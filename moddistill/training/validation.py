@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from moddistill.config import ExpertConfig, TrainConfig, UpcycleConfig
 from moddistill.configdict import check_values
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
-from moddistill.errors import UserError, invalid
+from moddistill.errors import invalid
 from moddistill.training.stages import STAGES, stage_of
 
 
@@ -80,7 +80,7 @@ def _check_losses(config: TrainConfig) -> None:
     for wrong, name, reader in unread:
         if wrong:
             value = operator.attrgetter(name)(config)
-            raise UserError(f"config.{name} is {value!r}, which only {reader} reads")
+            raise invalid(f"config.{name}", value, f"its default unless {reader}")
 
 
 def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:

@@ -49,7 +49,7 @@ def test_frozen_parameters_are_not_stored(folder):
     assert not [name for name in stored["params"] if "vision" in name]
 
 
-def test_only_the_newest_two_are_kept(folder):
+def test_only_the_newest_two_checkpoints_remain(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
 
 
@@ -66,7 +66,7 @@ def test_checkpoint_that_was_not_finished_is_removed(folder, caplog):
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
 
 
-def test_kill_before_the_digests_are_written(folder, monkeypatch):
+def test_checkpoint_interrupted_before_its_digests_is_not_resumed_from(folder, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -95,7 +95,7 @@ def test_damaged_checkpoint_names_the_way_out(folder, kept):
         assert checkpoints.latest == (2 if len(kept) == 2 else None)
 
 
-def test_checkpoint_of_a_release_without_digests(folder):
+def test_checkpoint_without_digests_is_refused(folder):
     (folder / "3" / "digests.json").unlink()
     with (
         checkpoint.open_checkpoints(folder) as checkpoints,
@@ -106,7 +106,7 @@ def test_checkpoint_of_a_release_without_digests(folder):
         checkpoint.restore(checkpoints, state_at(0), records())
 
 
-def test_folders_of_others_are_not_removed(folder):
+def test_checkpoints_without_digests_are_not_removed(folder):
     """Numbered ones too, of another trainer."""
     (folder / "1").mkdir()
     (folder / "1" / "model.bin").touch()
@@ -115,18 +115,18 @@ def test_folders_of_others_are_not_removed(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
 
 
-def test_error_of_the_background_ends_the_run(folder):
+def test_error_while_saving_in_the_background_ends_the_run(folder):
     (folder / "4").write_text("in the way")
     with pytest.raises(OSError), checkpoint.open_checkpoints(folder) as checkpoints:
         checkpoint.save(checkpoints, state_at(4), records())
 
 
-def test_new_folder_has_none(tmp_path):
+def test_new_folder_has_no_checkpoint(tmp_path):
     with checkpoint.open_checkpoints(tmp_path / "none") as checkpoints:
         assert checkpoints.latest is None
 
 
-def test_checkpoint_of_another_architecture(folder):
+def test_checkpoint_of_another_architecture_is_refused(folder):
     with (
         checkpoint.open_checkpoints(folder) as checkpoints,
         pytest.raises(ValueError, match=r"3 does not fit the architecture") as error,
@@ -135,7 +135,7 @@ def test_checkpoint_of_another_architecture(folder):
     assert "projector/kernel has shape (2, 3), expected (2, 4)" in str(error.value)
 
 
-def test_checkpoint_of_another_number_of_processes(folder):
+def test_checkpoint_of_another_number_of_processes_is_refused(folder):
     for file in (folder / "3" / "data").iterdir():
         file.rename(file.with_name(file.name.replace("-of-1", "-of-2")))
     (folder / "3" / "digests.json").unlink()

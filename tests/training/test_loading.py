@@ -68,7 +68,7 @@ def test_dense_to_sparse_copies_the_feed_forward_layers(start, tiny_config, tiny
             np.testing.assert_array_equal(copy, gate)
 
 
-def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
+def test_text_only_student_gets_a_vision_encoder_and_a_new_projector(
     start, tiny_config, tiny_architecture, tiny_models, tokenizer, init, tmp_path
 ):
     config = dataclasses.replace(tiny_architecture(), vision=None)
@@ -110,7 +110,7 @@ def test_text_only_student_takes_a_tower_and_gets_a_new_projector(
         ),
     ],
 )
-def test_student_that_does_not_fit(tiny_config, tiny_models, fields, message):
+def test_student_that_does_not_fit_is_refused(tiny_config, tiny_models, fields, message):
     folders = {"DENSE": str(tiny_models["dense"]), "SPARSE": str(tiny_models["sparse"])}
     fields = {k: folders.get(v, v) if isinstance(v, str) else v for k, v in fields.items()}
     config = tiny_config("d2s", **fields)
@@ -147,7 +147,7 @@ def changed(config, **fields):
         ),
     ],
 )
-def test_teacher_that_does_not_fit(tiny_architecture, fields, message):
+def test_teacher_that_does_not_fit_is_refused(tiny_architecture, fields, message):
     student = tiny_architecture()
     live.check_teacher(student, student, "runs/t")
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -159,7 +159,9 @@ def test_teacher_may_have_more_padding_rows(tiny_architecture):
     live.check_teacher(changed(student, vocab_size=400), student, "runs/t")
 
 
-def test_teacher_with_other_words(tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path):
+def test_teacher_with_another_vocabulary_is_refused(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
     """As many ids, but not the same ones."""
     other = train_bpe(random_words(), tokenizer.image_id)
     assert other.real_ids == tokenizer.real_ids
@@ -224,7 +226,7 @@ def test_token_with_two_ids_is_named_with_both(
         live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), ours)
 
 
-def test_word_of_one_side_is_refused(
+def test_word_that_only_the_student_has_is_refused(
     tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
 ):
     """Text of the samples may become it, unlike a control token."""
@@ -245,7 +247,7 @@ def test_word_of_one_side_is_refused(
         )
 
 
-def test_teacher_is_kept_in_the_frozen_dtype(
+def test_teacher_is_loaded_in_the_frozen_dtype(
     tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
 ):
     config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
@@ -259,7 +261,7 @@ def test_teacher_is_kept_in_the_frozen_dtype(
 
 
 @pytest.mark.parametrize("source", ["folder", "random"])
-def test_teacher_is_packed_and_off_loaded(
+def test_teacher_is_quantized_and_offloaded(
     source, tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
 ):
     folder = {"folder": str(tiny_models["teacher"]), "random": "random:tiny-teacher"}[source]
@@ -280,7 +282,7 @@ def test_teacher_is_packed_and_off_loaded(
         np.testing.assert_allclose(unpacked, stored, atol=0.01)
 
 
-def test_towers_are_the_same_if_all_their_weights_are(tiny_models):
+def test_vision_encoders_are_equal_if_all_their_weights_are(tiny_models):
     params = load(tiny_models["teacher"])[1]
     frozen = {path: x for path, x in flatten(params).items() if path.startswith("vision/")}
     assert live.same_tower(frozen, params)
@@ -290,7 +292,7 @@ def test_towers_are_the_same_if_all_their_weights_are(tiny_models):
     assert not live.same_tower(frozen, params)
 
 
-def test_tokenizer_with_too_many_ids(tiny_config):
+def test_tokenizer_with_more_ids_than_rows_is_refused(tiny_config):
     tokenizer = train_bpe(random_words(), 400)
     with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the model's embedding 320"):
         resolve("random:tiny", tokenizer)

@@ -22,7 +22,9 @@ def trained_with(tiny_architecture, init, tokenizer, tmp_path):
     return save
 
 
-def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, trained_with):
+def test_teacher_of_another_template_is_refused(
+    tiny_config, tiny_architecture, tokenizer, trained_with
+):
     config = tiny_config("d2d", teacher=trained_with("chatml"))
     student = tiny_architecture()
     message = (
@@ -39,7 +41,7 @@ def test_teacher_of_another_template(tiny_config, tiny_architecture, tokenizer, 
     )
 
 
-def test_new_weights_know_no_template(tiny_config, tiny_architecture, tokenizer):
+def test_teacher_with_new_weights_fits_any_template(tiny_config, tiny_architecture, tokenizer):
     config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
     teacher = resolve(config.teacher, tokenizer)
     live.teacher_architecture(config, teacher, tiny_architecture(), tokenizer)

@@ -59,7 +59,7 @@ def finished(tiny_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("mean", "color"), [(0.25, 63), (None, 122)])
-def test_images_are_padded_with_the_mean_of_the_tower(
+def test_images_are_padded_with_the_mean_of_the_vision_encoder(
     mean, color, tiny_config, tiny_architecture, init, tokenizer, tmp_path, monkeypatch
 ):
     config = tiny_architecture()
@@ -93,7 +93,7 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
     assert model.config.template == config.data.template
 
 
-def test_a_run_that_was_cut_off_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     """Stopped in its fourth step: three rows are written, the last checkpoint is of step 2."""
     config, whole = finished("d2s")
     put_batch, calls = sharding.put_batch, []
@@ -117,7 +117,7 @@ def test_a_run_that_was_cut_off_resumes_bit_for_bit(finished, tmp_path, monkeypa
         np.testing.assert_array_equal(ours[path], value, err_msg=path)
 
 
-def test_only_the_trainable_parameters_moved(finished, tiny_config, tmp_path):
+def test_only_trainable_parameters_change(finished, tiny_config, tmp_path):
     """d2s trains experts, routers and projector; the rest is what the seed made it."""
     _, workdir = finished("d2s")
     _, after = load(workdir / "model")
@@ -157,7 +157,7 @@ def test_a_last_step_that_breaks_the_parameters_leaves_no_model(tiny_config, tmp
     assert not (tmp_path / "model").exists()
 
 
-def test_missing_image_root_is_found_before_any_model_is_made(finished, tmp_path, monkeypatch):
+def test_missing_image_root_is_found_before_any_model_is_loaded(finished, tmp_path, monkeypatch):
     config, _ = finished("preference")
     [source] = config.data.sources.values()
     heldout = dataclasses.replace(source, images="no/such/folder")
@@ -171,7 +171,7 @@ def test_missing_image_root_is_found_before_any_model_is_made(finished, tmp_path
 
 
 @pytest.mark.parametrize("stage", ["sft", "preference"])
-def test_records_with_images_need_a_student_that_sees(
+def test_records_with_images_need_a_student_with_a_vision_encoder(
     stage, tiny_config, tiny_architecture, init, tokenizer, tmp_path, monkeypatch
 ):
     blind = dataclasses.replace(tiny_architecture(), vision=None)
@@ -206,7 +206,7 @@ def test_records_left_out_are_counted(finished, tmp_path, caplog):
     assert "sources.some: 2 of 8 records break the format and are left out" in caplog.text
 
 
-def test_held_out_records_are_measured_at_the_end(finished, tmp_path):
+def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):
     config, _ = finished("preference")
     [source] = config.data.sources.values()
     data = dataclasses.replace(config.data, heldout=source)
@@ -216,7 +216,7 @@ def test_held_out_records_are_measured_at_the_end(finished, tmp_path):
     assert 0 <= last["heldout_reward_accuracy"] <= 1
 
 
-def test_held_out_batches_are_measured_in_micro_batches(tiny_config):
+def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
     """Two batches of sixteen samples in halves; a mean over all of them."""
     sizes = []
 
@@ -234,7 +234,9 @@ def test_held_out_batches_are_measured_in_micro_batches(tiny_config):
     assert sizes == [(8,)]  # compiled once
 
 
-def test_run_cut_off_before_its_model_is_written_can_be_finished(finished, tmp_path, monkeypatch):
+def test_run_interrupted_before_its_model_is_written_can_be_finished(
+    finished, tmp_path, monkeypatch
+):
     config, whole = finished("preference")
     [source] = config.data.sources.values()
     data = dataclasses.replace(config.data, heldout=source)
@@ -260,7 +262,7 @@ def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
     assert jax.tree.all(jax.tree.map(lambda x: x.is_deleted(), runs[0].state.params))
 
 
-def test_one_pass_of_a_shared_tower_serves_both_models(
+def test_shared_vision_encoder_runs_once_for_both_models(
     tiny_config, tiny_models, tmp_path, monkeypatch, caplog
 ):
     """The student takes the teacher's own folder; sharing changes no number."""

@@ -20,18 +20,18 @@ def test_means_are_weighted():
     assert weighted_means([step(2, 1), step(5, 3)])["loss"] == 17 / 4
 
 
-def test_mean_of_nothing_is_nan():
+def test_mean_without_weight_is_nan():
     assert math.isnan(weighted_means([step(0, 0)])["loss"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_value_that_is_not_finite_stops_the_run(bad):
+def test_non_finite_metric_stops_the_run(bad):
     check_finite({"loss": (1.0, 1.0), "kd": (2.0, 1.0)}, 7, "none yet")
     with pytest.raises(FloatingPointError, match=f"step 7: kd is {bad}; .* is runs/a/4"):
         check_finite({"kd": (bad, 1.0), "loss": (1.0, 1.0)}, 7, "runs/a/4")
 
 
-def test_the_step_that_went_wrong_is_named_and_no_row_is_written(tmp_path):
+def test_diverged_step_is_named_and_no_row_is_written(tmp_path):
     with MetricsLog(tmp_path, start=4, steps=8, title="sft", flops=FLOPS) as log:
         for loss in (1.0, math.nan, math.nan):
             log.add(step(loss, 1))
@@ -40,7 +40,7 @@ def test_the_step_that_went_wrong_is_named_and_no_row_is_written(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_rows(tmp_path):
+def test_report_writes_one_row_of_means(tmp_path):
     with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=FLOPS) as log:
         for loss in (1.0, 3.0):
             log.add(step(loss, 1))
@@ -52,7 +52,7 @@ def test_rows(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_speed_is_that_of_real_tokens(tmp_path):
+def test_throughput_counts_real_tokens(tmp_path):
     """Half of 400 positions are real, in two steps of 4 TFLOP when full."""
     log = MetricsLog(tmp_path, 0, 4, "d2d", FLOPS, peak_flops=1e13)
     with log:
@@ -65,7 +65,7 @@ def test_speed_is_that_of_real_tokens(tmp_path):
     assert row["mfu"] == pytest.approx(4 / row["seconds"] / 10)
 
 
-def test_rows_behind_the_last_checkpoint_are_cut_and_seconds_go_on(tmp_path):
+def test_rows_after_the_last_checkpoint_are_removed_and_seconds_continue(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,7 +88,7 @@ def test_rows_of_held_out_records_are_written_again(tmp_path):
     assert read_metrics(file) == rows[:1]
 
 
-def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+def test_incomplete_last_line_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "lo')
     assert [row["step"] for row in read_metrics(file)] == [1]
@@ -106,12 +106,12 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
         ("", r"expected a JSON object \(.*, got ''$"),
     ],
 )
-def test_any_other_broken_line_is_named(line, message, tmp_path):
+def test_broken_line_is_named(line, message, tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
     with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {message}"):
         read_metrics(file)
 
 
-def test_no_file_has_no_rows(tmp_path):
+def test_missing_metrics_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -11,7 +11,7 @@ from moddistill.params import flatten
 from moddistill.training.optim import decay_mask, make_optimizer, schedule
 
 
-def test_schedule_by_hand():
+def test_schedule_has_linear_warmup_and_cosine_decay():
     rate = schedule(OptimConfig(lr=2.0, warmup_ratio=0.1), steps=100)
     # 10 steps of warm-up; 55 is half of the 90 that follow, where the cosine is at half.
     np.testing.assert_allclose(
@@ -46,7 +46,7 @@ def adamw_by_hand(param, grads, lr, config, decay):
     return param
 
 
-def test_updates_by_hand():
+def test_updates_equal_adamw_by_hand():
     config = OptimConfig(lr=0.1, weight_decay=0.3, warmup_ratio=0.0, clip_norm=0.0)
     optimizer = make_optimizer(config, steps=4)
     params = {"a/kernel": jnp.asarray([2.0]), "a/bias": jnp.asarray([2.0])}

@@ -30,7 +30,7 @@ def make(tiny_config):
 
 
 @pytest.mark.parametrize("donate", [True, False])
-def test_a_step_takes_over_the_memory_of_its_state(make, donate):
+def test_step_donates_its_state(make, donate):
     config, mesh, program = make("d2s", donate=donate)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         state = with_shardings(program.abstract_state, program.state_shardings)
@@ -76,14 +76,16 @@ def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
         ),
     ],
 )
-def test_mesh_that_cannot_cut_the_student(tiny_config, tiny_architecture, mesh, sizes, message):
+def test_mesh_that_does_not_divide_the_student_is_refused(
+    tiny_config, tiny_architecture, mesh, sizes, message
+):
     student = tiny_architecture()
     student = dataclasses.replace(student, decoder=dataclasses.replace(student.decoder, **sizes))
     with pytest.raises(ValueError, match=message):
         make_program(tiny_config("sft"), student, None, make_mesh(MeshConfig(**mesh)))
 
 
-def test_mesh_that_cannot_cut_the_teacher(tiny_config, tiny_architecture):
+def test_mesh_that_does_not_divide_the_teacher_is_refused(tiny_config, tiny_architecture):
     student, teacher = tiny_architecture("demo-teacher"), tiny_architecture()
     mesh = make_mesh(MeshConfig(tensor=4))
     with pytest.raises(
@@ -92,7 +94,7 @@ def test_mesh_that_cannot_cut_the_teacher(tiny_config, tiny_architecture):
         make_program(tiny_config("d2d"), student, teacher, mesh)
 
 
-def test_ragged_transport_between_cpus(tiny_config, tiny_architecture):
+def test_ragged_transport_between_cpus_is_refused(tiny_config, tiny_architecture):
     config = tiny_config("sft", expert_transport="ragged")
     student = tiny_architecture("tiny", ExpertConfig())
     make_program(config, student, None, make_mesh(MeshConfig(), jax.devices()[:1]))

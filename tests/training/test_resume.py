@@ -115,7 +115,7 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
         ({"teacher_weights": "int8"}, r"teacher_weights 'int8' instead of 'dtype'"),
     ],
 )
-def test_other_settings_may_not_change(changes, message, halfway):
+def test_settings_that_change_the_result_may_not_change_on_resume(changes, message, halfway):
     config, workdir = halfway("d2d")
     said = (
         rf"^--workdir: expected the settings .* of which steps, accum.* may change, got {message}$"
@@ -124,9 +124,7 @@ def test_other_settings_may_not_change(changes, message, halfway):
         loop.train(with_fields(config, **changes), workdir)
 
 
-def test_the_first_settings_of_a_run_that_left_no_checkpoint_bind_nothing(
-    tiny_config, tmp_path, monkeypatch
-):
+def test_any_setting_may_change_before_the_first_checkpoint(tiny_config, tmp_path, monkeypatch):
     """Out of memory at the first step; nothing of the dead run stays."""
 
     def fail(*_):
@@ -144,7 +142,7 @@ def test_the_first_settings_of_a_run_that_left_no_checkpoint_bind_nothing(
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
-def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, monkeypatch):
+def test_finished_run_continues_with_more_steps(finished, tmp_path, monkeypatch):
     config, whole = finished("d2d")
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
@@ -200,7 +198,7 @@ def test_a_model_that_another_command_wrote_is_found_before_the_first_step(
         loop.train(tiny_config("sft"), tmp_path)
 
 
-def test_records_noted_by_someone_else_are_kept(tiny_config, tmp_path):
+def test_quarantine_file_without_a_run_is_not_overwritten(tiny_config, tmp_path):
     (tmp_path / "quarantine.jsonl").write_text("mine\n")
     with pytest.raises(ValueError, match=r"not one with quarantine\.jsonl but no config\.json"):
         loop.train(tiny_config("sft"), tmp_path)
@@ -231,7 +229,7 @@ def test_a_run_that_ended_before_its_model_was_loaded_can_be_started_again(
     assert not (workdir / "quarantine.jsonl").exists()
 
 
-def test_a_change_of_steps_is_logged_with_what_it_means(halfway, caplog):
+def test_change_of_steps_is_logged_with_its_effect(halfway, caplog):
     config, workdir = halfway("d2d")
     with caplog.at_level(logging.INFO, "moddistill"):
         loop.train(dataclasses.replace(config, steps=3), workdir)
@@ -239,7 +237,7 @@ def test_a_change_of_steps_is_logged_with_what_it_means(halfway, caplog):
     assert steps(workdir) == [1, 2, 3]
 
 
-def test_a_finished_run_without_checkpoints_cannot_go_on(finished, tmp_path):
+def test_finished_run_without_checkpoints_cannot_continue(finished, tmp_path):
     config, whole = finished("d2d")
     shutil.copytree(whole / "model", tmp_path / "model")
     shutil.copy(whole / "config.json", tmp_path)
@@ -250,7 +248,7 @@ def test_a_finished_run_without_checkpoints_cannot_go_on(finished, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[3]", '{"steps": 4'])
-def test_settings_that_cannot_be_read(text, halfway):
+def test_workdir_with_unreadable_settings_is_refused(text, halfway):
     config, workdir = halfway("d2d")
     (workdir / "config.json").write_text(text)
     with pytest.raises(
@@ -259,7 +257,7 @@ def test_settings_that_cannot_be_read(text, halfway):
         loop.train(config, workdir)
 
 
-def test_checkpoint_of_another_architecture(finished, tmp_path):
+def test_run_does_not_resume_from_a_checkpoint_of_another_architecture(finished, tmp_path):
     config, whole = finished("d2s")
     other = with_fields(config, moe={"num_experts": 2})
     write_settings(other, tmp_path)
@@ -271,7 +269,7 @@ def test_checkpoint_of_another_architecture(finished, tmp_path):
 
 
 @pytest.mark.parametrize(("profiled", "traced"), [((1, 3), True), ((1, 2), False)])
-def test_profiled_steps_of_a_run_resumed_after_the_second(profiled, traced, halfway):
+def test_profiled_steps_before_the_resumed_step_are_skipped(profiled, traced, halfway):
     config, workdir = halfway("d2d")
     loop.train(dataclasses.replace(config, profile_steps=profiled), workdir)
     assert (workdir / "profile").exists() == traced

@@ -44,7 +44,7 @@ DENSE = {f"decoder/mlp/{name}" for name in ("gate", "up", "down")}
         ("preference", "reference", PROJECTOR | {"decoder/moe"} | DENSE),
     ],
 )
-def test_trainable_parameters(paths, stage, trainable, expected):
+def test_trainable_sets_match_the_expected_parameters(paths, stage, trainable, expected):
     sparse = stage in ("d2s", "preference")
     # A word typed over a tuple arrives as a tuple of that word.
     for chosen in (trainable, (trainable,)):
@@ -67,13 +67,13 @@ def test_parameters_that_are_never_computed_do_not_train(paths):
     assert "vision/patch/kernel" in found
 
 
-def test_a_set_of_which_nothing_is_computed(paths):
+def test_trainable_set_without_computed_parameters_is_refused(paths):
     with pytest.raises(ValueError, match=r"that is computed, got \('vision/post_norm/\.\*',\)$"):
         trainable_paths(config_of("sft", trainable=("vision/post_norm/.*",)), paths[False])
 
 
 @pytest.mark.parametrize("name", ["papers", "reference "])
-def test_unknown_trainable_set(paths, name):
+def test_unknown_trainable_set_is_refused(paths, name):
     with pytest.raises(
         ValueError, match=rf"config\.trainable: expected 'paper', .*, got '{name}'$"
     ):
@@ -104,12 +104,12 @@ def test_every_field_of_the_losses_is_read_somewhere():
         ),
     ],
 )
-def test_stage_and_teacher_must_fit(fields, message):
+def test_unknown_stage_or_wrong_teacher_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         stage_of(TrainConfig(**fields))
 
 
-def test_table():
+def test_stage_table_matches_the_paper():
     table = {name: (row.teacher, row.sparse, row.records) for name, row in STAGES.items()}
     assert table == {
         "sft": (False, False, "conversation"),

@@ -19,7 +19,7 @@ def state(params):
     return make_state(params, trainable, make_optimizer(OptimConfig(), 10), jnp.bfloat16)
 
 
-def test_trained_and_frozen_parameters_are_all_of_them(state, params):
+def test_trainable_and_frozen_parameters_partition_the_model(state, params):
     assert state.step == 0
     assert {path.split("/")[0] for path in state.params} == {"projector", "decoder"}
     assert not state.params.keys() & state.frozen.keys()
@@ -38,7 +38,7 @@ def test_frozen_parameters_have_no_moments(state):
     assert moments == 2 * sum(x.size for x in state.params.values())
 
 
-def test_frozen_parameters_are_narrow_but_for_small_ones_of_float32_arithmetic(params):
+def test_frozen_routers_and_norms_stay_float32(params):
     wide = {
         path.split("/")[-1]
         for path, x in flatten(cast_frozen(params, jnp.bfloat16)).items()

@@ -56,7 +56,7 @@ def run(optimizer, steps=1, accumulate=1, seed=0):
     return state, metrics
 
 
-def test_step_by_hand():
+def test_step_equals_one_computed_by_hand():
     """Gradient of the mean over supervised positions, its norm, and the update."""
     batch = batch_of()
     noise = 1e-3 * jax.random.normal(jax.random.fold_in(jax.random.key(3), 0), ())

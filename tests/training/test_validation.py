@@ -11,7 +11,6 @@ from moddistill.config import RecipeConfig, SourceConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.training import loop
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
-from moddistill.training.workdir import check_is_workdir
 
 STAGES = ("sft", "init", "d2d", "d2s", "preference")
 
@@ -61,7 +60,7 @@ STAGES = ("sft", "init", "d2d", "d2s", "preference")
         ),
     ],
 )
-def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, message):
+def test_settings_out_of_range_or_never_read_are_refused(tiny_config, stage, fields, message):
     with pytest.raises(ValueError, match=rf"^config\..*{message}"):
         check_settings(tiny_config(stage, **fields))
 
@@ -163,9 +162,7 @@ def test_settings_without_a_meaning_or_a_reader(tiny_config, stage, fields, mess
         ("sft", {"mesh": {"data": 3}}, r"^config\.mesh: expected .* product 8, .*got data=3, "),
     ],
 )
-def test_a_run_with_settings_that_do_not_fit_leaves_no_model(
-    tiny_config, tmp_path, stage, fields, message
-):
+def test_run_with_invalid_settings_leaves_no_model(tiny_config, tmp_path, stage, fields, message):
     with pytest.raises(ValueError, match=message):
         loop.train(tiny_config(stage, **fields), tmp_path)
     assert not (tmp_path / "model").exists()
@@ -205,7 +202,7 @@ def spread_over(processes, **axes):
         ((0, 1, 0, 1), {"fsdp": 2, "expert": 2}),  # in any order, as on a torus
     ],
 )
-def test_processes_that_have_their_samples_to_themselves(tiny_config, processes, axes):
+def test_mesh_whose_batch_shards_each_have_one_process_is_accepted(tiny_config, processes, axes):
     check_batch_divides_mesh(tiny_config("sft"), spread_over(processes, **axes))
 
 
@@ -217,46 +214,6 @@ def test_processes_that_have_their_samples_to_themselves(tiny_config, processes,
         ((0, 1, 1, 1), {"data": 4}, r"^config\.mesh: expected equally many .*, got \[1, 3\]$"),
     ],
 )
-def test_processes_that_do_not(tiny_config, processes, axes, message):
+def test_mesh_with_batch_shards_across_processes_is_refused(tiny_config, processes, axes, message):
     with pytest.raises(ValueError, match=message):
         check_batch_divides_mesh(tiny_config("sft"), spread_over(processes, **axes))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "config.json",
-            '{"model_type": "llava"}',
-            r"^--workdir: expected a new folder, or .* in config\.json, got",
-        ),
-        ("config.json", "hyper: parameters", r"or that of a run with its settings in config\.json"),
-        ("config.json", "3", r"or that of a run with its settings in config\.json"),
-        (
-            "metrics.jsonl",
-            '{"step": 1, "loss": 2.0}\n',
-            r"not one with metrics\.jsonl but no config\.json, got",
-        ),
-        (
-            "quarantine.jsonl",
-            "mine\n",
-            r"not one with quarantine\.jsonl but no config\.json, got",
-        ),
-        ("truncated.jsonl", "mine\n", r"not one with truncated\.jsonl but no config\.json, got"),
-    ],
-)
-def test_workdir_with_files_of_others(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        check_is_workdir(tmp_path)
-    assert (tmp_path / name).read_text() == content
-
-
-def test_workdir_that_is_new_or_of_a_run(tmp_path):
-    check_is_workdir(tmp_path / "none")
-    (tmp_path / "notes.txt").touch()
-    check_is_workdir(tmp_path)
-    (tmp_path / "config.json").write_text('{"stage": "sft"}')
-    for name in ("metrics.jsonl", "quarantine.jsonl", "truncated.jsonl"):
-        (tmp_path / name).touch()
-    check_is_workdir(tmp_path)
