@@ -1,4 +1,4 @@
-"""Hugging Face folders imported on the fly, each once."""
+"""Cache of imported Hugging Face folders."""
 
 import hashlib
 import logging
@@ -14,9 +14,9 @@ LOG = logging.getLogger("moddistill")
 
 
 def import_once(name: str) -> Path:
-    """The model folder of a Hugging Face folder or hub name, made now or before.
+    """Returns the model folder of a Hugging Face folder or hub name, imported on first use.
 
-    Of several processes that share a cache the first imports.
+    The main process imports; the others wait.
 
     Raises:
       UserError: as `import_model`.
@@ -29,14 +29,14 @@ def import_once(name: str) -> Path:
         try:
             import_model(str(source), folder)
         except ValueError:
-            if not folder.is_dir():  # another process was faster
+            if not folder.is_dir():  # imported by another run meanwhile
                 raise
     barrier(f"importing {folder}")
     return folder
 
 
 def _digest(folder: Path) -> str:
-    """Cache key: path, names, sizes and times of the files, version of the folder's format."""
+    """Returns the cache key: path; names, sizes and times of files; format of model folders."""
     digest = hashlib.sha256(f"{VERSION} {folder}".encode())
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         state = file.stat()

@@ -1,4 +1,7 @@
-"""Conversation formats as Jinja templates, which render what training saw."""
+"""Conversation templates as Jinja, for `apply_chat_template` of `transformers`.
+
+They render the text that training used: `data/conversation.py` in another language.
+"""
 
 import logging
 import os
@@ -12,7 +15,7 @@ from moddistill.storage.json_file import read_json, read_text
 LOG = logging.getLogger("moddistill")
 FILE = "chat_template.jinja"
 
-# A picture stands before what follows it, on a line of its own, as in LLaVA's records.
+# An image precedes the text, on a line of its own, as in LLaVA's records.
 _TEXT = """\
 {%- macro text(content) -%}
   {%- if content is string -%}{{ content }}
@@ -61,15 +64,15 @@ _PLAIN = """\
 
 
 def read_chat_template(folder: Path) -> str:
-    """The chat template that a Hugging Face folder brings; empty if it has none, or several."""
+    """Returns the chat template of a Hugging Face folder; empty if it has none or several."""
     file = folder / FILE
     if os.path.lexists(file):
         return read_text(file)
     for name in ("chat_template.json", "tokenizer_config.json"):
         if os.path.lexists(folder / name):
-            found = read_json(folder / name).get("chat_template")
-            if isinstance(found, str):
-                return _check_unicode(found, folder / name)
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, str):
+                return _check_unicode(template, folder / name)
     return ""
 
 
@@ -84,8 +87,8 @@ def _check_unicode(text: str, file: Path) -> str:
 def detect_template(folder: Path) -> str:
     """Returns the conversation format of the chat template in a folder.
 
-    Exports bring the template of one of our formats, which is recognised. Any other template is
-    taken for ChatML, the format of Qwen; if it lacks ChatML's tokens, a warning says so.
+    The template of an export is recognised. Any other is treated as ChatML, the format of Qwen,
+    with a warning if it lacks the tokens of ChatML.
     """
     stored = read_chat_template(folder)
     for name in TEMPLATES:
@@ -103,8 +106,8 @@ def detect_template(folder: Path) -> str:
 
 
 def chat_template(template: str) -> str:
-    """The Jinja template of a conversation format; UserError for an unknown one."""
-    end_token(template)
+    """Returns the Jinja template of a conversation format; UserError for an unknown one."""
+    end_token(template)  # raises
     return (
         _TEXT
         + {
@@ -116,6 +119,6 @@ def chat_template(template: str) -> str:
 
 
 def stop_token(template: str) -> str:
-    """The control token that ends generation; a format that ends in text has the general one."""
+    """Returns the control token that ends generation; `<|endoftext|>` for `plain`."""
     end = end_token(template)
     return "<|endoftext|>" if end.isspace() else end

@@ -1,4 +1,4 @@
-"""What a folder holds: parameters, dtypes, layer plan, tokenizer, and what to do with it."""
+"""`inspect`: parameters, dtypes, layer plan, tokenizer and uses of a folder."""
 
 import collections
 import dataclasses
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.convert.assignments import assign_tensors
 from moddistill.convert.exporting import exported_tensors
 from moddistill.convert.hub import local_folder
-from moddistill.convert.importing import assign_tensors
 from moddistill.convert.rules import slots
 from moddistill.convert.sources import Source, open_source
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,10 +30,10 @@ from moddistill.storage.tensor import Checkpoint
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Facts of a model folder, a Hugging Face folder or a projector's file, as one JSON object.
+    """Describes a model folder, Hugging Face folder or projector file as a JSON object.
 
     Raises:
-      UserError: if it is none of these.
+      UserError: `name` is none of these.
     """
     folder = Path(name)
     if (folder / "model.json").is_file():
@@ -57,18 +57,18 @@ def _model_folder(folder: Path) -> dict[str, Any]:
         **_activated(config),
         **_architecture(config),
         "tokenizer": _tokenizer(load_tokenizer(str(folder))),
-        **_with_export(folder, config),
+        **_export_uses(folder, config),
         **_imported(folder),
     }
 
 
 def _imported(folder: Path) -> dict[str, Any]:
-    """The record of the import; a trained model has none."""
+    """Returns the record of the import; a trained model has none."""
     imported = model_folder.read_source(folder).get("imported")
     return {"imported": imported} if imported else {}
 
 
-def _with_export(folder: Path, config: ModelConfig) -> dict[str, Any]:
+def _export_uses(folder: Path, config: ModelConfig) -> dict[str, Any]:
     uses = _uses(config) + (["upcycle"] if config.decoder.moe is None else [])
     try:
         exported_tensors(config, folder)
@@ -78,7 +78,7 @@ def _with_export(folder: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _uses(config: ModelConfig) -> list[str]:
-    """What every complete model is good for; questions of evaluation are about pictures."""
+    """Returns the uses of a complete model; evaluation needs images."""
     return ["train", "generate"] + (["evaluate"] if config.vision else [])
 
 
@@ -87,8 +87,10 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
     config = _config(source)
     facts = _tensors("Hugging Face folder", source.checkpoint)
     facts |= {"holds": list(source.parts)} | _sizes(config, source.parts)
-    is_whole = source.decoder is not None and (source.vision is None) == (source.projector is None)
-    if is_whole:
+    is_complete = source.decoder is not None and (source.vision is None) == (
+        source.projector is None
+    )
+    if is_complete:
         facts |= _activated(config)
     if source.decoder is not None:
         shown = dataclasses.replace(config, vision=source.vision)
@@ -99,13 +101,13 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
         assign_tensors(source, config)
     except UserError as error:
         return facts | {"uses": [], "not imported": str(error).splitlines()}
-    if is_whole:
+    if is_complete:
         return facts | {"uses": ["import", *_uses(config)]}
     return facts | {"uses": ["import with --vision" if source.decoder else "import as --vision"]}
 
 
 def _config(source: Source) -> ModelConfig:
-    """A model with the source's parts, and the smallest ones in place of those it does not have."""
+    """Returns an architecture with the source's parts, and minimal ones for the missing parts."""
     vision = source.vision
     if vision is None and source.projector is not None:
         [first] = [rule.name for rule in source.rules if rule.path == "projector/linear_0/kernel"]
@@ -117,7 +119,13 @@ def _config(source: Source) -> ModelConfig:
         vocab_size=1, real_ids=((0, 1),), width=2, mlp=1, layers=1, heads=1, kv_heads=1, head_dim=2
     )
     image = source.tokenizer.image_id if source.tokenizer else 0
-    return ModelConfig(decoder, vision, source.projector or "linear", source.template, image)
+    return ModelConfig(
+        decoder=decoder,
+        vision=vision,
+        projector=source.projector or "linear",
+        template=source.template,
+        image_token=image,
+    )
 
 
 def _file(file: Path) -> dict[str, Any]:
@@ -139,7 +147,7 @@ def _tensors(kind: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _part(path: str) -> str:
-    """Vision, projector, embeddings, attention, feed-forward, experts or routers."""
+    """Returns the part of a model that a rule path belongs to."""
     names = {
         "/moe/experts_": "experts",
         "/moe/": "routers",
@@ -173,7 +181,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "template": config.template,
         "layers": decoder.layers,
         "width": decoder.width,
-        "plan": [_spell(segment) for segment in decoder.plan],
+        "plan": [_format_segment(segment) for segment in decoder.plan],
     }
     if decoder.moe is not None:
         moe = decoder.moe
@@ -187,8 +195,8 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     return facts
 
 
-def _spell(segment: Segment) -> str:
-    """Such as `(experts, dense) x 12`."""
+def _format_segment(segment: Segment) -> str:
+    """Formats a segment, for example as `(experts, dense) x 12`."""
     kinds = ", ".join("experts" if has_experts else "dense" for has_experts in segment.pattern)
     return f"({kinds}) x {segment.repeats}"
 

@@ -1,4 +1,4 @@
-"""A model folder out: weights, tokenizer, processor and chat template for `transformers`."""
+"""Export of a model folder: weights, tokenizer, processor and chat template for `transformers`."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from moddistill.convert.source_settings import check_generation, merge_generatio
 from moddistill.data.conversation import end_token
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.errors import UserError
+from moddistill.errors import invalid, not_one_of
 from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import token_mask
 from moddistill.storage.atomic_dir import write_folder
@@ -33,8 +33,8 @@ from moddistill.storage.shards import create_shards
 from moddistill.storage.tensor import DTYPES, Tensor, TensorSpec
 
 LOG = logging.getLogger("moddistill")
-# Without it, `transformers` warns of a tokenizer bug of earlier releases.
-_WRITTEN_FOR = {"transformers_version": version("transformers")}
+# Without this field, `transformers` warns of a tokenizer bug of earlier releases.
+_TRANSFORMERS_VERSION = {"transformers_version": version("transformers")}
 _DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED_PREFIXES
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
@@ -45,46 +45,46 @@ def export_model(
     """Writes a Hugging Face folder from a model folder and returns its config.
 
     Dense models become `LlavaForConditionalGeneration` with Qwen2 or Qwen3, sparse ones with
-    `qwen2_moe` or `qwen3_moe`; without a tower the language model alone.
+    `qwen2_moe` or `qwen3_moe`; a model without a vision tower becomes the language model.
 
     Args:
       max_shard_size: bytes of a weight file.
-      dtype: of all weights; as they are stored if empty.
+      dtype: of all weights; as stored if empty.
 
     Raises:
-      UserError: for a model that no class of `transformers` computes.
+      UserError: no class of `transformers` computes the model.
     """
-    given, model = model, as_model_folder(model)
+    original, model = model, as_model_folder(model)
     config = read_model_config(model)
-    found = exported_tensors(config, model)
+    mapped = exported_tensors(config, model)
     reader = Reader(model / "params")
     reader.check(config)
-    stored = {path: reader.dtype(path) for path in {piece.slot.path for piece in found}}
+    stored = {path: reader.dtype(path) for path in {tensor.slot.path for tensor in mapped}}
     planned = [
-        TensorSpec(piece.name, _dtype(dtype, stored[piece.slot.path]), piece.shape)
-        for piece in found
+        TensorSpec(tensor.name, _dtype(dtype, stored[tensor.slot.path]), tensor.shape)
+        for tensor in mapped
     ]
     pooling = _pooling(model)
     planned += _shared_expert(config, planned)
     planned += [TensorSpec(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
-    fields = _hf_config(config) | {"dtype": _common_dtype(planned)} | _WRITTEN_FOR
+    fields = _hf_config(config) | {"dtype": _common_dtype(planned)} | _TRANSFORMERS_VERSION
     if context := _imported(model).get("context"):
         fields.get("text_config", fields)["max_position_embeddings"] = context
-    fields["torch_dtype"] = fields["dtype"]  # where releases before 5 look for it
+    fields["torch_dtype"] = fields["dtype"]  # the name in releases before 5
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
-    with write_folder(out, "export", overwrite, inputs=(given, model)) as tmp_dir:
-        places = create_shards(tmp_dir, sorted(planned, key=_layer_order), max_shard_size)
-        _write_weights(found, places, reader)
+    with write_folder(out, "export", overwrite, inputs=(original, model)) as tmp_dir:
+        tensors = create_shards(tmp_dir, sorted(planned, key=_layer_order), max_shard_size)
+        _write_weights(mapped, tensors, reader)
         for name, tensor in pooling.items():
-            write(places[name], tensor.read(), f"{model / POOLING}: {name}")
+            write(tensors[name], tensor.read(), f"{model / POOLING}: {name}")
         _write_json(tmp_dir / "config.json", fields)
         _write_companions(tmp_dir, config, model)
     return fields
 
 
 def _hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of `config.json`, without dtypes."""
+    """Returns the content of `config.json`, without dtypes."""
     if config.vision is None:
         return qwen.text_config(config.decoder)
     return llava.hf_config(config)
@@ -93,12 +93,10 @@ def _hf_config(config: ModelConfig) -> dict[str, Any]:
 def _check_exportable(config: ModelConfig) -> None:
     moe = config.decoder.moe
     if moe is not None and moe.residual:
-        raise UserError("moe.residual is true; no class of transformers has such experts")
+        raise invalid("moe.residual", moe.residual, "false, as transformers has no such experts")
     if moe is not None and moe.dispatch != "dropless":
-        raise UserError(
-            f"moe.dispatch is {moe.dispatch!r}; transformers drops no token, so answers would "
-            "differ; accepted: 'dropless'"
-        )
+        expected = "'dropless', as transformers drops no token and answers would differ"
+        raise invalid("moe.dispatch", moe.dispatch, expected)
 
 
 def _rules(config: ModelConfig) -> Rules:
@@ -108,23 +106,25 @@ def _rules(config: ModelConfig) -> Rules:
 
 
 def exported_tensors(config: ModelConfig, model: Path) -> list[MappedTensor]:
-    """All arrays of a model folder's export; a tied head too, if the source had stored one.
+    """Returns all tensors of a model folder's export.
+
+    A tied head is the embedding under a second name; it is exported if the source stored it.
 
     Raises:
-      UserError: for a model that no class of `transformers` computes.
+      UserError: no class of `transformers` computes the model.
     """
     _check_exportable(config)
-    found = mapped_tensors(config, _rules(config))
-    _hf_config(config)
+    mapped = mapped_tensors(config, _rules(config))
+    _hf_config(config)  # raises for a projector or an image token that LLaVA does not have
     if not _imported(model).get("stored_head"):
-        return found
+        return mapped
     head = ("" if config.vision is None else _HEAD) + "lm_head.weight"
-    [table] = [piece for piece in found if piece.slot.path == "decoder/embedding"]
-    return [*found, dataclasses.replace(table, name=head)]
+    [table] = [tensor for tensor in mapped if tensor.slot.path == "decoder/embedding"]
+    return [*mapped, dataclasses.replace(table, name=head)]
 
 
 def _imported(model: Path) -> dict[str, Any]:
-    """What an import recorded; empty once a stage has trained the model."""
+    """Returns the record of the import; empty after a stage has trained the model."""
     imported = read_source(model).get("imported", {})
     field = "source.imported.generation.{}".format
     check_generation(imported.get("generation", {}), str(model / "model.json"), field)
@@ -132,20 +132,20 @@ def _imported(model: Path) -> dict[str, Any]:
 
 
 def _pooling(model: Path) -> dict[str, Tensor]:
-    """The pooling head that came with an imported SigLIP."""
+    """Returns the pooling head of an imported SigLIP model."""
     if not (model / POOLING).is_file():
         return {}
     return {f"{_TOWER}head.{name}": x for name, x in read_safetensors(model / POOLING).items()}
 
 
-def _dtype(wanted: str, stored: np.dtype) -> np.dtype:
-    if wanted and wanted not in _DTYPES:
-        raise UserError(f"dtype is {wanted!r}; accepted: {', '.join(_DTYPES)}")
-    return _DTYPES[wanted] if wanted else stored
+def _dtype(name: str, stored: np.dtype) -> np.dtype:
+    if name and name not in _DTYPES:
+        raise not_one_of("dtype", name, _DTYPES)
+    return _DTYPES[name] if name else stored
 
 
 def _shared_expert(config: ModelConfig, planned: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """The zero expert of Qwen2-MoE, of the dtype that the others have."""
+    """Returns the zero shared experts of Qwen2-MoE, in the dtype of the other experts."""
     prefix = "model." if config.vision is None else _DECODER
     shapes = qwen.shared_expert(config.decoder)
     dtypes = [tensor.dtype for tensor in planned if ".experts." in tensor.name]
@@ -153,37 +153,41 @@ def _shared_expert(config: ModelConfig, planned: Sequence[TensorSpec]) -> list[T
 
 
 def _common_dtype(tensors: Sequence[TensorSpec]) -> str:
-    """The dtype in which no weight loses anything."""
-    found = {tensor.dtype.name for tensor in tensors}
-    return found.pop() if len(found) == 1 else "float32"
+    """Returns the dtype of all tensors, or float32, which represents all others exactly."""
+    names = {tensor.dtype.name for tensor in tensors}
+    return names.pop() if len(names) == 1 else "float32"
 
 
 def _layer_order(tensor: TensorSpec) -> list[Any]:
-    """Names with their numbers compared as numbers."""
+    """Returns a sort key in which numbers within names compare as numbers."""
     return [(not x.isdigit(), int(x) if x.isdigit() else x) for x in re.split(r"[.]", tensor.name)]
 
 
 def _write_weights(
-    found: Sequence[MappedTensor], places: dict[str, Tensor], reader: Reader
+    mapped: Sequence[MappedTensor], tensors: dict[str, Tensor], reader: Reader
 ) -> None:
-    """Array by array; tensors that are not filled stay zero."""
+    """Converts and writes the parameters block by block, into files created with zeros.
+
+    Tensors without a parameter, the shared experts, stay zero.
+    """
     finite = FiniteCheck(str(reader.folder))
-    total = sum(place.nbytes for place in places.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=0.5) as bar:
-        for piece in sorted(found, key=lambda piece: piece.slot):
-            whole = places[piece.name]
-            for index, rows in piece.parts(whole.dtype.itemsize):
-                place = whole if rows == slice(None) else whole.rows(rows)
-                array = reader.read(piece.slot.path, index)
-                finite.add(piece.name, array)
-                outward = piece.transform.outward(array, place.shape)
-                write(place, outward, f"{reader.folder.parent}: {piece.name}")
-                bar.update(place.nbytes)
+        for mapped_tensor in sorted(mapped, key=lambda tensor: tensor.slot):
+            name, slot, transform = mapped_tensor.name, mapped_tensor.slot, mapped_tensor.transform
+            tensor = tensors[name]
+            for index, rows in mapped_tensor.blocks(tensor.dtype.itemsize):
+                target = tensor if rows == slice(None) else tensor.rows(rows)
+                array = reader.read(slot.path, index)
+                finite.add(name, array)
+                converted = transform.to_tensor(array, target.shape)
+                write(target, converted, f"{reader.folder.parent}: {name}")
+                bar.update(target.nbytes)
     finite.close()
 
 
 def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
-    """Tokenizer, chat template, generation settings and, with a tower, the processor."""
+    """Writes tokenizer, chat template, generation settings and, with a tower, the processor."""
     tokenizer = load_tokenizer(str(model))
     tokenizer.save(str(folder))
     if config.vision is None and tokenizer.image_id >= config.decoder.vocab_size:
@@ -194,7 +198,7 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     _write_json(path, settings)
     template = read_chat_template(model) or chat_template(config.template)
     (folder / FILE).write_text(template, encoding="utf-8")
-    # Rows without a token, and that of `<image>`, which `transformers` would generate.
+    # Rows of padding and of `<image>`, which `transformers` could generate otherwise.
     masked = np.flatnonzero(~token_mask(config.decoder.real_ids, config.decoder.vocab_size))
     generation = {
         "eos_token_id": _end_ids(tokenizer, config.template),
@@ -206,7 +210,7 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     generation = merge_generation(
         generation, _imported(model).get("generation", {}), config.decoder.vocab_size
     )
-    _write_json(folder / "generation_config.json", generation | _WRITTEN_FOR)
+    _write_json(folder / "generation_config.json", generation | _TRANSFORMERS_VERSION)
     if config.vision is not None:
         _write_processor(folder, config)
     if replaced := _imported(model).get("replaced"):
@@ -214,20 +218,20 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
 
 
 def _remove_token(file: Path, token: str) -> None:
-    """Removes a token from a `tokenizer.json`: `generate` fails on an id without a row."""
+    """Removes a token from `tokenizer.json`, since an id without an embedding row crashes."""
     fields = json.loads(file.read_text(encoding="utf-8"))
     fields["added_tokens"] = [x for x in fields["added_tokens"] if x["content"] != token]
     vocabulary = fields["model"]["vocab"]
-    if isinstance(vocabulary, dict):  # a list, of another kind of model, has no ids
+    if isinstance(vocabulary, dict):  # a list (of a Unigram model) has no ids
         vocabulary.pop(token, None)
     _write_json(file, fields)
 
 
 def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
-    """Ids at any of which generation ends; a format that ends in text has the general one too."""
-    general = tokenizer.special(stop_token(template))
+    """Returns the ids that end generation; `plain` ends with text, and has a control token too."""
+    control = tokenizer.special(stop_token(template))
     end = end_token(template)
-    return [general, *tokenizer.encode(end)] if end.isspace() else general
+    return [control, *tokenizer.encode(end)] if end.isspace() else control
 
 
 def _write_processor(folder: Path, config: ModelConfig) -> None:

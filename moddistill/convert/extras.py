@@ -1,4 +1,8 @@
-"""Parts and settings of a source that no parameter holds, for the export of an untrained model."""
+"""Parts and settings of a source that are no parameters, for the export of an untrained model.
+
+A model that is imported and exported without training gets back its generation settings, chat
+template and pooling head.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -19,18 +23,18 @@ POOLING = "pooling.safetensors"  # in a model folder
 def import_record(
     sources: Sequence[Source], config: ModelConfig, new: Sequence[str]
 ) -> dict[str, Any]:
-    """The entry `imported` of `model.json`; logs settings of the source that are replaced.
+    """Returns the entry `imported` of `model.json`; logs settings that training replaces.
 
     Args:
-      sources: the language or whole model, then its tower if it came separately.
-      new: paths of parameters that no source has.
+      sources: the language or multimodal model, then the vision tower if imported separately.
+      new: paths of initialised parameters.
 
     Raises:
-      UserError: if the source's settings are no JSON objects.
+      UserError: settings of the source are no JSON objects.
     """
     model = sources[0]
-    is_whole = model.projector is not None and config.vision is not None
-    replaced = replaced_image_settings(model.folder, config.vision) if is_whole else []
+    is_multimodal = model.projector is not None and config.vision is not None
+    replaced = replaced_image_settings(model.folder, config.vision) if is_multimodal else []
     if replaced:
         size = config.vision.image_size
         LOG.warning(
@@ -53,7 +57,7 @@ def import_record(
         "from": [str(source.folder) for source in sources],
         "new": list(new),
         "context": model.context,
-        # Whether the head, which is the embedding, was stored a second time.
+        # A tied head that the checkpoint stores too.
         "stored_head": config.decoder.tied_head and model.tied in model.checkpoint,
         "generation": generation,
         "replaced": replaced,
@@ -61,7 +65,7 @@ def import_record(
 
 
 def copy_pooling_head(source: Source, folder: Path) -> None:
-    """Copies SigLIP's pooling head, which no feature depends on, into a model folder."""
+    """Copies SigLIP's pooling head, which patch features do not use, into a model folder."""
     head = {
         name.removeprefix(source.pooling): tensor
         for name, tensor in source.checkpoint.items()
@@ -69,11 +73,11 @@ def copy_pooling_head(source: Source, folder: Path) -> None:
     }
     if head:
         planned = [TensorSpec(name, x.dtype, x.shape) for name, x in head.items()]
-        for name, place in create_file(folder / POOLING, planned).items():
-            write(place, head[name].read())
+        for name, tensor in create_file(folder / POOLING, planned).items():
+            write(tensor, head[name].read())
 
 
 def copy_chat_template(source: Path, folder: Path) -> None:
-    """Copies a source's own chat template into a model folder."""
+    """Copies the chat template of a source into a model folder."""
     if template := read_chat_template(source):
         (folder / FILE).write_text(template, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Weights that are not finite: counted while they are moved, refused at the end in one list."""
+"""Check for NaN and infinite weights: counted while tensors are copied, one error at the end."""
 
 import collections
 
@@ -7,8 +7,8 @@ import numpy as np
 from moddistill.errors import UserError
 
 _MOST_LINES = 20
-_BLOCK = 2**17  # numbers, which stay in the cache
-# Bits of the exponent, by bytes of a number.
+_BLOCK = 2**17  # numbers, which fit into the CPU cache
+# Bit masks of the exponent; NaN and infinity are the numbers with all bits of it set.
 _EXPONENTS = {
     "float64": 0x7FF0000000000000,
     "float32": 0x7F800000,
@@ -18,14 +18,14 @@ _EXPONENTS = {
 
 
 class FiniteCheck:
-    """Counts numbers that are not finite, tensor by tensor and block by block."""
+    """Counts non-finite numbers per tensor."""
 
     def __init__(self, origin: str):
         self.origin = origin
         self.counts: dict[str, collections.Counter[str]] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Counts values that are not finite in one block of the tensor `name`."""
+        """Counts the non-finite numbers in one block of the tensor `name`."""
         if is_finite(array):
             return
         counts = self.counts.setdefault(name, collections.Counter())
@@ -33,7 +33,7 @@ class FiniteCheck:
         counts["infinite"] += int(np.sum(np.isinf(array)))
 
     def close(self) -> None:
-        """Raises one UserError that lists the tensors counted, if there are any."""
+        """Raises one UserError that lists all tensors with non-finite numbers, if any."""
         if not self.counts:
             return
         lines = [
@@ -43,13 +43,13 @@ class FiniteCheck:
         more = len(lines) - _MOST_LINES
         lines = lines[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else [])
         raise UserError(
-            f"{self.origin}: {len(self.counts)} tensors hold numbers that are not finite; "
-            "accepted: finite weights:\n  " + "\n  ".join(lines)
+            f"{self.origin}: expected finite weights, got non-finite numbers in "
+            f"{len(self.counts)} tensors:\n  " + "\n  ".join(lines)
         )
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite; by bits, as numpy's loop for bfloat16 is slow."""
+    """Returns True if no number is NaN or infinite; compares bits, as `isfinite` is slow."""
     mask = _EXPONENTS.get(array.dtype.name)
     if mask is None:
         return True

@@ -1,4 +1,4 @@
-"""A row for `<image>` in a vocabulary that has exactly one row for each token of its tokenizer."""
+"""Padding of a vocabulary without an embedding row for `<image>`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from moddistill.convert.rules import MappedTensor
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.tensor import Checkpoint, Tensor
 
-_MULTIPLE = 64  # rows of an embedding, as `resize_token_embeddings` is commonly called
+_MULTIPLE = 64  # of rows, the usual `pad_to_multiple_of` of `resize_token_embeddings`
 
 
 @dataclasses.dataclass(frozen=True)
 class PaddedRows(Tensor):
-    """The rows of `stored`, then zeros up to `shape`."""
+    """A tensor of the rows of `stored`, padded with zero rows to `shape`."""
 
     stored: Tensor | None = None
 
@@ -32,7 +32,7 @@ class PaddedRows(Tensor):
 
 
 def with_image_row(config: ModelConfig) -> ModelConfig:
-    """The architecture with an embedding row for `<image>`, if it sees images and has none."""
+    """Adds an embedding row for `<image>` to a multimodal architecture without one."""
     decoder = config.decoder
     if config.vision is None or config.image_token < decoder.vocab_size:
         return config
@@ -41,18 +41,23 @@ def with_image_row(config: ModelConfig) -> ModelConfig:
 
 
 def pad_rows(
-    checkpoint: Checkpoint, pieces: Sequence[MappedTensor], rows: int
+    checkpoint: Checkpoint, mapped: Sequence[MappedTensor], rows: int
 ) -> Mapping[str, Tensor]:
-    """The checkpoint with embedding and head padded to the rows that the architecture has.
+    """Pads embedding and head of a checkpoint to the rows of the architecture.
 
     Args:
-      rows: that the source's config states; tensors with another number are left as they are.
+      rows: number of rows in the source's config; tensors with another number are unchanged.
     """
     padded = {}
-    for piece in pieces:
-        tensor = checkpoint.get(piece.name)
-        is_table = piece.slot.path in ("decoder/embedding", "decoder/head")
-        if is_table and tensor is not None and tensor.shape[:1] == (rows,) != piece.shape[:1]:
-            fields = (tensor.file, tensor.offset, tensor.dtype, (piece.shape[0], *tensor.shape[1:]))
-            padded[piece.name] = PaddedRows(*fields, stored=tensor)
+    for target in mapped:
+        tensor = checkpoint.get(target.name)
+        is_table = target.slot.path in ("decoder/embedding", "decoder/head")
+        if is_table and tensor is not None and tensor.shape[:1] == (rows,) != target.shape[:1]:
+            fields = (
+                tensor.file,
+                tensor.offset,
+                tensor.dtype,
+                (target.shape[0], *tensor.shape[1:]),
+            )
+            padded[target.name] = PaddedRows(*fields, stored=tensor)
     return {**checkpoint, **padded}

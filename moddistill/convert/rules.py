@@ -1,8 +1,13 @@
-"""How names and arrays of a checkpoint map to parameters: tables of rules, read in both directions.
+"""Rules that map tensors of a checkpoint to parameters, and back.
 
-A rule is a name in the checkpoint, a path here and a transform. Paths number layers one by one, as
-checkpoints do; where a layer lies in the stacks of the layer plan is looked up in `slots`. Import
-and export walk over the same pieces, so what one does the other undoes.
+A rule is a tensor name, a parameter path and a transform:
+
+    Rule("layers.{layer}.mlp.up_proj.weight", "decoder/layers/{layer}/mlp/up/kernel",
+         linear_kernel())
+
+Paths of rules number the layers one by one, as checkpoints do. Parameters are stacks of layers
+(`decoder/segment_0/block_1/mlp/up/kernel`); `slots` finds the slice of a layer in its stack. Import
+and export iterate over the same `mapped_tensors`, so each is the inverse of the other.
 """
 
 import dataclasses
@@ -21,57 +26,76 @@ from moddistill.params import flatten
 from moddistill.storage.orbax_layout import blocks
 from moddistill.storage.tensor import Checkpoint
 
-_MOST_LINES = 100  # of tensors that do not fit
+_MOST_LINES = 100  # of mismatches in one error
 
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
 
 
 class Transform(NamedTuple):
-    """What happens to an array on its way.
+    """Conversion of a tensor of the checkpoint to a parameter, and back.
 
     Attributes:
-      rows: axis of a matrix here that is the checkpoint's first; large ones are moved in parts.
-      shape: from the shape here to that in the checkpoint.
-      inward: from the checkpoint's array and the shape here to the array here.
-      outward: from the array here and the checkpoint's shape to its array.
+      tensor_shape: from the shape of the parameter to that of the tensor.
+      to_param: from the tensor and the shape of the parameter to the parameter.
+      to_tensor: from the parameter and the shape of the tensor to the tensor.
+      row_axis: axis of a parameter matrix that is the first axis of the tensor, so that rows of
+        large tensors can be converted block by block; None if there is no such axis.
     """
 
-    shape: Callable[[Shape], Shape]
-    inward: Callable[[np.ndarray, Shape], np.ndarray]
-    outward: Callable[[np.ndarray, Shape], np.ndarray]
-    rows: int | None = None
+    tensor_shape: Callable[[Shape], Shape]
+    to_param: Callable[[np.ndarray, Shape], np.ndarray]
+    to_tensor: Callable[[np.ndarray, Shape], np.ndarray]
+    row_axis: int | None = None
 
 
-IDENTITY = Transform(lambda shape: shape, lambda x, _: x, lambda x, _: x, rows=0)
-# A vector that is kept by heads here.
+IDENTITY = Transform(
+    tensor_shape=lambda shape: shape,
+    to_param=lambda x, _: x,
+    to_tensor=lambda x, _: x,
+    row_axis=0,
+)
+# A vector [heads * head_dim] to a parameter [heads, head_dim].
 FLATTEN = Transform(
-    lambda shape: (math.prod(shape),),
-    lambda x, shape: x.reshape(shape),
-    lambda x, shape: x.reshape(shape),
+    tensor_shape=lambda shape: (math.prod(shape),),
+    to_param=lambda x, shape: x.reshape(shape),
+    to_tensor=lambda x, shape: x.reshape(shape),
 )
 
 
 def linear_kernel(inputs: int = 1) -> Transform:
-    """Torch's [outputs, inputs] to a kernel [*inputs, *outputs] of `inputs` input axes."""
+    """Returns the transform of a torch linear layer [outputs, inputs] to a kernel.
+
+    The kernel is [*inputs, *outputs]: query, key and value are [D, heads, head_dim], the attention
+    output is [heads, head_dim, D].
+
+    Args:
+      inputs: number of input axes of the kernel.
+    """
+    # `x.T` is [inputs, outputs], which the axes of the kernel split in row-major order. Backwards
+    # `shape` is that of the tensor, so `shape[::-1]` is again [inputs, outputs].
     return Transform(
-        lambda shape: (math.prod(shape[inputs:]), math.prod(shape[:inputs])),
-        lambda x, shape: x.T.reshape(shape),
-        lambda x, shape: x.reshape(shape[::-1]).T,
-        rows=inputs,
+        tensor_shape=lambda shape: (math.prod(shape[inputs:]), math.prod(shape[:inputs])),
+        to_param=lambda x, shape: x.T.reshape(shape),
+        to_tensor=lambda x, shape: x.reshape(shape[::-1]).T,
+        row_axis=inputs,
     )
 
 
-# Torch's convolution [outputs, 3, p, p] to a kernel [p * p * 3, outputs] over flattened patches.
+# A torch convolution [outputs, 3, p, p] to a kernel [p * p * 3, outputs] over patches flattened as
+# (row, column, channel). A convolution with stride p is a matmul of flattened patches.
 PATCH_KERNEL = Transform(
-    lambda shape: (shape[1], 3, math.isqrt(shape[0] // 3), math.isqrt(shape[0] // 3)),
-    lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape),
-    lambda x, shape: x.reshape(*shape[2:], 3, shape[0]).transpose(3, 2, 0, 1),
+    tensor_shape=lambda shape: (shape[1], 3, math.isqrt(shape[0] // 3), math.isqrt(shape[0] // 3)),
+    to_param=lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape),
+    to_tensor=lambda x, shape: x.reshape(*shape[2:], 3, shape[0]).transpose(3, 2, 0, 1),
 )
 
 
 class Rule(NamedTuple):
-    """`{layer}` and `{expert}` stand for numbers, the same ones on both sides."""
+    """A tensor name, a parameter path and their transform.
+
+    `{layer}` and `{expert}` in both stand for the same numbers.
+    """
 
     name: str
     path: str
@@ -82,28 +106,34 @@ Rules = tuple[Rule, ...]
 
 
 def prefixed(rules: Iterable[Rule], prefix: str) -> Rules:
-    """The rules of a part, under the name it has in a whole."""
+    """Returns rules whose tensor names have a prefix, as those of a part of a larger model."""
     return tuple(rule._replace(name=prefix + rule.name) for rule in rules)
 
 
 class Slot(NamedTuple):
-    """A place for one array: a slice of a parameter."""
+    """The slice of a parameter that holds one tensor: one layer or expert of a stack, or all.
+
+    Attributes:
+      path: of the parameter.
+      index: of the slice along its leading axes; empty for the entire parameter.
+      shape: of the slice.
+    """
 
     path: str
     index: Shape
     shape: Shape
 
-    def parts(self, itemsize: int) -> list[Index]:
-        """Where its blocks lie in the parameter: a large matrix has several."""
+    def blocks(self, itemsize: int) -> list[Index]:
+        """Returns the indices of the chunks on disk; only large matrices have several."""
         if self.index or len(self.shape) != 2:
             return [self.index]
-        axis, cuts = blocks(self.shape, itemsize)
-        return [(slice(None),) * axis + (cut,) for cut in cuts]
+        axis, parts = blocks(self.shape, itemsize)
+        return [(slice(None),) * axis + (part,) for part in parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedTensor:
-    """One array of a checkpoint and its slot."""
+    """A tensor of a checkpoint, by name, and the slot of a parameter that it maps to."""
 
     name: str
     slot: Slot
@@ -111,43 +141,50 @@ class MappedTensor:
 
     @property
     def shape(self) -> Shape:
-        """The array's shape in the checkpoint."""
-        return self.transform.shape(self.slot.shape)
+        """Shape of the tensor in the checkpoint."""
+        return self.transform.tensor_shape(self.slot.shape)
 
-    def parts(self, itemsize: int) -> list[tuple[Index, slice]]:
-        """Where each block of the parameter lies there, and its rows in the checkpoint."""
-        parts = self.slot.parts(itemsize)
-        if len(parts) == 1 or len(parts[0]) - 1 != self.transform.rows:
+    def blocks(self, itemsize: int) -> list[tuple[Index, slice]]:
+        """Returns (index in the parameter, rows of the tensor) for blocks that fit into memory.
+
+        A tensor is converted block by block if the parameter is chunked along the axis that is the
+        first of the tensor, and as a single block otherwise.
+        """
+        indices = self.slot.blocks(itemsize)
+        if len(indices) == 1 or len(indices[0]) - 1 != self.transform.row_axis:
             return [(self.slot.index, slice(None))]
-        return [(part, part[-1]) for part in parts]
+        return [(index, index[-1]) for index in indices]
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
-    """All places of a model by path; layers are numbered, experts stand behind their array."""
-    found = {}
+    """Returns all slots of a model by rule path: `decoder/layers/3/moe/experts_up/1`."""
+    by_path = {}
     for path, leaf in flatten(unbox(abstract_params(config))).items():
-        for name, slot in _layers_of(path, leaf.shape, config):
+        for name, slot in _layer_slots(path, leaf.shape, config):
             if "/moe/experts_" not in name:
-                found[name] = slot
+                by_path[name] = slot
                 continue
             for expert in range(slot.shape[0]):
                 index = (*slot.index, expert)
-                found[f"{name}/{expert}"] = Slot(path, index, slot.shape[1:])
-    return found
+                by_path[f"{name}/{expert}"] = Slot(path, index, slot.shape[1:])
+    return by_path
 
 
-def _layers_of(path: str, shape: Shape, config: ModelConfig) -> Iterable[tuple[str, Slot]]:
-    stacked = re.fullmatch(r"decoder/segment_(\d+)/block_(\d+)/(.*)", path)
-    tower = re.fullmatch(r"vision/(layers|unused)/(.*)", path)
-    if not stacked and not tower:
+def _layer_slots(path: str, shape: Shape, config: ModelConfig) -> Iterable[tuple[str, Slot]]:
+    """Returns (rule path, slot) of each layer of a stack; of a parameter outside of any, itself."""
+    decoder = re.fullmatch(r"decoder/segment_(\d+)/block_(\d+)/(.*)", path)
+    vision = re.fullmatch(r"vision/(layers|unused)/(.*)", path)
+    if not decoder and not vision:
         return [(path, Slot(path, (), shape))]
-    if stacked:
-        segment, block = int(stacked[1]), int(stacked[2])
+    if decoder:
+        # A segment repeats a group of blocks: element i of the stack is layer first + i * step.
+        segment, block = int(decoder[1]), int(decoder[2])
         first, step = layer_index(config.decoder.plan, segment, block)
-        part, rest = "decoder", stacked[3]
+        part, rest = "decoder", decoder[3]
     else:
-        first, step = (0 if tower[1] == "layers" else config.vision.used_layers), 1
-        part, rest = "vision", tower[2]
+        # `unused` are the layers after the selected one, whose features are never computed.
+        first, step = (0 if vision[1] == "layers" else config.vision.used_layers), 1
+        part, rest = "vision", vision[2]
     return [
         (f"{part}/layers/{first + step * i}/{rest}", Slot(path, (i,), shape[1:]))
         for i in range(shape[0])
@@ -157,47 +194,49 @@ def _layers_of(path: str, shape: Shape, config: ModelConfig) -> Iterable[tuple[s
 def mapped_tensors(
     config: ModelConfig, rules: Rules, parts: Sequence[str] = ("decoder", "vision", "projector")
 ) -> list[MappedTensor]:
-    """The arrays that a model of this architecture has in a checkpoint with these rules.
+    """Returns the tensors of a checkpoint with these rules, for a model of this architecture.
 
     Args:
-      parts: first path components of the parameters that are meant.
+      parts: first path components of the parameters to map.
 
     Raises:
-      UserError: naming the parameters that the format has no place for.
+      UserError: parameters without a rule, such as those of a norm that the format does not have.
     """
     patterns = [(re.compile(pattern(rule.path)), rule) for rule in rules]
-    found, without = [], []
+    tensors, unmapped = [], []
     for path, slot in slots(config).items():
         if path.split("/")[0] not in parts:
             continue
-        hits = [(match, rule) for name, rule in patterns if (match := name.fullmatch(path))]
-        if not hits:
-            without.append(path)
+        matches = [(match, rule) for regex, rule in patterns if (match := regex.fullmatch(path))]
+        if not matches:
+            unmapped.append(path)
             continue
-        [(match, rule)] = hits
-        found.append(MappedTensor(rule.name.format(**match.groupdict()), slot, rule.transform))
-    if without:
+        [(match, rule)] = matches
+        name = rule.name.format(**match.groupdict())
+        tensors.append(MappedTensor(name=name, slot=slot, transform=rule.transform))
+    if unmapped:
         raise UserError(
-            f"this format has no place for {len(without)} parameters of the model, such as "
-            f"{without[0]!r}"
+            f"model: expected parameters that the format has tensors for, got {len(unmapped)} "
+            f"others, such as {unmapped[0]!r}"
         )
-    return found
+    return tensors
 
 
 def pattern(path: str) -> str:
-    """The regular expression of a rule's name or path."""
+    """Returns the regular expression of a rule's name or path, with groups for its numbers."""
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(path))
 
 
 def check_matches_config(
-    wanted: Sequence[MappedTensor], checkpoint: Checkpoint, ignored: Sequence[str], origin: str
+    tensors: Sequence[MappedTensor], checkpoint: Checkpoint, ignored: Sequence[str], origin: str
 ) -> None:
-    """Raises one UserError that lists every missing, unexpected and misshapen tensor.
+    """Raises one UserError that lists all missing, unexpected and misshapen tensors.
 
     Args:
-      ignored: patterns of names that may be there and are not read.
+      tensors: those that the architecture in the config has.
+      ignored: patterns of names that may exist and are not read.
     """
-    expected = {piece.name: piece.shape for piece in wanted}
+    expected = {tensor.name: tensor.shape for tensor in tensors}
     lines = [
         f"missing {name} {expected[name]}" for name in sorted(expected.keys() - checkpoint.keys())
     ]
@@ -221,14 +260,15 @@ def check_matches_config(
         )
 
 
-def param_dtypes(wanted: Sequence[MappedTensor], checkpoint: Checkpoint) -> dict[str, np.dtype]:
-    """The stored dtype of each parameter; UserError if its slices differ in it."""
-    found: dict[str, tuple[str, np.dtype]] = {}
-    for piece in wanted:
-        dtype = checkpoint[piece.name].dtype
-        name, other = found.setdefault(piece.slot.path, (piece.name, dtype))
+def param_dtypes(tensors: Sequence[MappedTensor], checkpoint: Checkpoint) -> dict[str, np.dtype]:
+    """Returns the stored dtype of each parameter; UserError if its layers differ in dtype."""
+    first: dict[str, tuple[str, np.dtype]] = {}
+    for tensor in tensors:
+        dtype = checkpoint[tensor.name].dtype
+        name, other = first.setdefault(tensor.slot.path, (tensor.name, dtype))
         if other != dtype:
             raise UserError(
-                f"{piece.name} is {dtype}, {name} is {other}; accepted: one dtype for all layers"
+                f"{tensor.name}: expected {other}, the dtype of {name}, as layers of one stack "
+                f"have one dtype, got {dtype}"
             )
-    return {path: dtype for path, (_, dtype) in found.items()}
+    return {path: dtype for path, (_, dtype) in first.items()}

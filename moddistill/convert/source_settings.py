@@ -1,4 +1,4 @@
-"""Generation and image settings of a source: which come back from an export, which are replaced."""
+"""Generation and image settings of a source: what an export preserves and what it replaces."""
 
 import json
 import logging
@@ -17,16 +17,16 @@ from moddistill.storage.model_folder import preprocessor_config
 
 LOG = logging.getLogger("moddistill")
 GENERATION = "generation_config.json"
-_DEEPEST = 20  # lists and objects inside a setting; published ones have two
+_MAX_DEPTH = 20  # of lists and objects in a setting; published ones have two
 # Set by the export itself, from the tokenizer, the template and the padded vocabulary.
 _COMPUTED = ("eos_token_id", "pad_token_id", "suppress_tokens")
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """The generation settings of a Hugging Face folder, without its metadata; empty if none.
+    """Reads the generation settings of a Hugging Face folder, without metadata; empty if none.
 
     Raises:
-      UserError: if the file is no JSON object, or as `check_generation`.
+      UserError: the file is no JSON object; or as `check_generation`.
     """
     if not os.path.lexists(folder / GENERATION):
         return {}
@@ -40,28 +40,29 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def check_generation(fields: Mapping[str, Any], origin: str, spell: Spell = str) -> None:
-    """Raises UserError for settings that are not valid JSON, and for ids that are not token ids.
+    """Raises UserError for settings that are not valid JSON, and for invalid token ids.
 
     Args:
-      spell: from a name in `fields` to that of the field in `origin`.
+      spell: maps a name in `fields` to the field in `origin`.
     """
     for name, value in fields.items():
-        accepted = ""
-        if _has_ids(name) and not all(type(x) is int and x >= 0 for x in _listed(value)):
-            accepted = "a token id or a list of them, whole numbers from 0"
+        expected = ""
+        if _has_ids(name) and not all(type(x) is int and x >= 0 for x in _as_list(value)):
+            expected = "a token id or a list of them, whole numbers from 0"
         elif not _is_writable({name: value}):
-            accepted = f"finite numbers and text in UTF-8, nested at most {_DEEPEST} times"
-        if accepted:
+            expected = f"finite numbers and text in UTF-8, nested at most {_MAX_DEPTH} times"
+        if expected:
             field = ascii(spell(name))[1:-1]
-            raise UserError(f"{origin}: {field} is {reprlib.repr(value)}; accepted: {accepted}")
+            # reprlib, since the repr of a deeply nested value exceeds the recursion limit.
+            raise UserError(f"{origin}: {field}: expected {expected}, got {reprlib.repr(value)}")
 
 
 def _is_writable(value: Any) -> bool:
-    """Whether a value that Python has read is one that it writes as valid JSON."""
-    if not _is_nested_at_most(_DEEPEST, value):
+    """Returns True if a parsed value can be written as valid JSON."""
+    if not _is_nested_at_most(_MAX_DEPTH, value):
         return False
     try:
-        # `NaN`, `1e999` and lone surrogates are read without an error.
+        # Python parses `NaN`, `1e999` and lone surrogates without an error.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:
         return False
@@ -78,25 +79,25 @@ def _is_nested_at_most(levels: int, value: Any) -> bool:
 def merge_generation(
     computed: Mapping[str, Any], source: Mapping[str, Any], rows: int
 ) -> dict[str, Any]:
-    """The generation settings of an export whose model was imported with the settings `source`.
+    """Merges the generation settings of a source into those computed by the export.
 
-    Sampling settings and lengths are those of the source. Its ends of an answer are kept if they
-    include the `computed` ones, and its suppressed tokens are added. Ids without an embedding row
-    are dropped. Every replaced setting is logged.
+    Sampling settings and lengths are those of the source. Its end-of-sequence ids are used if they
+    include the computed ones; suppressed tokens are merged. Ids without an embedding row are
+    dropped. Every replaced setting is logged.
 
     Args:
-      rows: of the embedding.
+      rows: number of rows of the embedding.
     """
     valid = {name: _with_row(x, rows) if _has_ids(name) else x for name, x in source.items()}
     merged = {**computed, **{name: x for name, x in valid.items() if name not in _COMPUTED}}
-    if set(_listed(computed["eos_token_id"])) <= set(_listed(valid.get("eos_token_id"))):
+    if set(_as_list(computed["eos_token_id"])) <= set(_as_list(valid.get("eos_token_id"))):
         merged["eos_token_id"] = valid["eos_token_id"]
-    if suppressed := set(_listed(valid.get("suppress_tokens"))):
+    if suppressed := set(_as_list(valid.get("suppress_tokens"))):
         merged["suppress_tokens"] = sorted(suppressed.union(computed.get("suppress_tokens", ())))
     replaced = [
         f"{name} {value!r:.80} -> {merged.get(name)!r:.80}"
         for name, value in source.items()
-        if not _is_kept(name, value, merged.get(name))
+        if not _is_preserved(name, value, merged.get(name))
     ]
     if replaced:
         LOG.warning("generation settings of the source are replaced: %s", ", ".join(replaced))
@@ -104,58 +105,58 @@ def merge_generation(
 
 
 def _has_ids(name: str) -> bool:
-    """Whether a setting is token ids, such as `eos_token_id` or `begin_suppress_tokens`."""
+    """Returns True for token ids, such as `eos_token_id` or `begin_suppress_tokens`."""
     return name.endswith(("token_id", "suppress_tokens"))
 
 
-def _listed(value: Any) -> list[Any]:
-    """The values of a setting that has one, a list of them, or none."""
+def _as_list(value: Any) -> list[Any]:
+    """Returns the values of a setting that is a value, a list or None."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def _with_row(value: Any, rows: int) -> Any:
-    """A setting's token ids that have an embedding row; None if none has."""
-    kept = [x for x in _listed(value) if x < rows]
-    return (kept if isinstance(value, list) else kept[0]) if kept else None
+    """Removes token ids without an embedding row; None if none is left."""
+    valid = [x for x in _as_list(value) if x < rows]
+    return (valid if isinstance(value, list) else valid[0]) if valid else None
 
 
-def _is_kept(name: str, before: Any, after: Any) -> bool:
+def _is_preserved(name: str, before: Any, after: Any) -> bool:
     if name == "suppress_tokens":
-        return set(_listed(before)) <= set(_listed(after))
-    # A setting that is null is the default, which the export may set.
+        return set(_as_list(before)) <= set(_as_list(after))
+    # Null is the default, which the export may replace.
     return before in (None, after)
 
 
 def image_processor(folder: Path) -> dict[str, Any]:
-    """Fields of a folder's image processor, which is a file or a part of one; empty if none."""
-    found: dict[str, Any] = {}
+    """Reads the image processor of a folder, a file or part of one; empty if none."""
+    processor: dict[str, Any] = {}
     for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
         if os.path.lexists(file):
             fields = read_json(file)
             nested = "image_processor" in fields
-            found |= sub_config(fields, "image_processor", str(file)) if nested else fields
-    return found
+            processor |= sub_config(fields, "image_processor", str(file)) if nested else fields
+    return processor
 
 
 def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:
-    """Settings of a whole model's image processor that training and the export replace.
+    """Returns the settings of the image processor that training and the export replace.
 
     Returns:
-      `name old -> new` for each; empty if the source pads images to squares of the same size too,
-      or states nothing.
+      `name old -> new` for each; empty if the source pads images to squares of the same size, or
+      has no settings.
     """
     written = preprocessor_config(vision.image_size, vision.mean, vision.std)
-    del written["do_convert_rgb"]  # of every processor
+    del written["do_convert_rgb"]  # not a setting of all processors
     source = image_processor(folder)
-    # The same processor with another backend has a suffix.
+    # The suffix is the backend: `CLIPImageProcessorFast`.
     if str(source.get("image_processor_type")).startswith(written["image_processor_type"]):
         del written["image_processor_type"]
     differs = [name for name, value in written.items() if source.get(name) != value]
     if not written.keys() & source.keys():
         differs = []
     replaced = [f"{name} {source.get(name)!r} -> {written[name]!r}" for name in differs]
-    # Checkpoints of the original code state it in the config of the model.
+    # Checkpoints of LLaVA's code have this setting in the config of the model.
     aspect = read_json(folder / "config.json").get("image_aspect_ratio", "pad")
     return replaced + ([f"image_aspect_ratio {aspect!r} -> 'pad'"] if aspect != "pad" else [])

@@ -1,9 +1,11 @@
-"""Dense model folder to sparse one, layer by layer, without holding either in memory."""
+"""Upcycling of a dense model folder to a sparse one, layer by layer, with one layer in memory."""
 
 import dataclasses
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import read_model_config, read_source, write_description
 from moddistill.storage.orbax_layout import Reader, Writer
 
-_expert = jax.jit(upcycle_expert, static_argnames=("moe", "how"))
+_upcycle_expert = jax.jit(upcycle_expert, static_argnames=("moe", "how"))
 
 
 def upcycle_model(
@@ -43,37 +45,38 @@ def upcycle_model(
     seed: int = 0,
     overwrite: bool = False,
 ) -> ModelConfig:
-    """Writes the sparse form of a dense model folder and returns its architecture.
+    """Upcycles a dense model folder, or Hugging Face folder, and returns the architecture.
+
+    Args:
+      moe: the experts of the sparse model.
+      how: initialisation of the experts.
+      seed: of routers and of noise.
 
     Raises:
-      UserError: if the model is sparse already, or `moe` or `how` does not fit it.
+      UserError: the model is sparse, or `moe` or `how` does not fit it.
     """
-    given, model = model, as_model_folder(model)
+    original, model = model, as_model_folder(model)
     dense = read_model_config(model)
     sparse = upcycle_config(dense, moe)
     check_upcycle(how)
     reader = Reader(model / "params")
     reader.check(dense)
-    before, after = slots(dense), slots(sparse)
-    finite = FiniteCheck(str(given))
-    with write_folder(out, "upcycle", overwrite, inputs=(given, model)) as tmp_dir:
-        kept = {path: reader.dtype(before[path].path) for path in before}
-        dtypes = {slot.path: _dtype(path, kept) for path, slot in after.items()}
+    dense_slots, sparse_slots = slots(dense), slots(sparse)
+    finite = FiniteCheck(str(original))
+    with write_folder(out, "upcycle", overwrite, inputs=(original, model)) as tmp_dir:
+        dense_dtypes = {path: reader.dtype(slot.path) for path, slot in dense_slots.items()}
+        dtypes = {slot.path: _dtype(path, dense_dtypes) for path, slot in sparse_slots.items()}
         with Writer(tmp_dir / "params", array_specs(sparse, dtypes)) as writer:
-            same = sorted(before.keys() & after.keys(), key=before.get)
-            for path in tqdm(same, desc="copy", unit="array"):
-                _copy(path, reader, before[path], writer, after[path], finite)
+            common = sorted(dense_slots.keys() & sparse_slots.keys(), key=dense_slots.get)
+            for path in tqdm(common, desc="copy", unit="array"):
+                _copy(path, reader, dense_slots[path], writer, sparse_slots[path], finite)
             key = jax.random.key(seed)
             for layer in tqdm(sparse.decoder.moe_layers, desc="upcycle", unit="layer"):
+                mlp = _read_mlp(reader, dense_slots, layer, finite)
                 rng = jax.random.fold_in(key, layer)
-                mlp = _read_mlp(reader, before, layer, finite)
-                prefix = f"decoder/layers/{layer}/moe/"
-                for name, array in flatten(upcycle_router(mlp, sparse.decoder.moe, rng)).items():
-                    _write(writer, after[prefix + name], array)
-                for number in range(sparse.decoder.moe.num_experts):
-                    expert = _expert(mlp, sparse.decoder.moe, how, rng, number)
-                    for name, array in expert.items():
-                        _write(writer, after[f"{prefix}{name}/{number}"], array)
+                for path, array in _expert_layer(mlp, sparse.decoder.moe, how, rng):
+                    slot = sparse_slots[f"decoder/layers/{layer}/moe/{path}"]
+                    writer.write(slot.path, slot.index, np.asarray(array))
         finite.close()
         source = {"upcycled": {"from": str(model), "seed": seed} | dataclasses.asdict(how)}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
@@ -84,36 +87,46 @@ def upcycle_model(
     return sparse
 
 
-def _dtype(path: str, kept: dict[str, np.dtype]) -> np.dtype:
-    """Experts have that of the layer they are copies of; routers are float32."""
-    if path in kept:
-        return kept[path]
+def _expert_layer(
+    mlp: dict[str, Any], moe: ExpertConfig, how: UpcycleConfig, rng: jax.Array
+) -> Iterator[tuple[str, jax.Array]]:
+    """Yields (path, array) of router and experts of a layer, one expert at a time."""
+    yield from flatten(upcycle_router(mlp, moe, rng)).items()
+    for number in range(moe.num_experts):
+        for name, array in _upcycle_expert(mlp, moe, how, rng, number).items():
+            yield f"{name}/{number}", array
+
+
+def _dtype(path: str, dense_dtypes: dict[str, np.dtype]) -> np.dtype:
+    """Returns the dtype of a sparse parameter: experts as the dense layer, routers float32."""
+    if path in dense_dtypes:
+        return dense_dtypes[path]
     dense = re.sub(r"/moe/experts_(\w+)/\d+$", r"/mlp/\1/kernel", path)
     dense = re.sub(r"/moe/residual/", "/mlp/", dense)
-    return kept.get(dense, np.dtype(np.float32))
+    return dense_dtypes.get(dense, np.dtype(np.float32))
 
 
 def _copy(
     path: str, reader: Reader, source: Slot, writer: Writer, target: Slot, finite: FiniteCheck
 ) -> None:
-    for part in source.parts(reader.dtype(source.path).itemsize):
-        # Layers move to another place in their stack; large matrices are in none.
-        index = target.index if source.index else part
-        array = reader.read(source.path, part)
+    for block in source.blocks(reader.dtype(source.path).itemsize):
+        # A layer is one block and may have another index in the stacks of the sparse model. A
+        # parameter with several blocks is not stacked, so its blocks have the same indices.
+        index = target.index if source.index else block
+        array = reader.read(source.path, block)
         finite.add(path, array)
         writer.write(target.path, index, array)
 
 
-def _read_mlp(reader: Reader, places: dict[str, Slot], layer: int, finite: FiniteCheck) -> dict:
+def _read_mlp(
+    reader: Reader, dense_slots: dict[str, Slot], layer: int, finite: FiniteCheck
+) -> dict[str, Any]:
+    """Reads the parameters of a dense feed-forward layer."""
     prefix = f"decoder/layers/{layer}/mlp/"
-    found = {}
-    for path, slot in places.items():
+    mlp = {}
+    for path, slot in dense_slots.items():
         if path.startswith(prefix):
             array = reader.read(slot.path, slot.index)
             finite.add(path, array)
-            found[path.removeprefix(prefix)] = jnp.asarray(array)
-    return unflatten(found)
-
-
-def _write(writer: Writer, place: Slot, array: jax.Array) -> None:
-    writer.write(place.path, place.index, np.asarray(array))
+            mlp[path.removeprefix(prefix)] = jnp.asarray(array)
+    return unflatten(mlp)

@@ -1,4 +1,4 @@
-"""Files that are corrupt: one error that names the file, the value and what is accepted."""
+"""Corrupt files: one error that names the file, the value and the expectation."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_corrupt_file(copied, tmp_path, file, content, message):
         ({"num_attention_heads": 0}, "num_attention_heads is 0; accepted: a whole number above 0"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None; accepted: a number above 0"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is None; accepted: a number"),
-        ({"rope_parameters": "default"}, "rope_parameters is 'default'; accepted: an object"),
+        ({"rope_parameters": "default"}, "rope_parameters: expected an object, got 'default'"),
     ],
 )
 def test_field_of_another_kind(copied, tmp_path, fields, message):
@@ -83,7 +83,7 @@ def test_part_of_a_config_that_is_no_object(copied, tmp_path, part):
     (folder / "config.json").write_text(
         json.dumps({"model_type": "llava"} | parts | {part: "published"})
     )
-    with pytest.raises(ValueError, match=f"{part} is 'published'; accepted: an object"):
+    with pytest.raises(ValueError, match=f"{part}: expected an object, got 'published'"):
         import_model(str(folder), tmp_path / "out")
 
 

@@ -29,7 +29,7 @@ def test_model_folder_that_cannot_be_exported(tmp_path, tiny_architecture, init,
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     facts = describe(str(tmp_path / "ours"))
     assert facts["uses"] == ["train", "generate", "evaluate"]
-    assert "moe.residual is true" in facts["not exported"]
+    assert "moe.residual: expected false" in facts["not exported"]
 
 
 def test_tower_alone(tmp_path):

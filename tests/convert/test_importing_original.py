@@ -100,7 +100,7 @@ def test_original_checkpoint_selects_its_layer(original, tmp_path):
 def test_settings_of_the_original_code_that_are_not_built(original, fields, tmp_path):
     source, tower = original(**fields)
     [(name, value)] = fields.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; accepted"):
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
         import_model(source, tmp_path / "a", vision=str(hf.save(tower, tmp_path / "vision")))
 
 
@@ -109,7 +109,10 @@ def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp
     with torch.no_grad():
         next(tower.parameters())[0] += 1
     vision = str(hf.save(tower, tmp_path / "vision"))
-    with pytest.raises(ValueError, match=r"has a tower of its own, whose .* is not that of"):
+    with pytest.raises(
+        ValueError,
+        match=r"--vision: expected the .* tower that .* was trained with, .*, in which .* differs",
+    ):
         import_model(source, tmp_path / "a", vision=vision)
 
 

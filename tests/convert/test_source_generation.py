@@ -18,7 +18,7 @@ DEEP = "[" * 21 + "]" * 21
 
 
 @pytest.mark.parametrize(
-    ("text", "field", "shown", "accepted"),
+    ("text", "field", "shown", "expected"),
     [
         ('{"temperature": 1e999}', "temperature", "inf", VALUES),
         ('{"a": NaN}', "a", "nan", VALUES),
@@ -34,12 +34,12 @@ DEEP = "[" * 21 + "]" * 21
         ('{"bos_token_id": {}}', "bos_token_id", "{}", IDS),
     ],
 )
-def test_setting_that_no_export_can_hold_is_refused(text, field, shown, accepted, tmp_path):
+def test_setting_that_no_export_can_hold_is_refused(text, field, shown, expected, tmp_path):
     file = tmp_path / "generation_config.json"
     file.write_text(text)
     with pytest.raises(ValueError) as error:
         read_generation(tmp_path)
-    assert str(error.value) == f"{file}: {field} is {shown}; accepted: {accepted}"
+    assert str(error.value) == f"{file}: {field}: expected {expected}, got {shown}"
 
 
 def test_settings_of_published_models_are_read_as_they_are(tmp_path):
@@ -102,10 +102,10 @@ def test_settings_that_are_kept_or_null_are_not_logged(caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "accepted"),
+    ("name", "value", "expected"),
     [("temperature", float("inf"), VALUES), ("eos_token_id", "x", IDS)],
 )
-def test_settings_of_a_changed_model_folder_are_refused(name, value, accepted, language, tmp_path):
+def test_settings_of_a_changed_model_folder_are_refused(name, value, expected, language, tmp_path):
     (language / "generation_config.json").unlink(missing_ok=True)
     import_model(str(language), tmp_path / "ours")
     file = tmp_path / "ours" / "model.json"
@@ -116,6 +116,6 @@ def test_settings_of_a_changed_model_folder_are_refused(name, value, accepted, l
     with pytest.raises(ValueError) as error:
         export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
     assert str(error.value) == (
-        f"{file}: source.imported.generation.{name} is {value!r}; accepted: {accepted}"
+        f"{file}: source.imported.generation.{name}: expected {expected}, got {value!r}"
     )
     assert not (tmp_path / "out").exists()

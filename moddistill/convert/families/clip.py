@@ -1,14 +1,14 @@
-"""CLIP's vision tower: names of tensors and fields of configs."""
+"""CLIP's vision tower: tensor names and config fields."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moddistill.convert.rules import FLATTEN, PATCH_KERNEL, Rule, Rules, linear_kernel
-from moddistill.errors import UserError
+from moddistill.errors import not_one_of
 from moddistill.models import limits
 from moddistill.models.vision import VisionConfig
 
-# Names of sizes here, and in a config.
+# Names of sizes in `VisionConfig`, and in a config of `transformers`.
 SIZES = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -18,39 +18,39 @@ SIZES = {
     "heads": "num_attention_heads",
     "norm_eps": "layer_norm_eps",
 }
-# The fields of a config that are read, and the largest value of those that are numbers.
-READ = limits.spelt(limits.VISION, SIZES) | {"hidden_act": None}
+# The fields that are read, with the largest value of numbers.
+READ_FIELDS = limits.spelt(limits.VISION, SIZES) | {"hidden_act": None}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 
 
 def layer_rules() -> Rules:
-    """The transformer layers, which SigLIP has under the same names."""
+    """Returns the rules of the transformer layers, which are those of SigLIP too."""
     layer = "encoder.layers.{layer}"
     path = "vision/layers/{layer}"
     rules = []
-    for theirs, ours in (("layer_norm1", "attention_norm"), ("layer_norm2", "mlp_norm")):
+    for hf_name, name in (("layer_norm1", "attention_norm"), ("layer_norm2", "mlp_norm")):
         rules += [
-            Rule(f"{layer}.{theirs}.weight", f"{path}/{ours}/scale"),
-            Rule(f"{layer}.{theirs}.bias", f"{path}/{ours}/bias"),
+            Rule(f"{layer}.{hf_name}.weight", f"{path}/{name}/scale"),
+            Rule(f"{layer}.{hf_name}.bias", f"{path}/{name}/bias"),
         ]
-    for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+    for hf_name, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
         rules += [
             Rule(
-                f"{layer}.self_attn.{theirs}.weight",
-                f"{path}/attention/{ours}/kernel",
+                f"{layer}.self_attn.{hf_name}.weight",
+                f"{path}/attention/{name}/kernel",
                 linear_kernel(),
             ),
-            Rule(f"{layer}.self_attn.{theirs}.bias", f"{path}/attention/{ours}/bias", FLATTEN),
+            Rule(f"{layer}.self_attn.{hf_name}.bias", f"{path}/attention/{name}/bias", FLATTEN),
         ]
     out = f"{layer}.self_attn.out_proj"
     rules += [
         Rule(f"{out}.weight", f"{path}/attention/out/kernel", linear_kernel(inputs=2)),
         Rule(f"{out}.bias", f"{path}/attention/out/bias"),
     ]
-    for theirs, ours in (("fc1", "up"), ("fc2", "down")):
+    for hf_name, name in (("fc1", "up"), ("fc2", "down")):
         rules += [
-            Rule(f"{layer}.mlp.{theirs}.weight", f"{path}/{ours}/kernel", linear_kernel()),
-            Rule(f"{layer}.mlp.{theirs}.bias", f"{path}/{ours}/bias"),
+            Rule(f"{layer}.mlp.{hf_name}.weight", f"{path}/{name}/kernel", linear_kernel()),
+            Rule(f"{layer}.mlp.{hf_name}.bias", f"{path}/{name}/bias"),
         ]
     return tuple(rules)
 
@@ -59,7 +59,7 @@ RULES: Rules = (
     Rule("embeddings.class_embedding", "vision/class_token"),
     Rule("embeddings.patch_embedding.weight", "vision/patch/kernel", PATCH_KERNEL),
     Rule("embeddings.position_embedding.weight", "vision/positions"),
-    # The misspelling is the published one.
+    # The misspelling is that of the published checkpoints.
     Rule("pre_layrnorm.weight", "vision/pre_norm/scale"),
     Rule("pre_layrnorm.bias", "vision/pre_norm/bias"),
     *layer_rules(),
@@ -71,29 +71,27 @@ RULES: Rules = (
 def vision_config(
     hf: Mapping[str, Any], select_layer: int, pixels: Mapping[str, Any], origin: str
 ) -> VisionConfig:
-    """The tower that a vision config states.
+    """Returns the architecture of a vision config.
 
     Args:
-      hf: fields with their defaults, as `transformers` gives them.
+      hf: fields with the defaults of `transformers`.
       select_layer: hidden state whose features are used, counted from the end.
-      pixels: `mean` and `std` of the pixels, where a processor's config states them.
+      pixels: `mean` and `std` of the pixels, if the image processor has them.
 
     Raises:
-      UserError: for an activation that is not built, or sizes that make no sense.
+      UserError: an unsupported activation, or sizes out of range.
     """
     activation = hf.get("hidden_act")
     if activation not in tuple(ACTIVATIONS):
-        raise UserError(
-            f"{origin}: hidden_act is {activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
-        )
+        raise not_one_of(f"{origin}: hidden_act", activation, ACTIVATIONS)
     return build_vision_config(
         hf, origin, select_layer=select_layer, activation=ACTIVATIONS[activation], **pixels
     )
 
 
 def build_vision_config(hf: Mapping[str, Any], origin: str, **others: Any) -> VisionConfig:
-    """The tower with the sizes of a config; UserError for those that make no sense."""
-    sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
+    """Returns a vision tower with the sizes of a config; UserError for sizes out of range."""
+    sizes = {name: hf.get(hf_name) for name, hf_name in SIZES.items()}
     limits.check_numbers(sizes, limits.VISION, origin, SIZES.get)
     config = VisionConfig(**(sizes | {"norm_eps": float(sizes["norm_eps"])}), **others)
     limits.check_vision(config, origin, lambda name: SIZES.get(name, name))
@@ -101,7 +99,7 @@ def build_vision_config(hf: Mapping[str, Any], origin: str, **others: Any) -> Vi
 
 
 def hf_config(vision: VisionConfig) -> dict[str, Any]:
-    """The fields of a vision config for a tower; the inverse of `vision_config`."""
+    """Returns the fields of a vision config; the inverse of `vision_config`."""
     return {
         "model_type": "clip_vision_model",
         "image_size": vision.image_size,

@@ -1,4 +1,4 @@
-"""Whole multimodal checkpoints: Hugging Face's LLaVA, and the original code's."""
+"""Multimodal checkpoints: LLaVA of `transformers`, and of LLaVA's own code."""
 
 import collections
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from moddistill.convert.families import clip, qwen, siglip
 from moddistill.convert.rules import Rule, Rules, linear_kernel, prefixed
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from moddistill.models.projector import projector_depth
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
@@ -16,18 +16,18 @@ TOWERS = {
     "clip_vision_model": clip,
     "siglip_vision_model": siglip,
 }
-# What holds a tower together with a text encoder, whose tensors are left alone.
+# Models of a vision tower and a text encoder, whose tensors are ignored.
 DUAL_ENCODERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
-# Prefixes of the decoder, the head, the tower and the projector in published checkpoints, which
-# every release of `transformers` loads, and vLLM's LlavaForConditionalGeneration too.
+# Prefixes of decoder, head, vision tower and projector in published checkpoints. All releases of
+# `transformers`, and vLLM, load them, so exports have them.
 PUBLISHED_PREFIXES = (
     "language_model.model.",
     "language_model.",
     "vision_tower.vision_model.",
     "multi_modal_projector.",
 )
-# All prefixes under which releases of `transformers` have saved them.
+# All prefixes with which releases of `transformers` save checkpoints.
 PREFIX_VARIANTS = (
     PUBLISHED_PREFIXES,
     ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
@@ -40,11 +40,11 @@ PREFIX_VARIANTS = (
     ("model.language_model.", "", "model.vision_tower.", "model.multi_modal_projector."),
 )
 
-# The fields of a config that are read, by its type, and the largest value of some numbers.
-READ = {
-    **qwen.READ,
-    "clip_vision_model": clip.READ,
-    "siglip_vision_model": clip.READ,
+# The fields that are read, by model type, with the largest value of numbers.
+READ_FIELDS = {
+    **qwen.READ_FIELDS,
+    "clip_vision_model": clip.READ_FIELDS,
+    "siglip_vision_model": clip.READ_FIELDS,
     "llava": dict.fromkeys(
         (
             "image_token_index",
@@ -71,7 +71,8 @@ PROJECTOR: Rules = tuple(
 
 
 def original_projector(kind: str) -> Rules:
-    """The original code's projector: a sequence that counts activations too, or one layer."""
+    """Returns the rules of a projector of LLaVA's code: an `nn.Sequential`, or one layer."""
+    # Indices of an `nn.Sequential` count the activations between linear layers.
     names = [f"{2 * i}." for i in range(projector_depth(kind))] if kind != "linear" else [""]
     return tuple(
         rule
@@ -83,9 +84,14 @@ def original_projector(kind: str) -> Rules:
     )
 
 
-def checkpoint_rules(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
-    """All rules of a multimodal checkpoint whose tower is of the family `tower`."""
-    decoder, head, vision, projector = spelling
+def checkpoint_rules(prefixes: tuple[str, str, str, str], tower: Any) -> Rules:
+    """Returns the rules of a multimodal checkpoint.
+
+    Args:
+      prefixes: an element of `PREFIX_VARIANTS`.
+      tower: module of the vision tower's family.
+    """
+    decoder, head, vision, projector = prefixes
     return (
         *prefixed(qwen.RULES + qwen.EXPERTS, decoder),
         *prefixed(qwen.HEAD, head),
@@ -95,43 +101,51 @@ def checkpoint_rules(spelling: tuple[str, str, str, str], tower: Any) -> Rules:
 
 
 def find_prefixes(names: Iterable[str], tower: Any) -> tuple[str, str, str, str]:
-    """The spelling that most names have; `tower` is the family of the tower."""
+    """Returns the prefixes with rules for most of the tensor names."""
 
-    def found(spelling: tuple[str, str, str, str]) -> int:
-        return sum(count[_shape(rule.name)] for rule in checkpoint_rules(spelling, tower))
+    def num_matches(prefixes: tuple[str, str, str, str]) -> int:
+        return sum(
+            counts[_without_numbers(rule.name)] for rule in checkpoint_rules(prefixes, tower)
+        )
 
-    count = collections.Counter(map(_shape, names))
-    return max(PREFIX_VARIANTS, key=found)
+    counts = collections.Counter(map(_without_numbers, names))
+    return max(PREFIX_VARIANTS, key=num_matches)
 
 
-def _shape(name: str) -> str:
-    """A name without the numbers of its layer and expert."""
+def _without_numbers(name: str) -> str:
+    """Replaces the numbers of layer and expert in the name of a tensor or rule."""
     return re.sub(r"\{\w+\}|\d+", "#", name)
 
 
 def tower_family(vision: VisionConfig) -> Any:
-    """The family a tower belongs to."""
+    """Returns the module of a vision tower's family."""
     return clip if vision.class_token else siglip
 
 
 def select_layer(hf: Mapping[str, Any], origin: str) -> int:
-    """The hidden state of the tower that a LLaVA config selects; UserError for several."""
+    """Returns the hidden state of the vision tower that a LLaVA config selects.
+
+    Raises:
+      UserError: several hidden states, one counted from the start, or features that are not exactly
+        those of the patches.
+    """
     layer = hf.get("vision_feature_layer")
     strategy = hf.get("vision_feature_select_strategy")
-    wanted = "default" if hf["vision_config"]["model_type"] == "clip_vision_model" else "full"
+    expected = "default" if hf["vision_config"]["model_type"] == "clip_vision_model" else "full"
     if type(layer) is not int or layer >= 0:
-        raise UserError(f"{origin}: vision_feature_layer is {layer!r:.80}; accepted: one below 0")
-    if strategy != wanted:
-        raise UserError(
-            f"{origin}: vision_feature_select_strategy is {strategy!r:.80}; accepted: {wanted!r} "
-            f"for {hf['vision_config']['model_type']}, so that its patches are kept and no other "
-            "token"
+        raise invalid(f"{origin}: vision_feature_layer", layer, "one whole number below 0")
+    if strategy != expected:
+        kind = hf["vision_config"]["model_type"]
+        raise invalid(
+            f"{origin}: vision_feature_select_strategy",
+            strategy,
+            f"{expected!r} for {kind}, which selects all patches and no other token",
         )
     return layer
 
 
 def check_original(fields: Mapping[str, Any], origin: str) -> None:
-    """Raises UserError for settings of the original code that are not built here."""
+    """Raises UserError for unsupported settings of LLaVA's code."""
     accepted = {
         "mm_vision_select_feature": ("patch", None),
         "mm_use_im_start_end": (False, None),
@@ -139,34 +153,29 @@ def check_original(fields: Mapping[str, Any], origin: str) -> None:
     }
     for name, values in accepted.items():
         if fields.get(name) not in values:
-            raise UserError(f"{origin}: {name} is {fields[name]!r:.80}; accepted: {values[0]!r}")
+            raise invalid(f"{origin}: {name}", fields[name], repr(values[0]))
 
 
 def check_projector(hf: Mapping[str, Any], origin: str) -> None:
     """Raises UserError unless the projector is two layers with exact GELU and biases."""
-    found = hf["projector_hidden_act"], hf.get("multimodal_projector_bias", True)
-    if found != ("gelu", True):
-        raise UserError(
-            f"{origin}: projector_hidden_act and multimodal_projector_bias are {found!r:.80}; "
-            "accepted: ('gelu', True)"
-        )
+    settings = hf["projector_hidden_act"], hf.get("multimodal_projector_bias", True)
+    if settings != ("gelu", True):
+        names = "projector_hidden_act and multimodal_projector_bias"
+        raise invalid(f"{origin}: {names}", settings, "('gelu', True)")
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a LLaVA config for a multimodal model.
+    """Returns the fields of a LLaVA config for a multimodal model.
 
     Raises:
-      UserError: for a projector that LLaVA has no place for.
+      UserError: another projector than `mlp2x_gelu`, or `<image>` has no embedding row.
     """
     if config.projector != "mlp2x_gelu":
-        raise UserError(
-            f"projector is {config.projector!r}; LlavaForConditionalGeneration holds mlp2x_gelu"
-        )
+        expected = "'mlp2x_gelu', the one of LlavaForConditionalGeneration"
+        raise invalid("projector", config.projector, expected)
     if config.image_token >= config.decoder.vocab_size:
-        raise UserError(
-            f"the image token is {config.image_token}, the embedding has "
-            f"{config.decoder.vocab_size} rows; accepted: an id with a row"
-        )
+        expected = f"an id below {config.decoder.vocab_size}, the rows of the embedding"
+        raise invalid("image_token", config.image_token, expected)
     vision = config.vision
     return {
         "architectures": ["LlavaForConditionalGeneration"],

@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2, Qwen2.5 and Qwen3, dense and sparse: names of tensors and fields of configs."""
+"""Qwen1.5, Qwen2, Qwen2.5 and Qwen3, dense and sparse: tensor names and config fields."""
 
 import re
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 from moddistill.config import ExpertConfig
 from moddistill.convert.hub import sub_config
 from moddistill.convert.rules import FLATTEN, Rule, Rules, linear_kernel
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.models import limits
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vocabulary import IdRanges
 
-# Below `model.`; the head stands beside it.
+# Names without the prefix `model.`, which the head does not have.
 RULES: Rules = (
     Rule("embed_tokens.weight", "decoder/embedding"),
     Rule("norm.weight", "decoder/norm/scale"),
@@ -60,7 +60,7 @@ HEAD: Rules = (Rule("lm_head.weight", "decoder/head"),)
 
 
 def expert_rules(router: str, expert: str) -> Rules:
-    """The rules of expert layers, from the names of a router and of an expert below `mlp.`."""
+    """Returns the rules of expert layers, from the names of router and experts after `mlp.`."""
     return (
         Rule(
             f"layers.{{layer}}.mlp.{router}.weight",
@@ -83,13 +83,13 @@ DEEPSPEED_EXPERTS = expert_rules("deepspeed_moe.gate.wg", "deepspeed_moe.experts
 
 DENSE_TYPES = ("qwen2", "qwen3")
 SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
-# Of the one expert that all tokens pass, which Qwen2-MoE has and an exported student has not: its
-# weights are zero.
+# Qwen2-MoE adds a shared expert for all tokens. Students have none: exports contain one with zero
+# weights.
 SHARED_EXPERT = r"layers\.\d+\.mlp\.shared_expert(_gate|\..*_proj)\.weight"
 SHARED_WIDTH = 64
 
 
-# Names of sizes here, and in a config.
+# Names of sizes in `DecoderConfig`, and in a config of `transformers`.
 _SIZES = {
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -106,37 +106,35 @@ _EXPERT_SIZES = {
     "top_k": "num_experts_per_tok",
     "moe_intermediate_size": "moe_intermediate_size",
 }
-_OTHERS = (
+_OTHER_FIELDS = (
     "hidden_act", "rope_parameters", "rope_scaling", "tie_word_embeddings",
     "max_position_embeddings", "use_sliding_window", "attention_bias",
 )  # fmt: skip
-_SPARSE = ("num_local_experts", "mlp_only_layers", "norm_topk_prob", "decoder_sparse_step")
-_READ = limits.spelt(limits.DECODER, _SIZES) | dict.fromkeys(_OTHERS)
-_READ_SPARSE = _READ | limits.spelt(limits.EXPERTS, _EXPERT_SIZES) | dict.fromkeys(_SPARSE)
-# The fields that are read, by model type, and the largest value of those that are numbers.
-READ = dict.fromkeys(DENSE_TYPES, _READ) | dict.fromkeys(SPARSE_TYPES, _READ_SPARSE)
-# What a config has to state to be read without the defaults of `transformers`.
-_NEEDED = (*_SIZES.values(), "hidden_act", "tie_word_embeddings")
-NEEDED = {"qwen2": tuple(x for x in _NEEDED if x != "head_dim"), "qwen3": _NEEDED}
-_CONTEXT = 1_000_000_000
+_SPARSE_FIELDS = ("num_local_experts", "mlp_only_layers", "norm_topk_prob", "decoder_sparse_step")
+_READ = limits.spelt(limits.DECODER, _SIZES) | dict.fromkeys(_OTHER_FIELDS)
+_READ_SPARSE = _READ | limits.spelt(limits.EXPERTS, _EXPERT_SIZES) | dict.fromkeys(_SPARSE_FIELDS)
+# The fields that are read, by model type, with the largest value of numbers.
+READ_FIELDS = dict.fromkeys(DENSE_TYPES, _READ) | dict.fromkeys(SPARSE_TYPES, _READ_SPARSE)
+# A config with these fields is read without the defaults of `transformers`.
+_REQUIRED = (*_SIZES.values(), "hidden_act", "tie_word_embeddings")
+REQUIRED_FIELDS = {"qwen2": tuple(x for x in _REQUIRED if x != "head_dim"), "qwen3": _REQUIRED}
+_MAX_CONTEXT = 1_000_000_000
 
 
 def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> DecoderConfig:
-    """The architecture that a text config states.
+    """Returns the architecture of a text config.
 
     Args:
-      hf: fields with their defaults, as `transformers` gives them.
-      real_ids: ids of the tokenizer, without `<image>`.
+      hf: fields with the defaults of `transformers`.
+      real_ids: ids of the tokenizer without `<image>`.
 
     Raises:
-      UserError: for another model type, or a field whose effect is not built.
+      UserError: another model type, an unsupported setting, or a size out of range.
     """
     kind = hf.get("model_type")
     if kind not in DENSE_TYPES + SPARSE_TYPES:
-        raise UserError(
-            f"{origin}: text model {kind!r:.80} is unknown; accepted: "
-            + ", ".join(DENSE_TYPES + SPARSE_TYPES)
-        )
+        raise not_one_of(f"{origin}: model_type", kind, DENSE_TYPES + SPARSE_TYPES)
+    # Releases before 5 have `rope_theta` and `rope_scaling` instead of `rope_parameters`.
     scaling = sub_config(hf, "rope_scaling", origin)
     rope = sub_config(hf, "rope_parameters", origin) or {
         "rope_theta": hf.get("rope_theta"),
@@ -152,20 +150,18 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
     }
     for field, (value, accepted) in checks.items():
         if value not in accepted:
-            raise UserError(f"{origin}: {field} is {value!r:.80}; accepted: {accepted[0]!r}")
-    sizes = {ours: hf.get(theirs) for ours, theirs in _SIZES.items()}
+            raise invalid(f"{origin}: {field}", value, repr(accepted[0]))
+    sizes = {name: hf.get(hf_name) for name, hf_name in _SIZES.items()}
     sizes |= {"rope_theta": rope.get("rope_theta")}
     sizes["kv_heads"] = sizes["heads"] if sizes["kv_heads"] is None else sizes["kv_heads"]
     stated = {name: most for name, most in limits.DECODER.items() if name != "head_dim"}
-    limits.check_numbers(sizes, stated, origin, _spell)
+    limits.check_numbers(sizes, stated, origin, _hf_name)
     if sizes["head_dim"] is None:
         sizes["head_dim"] = sizes["width"] // sizes["heads"]
-    limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _spell)
+    limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _hf_name)
     if real_ids[-1][1] > hf["vocab_size"]:
-        raise UserError(
-            f"{origin}: the tokenizer has {real_ids[-1][1]} ids, the embedding "
-            f"{hf['vocab_size']} rows"
-        )
+        expected = f"at least {real_ids[-1][1]}, the ids of the tokenizer"
+        raise invalid(f"{origin}: vocab_size", hf["vocab_size"], expected)
     floats = {name: float(sizes[name]) for name in ("rope_theta", "norm_eps")}
     decoder = DecoderConfig(
         real_ids=real_ids,
@@ -175,33 +171,31 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         moe=_moe_config(hf, origin) if kind in SPARSE_TYPES else None,
     )
-    limits.check_decoder(decoder, origin, _spell)
+    limits.check_decoder(decoder, origin, _hf_name)
     return decoder
 
 
-def _spell(name: str) -> str:
-    """The name of a size in a config."""
+def _hf_name(name: str) -> str:
+    """Returns the name of a size in a config of `transformers`."""
     return (_SIZES | _EXPERT_SIZES).get(name, name)
 
 
 def context_length(hf: Mapping[str, Any], origin: str) -> int | None:
-    """Positions that a language model was made for; None if its config does not say."""
+    """Returns the context length of a language model; None if its config has none."""
     if hf.get("max_position_embeddings") is None:
         return None
     context = {"max_position_embeddings": hf["max_position_embeddings"]}
-    limits.check_numbers(context, {"max_position_embeddings": _CONTEXT}, origin)
+    limits.check_numbers(context, {"max_position_embeddings": _MAX_CONTEXT}, origin)
     return hf["max_position_embeddings"]
 
 
 def _moe_config(hf: Mapping[str, Any], origin: str) -> ExpertConfig:
-    sizes = {ours: hf.get(theirs) for ours, theirs in _EXPERT_SIZES.items()}
+    sizes = {name: hf.get(hf_name) for name, hf_name in _EXPERT_SIZES.items()}
     sizes["num_experts"] = sizes["num_experts"] or hf.get("num_local_experts")
-    limits.check_numbers(sizes, limits.EXPERTS, origin, _spell)
+    limits.check_numbers(sizes, limits.EXPERTS, origin, _hf_name)
     dense = hf.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise UserError(
-            f"{origin}: mlp_only_layers is {dense!r:.80}; accepted: a list of layers' numbers"
-        )
+        raise invalid(f"{origin}: mlp_only_layers", dense, "a list of layer numbers")
     if sizes["moe_intermediate_size"] == hf["intermediate_size"]:
         sizes["moe_intermediate_size"] = 0
     return ExpertConfig(
@@ -212,7 +206,7 @@ def _moe_config(hf: Mapping[str, Any], origin: str) -> ExpertConfig:
 
 
 def text_config(decoder: DecoderConfig) -> dict[str, Any]:
-    """The fields of a text config for an architecture; the inverse of `decoder_config`."""
+    """Returns the fields of a text config; the inverse of `decoder_config`."""
     kind = "qwen3" if decoder.qk_norm else "qwen2"
     fields = {
         "model_type": kind,
@@ -227,7 +221,7 @@ def text_config(decoder: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": decoder.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
-        "rope_theta": decoder.rope_theta,  # where releases before 5 look for it
+        "rope_theta": decoder.rope_theta,  # the name in releases before 5
         "tie_word_embeddings": decoder.tied_head,
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
@@ -254,7 +248,7 @@ def _sparse_fields(decoder: DecoderConfig, kind: str) -> dict[str, Any]:
 
 
 def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Names below `model.` and shapes of the zero tensors that a sparse export carries along."""
+    """Returns names after `model.` and shapes of the zero shared experts of a sparse export."""
     if decoder.qk_norm or decoder.moe is None:
         return {}
     shapes = {
@@ -273,29 +267,29 @@ def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
 def deepspeed_moe(
     fields: Mapping[str, Any], names: Mapping[str, Any], origin: str
 ) -> ExpertConfig | None:
-    """The experts of an original sparse checkpoint, counted by their names; None for a dense one.
+    """Returns the experts of a sparse checkpoint of LLaVA-MoD's code; None for a dense one.
+
+    Its config does not have the number of experts and their layers; tensor names do.
 
     Raises:
-      UserError: if the config does not say how many experts a token takes.
+      UserError: the config lacks `moe.top_k_experts`, or the experts are residual.
     """
-    experts = r"mlp\.deepspeed_moe\.experts\.deepspeed_experts"
-    pattern = rf"model\.layers\.(\d{{1,9}})\.{experts}\.(\d{{1,9}})\..*"
-    found = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
-    if not found:
+    module = r"mlp\.deepspeed_moe\.experts\.deepspeed_experts"
+    pattern = rf"model\.layers\.(\d{{1,9}})\.{module}\.(\d{{1,9}})\..*"
+    experts = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
+    if not experts:
         return None
     moe = sub_config(fields, "moe", origin)
     if "top_k_experts" not in moe:
-        raise UserError(f"{origin} has no moe.top_k_experts, but the weights have experts")
+        raise UserError(f"{origin}: expected moe.top_k_experts for weights with experts, got none")
     if moe.get("use_residual"):
-        raise UserError(
-            f"{origin}: moe.use_residual is {moe['use_residual']!r:.80}; accepted: false"
-        )
+        raise invalid(f"{origin}: moe.use_residual", moe["use_residual"], "false")
     top_k = moe["top_k_experts"]
     limit = {"moe.top_k_experts": limits.EXPERTS["top_k"]}
     limits.check_numbers({"moe.top_k_experts": top_k}, limit, origin)
     return ExpertConfig(
-        num_experts=1 + max(int(expert) for _, expert in found),
+        num_experts=1 + max(int(expert) for _, expert in experts),
         top_k=top_k,
-        placement=tuple(sorted({int(layer) for layer, _ in found})),
+        placement=tuple(sorted({int(layer) for layer, _ in experts})),
         norm_topk_prob=top_k >= 2,
     )

@@ -1,11 +1,11 @@
-"""SigLIP's vision tower: no class token, no first norm, a bias on patches, all patches kept."""
+"""SigLIP's vision tower: as CLIP, without class token and pre-norm, with a bias on patches."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moddistill.convert.families import clip
 from moddistill.convert.rules import PATCH_KERNEL, Rule, Rules
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from moddistill.models.vision import VisionConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -22,12 +22,10 @@ RULES: Rules = (
 def vision_config(
     hf: Mapping[str, Any], select_layer: int, pixels: Mapping[str, Any], origin: str
 ) -> VisionConfig:
-    """The tower that a vision config states; arguments and errors as in `clip`."""
+    """Returns the architecture of a vision config; arguments and errors as in `clip`."""
     activation = hf.get("hidden_act")
     if activation != "gelu_pytorch_tanh":
-        raise UserError(
-            f"{origin}: hidden_act is {activation!r:.80}; accepted: 'gelu_pytorch_tanh'"
-        )
+        raise invalid(f"{origin}: hidden_act", activation, "'gelu_pytorch_tanh'")
     return clip.build_vision_config(
         hf,
         origin,
@@ -41,7 +39,7 @@ def vision_config(
 
 
 def hf_config(vision: VisionConfig) -> dict[str, Any]:
-    """The fields of a vision config for a tower; the inverse of `vision_config`."""
+    """Returns the fields of a vision config; the inverse of `vision_config`."""
     return clip.hf_config(vision) | {
         "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
