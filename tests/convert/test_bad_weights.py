@@ -104,7 +104,7 @@ def test_parts_that_do_not_belong_together(language, tmp_path, small_tokenizer):
     vision = hf.save(hf.clip_tower(), tmp_path / "vision")
     with pytest.raises(
         ValueError,
-        match="--hf: expected a language model; a vision tower is passed as --vision, got ",
+        match=r"^--hf: expected a language model; .* --vision, got ",
     ):
         import_model(str(vision), tmp_path / "out")
     with pytest.raises(ValueError, match="--vision: expected a CLIP or SigLIP model, got "):
@@ -177,9 +177,7 @@ def test_hub_behind_a_proxy_that_refuses(tmp_path, monkeypatch):
         raise ProxyError("403 Forbidden")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(
-        ValueError, match=r"a hub name that can be downloaded, got .* \(403 Forbidden\)"
-    ):
+    with pytest.raises(ValueError, match=r"can be downloaded, got .* \(403 Forbidden\)"):
         import_model("Qwen/Qwen2-0.5B", tmp_path / "out")
 
 

@@ -185,7 +185,7 @@ def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, how, tmp_path, t
         (ExpertConfig(residual=True), "moe.residual: expected false, .*, got True"),
         (
             ExpertConfig(dispatch="capacity"),
-            "moe.dispatch: expected 'dropless', .*, got 'capacity'",
+            "dispatch: expected 'dropless', .*, got 'capacity'",
         ),
     ],
 )
