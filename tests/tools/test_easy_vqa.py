@@ -215,9 +215,7 @@ def test_failed_build_leaves_no_folder(source, tmp_path, monkeypatch):
 
 
 def test_too_many_preference_pairs_are_an_error(source, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"pairs: expected fewer, .* of kind 'no'.*, got \d+"
-    ):
+    with pytest.raises(ValueError, match=r"pairs: expected fewer, .* of kind 'no'.*, got \d+"):
         build(tmp_path / "out", Options(preference_pairs=10_000))
 
 
