@@ -1,11 +1,11 @@
-"""Weights in and out.
+"""Imports, upcycles, exports and inspects weights.
 
     python -m tools.convert_weights import --hf DIR_OR_NAME [--vision DIR_OR_NAME] --out DIR
     python -m tools.convert_weights upcycle --model DIR --num_experts 4 --top_k 2 --out DIR
     python -m tools.convert_weights export --model DIR --out DIR [--max_shard_size 5GB]
     python -m tools.convert_weights inspect DIR
 
-A folder that exists is only replaced with --overwrite; an interrupted command leaves none.
+An existing folder is only replaced with --overwrite; an interrupted command leaves no folder.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.cli.parser import Parser, user_errors
+from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.config import TEMPLATES, UPCYCLE_METHODS, ExpertConfig, Placement, UpcycleConfig
 from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
@@ -28,7 +28,7 @@ from moddistill.storage.shards import parse_size
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m tools.convert_weights`."""
+    """Runs a command of the converter."""
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("moddistill").setLevel(logging.INFO)
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _import_arguments(commands.add_parser("import", help="Hugging Face weights to a model folder"))
     _upcycle_arguments(commands.add_parser("upcycle", help="a dense model folder to a sparse one"))
     _export_arguments(commands.add_parser("export", help="a model folder to Hugging Face weights"))
-    inspect = commands.add_parser("inspect", help="what a folder holds")
+    inspect = commands.add_parser("inspect", help="parameters, dtypes and uses of a folder")
     inspect.add_argument("folder", help="model folder, Hugging Face folder or hub name")
     inspect.set_defaults(run=lambda args: print(json.dumps(describe(args.folder), indent=2)))
     return parser
@@ -50,11 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, help="folder or hub name of the model")
-    parser.add_argument("--vision", default="", help="folder or hub name of the tower")
+    parser.add_argument("--vision", default="", help="folder or hub name of a vision tower")
     parser.add_argument("--projector", default="", help="mm_projector.bin or safetensors")
     parser.add_argument("--template", default="", help=", ".join(TEMPLATES))
     parser.add_argument("--select_layer", type=int, help="hidden state of the tower, such as -2")
-    parser.add_argument("--seed", type=int, default=0, help="of a new projector")
+    parser.add_argument(
+        "--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of a new projector"
+    )
     _output_arguments(parser)
     parser.set_defaults(run=_import)
 
@@ -73,7 +75,9 @@ def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise_std", type=float, default=0.0, help="for --upcycle noise")
     parser.add_argument("--drop_fraction", type=float, default=0.0, help="for --upcycle drop")
     parser.add_argument("--moe_intermediate_size", type=int, default=0, help="splits each expert")
-    parser.add_argument("--seed", type=int, default=0, help="of routers, noise and drops")
+    parser.add_argument(
+        "--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of routers, noise and drops"
+    )
     _output_arguments(parser)
     parser.set_defaults(run=_upcycle)
 
@@ -135,7 +139,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _print_written(folder: Path, config: ModelConfig) -> None:
     total, activated = parameter_counts(config)
-    print(f"{folder}: {total:,} parameters, {activated:,} of them for a token")
+    print(f"{folder}: {total:,} parameters, {activated:,} activated per token")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def multimodal(tmp_path_factory, small_tokenizer, sparse):
     "name",
     ["CLIP and Qwen2", "SigLIP and Qwen3", "sparse CLIP and Qwen2", "sparse SigLIP and Qwen2"],
 )
-def test_three_questions_on_images(name, multimodal, image_files, small_tokenizer):
+def test_batched_answers_about_images_equal_single_ones(
+    name, multimodal, image_files, small_tokenizer
+):
     """With nothing but the folder: processor, padding, generation settings."""
     ours, out = multimodal(name)
     processor = AutoProcessor.from_pretrained(out)
@@ -112,7 +114,7 @@ def test_three_questions_on_images(name, multimodal, image_files, small_tokenize
 
 
 @pytest.mark.parametrize("moe", [None, ExpertConfig()], ids=["dense", "sparse"])
-def test_three_questions_to_a_language_model(
+def test_batched_answers_of_a_language_model_equal_single_ones(
     moe, tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = tiny_architecture("tiny", moe) if moe else tiny_architecture("tiny")
@@ -138,7 +140,7 @@ def test_three_questions_to_a_language_model(
     assert answers == [found.token_ids for found in expected]
 
 
-def test_inputs_are_those_that_decoders_take(multimodal):
+def test_tokenizer_outputs_only_inputs_of_decoders(multimodal):
     """Releases before 5 make `token_type_ids` too if the tokenizer does not state its inputs."""
     _, out = multimodal("CLIP and Qwen2")
     stated = json.loads((out / "tokenizer_config.json").read_text())

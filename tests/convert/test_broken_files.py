@@ -47,7 +47,7 @@ def copied(made, tmp_path):
     ],
     ids=["tokenizer", "half a tokenizer", "config", "weights"],
 )
-def test_corrupt_file(copied, tmp_path, file, content, message):
+def test_corrupt_file_is_an_error_that_names_it(copied, tmp_path, file, content, message):
     folder = copied("hf")
     (folder / file).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -64,7 +64,7 @@ def test_corrupt_file(copied, tmp_path, file, content, message):
         ({"rope_parameters": "default"}, "rope_parameters: expected an object, got 'default'"),
     ],
 )
-def test_field_of_another_kind(copied, tmp_path, fields, message):
+def test_config_field_of_another_type_is_an_error(copied, tmp_path, fields, message):
     """With everything else stated, so that the defaults of `transformers` are not asked for."""
     folder = copied("hf")
     config = json.loads((folder / "config.json").read_text()) | {"rope_theta": None} | fields
@@ -74,7 +74,7 @@ def test_field_of_another_kind(copied, tmp_path, fields, message):
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
-def test_part_of_a_config_that_is_no_object(copied, tmp_path, part):
+def test_config_part_that_is_no_object_is_an_error(copied, tmp_path, part):
     folder = copied("hf")
     parts = {
         "text_config": {"model_type": "qwen2"},
@@ -87,7 +87,7 @@ def test_part_of_a_config_that_is_no_object(copied, tmp_path, part):
         import_model(str(folder), tmp_path / "out")
 
 
-def test_tower_of_another_kind(made, copied, tmp_path):
+def test_vision_config_field_of_another_type_is_an_error(made, copied, tmp_path):
     vision = copied("vision")
     config = json.loads((vision / "config.json").read_text()) | {"hidden_size": "24"}
     (vision / "config.json").write_text(json.dumps(config))
@@ -106,7 +106,7 @@ def test_tower_of_another_kind(made, copied, tmp_path):
     ],
     ids=["deep", "negative", "text", "fraction", "offset"],
 )
-def test_header_of_safetensors(tmp_path, header, message):
+def test_invalid_safetensors_header_is_an_error(tmp_path, header, message):
     if isinstance(header, dict):
         header = json.dumps({"a": {"dtype": "F32"} | header})
     file = tmp_path / "x.safetensors"
@@ -115,13 +115,13 @@ def test_header_of_safetensors(tmp_path, header, message):
         read_safetensors(file)
 
 
-def test_index_that_is_deeply_nested(tmp_path):
+def test_deeply_nested_index_is_an_error(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(DEEP)
     with pytest.raises(ValueError, match=r"index\.json: expected JSON, got .*recursion"):
         open_checkpoint(tmp_path)
 
 
-def test_all_shards_that_are_missing_are_named(tmp_path):
+def test_all_missing_shards_are_listed(tmp_path):
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
@@ -130,7 +130,7 @@ def test_all_shards_that_are_missing_are_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_whole_file_beside_an_old_index(copied):
+def test_single_file_takes_precedence_over_a_stale_index(copied):
     folder = copied("hf")
     index = {"weight_map": {"a": "one.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -147,7 +147,7 @@ def test_whole_file_beside_an_old_index(copied):
     ],
     ids=["list", "deep", "empty", "source"],
 )
-def test_description_of_a_model_folder(copied, tmp_path, content, message):
+def test_invalid_model_json_is_an_error(copied, tmp_path, content, message):
     folder = copied("ours")
     (folder / "model.json").write_text(content)
     for use in (
@@ -158,7 +158,7 @@ def test_description_of_a_model_folder(copied, tmp_path, content, message):
             use(folder)
 
 
-def test_model_folder_without_parameters(copied, tmp_path):
+def test_model_folder_without_parameters_is_an_error(copied, tmp_path):
     folder = copied("ours")
     shutil.rmtree(folder / "params")
     for use in (

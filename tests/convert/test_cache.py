@@ -30,7 +30,7 @@ def llava(tmp_path, tokenizer):
     return hf.save(model, tmp_path / "llava", tokenizer)
 
 
-def test_folder_is_imported_once_and_again_when_it_has_changed(llava, cache):
+def test_folder_is_imported_once_until_it_changes(llava, cache):
     model, params = moddistill.load(llava)
     assert isinstance(model, Vlm)
     [folder] = cache.iterdir()
@@ -43,7 +43,7 @@ def test_folder_is_imported_once_and_again_when_it_has_changed(llava, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_generate_takes_it(llava, capsys, tmp_path, tiny_config):
+def test_generate_accepts_a_hugging_face_folder(llava, capsys, tmp_path, tiny_config):
     [source] = tiny_config("sft").data.sources.values()
     picture = f"{source.images}/0.png"
     generate.main(
@@ -56,7 +56,9 @@ def test_generate_takes_it(llava, capsys, tmp_path, tiny_config):
     assert len(answer["token_ids"]) <= 2
 
 
-def test_student_and_teacher_of_a_stage(llava, tiny_config, tmp_path, tokenizer):
+def test_student_and_teacher_of_a_stage_may_be_hugging_face_folders(
+    llava, tiny_config, tmp_path, tokenizer
+):
     teacher = hf.llava(
         hf.Text(width=56, heads=14, kv_heads=2, tied=False).config(),
         hf.clip_config(),
@@ -75,14 +77,14 @@ def test_student_and_teacher_of_a_stage(llava, tiny_config, tmp_path, tokenizer)
     assert read_model_config(folder).decoder.width == 32
 
 
-def test_name_that_is_nothing(tmp_path):
+def test_name_that_is_neither_folder_nor_hub_name_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"is not a model folder: it has no model\.json"):
         moddistill.load(tmp_path / "none")
     with pytest.raises(ValueError, match=r"can be downloaded, got 'org/name' \("):
         moddistill.load("org/name")
 
 
-def test_folder_that_another_process_imported_meanwhile(llava, cache, monkeypatch):
+def test_concurrent_import_by_another_run_is_used(llava, cache, monkeypatch):
     def slow(source, folder):
         import_model(source, folder)
         import_model(source, folder)

@@ -63,7 +63,7 @@ def ids_of(tokenizer, pieces):
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
-def test_template_renders_what_training_saw(template, turns, qwen, tmp_path):
+def test_chat_template_renders_the_training_text(template, turns, qwen, tmp_path):
     loaded = theirs(qwen, template, tmp_path)
     text = loaded.apply_chat_template(messages(turns), tokenize=False)
     assert text == "".join(piece.text for piece in render(template, turns))
@@ -72,7 +72,7 @@ def test_template_renders_what_training_saw(template, turns, qwen, tmp_path):
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
-def test_generation_prompt(template, turns, qwen, tmp_path):
+def test_generation_prompt_equals_that_of_generate(template, turns, qwen, tmp_path):
     *history, (question, answer) = turns
     loaded = theirs(qwen, template, tmp_path)
     asked = messages([*history, (question, answer)])[:-1]
@@ -81,7 +81,7 @@ def test_generation_prompt(template, turns, qwen, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["without a picture", "code and spaces"])
-def test_chatml_is_what_qwen_itself_was_tuned_with(name, qwen, tmp_path):
+def test_chatml_equals_the_published_template_of_qwen(name, qwen, tmp_path):
     turns = CONVERSATIONS[name]
     loaded = theirs(qwen, "chatml", tmp_path)
     said = [
@@ -97,14 +97,14 @@ def test_chatml_is_what_qwen_itself_was_tuned_with(name, qwen, tmp_path):
     assert asked == "".join(piece.text for piece in prompt("chatml", turns[:-1], turns[-1][0]))
 
 
-def test_plain_template(qwen, tmp_path):
+def test_plain_template_renders_image_and_caption(qwen, tmp_path):
     loaded = theirs(qwen, "plain", tmp_path)
     turns = [("<image>\nignored", "a red cup")]
     text = loaded.apply_chat_template(messages(turns), tokenize=False)
     assert text == "".join(piece.text for piece in render("plain", turns)) == "<image>a red cup\n"
 
 
-def test_system_message_replaces_the_usual_one(qwen, tmp_path):
+def test_system_message_replaces_the_default_one(qwen, tmp_path):
     loaded = theirs(qwen, "chatml", tmp_path)
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = loaded.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -131,13 +131,13 @@ def test_label_mask_covers_answers_and_their_ends(template, name, qwen):
     assert decoded == [f"{space}{answer}{end}" for _, answer in turns]
 
 
-def test_unknown_template():
+def test_unknown_template_is_an_error():
     with pytest.raises(ValueError, match=r"template: expected one of .*, got 'chatml2'"):
         chat_template("chatml2")
     assert set(TEMPLATES) == {"chatml", "vicuna", "plain"}
 
 
-def test_template_without_tokens_of_chatml_is_warned_of(tmp_path, caplog):
+def test_template_without_chatml_tokens_logs_a_warning(tmp_path, caplog):
     (tmp_path / "chat_template.jinja").write_text("USER: {{ messages }} ASSISTANT:")
     assert detect_template(tmp_path) == "chatml"
     assert "imported with the template chatml, unless --template names another" in caplog.text

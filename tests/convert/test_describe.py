@@ -17,14 +17,16 @@ def count(state):
     return sum(math.prod(x.shape) for x in state.values())
 
 
-def test_model_folder(tiny_models):
+def test_inspect_of_a_model_folder(tiny_models):
     facts = describe(str(tiny_models["dense"]))
     assert facts["uses"] == ["train", "generate", "evaluate", "upcycle", "export"]
     assert facts["parameters"] == sum(facts["parts"].values()) > facts["activated"]
     assert "upcycle" not in describe(str(tiny_models["sparse"]))["uses"]
 
 
-def test_model_folder_that_cannot_be_exported(tmp_path, tiny_architecture, init, small_tokenizer):
+def test_inspect_reports_why_a_model_folder_cannot_be_exported(
+    tmp_path, tiny_architecture, init, small_tokenizer
+):
     config = tiny_architecture("tiny", ExpertConfig(residual=True))
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     facts = describe(str(tmp_path / "ours"))
@@ -32,7 +34,7 @@ def test_model_folder_that_cannot_be_exported(tmp_path, tiny_architecture, init,
     assert "moe.residual: expected false" in facts["not exported"]
 
 
-def test_tower_alone(tmp_path):
+def test_inspect_of_a_vision_tower(tmp_path):
     folder = hf.save(hf.clip_tower(), tmp_path / "vision")
     facts = describe(str(folder))
     size = count(load_file(folder / "model.safetensors"))
@@ -41,7 +43,7 @@ def test_tower_alone(tmp_path):
     assert "activated" not in facts
 
 
-def test_projector_alone(tmp_path):
+def test_inspect_of_a_projector_file(tmp_path):
     state = {"model.mm_projector.0.weight": torch.zeros(4, 3).half()}
     torch.save(state, tmp_path / "mm_projector.bin")
     assert describe(str(tmp_path / "mm_projector.bin")) == {
@@ -60,7 +62,7 @@ def llava(tmp_path, small_tokenizer):
     return hf.save(model, tmp_path / "hf", small_tokenizer)
 
 
-def test_whole_model_and_one_with_a_tensor_too_few(llava):
+def test_inspect_of_a_complete_model_and_of_one_without_a_tensor(llava):
     facts = describe(str(llava))
     file = llava / "model.safetensors"
     state = load_file(file)
@@ -73,7 +75,7 @@ def test_whole_model_and_one_with_a_tensor_too_few(llava):
     assert facts["not imported"][1:] == ["  missing language_model.model.norm.weight (32,)"]
 
 
-def test_model_of_the_original_code_without_its_tower(llava, small_tokenizer, tmp_path):
+def test_inspect_of_a_checkpoint_of_llavas_code_without_tower(llava, small_tokenizer, tmp_path):
     state = {
         name.replace("language_model.model.", "model."): torch.from_numpy(x)
         for name, x in load_file(llava / "model.safetensors").items()

@@ -122,7 +122,7 @@ def test_export_of_a_trained_model_has_published_names(
     assert_published(tmp_path / "out")
 
 
-def test_transformers_saves_the_names_assumed_of_it(tmp_path, small_tokenizer):
+def test_transformers_saves_tensors_with_the_assumed_names(tmp_path, small_tokenizer):
     """The installed release; the names of releases before 5 are those it loads as published."""
     model = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
     folder = hf.save(model, tmp_path / "hf", small_tokenizer)

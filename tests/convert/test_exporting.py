@@ -52,7 +52,7 @@ def test_sparse_student_loads_in_transformers(
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_greedy_answers_are_the_same(name, sparse, small_tokenizer, tmp_path):
+def test_greedy_answers_equal_those_of_transformers(name, sparse, small_tokenizer, tmp_path):
     """32 tokens after a question about each of three pictures, one of them not square."""
     student, out, _ = sparse(name)
     model = AutoModelForImageTextToText.from_pretrained(out).eval()
@@ -90,7 +90,7 @@ def test_language_model_loads_in_transformers(
     np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
 
 
-def test_sparse_export_comes_back(sparse, tmp_path, our_logits, random_inputs):
+def test_sparse_export_imports_as_the_same_model(sparse, tmp_path, our_logits, random_inputs):
     """What was exported can be imported again and is the same model."""
     student, out, config = sparse("CLIP and Qwen2")
     import_model(str(out), tmp_path / "again")
@@ -100,7 +100,7 @@ def test_sparse_export_comes_back(sparse, tmp_path, our_logits, random_inputs):
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_every_tensor_of_a_sparse_export_comes_back(name, sparse, tmp_path):
+def test_export_of_an_imported_sparse_export_has_equal_tensors(name, sparse, tmp_path):
     _, out, _ = sparse(name)
     import_model(str(out), tmp_path / "again")
     export_model(tmp_path / "again", tmp_path / "back", max_shard_size=GB)
@@ -111,7 +111,7 @@ def test_every_tensor_of_a_sparse_export_comes_back(name, sparse, tmp_path):
         np.testing.assert_array_equal(ours[key].read(), tensor.read(), err_msg=key)
 
 
-def test_smaller_dtype(sparse, tmp_path):
+def test_export_casts_to_a_smaller_dtype(sparse, tmp_path):
     student, _, _ = sparse("CLIP and Qwen2")
     fields = export_model(student, tmp_path / "out", max_shard_size=GB, dtype="bfloat16")
     assert fields["dtype"] == "bfloat16"
@@ -119,7 +119,9 @@ def test_smaller_dtype(sparse, tmp_path):
     assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
 
 
-def test_upcycled_folder_computes_what_the_dense_one_did(sparse, our_logits, random_inputs):
+def test_upcycled_folder_computes_the_same_logits_as_the_dense_one(
+    sparse, our_logits, random_inputs
+):
     student, _, config = sparse("CLIP and Qwen2")
     tokens, images = random_inputs(config)
     dense, copies = student.parent / "dense", student.parent / "copies"
@@ -168,7 +170,7 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
     ],
     ids=["copy", "noise", "drop", "slices"],
 )
-def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, how, tmp_path, tiny_models):
+def test_upcycled_folder_equals_upcycling_in_memory(moe, how, tmp_path, tiny_models):
     config = upcycle_model(tiny_models["dense"], tmp_path / "sparse", moe, how, seed=3)
     assert config == upcycle_config(read_model_config(tiny_models["dense"]), moe)
     dense = load(tiny_models["dense"])[1]
@@ -189,7 +191,7 @@ def test_upcycled_folder_is_what_upcycling_in_memory_gives(moe, how, tmp_path, t
         ),
     ],
 )
-def test_models_that_transformers_cannot_compute(
+def test_models_that_transformers_cannot_compute_are_not_exported(
     moe, message, tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = tiny_architecture("tiny", moe)
@@ -199,28 +201,30 @@ def test_models_that_transformers_cannot_compute(
     assert not (tmp_path / "out").exists()
 
 
-def test_projector_that_llava_cannot_hold(tmp_path, tiny_architecture, init, small_tokenizer):
+def test_projector_that_llava_does_not_have_is_not_exported(
+    tmp_path, tiny_architecture, init, small_tokenizer
+):
     config = dataclasses.replace(tiny_architecture("tiny"), projector="mlp3x_gelu")
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     with pytest.raises(ValueError, match=r"got 2 others, such as 'projector/linear_2/"):
         export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
 
 
-def test_padded_rows_are_never_answered(sparse):
+def test_padding_rows_of_the_vocabulary_are_never_generated(sparse):
     _, out, config = sparse("CLIP and Qwen2")
     settings = json.loads((out / "generation_config.json").read_text())
     first, last = settings["suppress_tokens"][0], settings["suppress_tokens"][-1]
     assert (first, last) == (config.decoder.real_ids[-1][1], config.decoder.vocab_size - 1)
 
 
-def test_tokenizer_of_the_export(sparse, small_tokenizer):
+def test_exported_tokenizer_loads_in_transformers(sparse, small_tokenizer):
     _, out, _ = sparse("CLIP and Qwen2")
     theirs = AutoTokenizer.from_pretrained(out)
     assert theirs("a red circle").input_ids == small_tokenizer.encode("a red circle")
     assert theirs.eos_token == "<|im_end|>"
 
 
-def test_plain_answers_end_with_their_line(tmp_path, tiny_architecture, init, small_tokenizer):
+def test_plain_answers_end_with_a_line_break(tmp_path, tiny_architecture, init, small_tokenizer):
     config = dataclasses.replace(tiny_architecture(), template="plain")
     save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
     export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
@@ -229,7 +233,7 @@ def test_plain_answers_end_with_their_line(tmp_path, tiny_architecture, init, sm
     assert ends == [general, decode._end_id("plain", small_tokenizer)]
 
 
-def test_language_model_without_a_row_for_the_image_token_is_exported_without_it(
+def test_image_token_without_a_row_is_not_in_the_exported_tokenizer(
     tmp_path, small_tokenizer, our_logits
 ):
     """Text that mentions `<image>` has the same ids here and there, all of which have a row."""
@@ -279,7 +283,7 @@ def test_image_token_is_removed_from_the_vocabulary_too(tmp_path, small_tokenize
         ),
     ],
 )
-def test_number_that_is_too_large_is_named_with_its_tensor(
+def test_overflow_of_the_export_dtype_names_the_tensor(
     dtype, number, message, tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = dataclasses.replace(tiny_architecture(), vision=None)

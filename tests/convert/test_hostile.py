@@ -106,7 +106,7 @@ def check_worded(message):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_hostile_file_is_refused_in_words(case, spoilt, limited):
+def test_hostile_file_is_a_user_error(case, spoilt, limited):
     folder, read = spoilt(case)
     try:
         result = read(folder)
@@ -129,7 +129,7 @@ def test_there_are_more_than_500_cases_and_few_are_harmless():
     assert len(HARMLESS) < 25
 
 
-def test_files_that_would_fill_memory(tmp_path):
+def test_files_that_would_exhaust_memory_are_refused(tmp_path):
     """Measured in a process of its own, whose peak with whole folders is left out."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.convert.hostile_bombs", str(tmp_path)],

@@ -78,7 +78,7 @@ def random_batch(config, tokenizer, seed):
     return padded_batch(tokens, np.array([20, 20]), loss_mask, images)
 
 
-def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
+def test_loss_equals_torch_cross_entropy_over_valid_tokens(models, torch_logits):
     (student, student_folder), (teacher, teacher_folder), tokenizer = models
     ours, params = load(student_folder)
     theirs, teacher_params = load(teacher_folder)
@@ -105,7 +105,7 @@ def test_losses_are_those_of_torch_over_the_tokens(models, torch_logits):
     np.testing.assert_allclose(value, sum(expected.values()), rtol=1e-4)
 
 
-def test_preference_is_that_of_torch_over_the_tokens(models, torch_logits):
+def test_preference_loss_equals_torch_over_valid_tokens(models, torch_logits):
     (student, student_folder), (teacher, teacher_folder), tokenizer = models
     ours, params = load(student_folder)
     theirs, teacher_params = load(teacher_folder)
@@ -131,7 +131,7 @@ def test_preference_is_that_of_torch_over_the_tokens(models, torch_logits):
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_export_computes_and_answers_the_same(models, our_logits, torch_logits, tmp_path):
+def test_export_has_the_same_logits_and_answers(models, our_logits, torch_logits, tmp_path):
     (_, folder), _, tokenizer = models
     export_model(folder, tmp_path / "out", max_shard_size=10**9)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
@@ -166,7 +166,7 @@ def test_export_computes_and_answers_the_same(models, our_logits, torch_logits, 
     assert len(set(mine.token_ids)) > 3
 
 
-def test_answer_is_made_of_any_token_but_the_image(models):
+def test_image_token_is_never_generated(models):
     """The head's rows of all ids are equal, so the likeliest token is the first real one."""
     (_, folder), _, tokenizer = models
     model, params = load(folder)
@@ -182,7 +182,7 @@ def test_answer_is_made_of_any_token_but_the_image(models):
         assert reply.token_ids == [expected] * 2
 
 
-def test_embedding_with_a_row_for_each_token_gets_one_for_the_image(
+def test_embedding_without_a_row_for_the_image_token_is_padded(
     small_tokenizer, tmp_path, torch_logits
 ):
     """The new rows are zero and masked; logits of all others are the source's."""

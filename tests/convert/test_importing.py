@@ -49,7 +49,7 @@ def assert_same_tensors(ours, theirs):
 
 
 @pytest.mark.parametrize("text", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)
-def test_language_model_in_and_out(
+def test_language_model_roundtrip(
     text, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
     model = text.model()
@@ -65,7 +65,7 @@ def test_language_model_in_and_out(
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["language model", "LLaVA"])
-def test_stored_head_that_repeats_the_embedding_comes_back(whole, tmp_path, small_tokenizer):
+def test_stored_tied_head_is_exported_again(whole, tmp_path, small_tokenizer):
     """As Qwen1.5 has been published."""
     model = (
         hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
@@ -81,7 +81,7 @@ def test_stored_head_that_repeats_the_embedding_comes_back(whole, tmp_path, smal
     assert_same_tensors(tensors(tmp_path / "back"), expected)
 
 
-def test_heads_of_qwen3_are_128_wide_if_nothing_is_said(tmp_path, small_tokenizer):
+def test_default_head_dim_of_qwen3_is_128(tmp_path, small_tokenizer):
     source = hf.save(
         hf.Text(width=32, layers=1, head_dim=128).model(), tmp_path / "hf", small_tokenizer
     )
@@ -92,7 +92,7 @@ def test_heads_of_qwen3_are_128_wide_if_nothing_is_said(tmp_path, small_tokenize
 
 
 @pytest.mark.parametrize("name", MULTIMODAL)
-def test_multimodal_model_in_and_out(
+def test_multimodal_model_roundtrip(
     name, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
     model = hf.multimodal(name, small_tokenizer.image_id)
@@ -114,7 +114,9 @@ QWEN2_TEMPLATE = (
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_path, small_tokenizer):
+def test_chat_template_and_context_are_exported_until_a_stage_trains(
+    place, tmp_path, small_tokenizer
+):
     source = hf.save(
         hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
     )
@@ -145,7 +147,7 @@ def test_chat_template_and_context_come_back_until_a_stage_trains(place, tmp_pat
 
 
 @pytest.mark.parametrize("lost", ["language_model.model.norm.weight", "vision_tower.embeddings."])
-def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small_tokenizer):
+def test_missing_tensors_do_not_change_the_detected_prefixes(lost, tmp_path, small_tokenizer):
     source = hf.save(
         hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
     )
@@ -160,7 +162,7 @@ def test_tensors_that_are_missing_leave_the_spelling_alone(lost, tmp_path, small
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_large_matrices_are_moved_in_parts(
+def test_large_matrices_are_converted_in_blocks(
     tied, tmp_path, small_tokenizer, monkeypatch, our_logits, torch_logits, random_inputs
 ):
     """With blocks of 256 bytes, embedding and head are many."""
@@ -177,7 +179,7 @@ def test_large_matrices_are_moved_in_parts(
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
-def test_bfloat16_stays_bfloat16(tmp_path, small_tokenizer):
+def test_bfloat16_weights_are_stored_as_bfloat16(tmp_path, small_tokenizer):
     source = hf.save(hf.Text().model().bfloat16(), tmp_path / "hf", small_tokenizer)
     import_model(str(source), tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "back", max_shard_size=20_000)
@@ -189,7 +191,7 @@ def test_bfloat16_stays_bfloat16(tmp_path, small_tokenizer):
 
 
 @pytest.mark.parametrize("tower", ["CLIP", "SigLIP"])
-def test_parts_make_the_model_they_came_from(
+def test_import_from_parts_equals_import_of_the_model(
     tower, tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
     """Language model, tower and projector, saved one by one, give the logits of the whole."""
@@ -220,7 +222,7 @@ def test_parts_make_the_model_they_came_from(
     np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
 
 
-def test_projector_that_nobody_gave_is_new(tmp_path, small_tokenizer):
+def test_missing_projector_is_initialized_from_the_seed(tmp_path, small_tokenizer):
     source = hf.save(hf.Text().model(), tmp_path / "language", small_tokenizer)
     vision = hf.save(hf.clip_tower(), tmp_path / "vision")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -236,7 +238,7 @@ def test_projector_that_nobody_gave_is_new(tmp_path, small_tokenizer):
     assert len(described["source"]["imported"]["new"]) == 4
 
 
-def test_pickled_shards_with_their_index(tmp_path, small_tokenizer):
+def test_pickled_shards_are_imported_by_their_index(tmp_path, small_tokenizer):
     """The same model from two `.bin` files as from one `.safetensors`."""
     model = hf.Text().model()
     whole = hf.save(model, tmp_path / "whole", small_tokenizer)
@@ -263,7 +265,7 @@ def test_pickled_shards_with_their_index(tmp_path, small_tokenizer):
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
-def test_export_comes_back_with_its_template(template, tmp_path, small_tokenizer):
+def test_export_imports_with_its_template(template, tmp_path, small_tokenizer):
     model = hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id)
     source = hf.save(model, tmp_path / "hf", small_tokenizer)
     import_model(str(source), tmp_path / "ours", template=template)

@@ -37,7 +37,7 @@ def original_config(text):
     return {key: fields[key] for key in keep} | {"rope_theta": 1e6} | ORIGINAL_CONFIG
 
 
-def test_original_dense_checkpoint(
+def test_dense_checkpoint_of_llavas_code_is_imported(
     tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
     whole = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
@@ -86,7 +86,7 @@ def test_original_checkpoint_that_does_not_pad_its_images_is_reported(
     assert ("image_aspect_ratio 'square' -> 'pad'" in caplog.text) == (aspect == "square")
 
 
-def test_original_checkpoint_selects_its_layer(original, tmp_path):
+def test_layer_selected_by_the_config_of_llavas_code_is_used(original, tmp_path):
     source, tower = original(mm_vision_select_layer=-1)
     vision = str(hf.save(tower, tmp_path / "vision"))
     assert import_model(source, tmp_path / "a", vision=vision).vision.select_layer == -1
@@ -97,14 +97,14 @@ def test_original_checkpoint_selects_its_layer(original, tmp_path):
 @pytest.mark.parametrize(
     "fields", [{"mm_use_im_start_end": True}, {"mm_vision_select_feature": "cls_patch"}]
 )
-def test_settings_of_the_original_code_that_are_not_built(original, fields, tmp_path):
+def test_unsupported_settings_of_llavas_code_are_errors(original, fields, tmp_path):
     source, tower = original(**fields)
     [(name, value)] = fields.items()
     with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
         import_model(source, tmp_path / "a", vision=str(hf.save(tower, tmp_path / "vision")))
 
 
-def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp_path):
+def test_original_checkpoint_with_another_vision_tower_is_an_error(original, tmp_path):
     source, tower = original()
     with torch.no_grad():
         next(tower.parameters())[0] += 1
@@ -116,7 +116,7 @@ def test_original_checkpoint_with_another_tower_than_the_one_given(original, tmp
         import_model(source, tmp_path / "a", vision=vision)
 
 
-def test_original_checkpoint_with_its_tower_in_bfloat16(original, tmp_path):
+def test_original_checkpoint_with_a_bfloat16_copy_of_its_tower_is_imported(original, tmp_path):
     """The original code casts its tower to the dtype it trains in."""
     source, tower = original()
     file = Path(source) / "pytorch_model.bin"
@@ -129,7 +129,7 @@ def test_original_checkpoint_with_its_tower_in_bfloat16(original, tmp_path):
     np.testing.assert_array_equal(kept, table.detach().numpy())
 
 
-def test_original_sparse_checkpoint(
+def test_sparse_checkpoint_of_llava_mods_code_is_imported(
     tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
 ):
     """DeepSpeed's names; the same weights in Qwen2-MoE, whose shared expert is nought."""

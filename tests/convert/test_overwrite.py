@@ -35,7 +35,7 @@ def test_command_does_not_replace_the_output_of_another(source, tmp_path):
         import_model(str(source), tmp_path / "export", overwrite=True)
 
 
-def test_checkpoint_of_somebody_else_is_not_replaced(source, tmp_path):
+def test_folder_without_digests_is_not_replaced(source, tmp_path):
     """Not even one with the names that an export has."""
     import_model(str(source), tmp_path / "out")
     theirs = hf.save(hf.Text(layers=1).model(), tmp_path / "theirs")

@@ -59,7 +59,9 @@ def llava(tmp_path):
 
 
 @pytest.mark.slow
-def test_logits_at_the_published_size(llava, tmp_path, torch_logits, our_logits, random_inputs):
+def test_logits_at_the_published_size_equal_transformers(
+    llava, tmp_path, torch_logits, our_logits, random_inputs
+):
     model, folder = llava
     config = import_model(str(folder), tmp_path / "ours", template="vicuna")
     assert config == preset("qwen2-0.5b")

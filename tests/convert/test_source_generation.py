@@ -34,7 +34,9 @@ DEEP = "[" * 21 + "]" * 21
         ('{"bos_token_id": {}}', "bos_token_id", "{}", IDS),
     ],
 )
-def test_setting_that_no_export_can_hold_is_refused(text, field, shown, expected, tmp_path):
+def test_generation_setting_that_is_no_valid_json_is_refused(
+    text, field, shown, expected, tmp_path
+):
     file = tmp_path / "generation_config.json"
     file.write_text(text)
     with pytest.raises(ValueError) as error:
@@ -42,7 +44,7 @@ def test_setting_that_no_export_can_hold_is_refused(text, field, shown, expected
     assert str(error.value) == f"{file}: {field}: expected {expected}, got {shown}"
 
 
-def test_settings_of_published_models_are_read_as_they_are(tmp_path):
+def test_generation_settings_of_published_models_are_read_unchanged(tmp_path):
     settings = {
         "bos_token_id": None,
         "eos_token_id": [299, 7],
@@ -88,7 +90,7 @@ def test_ids_without_a_row_are_dropped_and_logged(language, tmp_path, small_toke
     )
 
 
-def test_settings_that_are_kept_or_null_are_not_logged(caplog):
+def test_preserved_and_null_settings_are_not_logged(caplog):
     computed = {"eos_token_id": 3, "pad_token_id": 4, "do_sample": False, "suppress_tokens": [9]}
     source = {"eos_token_id": [3, 4], "pad_token_id": None, "suppress_tokens": [1], "top_k": None}
     assert merge_generation(computed, source, rows=10) == {
@@ -105,7 +107,9 @@ def test_settings_that_are_kept_or_null_are_not_logged(caplog):
     ("name", "value", "expected"),
     [("temperature", float("inf"), VALUES), ("eos_token_id", "x", IDS)],
 )
-def test_settings_of_a_changed_model_folder_are_refused(name, value, expected, language, tmp_path):
+def test_invalid_generation_settings_in_model_json_are_refused(
+    name, value, expected, language, tmp_path
+):
     (language / "generation_config.json").unlink(missing_ok=True)
     import_model(str(language), tmp_path / "ours")
     file = tmp_path / "ours" / "model.json"

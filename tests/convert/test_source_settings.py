@@ -68,7 +68,9 @@ def warnings_of(caplog):
     return found
 
 
-def test_sampling_settings_come_back_until_a_stage_trains(llava, tmp_path, small_tokenizer, caplog):
+def test_sampling_settings_are_exported_until_a_stage_trains(
+    llava, tmp_path, small_tokenizer, caplog
+):
     caplog.set_level(logging.INFO, "moddistill")
     settings = {**SAMPLING, "transformers_version": "4.41.2", "_from_model_config": True}
     config = import_model(str(llava(generation_config=settings)), tmp_path / "ours")
@@ -88,7 +90,7 @@ def test_sampling_settings_come_back_until_a_stage_trains(llava, tmp_path, small
     assert not found.keys() & (SAMPLING.keys() - {"do_sample"})
 
 
-def test_ends_of_an_answer_come_back_where_the_template_has_them(
+def test_eos_ids_are_exported_if_they_include_those_of_the_template(
     llava, tmp_path, small_tokenizer, caplog
 ):
     general, im_end = (small_tokenizer.special(x) for x in ("<|endoftext|>", "<|im_end|>"))
@@ -142,14 +144,14 @@ def test_each_image_setting_that_differs_is_reported(field, value, change, llava
     assert warning.endswith(f"in its image processor, {change}")
 
 
-def test_image_processor_without_colours_is_reported_too(llava, tmp_path, caplog):
+def test_image_processor_without_mean_and_std_is_reported(llava, tmp_path, caplog):
     fields = {name: value for name, value in CROP.items() if not name.startswith("image_")}
     import_model(str(llava(preprocessor_config=fields)), tmp_path / "ours")
     [warning] = warnings_of(caplog)
     assert "do_pad None -> True, image_mean None -> [0.48145466," in warning
 
 
-def test_export_saved_again_by_transformers_is_no_other_processor(llava, tmp_path, caplog):
+def test_export_resaved_by_transformers_has_the_same_image_processor(llava, tmp_path, caplog):
     import_model(str(llava(preprocessor_config=CROP)), tmp_path / "ours")
     exported(tmp_path / "ours", tmp_path / "out")
     caplog.clear()
@@ -159,7 +161,7 @@ def test_export_saved_again_by_transformers_is_no_other_processor(llava, tmp_pat
     assert warnings_of(caplog) == []
 
 
-def test_settings_that_are_no_json_are_refused_before_anything_is_written(llava, tmp_path):
+def test_invalid_generation_config_is_refused_before_writing(llava, tmp_path):
     source = llava()
     (source / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json: expected JSON"):
@@ -167,7 +169,7 @@ def test_settings_that_are_no_json_are_refused_before_anything_is_written(llava,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_transformers_version_is_the_one_that_save_pretrained_writes(llava, tmp_path):
+def test_transformers_version_equals_that_of_save_pretrained(llava, tmp_path):
     """Without one from 5 on, releases 4.57.3 and later warn of a wrong tokenizer."""
     import_model(str(llava()), tmp_path / "ours")
     found = exported(tmp_path / "ours", tmp_path / "out")

@@ -150,7 +150,7 @@ def measured(workdir, name):
 
 
 @pytest.mark.parametrize("pair", common.PAIRS)
-def test_losses_of_d2d_are_those_of_torch_and_its_adamw(pair, run, student_of, hub):
+def test_d2d_losses_equal_torch_with_adamw(pair, run, student_of, hub):
     config, workdir, _ = run(pair)["d2d"]
     teacher, student = in_torch(hub[config.teacher]), in_torch(student_of[pair][1])
     trained = [x for name, x in student.named_parameters() if "vision_tower" not in name]

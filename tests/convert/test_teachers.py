@@ -18,7 +18,9 @@ PUBLISHED_PREFIXES = list(published.CONFIGS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
-def test_published_config_is_the_preset_and_all_names_are_known(name, qwen_tokenizer, tmp_path):
+def test_published_config_equals_the_preset_and_all_tensors_have_rules(
+    name, qwen_tokenizer, tmp_path
+):
     """At full size: the config as published, and every tensor's name, shape and dtype."""
     folder = published.write_hollow(tmp_path / "hub", name, qwen_tokenizer)
     source = open_source(folder)
@@ -34,7 +36,7 @@ def test_published_config_is_the_preset_and_all_names_are_known(name, qwen_token
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
-def test_logits_of_the_import_are_those_of_transformers(
+def test_logits_of_the_import_equal_transformers(
     name, qwen_tokenizer, tmp_path, torch_logits, our_logits, random_inputs
 ):
     folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
@@ -53,7 +55,9 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
-def test_chatml_is_the_published_prompt_of_an_image_and_a_question(name, qwen_tokenizer, tmp_path):
+def test_chatml_equals_the_published_prompt_of_an_image_and_a_question(
+    name, qwen_tokenizer, tmp_path
+):
     """Token by token, after the system message, which the interleave models' template lacks."""
     folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
     theirs = AutoTokenizer.from_pretrained(folder)

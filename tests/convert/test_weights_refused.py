@@ -19,7 +19,7 @@ def language(tmp_path, small_tokenizer):
     return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
 
 
-def test_weights_that_are_not_finite_are_listed_and_refused(language, tmp_path):
+def test_nonfinite_weights_are_listed_and_refused(language, tmp_path):
     def poison(state):
         state["model.norm.weight"][0] = float("nan")
         state["model.layers.1.mlp.up_proj.weight"][3, 4:6] = float("-inf")
@@ -37,7 +37,7 @@ def test_weights_that_are_not_finite_are_listed_and_refused(language, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_pooling_head_that_is_not_finite_is_refused(language, tmp_path):
+def test_nonfinite_pooling_head_is_refused(language, tmp_path):
     vision = hf.save(hf.siglip_tower(vision_use_head=True), tmp_path / "vision")
 
     def poison(state):
@@ -49,7 +49,7 @@ def test_pooling_head_that_is_not_finite_is_refused(language, tmp_path):
         import_model(str(language), tmp_path / "ours", vision=str(vision))
 
 
-def test_pooling_head_that_is_quantised_is_refused(language, tmp_path):
+def test_quantized_pooling_head_is_refused(language, tmp_path):
     vision = hf.save(hf.siglip_tower(vision_use_head=True), tmp_path / "vision")
 
     def quantise(state):
@@ -62,7 +62,7 @@ def test_pooling_head_that_is_quantised_is_refused(language, tmp_path):
         import_model(str(language), tmp_path / "ours", vision=str(vision))
 
 
-def test_double_precision_is_refused(language, tmp_path):
+def test_float64_weights_are_refused(language, tmp_path):
     """Numbers that float32 does not have would become infinite when the model is loaded."""
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(language, lambda state: state | {name: state[name].astype(np.float64)})
@@ -73,7 +73,7 @@ def test_double_precision_is_refused(language, tmp_path):
 
 
 @pytest.mark.parametrize("use", ["export", "upcycle"])
-def test_model_folder_whose_parameters_are_not_finite(language, tmp_path, use):
+def test_nonfinite_parameters_of_a_model_folder_are_refused(language, tmp_path, use):
     """As a stage without a check would leave it."""
     config = import_model(str(language), tmp_path / "ours")
     params = load_params(tmp_path / "ours", config)
@@ -99,14 +99,14 @@ def test_model_folder_whose_parameters_are_not_finite(language, tmp_path, use):
         ({"load_in_8bit": True}, r"\{'load_in_8bit': True\}"),
     ],
 )
-def test_quantised_release_is_refused_by_its_config(language, tmp_path, quantization, shown):
+def test_quantized_release_is_refused_by_its_config(language, tmp_path, quantization, shown):
     change_config(language, quantization_config=quantization)
     message = rf"config\.json: quantization_config: expected .* the bfloat16 release, got {shown}"
     with pytest.raises(ValueError, match=message):
         import_model(str(language), tmp_path / "out")
 
 
-def test_quantised_weights_without_a_word_in_the_config(language, tmp_path):
+def test_quantized_weights_without_a_config_entry_are_refused(language, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
 
     def quantise(state):

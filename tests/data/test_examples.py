@@ -39,7 +39,7 @@ def supervised(sample):
     return sample.tokens[sample.loss_mask].tolist()
 
 
-def test_an_image_is_spread_over_its_patches_and_the_rest_is_padding(qwen, picture):
+def test_image_placeholder_is_repeated_per_patch_and_the_row_is_padded(qwen, picture):
     path = picture(width=9, height=5)
     sample, length = make_example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, SPEC)
     text = "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -60,7 +60,7 @@ def test_an_image_is_spread_over_its_patches_and_the_rest_is_padding(qwen, pictu
     chex.assert_trees_all_equal_shapes_and_dtypes(sample, jax.tree.map(lambda x: x[0], batch))
 
 
-def test_images_are_padded_with_the_colour_of_the_tower(qwen, picture):
+def test_images_are_padded_with_the_mean_colour_of_the_vision_encoder(qwen, picture):
     path, spec = picture(width=9, height=5), dataclasses.replace(SPEC, pad_color=(9, 8, 7))
     sample = example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, spec)
     expected = preprocess(Image.open(path), 4, (9, 8, 7))
@@ -68,7 +68,7 @@ def test_images_are_padded_with_the_colour_of_the_tower(qwen, picture):
     assert np.any(expected != preprocess(Image.open(path), 4))
 
 
-def test_images_keep_their_order_and_their_places(qwen, picture):
+def test_images_keep_their_order_and_positions(qwen, picture):
     paths = [picture("a.png", seed=1), picture("b.png", seed=2)]
     sample = example(record([("<image> or <image>?", "No.")], paths), qwen, SPEC)
     where = np.flatnonzero(sample.tokens == qwen.image_id)
@@ -77,7 +77,7 @@ def test_images_keep_their_order_and_their_places(qwen, picture):
         np.testing.assert_array_equal(sample.images[slot], preprocess(Image.open(path), 4))
 
 
-def test_a_sample_without_image_has_the_same_arrays_unless_the_model_is_text_only(qwen):
+def test_sample_without_images_has_empty_image_slots_unless_text_only(qwen):
     sample = example(record([("q", "a")]), qwen, SPEC)
     assert sample.images.shape == (2, 4, 4, 3)
     assert not sample.images.any()
@@ -85,7 +85,7 @@ def test_a_sample_without_image_has_the_same_arrays_unless_the_model_is_text_onl
     assert example(record([("q", "a")]), qwen, text_only).images is None
 
 
-def test_a_long_answer_is_cut_from_its_end(qwen):
+def test_long_answer_is_truncated(qwen):
     turns = [("q", "word " * 100)]
     whole = example(record(turns), qwen, dataclasses.replace(SPEC, max_length=200))
     cut = example(record(turns), qwen, SPEC)
@@ -95,7 +95,7 @@ def test_a_long_answer_is_cut_from_its_end(qwen):
     assert qwen.pad_id not in cut.tokens
 
 
-def test_the_cut_keeps_a_last_supervised_token_but_not_none(qwen):
+def test_truncation_requires_at_least_one_supervised_token(qwen):
     ids = example(record([("q", "a")]), qwen, SPEC)
     first = int(np.flatnonzero(ids.loss_mask)[0])
     kept = example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first + 1))
@@ -104,7 +104,7 @@ def test_the_cut_keeps_a_last_supervised_token_but_not_none(qwen):
         example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first))
 
 
-def test_an_image_is_never_cut(qwen, picture):
+def test_image_is_never_truncated(qwen, picture):
     turns = [("q", "a"), ("<image> q", "a")]
     sample = example(record(turns, [picture()]), qwen, SPEC)
     last = int(np.flatnonzero(sample.tokens == qwen.image_id)[-1])
@@ -123,7 +123,7 @@ def test_an_image_is_never_cut(qwen, picture):
         (1, {"image_tokens": 0}, "1 images in a record for a text-only model"),
     ],
 )
-def test_images_that_the_shapes_have_no_room_for_are_errors(count, changes, message, qwen, picture):
+def test_too_many_images_are_an_error(count, changes, message, qwen, picture):
     question, images = "<image>" * count, [picture()] * count
     spec = dataclasses.replace(SPEC, **changes)
     with pytest.raises(ValueError, match=message):
@@ -133,7 +133,7 @@ def test_images_that_the_shapes_have_no_room_for_are_errors(count, changes, mess
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml"])
-def test_both_sides_of_a_pair_differ_only_in_the_last_answer(template, qwen, picture):
+def test_preference_sides_differ_only_in_the_last_answer(template, qwen, picture):
     spec = dataclasses.replace(SPEC, template=template)
     history = [("<image>\nWhat?", "A dog.")]
     sample = preference(pair("Sure?", "Yes!", "No way.", history, [picture()]), qwen, spec)
@@ -150,14 +150,14 @@ def test_both_sides_of_a_pair_differ_only_in_the_last_answer(template, qwen, pic
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_pair_with_a_long_side_is_an_error(side, qwen):
+def test_preference_side_longer_than_max_length_is_an_error(side, qwen):
     answers = {"chosen": "a", "rejected": "b", side: "word " * 100}
     with pytest.raises(ValueError, match=f"the {side} side has .* tokens; 80 are allowed"):
         preference(pair("q", **answers), qwen, SPEC)
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
-def test_a_prompt_is_the_beginning_of_the_training_sample(template, qwen, picture):
+def test_prompt_is_a_prefix_of_the_training_sample(template, qwen, picture):
     spec = dataclasses.replace(SPEC, template=template)
     sample = example(record([("<image>\nWhat?", "A dog.")], [picture()]), qwen, spec)
     ids = encode_prompt(template, [], "<image>\nWhat?", 1, qwen, 3)
@@ -166,7 +166,7 @@ def test_a_prompt_is_the_beginning_of_the_training_sample(template, qwen, pictur
     assert np.flatnonzero(sample.loss_mask)[0] == len(ids)
 
 
-def test_a_prompt_needs_one_placeholder_an_image(qwen):
+def test_prompt_requires_one_placeholder_per_image(qwen):
     with pytest.raises(ValueError, match="<image> is written 0 times, but there are 1 images"):
         encode_prompt("vicuna", [], "What?", 1, qwen, 3)
     with pytest.raises(ValueError, match="<image> is written 2 times, but there are 1 images"):

@@ -84,7 +84,7 @@ def test_batches_are_stacked_samples(stream, numbered):
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, expected)
 
 
-def test_preferences_are_batched_side_by_side(stream, data_file):
+def test_preference_batches_have_two_sides(stream, data_file):
     path = data_file([{"question": "q", "chosen": "a", "rejected": "b"}])
     batch = next(iter(stream(path, kind="preference", batch_size=2)))
     assert isinstance(batch, PreferenceBatch)
@@ -101,13 +101,13 @@ def test_every_epoch_holds_each_record_once_in_another_order(stream, numbered, a
     assert first != sorted(first, key=int)
 
 
-def test_the_order_depends_on_the_seed_alone(stream, numbered, answers):
+def test_order_depends_only_on_the_seed(stream, numbered, answers):
     path = numbered(12)
     orders = [answers(*take(iter(stream(path, seed=seed)), 3)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_sources_are_mixed_by_weight_and_shuffled_apart(stream, numbered, answers):
+def test_sources_are_mixed_by_weight_and_shuffled_independently(stream, numbered, answers):
     paths = [numbered(10, "a.json"), numbered(10, "b.json", start=100)]
     order = answers(*take(iter(stream(*paths, weights=[3.0, 1.0])), 10))
     assert Counter(int(answer) >= 100 for answer in order) == {False: 30, True: 10}
@@ -117,7 +117,7 @@ def test_sources_are_mixed_by_weight_and_shuffled_apart(stream, numbered, answer
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_together_read_the_stream_of_a_single_one(count, stream, numbered, answers):
+def test_union_of_process_shards_is_the_stream_of_one_process(count, stream, numbered, answers):
     paths = [numbered(7, "a.json"), numbered(12, "b.json", start=100)]
     single = answers(*take(iter(stream(*paths, batch_size=12)), 4))
     shares = [
@@ -150,7 +150,7 @@ def spoilt(data_file, picture, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_position_restores_the_exact_next_batches(workers, stream, spoilt, answers):
+def test_iterator_state_restores_the_exact_next_batches(workers, stream, spoilt, answers):
     iterator = iter(stream(spoilt, workers=workers))
     take(iterator, 3)
     state = json.loads(json.dumps(iterator.get_state()))
@@ -167,7 +167,7 @@ def test_a_position_restores_the_exact_next_batches(workers, stream, spoilt, ans
     assert answers(*expected) == alone
 
 
-def test_a_position_is_the_same_for_any_number_of_workers(stream, spoilt):
+def test_iterator_state_is_independent_of_the_number_of_workers(stream, spoilt):
     expected = take(iter(stream(spoilt)), 9)
     state, read = None, []
     for workers in (0, 2, 3, 0):
@@ -180,7 +180,9 @@ def test_a_position_is_the_same_for_any_number_of_workers(stream, spoilt):
     chex.assert_trees_all_equal(read, expected[:8])
 
 
-def test_the_order_of_sources_in_the_settings_changes_nothing(stream, numbered, small, tmp_path):
+def test_order_is_independent_of_the_order_of_sources_in_the_config(
+    stream, numbered, small, tmp_path
+):
     paths = {"a": numbered(10, "a.json"), "b": numbered(10, "b.json", start=100)}
     orders = []
     for names in ("ab", "ba"):
@@ -191,15 +193,13 @@ def test_the_order_of_sources_in_the_settings_changes_nothing(stream, numbered, 
     chex.assert_trees_all_equal(*orders)
 
 
-def test_the_position_is_one_integer(stream, numbered):
+def test_iterator_state_is_one_integer(stream, numbered):
     iterator = iter(stream(numbered(8)))
     take(iterator, 3)
     assert iterator.get_state() == {"next_index": 12}
 
 
-def test_what_is_left_out_is_in_the_quarantine_once_and_nowhere_else(
-    stream, spoilt, answers, tmp_path
-):
+def test_rejected_records_are_quarantined_once_and_in_no_batch(stream, spoilt, answers, tmp_path):
     batches = take(iter(stream(spoilt, batch_size=5)), 8)
     assert Counter(answers(*batches)) == {str(number): 4 for number in range(10)}
     assert all(np.unique(batch.images[:, 0].reshape(5, -1), axis=0).any() for batch in batches)
@@ -214,7 +214,7 @@ def test_what_is_left_out_is_in_the_quarantine_once_and_nowhere_else(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_records_that_were_cut_are_counted(workers, stream, data_file, tmp_path):
+def test_truncated_records_are_used_and_listed_once(workers, stream, data_file, tmp_path):
     """They are used as far as they go, and noted once, however often they are read."""
     path = data_file([talk("q", "1"), talk("q", "two " * 200)])
     batches = iter(stream(path, workers=workers))
@@ -227,9 +227,7 @@ def test_records_that_were_cut_are_counted(workers, stream, data_file, tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_source_that_gives_nothing_is_an_error_and_no_endless_search(
-    workers, stream, numbered, data_file
-):
+def test_source_without_usable_records_is_an_error(workers, stream, numbered, data_file):
     bad = data_file([talk("word " * 200, "a"), talk("word " * 300, "b")], "bad.json")
     iterator = iter(stream(numbered(4), bad, workers=workers))
     with pytest.raises(
@@ -242,7 +240,7 @@ def test_a_source_that_gives_nothing_is_an_error_and_no_endless_search(
 BLIND = dataclasses.replace(SPEC, image_size=0, image_tokens=0)
 
 
-def test_records_with_images_are_refused_for_a_model_that_cannot_see(stream, numbered):
+def test_records_with_images_are_refused_for_a_text_only_model(stream, numbered):
     message = (
         r"^config\.data\.sources\.source1: 4 of 9 records have images, but the model has no vision "
         r"encoder; accepted: records without images, .*--config\.vision=MODEL"
@@ -253,7 +251,7 @@ def test_records_with_images_are_refused_for_a_model_that_cannot_see(stream, num
         stream(numbered(9), spec=BLIND, origin="config.data")
 
 
-def test_a_pair_with_an_image_is_refused_for_a_model_that_cannot_see(stream, data_file, picture):
+def test_preference_pairs_with_images_are_refused_for_a_text_only_model(stream, data_file, picture):
     picture()
     pair = {"question": "q", "chosen": "a", "rejected": "b"}
     path = data_file([pair | {"image": "a.png"}, pair])
@@ -261,13 +259,11 @@ def test_a_pair_with_an_image_is_refused_for_a_model_that_cannot_see(stream, dat
         stream(path, kind="preference", spec=BLIND)
 
 
-def test_a_model_that_cannot_see_reads_text(stream, numbered):
+def test_text_only_batches_have_no_images(stream, numbered):
     assert next(iter(stream(numbered(1), spec=BLIND, batch_size=2))).images is None
 
 
-def test_records_that_cannot_be_used_are_reported_before_the_first_batch(
-    stream, data_file, picture, caplog
-):
+def test_unusable_records_are_logged_before_the_first_batch(stream, data_file, picture, caplog):
     picture()
     two = talk("<image> <image>", "x", image=["a.png"] * 2)
     path = data_file([two, two, talk("q", ""), talk("q", "a")])
@@ -278,7 +274,7 @@ def test_records_that_cannot_be_used_are_reported_before_the_first_batch(
     assert f"{name}: 2 of 4 records have more than 1 images (config.data.max_images)" in caplog.text
 
 
-def test_mistakes_in_the_configuration_are_errors(stream, numbered):
+def test_invalid_data_config_is_an_error(stream, numbered):
     with pytest.raises(ValueError, match=r"'preferences' is unknown; .* mean 'preference'"):
         stream(numbered(1), kind="preferences")
     with pytest.raises(ValueError, match=r"^config.data.sources is empty; .*NAME.path=FILE"):
@@ -287,7 +283,7 @@ def test_mistakes_in_the_configuration_are_errors(stream, numbered):
         stream(numbered(1), weights=[0.0])
 
 
-def test_no_file_of_the_package_imports_an_accelerator_library():
+def test_data_modules_do_not_import_jax_or_torch():
     ours = [name for name in sys.modules if name.startswith("moddistill.data.")]
     assert len(ours) >= 6
     for name in ours:

@@ -7,7 +7,7 @@ from pathlib import Path
 from moddistill.data.quarantine import Quarantine, Rejected
 
 
-def test_quarantine_holds_each_record_once_over_runs(tmp_path):
+def test_quarantine_contains_each_record_once_across_runs(tmp_path):
     path = str(tmp_path / "run" / "quarantine.jsonl")
     first, second = Rejected("f", 1, "坏 \ud83d"), Rejected("f", 2, "bad")
     assert Quarantine(path).count == 0
@@ -21,7 +21,7 @@ def test_quarantine_holds_each_record_once_over_runs(tmp_path):
     assert quarantine.count == 3
 
 
-def test_processes_can_share_a_quarantine(tmp_path):
+def test_processes_share_a_quarantine_without_lost_or_mixed_lines(tmp_path):
     path = str(tmp_path / "quarantine.jsonl")
     code = (
         "import sys; from moddistill.data.quarantine import *\n"
@@ -38,7 +38,7 @@ def test_processes_can_share_a_quarantine(tmp_path):
     assert Quarantine(path).count == 400
 
 
-def test_a_line_that_another_process_is_still_writing_is_not_counted(tmp_path):
+def test_incomplete_last_line_is_not_counted(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     path.write_text('{"file": "f", "line": 1, "reason": "a\u2028b"}\n{"file": "f", "li')
     assert Quarantine(str(path)).count == 1

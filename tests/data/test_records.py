@@ -17,7 +17,7 @@ def talk(*values, **fields):
     return {"conversations": messages, **fields}
 
 
-def test_a_conversation_keeps_its_turns_images_and_place(data_file, picture, tmp_path):
+def test_record_has_turns_images_file_and_line(data_file, picture, tmp_path):
     first, second = picture("a.png"), picture("b.png")
     path = data_file(
         [
@@ -75,9 +75,7 @@ def test_a_conversation_keeps_its_turns_images_and_place(data_file, picture, tmp
         (talk("q \ud83d", "a"), "text: expected valid Unicode, got 'utf-8' codec can't encode"),
     ],
 )
-def test_a_record_that_breaks_the_format_is_rejected_with_its_reason(
-    record, reason, data_file, picture, tmp_path
-):
+def test_malformed_record_is_rejected_with_a_reason(record, reason, data_file, picture, tmp_path):
     picture("a.png")
     path = data_file([GOOD, record])
     records, rejected = read_conversations(path, str(tmp_path))
@@ -86,7 +84,7 @@ def test_a_record_that_breaks_the_format_is_rejected_with_its_reason(
     assert reason in rejected[0].reason
 
 
-def test_a_broken_line_of_jsonl_is_rejected_and_lines_are_counted_as_in_the_file(data_file):
+def test_malformed_jsonl_line_is_rejected_with_its_line_number(data_file):
     path = data_file([GOOD, "", '{"conversations": [', GOOD], "data.jsonl")
     records, rejected = read_conversations(path, "")
     assert [item.line for item in records] == [1, 4]
@@ -106,7 +104,9 @@ def test_a_broken_line_of_jsonl_is_rejected_and_lines_are_counted_as_in_the_file
     ],
     ids=["long number", "deep", "less deep"],
 )
-def test_json_beyond_the_limits_of_the_parser_is_rejected_with_its_line(line, reason, data_file):
+def test_json_beyond_the_limits_of_the_parser_is_rejected_with_its_line_number(
+    line, reason, data_file
+):
     path = data_file([GOOD, line], "data.jsonl")
     records, [rejected] = read_conversations(path, "")
     assert ([item.line for item in records], rejected.line) == ([1], 2)
@@ -116,7 +116,7 @@ def test_json_beyond_the_limits_of_the_parser_is_rejected_with_its_line(line, re
         read_conversations(path.removesuffix("l"), "")
 
 
-def test_line_separators_inside_a_jsonl_string_do_not_end_the_line(data_file):
+def test_unicode_line_separators_do_not_end_a_jsonl_line(data_file):
     path = data_file([json.dumps(talk("a\u2028b", "c"), ensure_ascii=False)], "data.jsonl")
     assert read_conversations(path, "")[0][0].turns == (("a\u2028b", "c"),)
 
@@ -130,7 +130,7 @@ def test_line_separators_inside_a_jsonl_string_do_not_end_the_line(data_file):
         ('["x", 3]', "all 2 records are rejected (1: record: expected a JSON object, got 'x'; 2: "),
     ],
 )
-def test_a_file_without_usable_records_is_an_error_that_names_it(content, message, tmp_path):
+def test_file_without_usable_records_is_an_error_that_names_it(content, message, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
@@ -139,13 +139,13 @@ def test_a_file_without_usable_records_is_an_error_that_names_it(content, messag
     assert message in str(error.value)
 
 
-def test_a_missing_data_file_is_an_error(tmp_path):
+def test_missing_data_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.json' does not exist; expected a \.json or"):
         read_conversations(str(tmp_path / "nowhere.json"), "")
 
 
 @pytest.mark.parametrize("root", ["", "/no/such/folder"])
-def test_a_missing_image_folder_is_an_error_and_not_one_rejection_a_record(root, data_file):
+def test_missing_image_folder_is_one_error_instead_of_rejections(root, data_file):
     path = data_file([GOOD, talk("<image>", "a", image="a.png")])
     with pytest.raises(
         ValueError, match=f"data.json: expected an existing f.* record 2 .* got {root!r}"
@@ -153,7 +153,7 @@ def test_a_missing_image_folder_is_an_error_and_not_one_rejection_a_record(root,
         read_conversations(path, root)
 
 
-def test_preferences_have_a_history_a_question_and_two_answers(data_file, picture, tmp_path):
+def test_preference_pair_has_history_question_and_two_answers(data_file, picture, tmp_path):
     image = picture("a.png")
     answers = {"chosen": "Two.", "rejected": "Three."}
     path = data_file(
@@ -204,7 +204,7 @@ def test_preferences_have_a_history_a_question_and_two_answers(data_file, pictur
         ),
     ],
 )
-def test_a_pair_that_breaks_the_format_is_rejected_with_its_reason(record, reason, data_file):
+def test_malformed_preference_pair_is_rejected_with_a_reason(record, reason, data_file):
     path = data_file([talk("q", chosen="x", rejected="y"), record])
     pairs, rejected = read_preferences(path, "")
     assert len(pairs) == 1

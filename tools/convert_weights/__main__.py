@@ -1,6 +1,6 @@
-"""The converter's command line in a checkout: `python -m tools.convert_weights`.
+"""`python -m tools.convert_weights`: the command line of the converter in a checkout.
 
-It is `moddistill.convert_weights`, which an installed wheel has as `moddistill-convert`.
+The same as `python -m moddistill.convert_weights`, which an installed wheel has.
 """
 
 from moddistill.convert_weights import main

@@ -1,12 +1,11 @@
-"""Builds the data of the demo from easy-VQA, in the formats that every other run reads.
+"""Builds the data of the demo from easy-VQA: LLaVA JSON, preference JSON and images.
 
     pip install easy-vqa==1.0
     python -m tools.easy_vqa --out data/easy_vqa
 
 The published images and questions become LLaVA JSON, preference JSON and PNG files; README.md in
-the folder says what each file is and how it was derived. Preference pairs are made by rule. The
-same options give the same bytes. A folder that the same options made is kept as it is; any other
-existing folder is an error.
+the folder describes each file. Preference pairs follow rules. The same options give the same bytes.
+A complete folder of the same options is left unchanged; any other existing folder is an error.
 """
 
 import dataclasses
@@ -18,11 +17,11 @@ from pathlib import Path
 
 from moddistill.cli.parser import Parser, user_errors
 from moddistill.data import conversation, tokenizer
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from tools.easy_vqa import images, published, records
 
-VOCAB_SIZE = 512  # at most: the text has words for fewer
-HELD_OUT = 0.1  # share of the train images whose preference pairs are kept for testing
+VOCAB_SIZE = 512  # an upper bound: the text has fewer words
+HELD_OUT = 0.1  # fraction of the train images whose preference pairs are for testing
 BUILD = "build.json"
 
 README = """# easy-VQA as LLaVA records
@@ -48,7 +47,7 @@ Image names in the records are relative to `images/`.
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the content of the folder."""
+    """Options that determine the content of the folder."""
 
     augmentations: int = 3
     questions_per_record: int = 1
@@ -59,11 +58,11 @@ class Options:
         least = {"augmentations": 0, "questions_per_record": 1, "preference_pairs": 1, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise UserError(f"--{name}={getattr(self, name)}: expected at least {bound}")
+                raise invalid(f"--{name}", getattr(self, name), f">= {bound}")
 
 
 def make_records(source: Path, options: Options, rng: random.Random) -> dict[str, list[dict]]:
-    """The records of every JSON file, by its name without the suffix."""
+    """Returns the records of every JSON file, by its name without the suffix."""
     groups = published.by_image(published.read_questions(source, "train"))
     known = published.captions(groups)
     variants = options.augmentations + 1
@@ -86,58 +85,57 @@ def make_records(source: Path, options: Options, rng: random.Random) -> dict[str
     }
 
 
-def train_tokenizer(made: dict[str, list[dict]]) -> tokenizer.Tokenizer:
-    """A tokenizer for the text of the train files and of the conversation templates.
+def train_tokenizer(files: dict[str, list[dict]]) -> tokenizer.Tokenizer:
+    """Trains a tokenizer on the text of the train files and of the conversation templates.
 
-    Without the templates their fixed sentences would be most of every prompt, letter by letter.
+    Without the templates, their fixed sentences would be encoded byte by byte in every prompt.
     """
-    trained = [rows for name, rows in made.items() if "test" not in name]
-    seen = [text for rows in trained for text in records.texts(rows)]
+    train_files = [rows for name, rows in files.items() if "test" not in name]
+    texts = [text for rows in train_files for text in records.texts(rows)]
     for template in ("vicuna", "chatml"):
         pieces = conversation.render(template, [("", "")])
-        seen += [piece.text for piece in pieces if not piece.special]
-    return tokenizer.train_bpe(seen, vocab_size=VOCAB_SIZE)
+        texts += [piece.text for piece in pieces if not piece.special]
+    return tokenizer.train_bpe(texts, vocab_size=VOCAB_SIZE)
 
 
 def write(out: Path, options: Options) -> dict[str, int]:
-    """Writes everything into the empty folder `out`; returns the number of images and records."""
+    """Writes all files into the empty folder `out`; returns the numbers of images and records."""
     source = published.package_folder()
     rng = random.Random(options.seed)
-    made = make_records(source, options, rng)
+    files = make_records(source, options, rng)
     counts = images.write_images(source, out / "images", options.augmentations, rng)
-    for name, rows in made.items():
+    for name, rows in files.items():
         lines = ",\n".join(json.dumps(row) for row in rows)
         (out / f"{name}.json").write_text(f"[\n{lines}\n]\n")
         counts[f"{name}.json"] = len(rows)
     captioned = counts["captions.json"] // (options.augmentations + 1)
     counts["train images without a caption"] = counts["images/train"] - captioned
 
-    train_tokenizer(made).save(str(out / "tokenizer"))
+    train_tokenizer(files).save(str(out / "tokenizer"))
     (out / "README.md").write_text(README)
-    built = {"options": dataclasses.asdict(options), "counts": counts}
-    (out / BUILD).write_text(json.dumps(built, indent=2) + "\n")
+    options_and_counts = {"options": dataclasses.asdict(options), "counts": counts}
+    (out / BUILD).write_text(json.dumps(options_and_counts, indent=2) + "\n")
     return counts
 
 
 def is_built(out: Path, options: Options) -> bool:
-    """Whether `out` holds what `options` make; a UserError if it holds something else."""
+    """Returns True if `out` was built with `options`; UserError if it is another folder."""
     if not out.exists():
         return False
     if not (out / BUILD).is_file():
-        raise UserError(f"--out={out} exists and is no easy-VQA folder: remove it or name another")
-    before, now = json.loads((out / BUILD).read_text())["options"], dataclasses.asdict(options)
-    if before != now:
-        raise UserError(
-            f"--out={out} was built with {before}, not {now}: remove it or name another"
-        )
+        raise invalid("--out", str(out), "a new folder, or one that this command built")
+    built_with = json.loads((out / BUILD).read_text())["options"]
+    expected = dataclasses.asdict(options)
+    if built_with != expected:
+        raise invalid("--out", str(out), f"a folder built with {expected}, not {built_with}")
     return True
 
 
 def build(out: Path, options: Options) -> dict[str, int]:
-    """Makes the folder `out`, whole or not at all; returns the number of images and records."""
+    """Builds the folder `out` atomically; returns the numbers of images and records."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-        folder = Path(aside) / out.name
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as tmp_dir:
+        folder = Path(tmp_dir) / out.name
         folder.mkdir()
         counts = write(folder, options)
         folder.rename(out)
@@ -145,9 +143,9 @@ def build(out: Path, options: Options) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Parses the command line and builds the folder."""
     parser = Parser(__doc__, prog="python -m tools.easy_vqa")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to build")
     for field in dataclasses.fields(Options):
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help="")
     flags = vars(parser.parse_args(argv))

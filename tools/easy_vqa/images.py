@@ -1,4 +1,4 @@
-"""The pictures: copies of the published ones, and flipped and shifted variants of train images."""
+"""Images: copies of the published ones, and flipped and shifted variants of train images."""
 
 import random
 import shutil
@@ -10,14 +10,14 @@ MAX_SHIFT = 12  # pixels of the 64
 
 
 def image_name(image: int, variant: int) -> str:
-    """Name of a train image (variant 0) or of one of its augmented variants."""
+    """Returns the name of a train image (variant 0) or of one of its augmented variants."""
     return f"augmented/{image}_{variant}.png" if variant else f"train/{image}.png"
 
 
 def flip_and_shift(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Mirrors left to right half of the time and moves by up to MAX_SHIFT pixels each way.
+    """Mirrors with probability 0.5 and shifts by up to MAX_SHIFT pixels along both axes.
 
-    The background is one colour, the most common one; what is not background stays inside.
+    The background is the most common colour; the shape stays inside of the image.
     """
     background = max(image.getcolors(image.width * image.height))[1]
     canvas = Image.new(image.mode, image.size, background)

@@ -1,6 +1,6 @@
-"""The installed package easy-VQA, and what its published answers say about each image.
+"""The installed package easy-VQA, and captions deduced from its published answers.
 
-Colours and shapes come from the answers alone, never from pixels.
+Colours and shapes come from answers only, never from pixels.
 """
 
 import collections
@@ -26,22 +26,24 @@ class Question(NamedTuple):
 
 
 def package_folder() -> Path:
-    """The folder `data` of the installed package; a UserError if it is not installed."""
+    """Returns the folder `data` of the installed package; UserError if it is not installed."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise UserError("the package easy_vqa is not installed: pip install easy-vqa==1.0")
+        raise UserError(
+            "package easy_vqa: expected it installed (pip install easy-vqa==1.0), got none"
+        )
     return Path(spec.origin).parent / "data"
 
 
 def read_questions(published: Path, split: str) -> list[Question]:
-    """The questions of `split` ("train" or "test") in their published order."""
+    """Reads the questions of `split` ("train" or "test") in published order."""
     return [
         Question(*row) for row in json.loads((published / split / "questions.json").read_text())
     ]
 
 
 def by_image(questions: Iterable[Question]) -> dict[int, list[Question]]:
-    """The questions of each image."""
+    """Groups questions by image."""
     groups = collections.defaultdict(list)
     for question in questions:
         groups[question.image].append(question)
@@ -49,9 +51,16 @@ def by_image(questions: Iterable[Question]) -> dict[int, list[Question]]:
 
 
 def deduce(questions: Sequence[Question], values: Sequence[str]) -> str | None:
-    """The one of `values` (all colours, or all shapes) that the answers leave possible.
+    """Deduces the colour or shape of an image from the answers about it.
 
-    None if several remain; a UserError if the answers contradict each other.
+    Args:
+      values: all colours, or all shapes.
+
+    Returns:
+      The only value that is consistent with the answers; None if several are.
+
+    Raises:
+      UserError: the answers contradict each other.
     """
     possible = set(values)
     for text, answer, _ in questions:
@@ -72,11 +81,11 @@ def deduce(questions: Sequence[Question], values: Sequence[str]) -> str | None:
 
 
 def captions(groups: dict[int, list[Question]]) -> dict[int, tuple[str, str]]:
-    """Colour and shape of every image whose answers determine both."""
-    found = {image: (deduce(qs, COLORS), deduce(qs, SHAPES)) for image, qs in groups.items()}
-    return {image: pair for image, pair in found.items() if None not in pair}
+    """Returns colour and shape of every image whose answers determine both."""
+    deduced = {image: (deduce(qs, COLORS), deduce(qs, SHAPES)) for image, qs in groups.items()}
+    return {image: pair for image, pair in deduced.items() if None not in pair}
 
 
 def caption(color: str, shape: str) -> str:
-    """The text of a caption."""
+    """Returns the text of a caption."""
     return f"a {color} {shape}"

@@ -1,23 +1,23 @@
 """LLaVA and preference records from easy-VQA's published questions and answers.
 
-Image names are relative to the folder `images`. What holds for a train image holds for its
+Image names are relative to the folder `images`. Records of a train image are valid for its
 variants, since flips and shifts change neither colour nor shape.
 """
 
 import random
 from collections.abc import Iterable, Sequence
 
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from tools.easy_vqa.images import image_name
 from tools.easy_vqa.published import COLORS, SHAPES, YES_NO, Question, caption
 
 CAPTION_PROMPT = "Describe the image."
-# False "yes" is what the preference stage is to lower; the rest keeps "no" from becoming a habit.
+# The preference stage should lower false "yes"; the other kinds prevent a bias towards "no".
 PAIR_SHARES = {"no": 1 / 2, "yes": 1 / 6, "other": 1 / 6, "caption": 1 / 6}
 
 
 def conversation(turns: Iterable[tuple[str, str]], prefix: str = "") -> list[dict]:
-    """LLaVA turns of (question, answer) pairs; `prefix` stands before the first question."""
+    """Returns LLaVA turns of (question, answer) pairs; `prefix` precedes the first question."""
     turns = [
         {"from": role, "value": value}
         for pair in turns
@@ -28,12 +28,12 @@ def conversation(turns: Iterable[tuple[str, str]], prefix: str = "") -> list[dic
 
 
 def image_record(name: str, image: str, turns: Iterable[tuple[str, str]]) -> dict:
-    """A LLaVA record of one image, which stands before the first question."""
+    """Returns a LLaVA record of one image, which precedes the first question."""
     return {"id": name, "image": image, "conversations": conversation(turns, "<image>\n")}
 
 
 def caption_records(known: dict[int, tuple[str, str]], variants: int) -> list[dict]:
-    """One record for each image and variant with a known caption."""
+    """Returns one record for each image and variant with a known caption."""
     return [
         image_record(f"caption-{i}-{v}", image_name(i, v), [(CAPTION_PROMPT, caption(*pair))])
         for i, pair in known.items()
@@ -44,9 +44,9 @@ def caption_records(known: dict[int, tuple[str, str]], variants: int) -> list[di
 def question_records(
     groups: dict[int, list[Question]], variants: int, questions_per_record: int
 ) -> list[dict]:
-    """The questions of each image, cut into records that take its variants in turn.
+    """Splits the questions of each image into records, which alternate between its variants.
 
-    With several questions a record, earlier turns give away the answers of later ones.
+    With several questions per record, earlier turns can reveal the answers of later ones.
     """
     records = []
     for image, questions in groups.items():
@@ -58,7 +58,7 @@ def question_records(
 
 
 def test_records(questions: Sequence[Question]) -> list[dict]:
-    """The test questions, one a record."""
+    """Returns the test questions, one per record."""
     return [
         image_record(f"test-{i}", f"test/{q.image}.png", [(q.text, q.answer)])
         for i, q in enumerate(questions)
@@ -66,7 +66,7 @@ def test_records(questions: Sequence[Question]) -> list[dict]:
 
 
 def another(value: str, rng: random.Random) -> str:
-    """A different value of the same kind: yes or no, a colour, or a shape."""
+    """Draws a different value of the same kind: yes or no, a colour, or a shape."""
     kind = next(kind for kind in (YES_NO, COLORS, SHAPES) if value in kind)
     return rng.choice([other for other in kind if other != value])
 
@@ -74,7 +74,7 @@ def another(value: str, rng: random.Random) -> str:
 def preference_pools(
     groups: dict[int, list[Question]], known: dict[int, tuple[str, str]], rng: random.Random
 ) -> dict[str, list[tuple[int, str, str, str]]]:
-    """Every (image, prompt, chosen, rejected) that the rules make, by the kinds of PAIR_SHARES."""
+    """Returns all (image, prompt, chosen, rejected) of the rules, by the kinds of PAIR_SHARES."""
     pools = {kind: [] for kind in PAIR_SHARES}
     for image, questions in groups.items():
         for q in questions:
@@ -91,17 +91,15 @@ def preference_pools(
 def preference_records(
     pools: dict[str, list[tuple[int, str, str, str]]], pairs: int, variants: int, rng: random.Random
 ) -> list[dict]:
-    """About `pairs` preference records drawn without repetition in PAIR_SHARES, shuffled."""
-    drawn = []
+    """Samples about `pairs` preference records without repetition, in PAIR_SHARES, shuffled."""
+    samples = []
     for kind, share in PAIR_SHARES.items():
-        wanted = round(pairs * share)
-        if wanted > len(pools[kind]):
-            raise UserError(
-                f"{pairs} preference pairs need {wanted} of kind {kind!r}, but the questions give"
-                f" {len(pools[kind])}: lower --preference_pairs"
-            )
-        drawn += rng.sample(pools[kind], wanted)
-    rng.shuffle(drawn)
+        count = round(pairs * share)
+        if count > len(pools[kind]):
+            expected = f"fewer, as the questions give {len(pools[kind])} pairs of kind {kind!r}"
+            raise invalid("--preference_pairs", pairs, f"{expected} and {count} are needed")
+        samples += rng.sample(pools[kind], count)
+    rng.shuffle(samples)
     return [
         {
             "id": f"preference-{n}",
@@ -110,16 +108,17 @@ def preference_records(
             "chosen": chosen,
             "rejected": rejected,
         }
-        for n, (image, prompt, chosen, rejected) in enumerate(drawn)
+        for n, (image, prompt, chosen, rejected) in enumerate(samples)
     ]
 
 
 def text_records(
     groups: dict[int, list[Question]], known: dict[int, tuple[str, str]]
 ) -> list[dict]:
-    """Records without an image: a caption, then a question that it answers or, twice, "describe".
+    """Returns records without images: a caption, then a question that it answers.
 
-    A language model learns the demo's words and answers from them, before it sees any picture.
+    A language model learns the words and answers of the demo from them. The prompt of captions
+    follows twice per caption.
     """
     pairs = []
     for image, color_shape in known.items():
@@ -132,9 +131,9 @@ def text_records(
 
 
 def texts(records: Iterable[dict]) -> list[str]:
-    """Every prompt and answer of `records`, without image placeholders."""
-    found = []
+    """Returns all prompts and answers of `records`, without image placeholders."""
+    texts = []
     for record in records:
-        found += [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        found += [record[key] for key in ("chosen", "rejected") if key in record]
-    return found
+        texts += [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        texts += [record[key] for key in ("chosen", "rejected") if key in record]
+    return texts
