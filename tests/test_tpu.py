@@ -77,8 +77,9 @@ def test_attention_of_long_rows_is_one_kernel_on_each_chip(topology, mesh, head_
 
 
 def test_a_step_uses_the_attention_kernel(tiny_config):
-    config = tiny_config("d2s", batch_size=4, data={"max_length": 512}, mesh={"fsdp": 2})
-    mesh = make_mesh(config.mesh, accelerators.topology_devices("v6e:2x1"))
+    mesh = {"fsdp": 2, "tensor": 2}
+    config = tiny_config("d2s", batch_size=4, data={"max_length": 512}, mesh=mesh)
+    mesh = make_mesh(config.mesh, accelerators.topology_devices("v6e:2x2"))
     student = upcycle_config(preset("tiny"), ExpertConfig())
     program = make_program(config, student, preset("tiny-teacher"), mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
