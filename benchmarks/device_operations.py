@@ -19,7 +19,7 @@ from moddistill.config import PREFERENCE_KINDS, ExpertConfig
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.preference import preference_losses
-from moddistill.models import attention
+from moddistill.models import attention_kernels
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE, check_moe
 from moddistill.models.vocabulary import masked_logits
@@ -49,14 +49,16 @@ class Operation(NamedTuple):
 
 def operations(tiny: bool) -> list[Operation]:
     """Returns all operations, at the sizes of real models unless `tiny`."""
-    decoder, tower = ((2, 24, 4, 2, 8), (2, 25, 4, 4, 8)) if tiny else _ATTENTION
+    decoder, vision = ((2, 24, 4, 2, 8), (2, 25, 4, 4, 8)) if tiny else _ATTENTION
     experts = (64, 16, 32) if tiny else (1024, 512, 1408)
     token = (96, 32, 48, 300) if tiny else (1024, 2048, 4096, 16_000)
     return [
         token_losses(*token),
         pair_losses(),
-        decoder_attention(*decoder),
-        tower_attention(*tower),
+        decoder_attention("one segment", *decoder),
+        decoder_attention("packed", *decoder),
+        cached_attention(*decoder),
+        vision_attention(*vision),
         expert_layer("dropless", *experts),
         expert_layer("capacity", *experts),
     ]
@@ -155,33 +157,66 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
     return Operation("preference losses", ours, plain, inputs, {}, dtypes=("float32",))
 
 
-def decoder_attention(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
-    """Returns causal grouped-query attention over packed samples and padding."""
-    segments = np.ones((rows, length), np.int32)
+def decoder_attention(
+    rows: str, batch: int, length: int, heads: int, kv_heads: int, width: int
+) -> Operation:
+    """Returns causal grouped-query attention at positions that are not padding.
+
+    Args:
+      rows: `one segment`, as the data pipeline makes them, or `packed`.
+    """
+    segments = np.ones((batch, length), np.int32)
     segments[0, length * 3 // 4 :] = 0
-    segments[1:, length // 2 :] = 2
+    if rows == "packed":
+        segments[:, length // 3 :] *= 2
     visible = segments[:, :, None] == segments[:, None]
     visible &= np.tri(length, dtype=bool) & (segments > 0)[:, None]
-    visible |= np.eye(length, dtype=bool)  # padding attends to itself: a finite softmax
+    visible |= np.eye(length, dtype=bool)  # keeps the softmax of padding finite
 
     def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
-        mask = attention.causal_mask(constants["segments"])
-        return attention.attend(*_heads(inputs, dtype), mask).astype(jnp.float32)
+        structure = attention_kernels.causal(constants["segments"], rows == "one segment")
+        mixed = attention_kernels.attend(*_heads(inputs, dtype), structure)
+        return _without_padding(mixed.astype(jnp.float32), constants)
 
-    inputs = _attention_inputs(rows, length, heads, kv_heads, width)
+    def plain(inputs: Arrays, constants: Arrays) -> Array:
+        return _without_padding(_plain_attention(inputs, constants), constants)
+
+    inputs = _attention_inputs(batch, length, heads, kv_heads, width)
     constants = {"segments": segments, "visible": visible}
-    return Operation("attention of the decoder", ours, _plain_attention, inputs, constants)
+    return Operation(f"attention of the decoder, {rows}", ours, plain, inputs, constants)
 
 
-def tower_attention(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
-    """Returns attention without a mask, over an odd number of positions."""
+def cached_attention(batch: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
+    """Returns attention of one query per row to the filled slots of a cache."""
+    lengths = np.linspace(length // 2, length - 2, batch).astype(np.int32)
+    segments = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    segments[:, -2] = 1  # the slot of the query; the last one is empty
+    constants = {"segments": segments, "visible": segments[:, None] > 0}
+
+    def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
+        segments, slot = constants["segments"], jnp.int32(length - 2)
+        structure = attention_kernels.Structure(segments[:, -2:-1], segments, slot)
+        mixed = attention_kernels.attend(*_heads(inputs, dtype), structure)
+        return mixed.astype(jnp.float32)
+
+    inputs = _attention_inputs(batch, length, heads, kv_heads, width)
+    inputs["query"] = inputs["query"][:, :1]
+    return Operation("attention of decoding", ours, _plain_attention, inputs, constants)
+
+
+def _without_padding(mixed: Array, constants: Arrays) -> Array:
+    return jnp.where((constants["segments"] > 0)[:, :, None, None], mixed, 0.0)
+
+
+def vision_attention(batch: int, length: int, heads: int, kv_heads: int, width: int) -> Operation:
+    """Returns full attention over an odd number of positions."""
 
     def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
-        return attention.attend(*_heads(inputs, dtype), None).astype(jnp.float32)
+        return attention_kernels.attend(*_heads(inputs, dtype), None).astype(jnp.float32)
 
-    inputs = _attention_inputs(rows, length, heads, kv_heads, width)
-    constants = {"visible": np.ones((rows, length, length), bool)}
-    return Operation("attention of the tower", ours, _plain_attention, inputs, constants)
+    inputs = _attention_inputs(batch, length, heads, kv_heads, width)
+    constants = {"visible": np.ones((batch, length, length), bool)}
+    return Operation("attention of the vision encoder", ours, _plain_attention, inputs, constants)
 
 
 def _attention_inputs(rows: int, length: int, heads: int, kv_heads: int, width: int) -> Arrays:

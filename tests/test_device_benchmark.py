@@ -12,7 +12,7 @@ from benchmarks.device import Section
 from benchmarks.device_checks import relative_errors, verdict
 from benchmarks.device_inputs import on, random_leaves
 from moddistill.distributed.sharding import replicated
-from moddistill.models import attention
+from moddistill.models import attention_kernels
 from moddistill.training.stages import STAGES
 
 
@@ -43,8 +43,10 @@ def test_every_section_runs_and_every_check_passes(run):
     assert {check["name"] for check in checks} == {
         "KL and cross entropy",
         "preference losses",
-        "attention of the decoder",
-        "attention of the tower",
+        "attention of the decoder, one segment",
+        "attention of the decoder, packed",
+        "attention of decoding",
+        "attention of the vision encoder",
         "expert layer, dropless",
         "expert layer, capacity",
         *(f"step of {stage}" for stage in STAGES),
@@ -78,10 +80,10 @@ def only(monkeypatch, *sections):
 
 
 def test_broken_attention_fails_its_check_and_the_command(monkeypatch, tmp_path, capsys):
-    attend = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, *rest: attend(1.05 * q, *rest))
+    attend = attention_kernels.attend
+    monkeypatch.setattr(attention_kernels, "attend", lambda q, *rest: attend(1.05 * q, *rest))
     operations = [
-        device_operations.tower_attention(2, 25, 4, 4, 8),
+        device_operations.vision_attention(2, 25, 4, 4, 8),
         device_operations.pair_losses(),
     ]
     monkeypatch.setattr(device_checks, "operations", lambda tiny: operations)
@@ -91,7 +93,7 @@ def test_broken_attention_fails_its_check_and_the_command(monkeypatch, tmp_path,
     [section] = json.loads(out.read_text())["sections"].values()
     assert section["status"] == "failed"
     failed = {check["name"] for check in section["checks"] if not check["passed"]}
-    assert failed == {"attention of the tower"}
+    assert failed == {"attention of the vision encoder"}
     assert "FAILED, float32 by XLA against its plain form" in capsys.readouterr().out
 
 

@@ -5,15 +5,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import d2d, d2s
 from moddistill import plan
-from moddistill.config import MeshConfig, TrainConfig
+from moddistill.config import ExpertConfig, MeshConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.distributed import accelerators
-from moddistill.distributed.sharding import make_mesh
+from moddistill.distributed.sharding import BATCH_AXES, RULES, make_mesh
+from moddistill.models.attention_kernels import attend, causal
 from moddistill.models.moe.expert_parallel import mix_experts
+from moddistill.models.presets import preset
+from moddistill.models.upcycle import upcycle_config
+from moddistill.planning.planner import abstract_batch
+from moddistill.training.program import make_program, with_shardings
 
 pytest.importorskip("libtpu", reason="needs the compiler for TPUs: make tpu")
 
@@ -44,6 +50,43 @@ def test_an_expert_layer_takes_few_operations_beyond_those_of_its_active_experts
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
     ideal = 3 * 3 * 2 * tokens * TOP_K * WIDTH * MLP
     assert 1 <= compiled.cost_analysis()["flops"] / ideal <= 1.25
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "head_dim"),
+    [("v5e:1x1", {}, 64), ("v5e:1x1", {}, 128), ("v6e:2x2", {"fsdp": 2, "tensor": 2}, 64)],
+)
+def test_attention_of_long_rows_is_one_kernel_on_each_chip(topology, mesh, head_dim):
+    """4 rows of 2,048 positions, forward and backward, grouped heads."""
+    mesh = make_mesh(MeshConfig(**mesh), accelerators.topology_devices(topology))
+
+    def shape(*size, dtype=jnp.bfloat16):
+        where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        return jax.ShapeDtypeStruct((4, 2048, *size), dtype, sharding=where)
+
+    def loss(query, key, value, segments):
+        return jnp.sum(attend(query, key, value, causal(segments)).astype(jnp.float32) ** 2)
+
+    query, key = shape(16, head_dim), shape(2, head_dim)
+    inputs = query, key, key, shape(dtype=jnp.int32)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    scores = 4 * 16 * 2048 * 2048 * 4  # bytes in float32, of all chips
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / mesh.size / 8
+
+
+def test_a_step_uses_the_attention_kernel(tiny_config):
+    mesh = {"fsdp": 2, "tensor": 2}
+    config = tiny_config("d2s", batch_size=4, data={"max_length": 512}, mesh=mesh)
+    mesh = make_mesh(config.mesh, accelerators.topology_devices("v6e:2x2"))
+    student = upcycle_config(preset("tiny"), ExpertConfig())
+    program = make_program(config, student, preset("tiny-teacher"), mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        state = with_shardings(program.abstract_state, program.state_shardings)
+        lowered = program.step.lower(state, program.teacher, abstract_batch(config, student, mesh))
+    assert "splash" in lowered.as_text(debug_info=True)
+    assert "tpu_custom_call" in lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "tpu7x:2x2x1"])
