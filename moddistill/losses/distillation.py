@@ -78,11 +78,15 @@ def token_loss(
             name: mask.reshape(-1).astype(jnp.float32)
             for name, mask in loss_masks(batch, config, terms).items()
         }
+        # Divided by the number of positions in the global batch, not in this part of it.
+        weights = {
+            name: mask * (coefficient[name] / denominators[name]) for name, mask in masks.items()
+        }
         loss, values = chunked_token_loss(
             token_fn,
             LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head),
             next_token(batch.tokens, batch.loss_mask)[0].reshape(-1),
-            {name: mask * (coefficient[name] / denominators[name]) for name, mask in masks.items()},
+            weights,
             targets,
             chunk_size=chunk_size,
             real_ids=real_ids,

@@ -56,6 +56,7 @@ def preference_losses(
     """
     margin = chosen - rejected
     if kind == "sigmoid":
+        # Bradley-Terry: P(chosen is preferred) = sigmoid(beta * margin).
         return -(
             (1 - label_smoothing) * jax.nn.log_sigmoid(beta * margin)
             + label_smoothing * jax.nn.log_sigmoid(-beta * margin)
@@ -63,13 +64,16 @@ def preference_losses(
     if kind == "hinge":
         return jax.nn.relu(1 - beta * margin)
     if kind == "ipo":
+        # Least squares to a finite margin, where DPO pushes it to infinity.
         return (margin - 1 / (2 * beta)) ** 2
     if kind == "kto_pair":
+        # Each answer is compared with a reference point, the KL of student and teacher, estimated
+        # from the other side's answers. A KL is never negative, but its estimate may be.
         kl_chosen = jax.lax.stop_gradient(jnp.maximum(jnp.mean(chosen), 0.0))
         kl_rejected = jax.lax.stop_gradient(jnp.maximum(jnp.mean(rejected), 0.0))
-        keep = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
-        avoid = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
-        return (keep + avoid) / 2
+        chosen_loss = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
+        rejected_loss = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
+        return (chosen_loss + rejected_loss) / 2
     raise not_one_of("config.preference.kind", kind, PREFERENCE_KINDS)
 
 
@@ -124,6 +128,7 @@ def preference_loss(
             )
             return jnp.sum(losses) / denominators["pairs"], (chosen, rejected)
 
+        # L as a function of the log-likelihoods only; `_surrogate` adds the models' gradients.
         (loss, ratios), d_policy = jax.value_and_grad(loss_of_pairs, has_aux=True)(policy)
         pairs = jnp.asarray(len(labels) / 2, jnp.float32)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
