@@ -99,7 +99,7 @@ def _sharded(token_sum: Callable) -> Callable:
     by_position, replicated = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec()
 
     def body(positions: _Positions, shared: _Shared) -> tuple[Array, Any]:
-        # Per device: [T / devices, 1, ...] without the axis that is sharded over `tensor`.
+        # A device has [T / devices, 1, ...]: all of its positions, one shard of axis 1.
         total, values = token_sum(jax.tree.map(lambda x: x[:, 0], positions), shared)
         return jax.lax.psum(total, MESH_AXES), jax.tree.map(lambda x: x[:, None], values)
 

@@ -55,7 +55,7 @@ def token_loss(
         real_ids = common_ids(real_ids, teacher.real_ids)
     token_fn = _token_fn(teacher, terms, real_ids)
 
-    def denominators(batch: Batch) -> Denominators:
+    def denominators_of(batch: Batch) -> Denominators:
         counts = {
             name: jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
             for name, mask in loss_masks(batch, config, terms).items()
@@ -67,7 +67,7 @@ def token_loss(
         frozen: dict,
         teacher_params: Any,
         batch: Batch,
-        totals: Denominators,
+        denominators: Denominators,
         _: Array,
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
@@ -78,11 +78,15 @@ def token_loss(
             name: mask.reshape(-1).astype(jnp.float32)
             for name, mask in loss_masks(batch, config, terms).items()
         }
+        # Divided by the number of positions in the global batch, not in this part of it.
+        weights = {
+            name: mask * (coefficient[name] / denominators[name]) for name, mask in masks.items()
+        }
         loss, values = chunked_token_loss(
             token_fn,
             LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head),
             next_token(batch.tokens, batch.loss_mask)[0].reshape(-1),
-            {name: mask * (coefficient[name] / totals[name]) for name, mask in masks.items()},
+            weights,
             targets,
             chunk_size=chunk_size,
             real_ids=real_ids,
@@ -90,12 +94,14 @@ def token_loss(
         metrics = {
             name: (jnp.sum(values[name] * masks[name]), jnp.sum(masks[name])) for name in terms
         }
-        loss, metrics = add_router_losses(loss, metrics, output.router, router, totals["tokens"])
+        loss, metrics = add_router_losses(
+            loss, metrics, output.router, router, denominators["tokens"]
+        )
         # As a mean over the first term's positions: sums over micro-batches give `loss` again.
-        metrics["loss"] = (loss * totals[terms[0]], jnp.sum(masks[terms[0]]))
+        metrics["loss"] = (loss * denominators[terms[0]], jnp.sum(masks[terms[0]]))
         return loss, jax.lax.stop_gradient(metrics)
 
-    return Loss(denominators, micro_batch)
+    return Loss(denominators_of, micro_batch)
 
 
 def _token_fn(teacher: Teacher | None, terms: tuple[str, ...], real_ids: IdRanges) -> TokenFn:

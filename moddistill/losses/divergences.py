@@ -20,5 +20,7 @@ def forward_kl(
 
 def cross_entropy(logits: Float[Array, "*T V"], labels: Int[Array, "*T"]) -> Float[Array, "*T"]:
     """-log q_label = logsumexp(logits) - logits[label], in nats."""
+    # Labels of positions without a weight may be any id. They are clipped: a gather beyond the
+    # vocabulary gives NaN, which a weight of 0 does not remove.
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

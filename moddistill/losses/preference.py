@@ -29,7 +29,7 @@ from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import PreferenceBatch, concatenate_sides, num_tokens
 from moddistill.models.vlm import Vlm
-from moddistill.models.vocabulary import IdRanges, common_ids
+from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
 from moddistill.teachers.targets import Targets, Teacher
 
@@ -56,6 +56,7 @@ def preference_losses(
     """
     margin = chosen - rejected
     if kind == "sigmoid":
+        # Bradley-Terry: P(chosen is preferred) = sigmoid(beta * margin).
         return -(
             (1 - label_smoothing) * jax.nn.log_sigmoid(beta * margin)
             + label_smoothing * jax.nn.log_sigmoid(-beta * margin)
@@ -63,13 +64,16 @@ def preference_losses(
     if kind == "hinge":
         return jax.nn.relu(1 - beta * margin)
     if kind == "ipo":
+        # Least squares to a finite margin, where DPO pushes it to infinity.
         return (margin - 1 / (2 * beta)) ** 2
     if kind == "kto_pair":
+        # Each answer is compared with a reference point, the KL of student and teacher, estimated
+        # from the other side's answers. A KL is never negative, but its estimate may be.
         kl_chosen = jax.lax.stop_gradient(jnp.maximum(jnp.mean(chosen), 0.0))
         kl_rejected = jax.lax.stop_gradient(jnp.maximum(jnp.mean(rejected), 0.0))
-        keep = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
-        avoid = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
-        return (keep + avoid) / 2
+        chosen_loss = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
+        rejected_loss = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
+        return (chosen_loss + rejected_loss) / 2
     raise not_one_of("config.preference.kind", kind, PREFERENCE_KINDS)
 
 
@@ -83,18 +87,18 @@ def preference_loss(
 ) -> Loss:
     """Returns the loss of the preference stage.
 
-    One forward pass of each model serves both answers of a pair, and the chunked head runs twice:
+    One forward pass of each model reads both answers of all pairs, and two passes over chunks of
+    supervised positions contract hidden states with the head:
 
-    1. Log-likelihoods pi (student) and ref (teacher) of each answer, without a gradient.
-    2. From L(pi - ref) and its gradient, the surrogate whose gradient is that of L; see
-       `_surrogate`.
+    1. Log-likelihoods of the answers, pi of the student and ref of the teacher, without gradient.
+    2. From L(pi - ref) and d L / d pi, a token loss that has the gradient of L (`_surrogate`).
 
     Args:
       chunk_size: positions whose logits are in memory at one time.
     """
     real_ids = common_ids(student.config.decoder.real_ids, teacher.real_ids)
 
-    def denominators(batch: PreferenceBatch) -> Denominators:
+    def denominators_of(batch: PreferenceBatch) -> Denominators:
         pairs = jnp.asarray(len(batch.chosen.tokens), jnp.float32)
         return {"pairs": pairs, "tokens": num_tokens(batch)}
 
@@ -103,42 +107,45 @@ def preference_loss(
         frozen: dict,
         teacher_params: Any,
         batch: PreferenceBatch,
-        totals: Denominators,
+        denominators: Denominators,
         _: Array,
     ) -> tuple[Array, Metrics]:
         answers = concatenate_sides(batch)
         output = student.apply({"params": merge(params, frozen)}, answers)
         targets = teacher.targets(teacher_params, answers, output)
         labels, supervised = next_token(answers.tokens, answers.loss_mask)
-        head = functools.partial(
+        token_sum = functools.partial(
             chunked_token_loss, labels=labels.reshape(-1), chunk_size=chunk_size, real_ids=real_ids
         )
         inputs = LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
-        policy, reference = _log_likelihoods(head, teacher, real_ids, inputs, targets, supervised)
+        teacher_logits = functools.partial(teacher.logits, real_ids=real_ids)
+        policy, reference = _log_likelihoods(token_sum, teacher_logits, inputs, targets, supervised)
 
         def loss_of_pairs(policy: Array) -> tuple[Array, tuple[Array, Array]]:
             chosen, rejected = jnp.split(policy - reference, 2)
             losses = preference_losses(
                 chosen, rejected, config.kind, config.beta, config.label_smoothing
             )
-            return jnp.sum(losses) / totals["pairs"], (chosen, rejected)
+            return jnp.sum(losses) / denominators["pairs"], (chosen, rejected)
 
+        # L as a function of the log-likelihoods only; `_surrogate` adds the models' gradients.
         (loss, ratios), d_policy = jax.value_and_grad(loss_of_pairs, has_aux=True)(policy)
         pairs = jnp.asarray(len(labels) / 2, jnp.float32)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
-        metrics["preference"] = (loss * totals["pairs"], pairs)
-        loss, metrics = add_router_losses(loss, metrics, output.router, router, totals["tokens"])
-        metrics["loss"] = (loss * totals["pairs"], pairs)
-        loss = loss + _surrogate(head, inputs, supervised, d_policy)
+        metrics["preference"] = (loss * denominators["pairs"], pairs)
+        loss, metrics = add_router_losses(
+            loss, metrics, output.router, router, denominators["tokens"]
+        )
+        metrics["loss"] = (loss * denominators["pairs"], pairs)
+        loss = loss + _surrogate(token_sum, inputs, supervised, d_policy)
         return loss, jax.lax.stop_gradient(metrics)
 
-    return Loss(denominators, micro_batch)
+    return Loss(denominators_of, micro_batch)
 
 
 def _log_likelihoods(
-    head: Callable,
-    teacher: Teacher,
-    real_ids: IdRanges,
+    token_sum: Callable,
+    teacher_logits: Callable[[Targets], Array],
     inputs: LogitInputs,
     targets: Targets,
     supervised: Bool[Array, "B T"],
@@ -146,22 +153,22 @@ def _log_likelihoods(
     """Returns log-likelihoods of the answers, without gradient: the student's, the teacher's."""
 
     def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
-        teacher_logits = teacher.logits(targets, real_ids)
         return {
             "policy": -cross_entropy(logits, labels),
-            "reference": -cross_entropy(teacher_logits, labels),
+            "reference": -cross_entropy(teacher_logits(targets), labels),
         }
 
     mask = supervised.reshape(-1).astype(jnp.float32)
     weights = {"policy": mask, "reference": mask}
-    _, values = head(token_fn, jax.lax.stop_gradient(inputs), weights=weights, targets=targets)
+    inputs = jax.lax.stop_gradient(inputs)
+    _, values = token_sum(token_fn, inputs, weights=weights, targets=targets)
     by_answer = [values[name].reshape(supervised.shape) for name in weights]
     policy, reference = (jnp.sum(x, axis=1) for x in by_answer)
     return policy, reference
 
 
 def _surrogate(
-    head: Callable,
+    token_sum: Callable,
     inputs: LogitInputs,
     supervised: Bool[Array, "B T"],
     d_policy: Float[Array, "B"],
@@ -182,7 +189,7 @@ def _surrogate(
         return {"policy": -cross_entropy(logits, labels)}
 
     weights = {"policy": (supervised * d_policy[:, None]).reshape(-1)}
-    surrogate, _ = head(token_fn, inputs, weights=weights)
+    surrogate, _ = token_sum(token_fn, inputs, weights=weights)
     return surrogate - jax.lax.stop_gradient(surrogate)
 
 

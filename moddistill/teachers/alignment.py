@@ -31,6 +31,7 @@ def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
             f"vocabulary of {origin!r}: expected the student's id {student_ids.get(token)} for "
             f"token {token!r}, got {teacher_ids.get(token)}"
         )
+    # `<image>` is an input only: a prediction of it would be no text.
     same = {i for token, i in student_ids.items() if teacher_ids.get(token) == i}
     return id_ranges(same - {student.image_id})
 

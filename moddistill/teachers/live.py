@@ -51,6 +51,7 @@ def teacher_inputs(params: dict[str, Any], batch: Batch, student: Output) -> Bat
     """Returns the student's batch, with features for images if `params` have no vision tower."""
     if "vision" in params or student.features is None:
         return batch
+    # The encoder is frozen and equal in both models, so its features are computed once per step.
     return batch._replace(images=None, features=jax.lax.stop_gradient(student.features))
 
 

@@ -1,23 +1,17 @@
 import dataclasses
-import json
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.convert.resolve import load, resolve
-from moddistill.data.tokenizer import Tokenizer, train_bpe
+from moddistill.data.tokenizer import train_bpe
 from moddistill.distributed.sharding import make_mesh
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
-from moddistill.teachers import live
 from moddistill.training import loading
 from moddistill.training.architectures import resolve_models
-from moddistill.training.program import make_program
 
 
 @pytest.fixture(scope="module")
@@ -116,180 +110,6 @@ def test_student_that_does_not_fit_is_refused(tiny_config, tiny_models, fields, 
     config = tiny_config("d2s", **fields)
     with pytest.raises(ValueError, match=message):
         resolve_models(config)
-
-
-def changed(config, **fields):
-    """An architecture with other fields of itself, its decoder or its tower."""
-    for part in ("decoder", "vision"):
-        names = {f.name for f in dataclasses.fields(getattr(config, part))}
-        own = {name: fields.pop(name) for name in list(fields) if name in names}
-        config = dataclasses.replace(
-            config, **{part: dataclasses.replace(getattr(config, part), **own)}
-        )
-    return dataclasses.replace(config, **fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"image_token": 5}, "image token of 'runs/t': expected 300 as in the student, got 5"),
-        (
-            {"patch_size": 7},
-            "positions per image of 'runs/t': expected 4 as in the student, got 16",
-        ),
-        (
-            {"image_size": 56, "patch_size": 28},
-            "image size of 'runs/t': expected 28 as in the student, got 56",
-        ),
-        (
-            {"vision": None},
-            "expected a teacher with a vision tower, as the student has, got 'runs/t' without one",
-        ),
-    ],
-)
-def test_teacher_that_does_not_fit_is_refused(tiny_architecture, fields, message):
-    student = tiny_architecture()
-    live.check_teacher(student, student, "runs/t")
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        live.check_teacher(changed(student, **fields), student, "runs/t")
-
-
-def test_teacher_may_have_more_padding_rows(tiny_architecture):
-    student = tiny_architecture()
-    live.check_teacher(changed(student, vocab_size=400), student, "runs/t")
-
-
-def test_teacher_with_another_vocabulary_is_refused(
-    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
-):
-    """As many ids, but not the same ones."""
-    other = train_bpe(random_words(), tokenizer.image_id)
-    assert other.real_ids == tokenizer.real_ids
-    params = load(tiny_models["teacher"])[1]
-    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, other, {})
-    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    with pytest.raises(
-        ValueError, match=r"vocabulary of .*: expected the student's id .* for token"
-    ):
-        live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), tokenizer)
-
-
-def with_token(tokenizer, token):
-    """The tokenizer with one more control token behind `<image>`."""
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.add_special_tokens([token])
-    assert backend.token_to_id(token) == tokenizer.image_id + 1
-    return Tokenizer(backend)
-
-
-@pytest.mark.parametrize("more", ["teacher", "student", "both"])
-def test_control_token_of_one_side_is_masked_on_both(
-    more, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
-):
-    theirs = tokenizer if more == "student" else with_token(tokenizer, "<pad>")
-    ours = tokenizer if more == "teacher" else with_token(tokenizer, "<video>")
-    config = tiny_architecture("tiny-teacher")
-    decoder = dataclasses.replace(config.decoder, real_ids=theirs.real_ids)
-    config = dataclasses.replace(config, decoder=decoder)
-    save_model(tmp_path / "teacher", config, load(tiny_models["teacher"])[1], theirs, {})
-    settings = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    accepted = live.teacher_architecture(
-        settings, resolve(settings.teacher), tiny_architecture(), ours
-    )
-    assert accepted.decoder.real_ids == ((0, tokenizer.image_id),)
-
-
-@pytest.mark.parametrize("where", ["teacher", "student"])
-def test_token_with_two_ids_is_named_with_both(
-    where, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
-):
-    """The last token is after `<image>` on one side, which has another token in its place."""
-    vocab = json.loads(tokenizer.backend.to_str())
-    last = tokenizer.image_id - 1
-    [token] = [token for token in vocab["added_tokens"] if token["id"] == last]
-    token["content"] = "<other>"
-    renamed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(vocab)))
-    name = tokenizer.decode([last], skip_special=False)
-    other = with_token(renamed, name)
-    theirs, ours = (other, tokenizer) if where == "teacher" else (tokenizer, other)
-    save_model(
-        tmp_path / "teacher",
-        tiny_architecture("tiny-teacher"),
-        load(tiny_models["teacher"])[1],
-        theirs,
-        {},
-    )
-    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    ids = (last + 2, last) if where == "teacher" else (last, last + 2)
-    message = rf"token '<\|im_end\|>' is {ids[0]} there and {ids[1]} in the student; accepted: eq"
-    with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), ours)
-
-
-def test_word_that_only_the_student_has_is_refused(
-    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
-):
-    """Text of the samples may become it, unlike a control token."""
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.add_tokens(["<tool_call>"])
-    save_model(
-        tmp_path / "teacher",
-        tiny_architecture("tiny-teacher"),
-        load(tiny_models["teacher"])[1],
-        tokenizer,
-        {},
-    )
-    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    message = rf"token '<tool_call>' is None there and {tokenizer.image_id + 1} in the student"
-    with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(
-            config, resolve(config.teacher), tiny_architecture(), Tokenizer(backend)
-        )
-
-
-def test_teacher_is_loaded_in_the_frozen_dtype(
-    tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
-):
-    config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
-    student = tiny_architecture()
-    model = resolve(config.teacher, tokenizer)
-    teacher = live.teacher_architecture(config, model, student, tokenizer)
-    shapes = make_program(config, student, teacher, mesh).teacher
-    flat = flatten(live.load_teacher(config, model.folder, teacher, shapes, mesh))
-    assert flat["decoder/embedding"].dtype == jnp.bfloat16
-    assert flat["decoder/norm/scale"].dtype == jnp.float32
-
-
-@pytest.mark.parametrize("source", ["folder", "random"])
-def test_teacher_is_quantized_and_offloaded(
-    source, tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
-):
-    folder = {"folder": str(tiny_models["teacher"]), "random": "random:tiny-teacher"}[source]
-    fields = {"teacher_weights": "int8", "teacher_memory": "host"}
-    config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
-    student = tiny_architecture()
-    model = resolve(config.teacher, tokenizer)
-    teacher = live.teacher_architecture(config, model, student, tokenizer)
-    shapes = make_program(config, student, teacher, mesh).teacher
-    params = live.load_teacher(config, model.folder, teacher, shapes, mesh)
-    jax.tree.map(lambda x, shape: chex.assert_equal(x.sharding, shape.sharding), params, shapes)
-    kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["gate"]["kernel"]
-    assert kernel["int8"].dtype == jnp.int8
-    assert kernel["int8"].sharding.memory_kind == "pinned_host"
-    if source == "folder":
-        stored = flatten(load(folder)[1])["decoder/segment_0/block_0/mlp/gate/kernel"]
-        unpacked = np.asarray(kernel["int8"]) * np.asarray(kernel["step"])
-        np.testing.assert_allclose(unpacked, stored, atol=0.01)
-
-
-def test_vision_encoders_are_equal_if_all_their_weights_are(tiny_models):
-    params = load(tiny_models["teacher"])[1]
-    frozen = {path: x for path, x in flatten(params).items() if path.startswith("vision/")}
-    assert live.same_tower(frozen, params)
-    path = "vision/patch/kernel"
-    assert not live.same_tower(frozen | {path: frozen[path].at[0, 0].add(1.0)}, params)
-    del frozen[path]
-    assert not live.same_tower(frozen, params)
 
 
 def test_tokenizer_with_more_ids_than_rows_is_refused(tiny_config):

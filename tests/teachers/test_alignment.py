@@ -1,0 +1,136 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+
+from moddistill.convert.resolve import load, resolve
+from moddistill.data.tokenizer import Tokenizer, train_bpe
+from moddistill.storage.model_folder import save_model
+from moddistill.teachers import live
+
+
+def random_words():
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z"), (300, 5))
+    return [" ".join("".join(map(chr, word)) for word in letters)] * 2
+
+
+def test_teacher_with_another_vocabulary_is_refused(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    """As many ids, but not the same ones."""
+    other = train_bpe(random_words(), tokenizer.image_id)
+    assert other.real_ids == tokenizer.real_ids
+    params = load(tiny_models["teacher"])[1]
+    save_model(tmp_path / "teacher", tiny_architecture("tiny-teacher"), params, other, {})
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    message = r"^vocabulary of .*: expected the student's id \w+ for token '.*', got \w+$"
+    with pytest.raises(ValueError, match=message):
+        live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), tokenizer)
+
+
+def with_token(tokenizer, token):
+    """The tokenizer with one more control token after `<image>`."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([token])
+    assert backend.token_to_id(token) == tokenizer.image_id + 1
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("more", ["teacher", "student", "both"])
+def test_control_token_of_one_side_is_masked_on_both(
+    more, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    teacher_tokenizer = tokenizer if more == "student" else with_token(tokenizer, "<pad>")
+    student_tokenizer = tokenizer if more == "teacher" else with_token(tokenizer, "<video>")
+    config = tiny_architecture("tiny-teacher")
+    decoder = dataclasses.replace(config.decoder, real_ids=teacher_tokenizer.real_ids)
+    config = dataclasses.replace(config, decoder=decoder)
+    save_model(tmp_path / "teacher", config, load(tiny_models["teacher"])[1], teacher_tokenizer, {})
+    settings = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    accepted = live.teacher_architecture(
+        settings, resolve(settings.teacher), tiny_architecture(), student_tokenizer
+    )
+    assert accepted.decoder.real_ids == ((0, tokenizer.image_id),)
+
+
+@pytest.mark.parametrize("where", ["teacher", "student"])
+def test_token_with_two_ids_is_named_with_both(
+    where, tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    """The last token is after `<image>` on one side, which has another token in its place."""
+    vocab = json.loads(tokenizer.backend.to_str())
+    last = tokenizer.image_id - 1
+    [token] = [token for token in vocab["added_tokens"] if token["id"] == last]
+    token["content"] = "<other>"
+    renamed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(vocab)))
+    name = tokenizer.decode([last], skip_special=False)
+    other = with_token(renamed, name)
+    teacher_tokenizer, student_tokenizer = (
+        (other, tokenizer) if where == "teacher" else (tokenizer, other)
+    )
+    save_model(
+        tmp_path / "teacher",
+        tiny_architecture("tiny-teacher"),
+        load(tiny_models["teacher"])[1],
+        teacher_tokenizer,
+        {},
+    )
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    ids = (last + 2, last) if where == "teacher" else (last, last + 2)
+    message = rf"expected the student's id {ids[1]} for token '<\|im_end\|>', got {ids[0]}$"
+    with pytest.raises(ValueError, match=message):
+        live.teacher_architecture(
+            config, resolve(config.teacher), tiny_architecture(), student_tokenizer
+        )
+
+
+def test_word_that_only_the_student_has_is_refused(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    """Text of the samples may become it, unlike a control token."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_tokens(["<tool_call>"])
+    save_model(
+        tmp_path / "teacher",
+        tiny_architecture("tiny-teacher"),
+        load(tiny_models["teacher"])[1],
+        tokenizer,
+        {},
+    )
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    message = (
+        rf"expected the student's id {tokenizer.image_id + 1} for token '<tool_call>', got None"
+    )
+    with pytest.raises(ValueError, match=message):
+        live.teacher_architecture(
+            config, resolve(config.teacher), tiny_architecture(), Tokenizer(backend)
+        )
+
+
+def test_teacher_of_another_template_is_refused(
+    tiny_config, tiny_architecture, init, tokenizer, tmp_path
+):
+    model = dataclasses.replace(tiny_architecture("tiny-teacher"), template="chatml")
+    save_model(tmp_path / "teacher", model, init(model), tokenizer, {})
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    student = tiny_architecture()
+    message = (
+        rf"^config\.data\.template: expected 'chatml', the template of the teacher "
+        rf"'{config.teacher}' \(or the teacher imported with --template vicuna\), got 'vicuna'$"
+    )
+    with pytest.raises(ValueError, match=message):
+        live.teacher_architecture(config, resolve(config.teacher), student, tokenizer)
+    data = dataclasses.replace(config.data, template="chatml")
+    same = dataclasses.replace(config, data=data)
+    assert (
+        live.teacher_architecture(same, resolve(same.teacher), student, tokenizer).template
+        == "chatml"
+    )
+
+
+def test_teacher_with_new_weights_fits_any_template(tiny_config, tiny_architecture, tokenizer):
+    config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
+    teacher = resolve(config.teacher, tokenizer)
+    live.teacher_architecture(config, teacher, tiny_architecture(), tokenizer)

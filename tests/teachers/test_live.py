@@ -1,0 +1,105 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moddistill.config import MeshConfig
+from moddistill.convert.resolve import load, resolve
+from moddistill.distributed.sharding import make_mesh
+from moddistill.params import flatten
+from moddistill.teachers import live
+from moddistill.training.program import make_program
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+def changed(config, **fields):
+    """An architecture with other fields of itself, its decoder or its tower."""
+    for part in ("decoder", "vision"):
+        names = {f.name for f in dataclasses.fields(getattr(config, part))}
+        own = {name: fields.pop(name) for name in list(fields) if name in names}
+        config = dataclasses.replace(
+            config, **{part: dataclasses.replace(getattr(config, part), **own)}
+        )
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_token": 5}, "image token of 'runs/t': expected 300 as in the student, got 5"),
+        (
+            {"patch_size": 7},
+            "positions per image of 'runs/t': expected 4 as in the student, got 16",
+        ),
+        (
+            {"image_size": 56, "patch_size": 28},
+            "image size of 'runs/t': expected 28 as in the student, got 56",
+        ),
+        (
+            {"vision": None},
+            "expected a teacher with a vision tower, as the student has, got 'runs/t' without one",
+        ),
+    ],
+)
+def test_teacher_that_does_not_fit_is_refused(tiny_architecture, fields, message):
+    student = tiny_architecture()
+    live.check_teacher(student, student, "runs/t")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        live.check_teacher(changed(student, **fields), student, "runs/t")
+
+
+def test_teacher_may_have_more_padding_rows(tiny_architecture):
+    student = tiny_architecture()
+    live.check_teacher(changed(student, vocab_size=400), student, "runs/t")
+
+
+def test_teacher_is_loaded_in_the_frozen_dtype(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
+):
+    config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
+    student = tiny_architecture()
+    model = resolve(config.teacher, tokenizer)
+    teacher = live.teacher_architecture(config, model, student, tokenizer)
+    shapes = make_program(config, student, teacher, mesh).teacher
+    flat = flatten(live.load_teacher(config, model.folder, teacher, shapes, mesh))
+    assert flat["decoder/embedding"].dtype == jnp.bfloat16
+    assert flat["decoder/norm/scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("source", ["folder", "random"])
+def test_teacher_is_quantized_and_offloaded(
+    source, tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
+):
+    folder = {"folder": str(tiny_models["teacher"]), "random": "random:tiny-teacher"}[source]
+    fields = {"teacher_weights": "int8", "teacher_memory": "host"}
+    config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
+    student = tiny_architecture()
+    model = resolve(config.teacher, tokenizer)
+    teacher = live.teacher_architecture(config, model, student, tokenizer)
+    shapes = make_program(config, student, teacher, mesh).teacher
+    params = live.load_teacher(config, model.folder, teacher, shapes, mesh)
+    jax.tree.map(lambda x, shape: chex.assert_equal(x.sharding, shape.sharding), params, shapes)
+    kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["gate"]["kernel"]
+    assert kernel["int8"].dtype == jnp.int8
+    assert kernel["int8"].sharding.memory_kind == "pinned_host"
+    if source == "folder":
+        stored = flatten(load(folder)[1])["decoder/segment_0/block_0/mlp/gate/kernel"]
+        unpacked = np.asarray(kernel["int8"]) * np.asarray(kernel["step"])
+        np.testing.assert_allclose(unpacked, stored, atol=0.01)
+
+
+def test_vision_encoders_are_equal_if_all_their_weights_are(tiny_models):
+    params = load(tiny_models["teacher"])[1]
+    frozen = {path: x for path, x in flatten(params).items() if path.startswith("vision/")}
+    assert live.same_tower(frozen, params)
+    path = "vision/patch/kernel"
+    assert not live.same_tower(frozen | {path: frozen[path].at[0, 0].add(1.0)}, params)
+    del frozen[path]
+    assert not live.same_tower(frozen, params)
