@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__, prog="python -m tools.convert_weights")
+    module = "moddistill" if __name__ == "__main__" else "tools"
+    parser = Parser(__doc__, prog=f"python -m {module}.convert_weights")
     commands = parser.add_subparsers(required=True, metavar="import|upcycle|export|inspect")
     _import_arguments(commands.add_parser("import", help="Hugging Face weights to a model folder"))
     _upcycle_arguments(commands.add_parser("upcycle", help="a dense model folder to a sparse one"))

@@ -104,14 +104,10 @@ def test_every_command_has_a_script(run):
 
 def test_help_names_the_command_as_it_was_called(run):
     assert run("moddistill-convert", "--help").startswith("usage: moddistill-convert [-h]")
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.convert_weights", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("usage: python -m tools.convert_weights [-h]")
+    for module in ("tools.convert_weights", "moddistill.convert_weights"):
+        command = [sys.executable, "-m", module, "--help"]
+        shown = subprocess.check_output(command, cwd=ROOT, text=True)
+        assert shown.startswith(f"usage: python -m {module} [-h]")
 
 
 def test_wheel_converts_trains_and_generates_outside_the_checkout(run, tiny_models):

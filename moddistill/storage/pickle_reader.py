@@ -30,7 +30,7 @@ _MOST_AXES = 8
 _LARGEST = 2**40  # elements of an axis, a stride or a start
 
 
-class Refused(UserError):
+class UnsupportedError(UserError):
     """A well-formed file with content that is not supported."""
 
 
@@ -75,31 +75,31 @@ _VALUES = ("BINUNICODE", "SHORT_BINSTRING", "BININT", "BININT1", "BININT2", "LON
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def load(data: bytes, origin: str) -> Any:
+def read_pickle(data: bytes, origin: str) -> Any:
     """Returns the value that a pickle describes.
 
     Raises:
-      Refused: for an opcode, a global or an argument that no dictionary of tensors has.
+      UnsupportedError: for an opcode, a global or an argument that no dictionary of tensors has.
     """
-    machine = _Machine(origin)
+    machine = _PickleMachine(origin)
     try:
         for operation, argument, _ in pickletools.genops(data):
             if operation.name == "STOP":
                 return machine.pop()
             machine.step(operation.name, argument)
     except (IndexError, KeyError, ValueError) as error:
-        if isinstance(error, Refused):
+        if isinstance(error, UnsupportedError):
             raise
-        raise _refused(origin, f"a broken pickle ({error!r:.200})") from None
-    raise _refused(origin, "a pickle without an end")
+        raise _unsupported(origin, f"a broken pickle ({error!r:.200})") from None
+    raise _unsupported(origin, "a pickle without an end")
 
 
-def _refused(origin: str, value: str) -> Refused:
+def _unsupported(origin: str, value: str) -> UnsupportedError:
     expected = "what torch.save writes for a flat dictionary of tensors"
-    return Refused(f"{origin}: expected {expected}, got {value}")
+    return UnsupportedError(f"{origin}: expected {expected}, got {value}")
 
 
-class _Machine:
+class _PickleMachine:
     """The stack and the memo of a pickle, as in the standard library's `pickle`."""
 
     def __init__(self, origin: str):
@@ -123,7 +123,7 @@ class _Machine:
             self.stack.append(self.memo[argument])
         elif name == "GLOBAL":
             self.stack.append(self.check_global(_Name(*argument.split(" ", 1))))
-        elif name == "BINPERSID":
+        elif name == "BINPERSID":  # torch stores the bytes of a tensor outside of the pickle
             self.stack.append(self.storage(self.pop()))
         elif name == "REDUCE":
             arguments, function = self.pop(), self.pop()
@@ -138,7 +138,7 @@ class _Machine:
             self.pop()  # attributes of an OrderedDict, such as `_metadata` of a module
             self.set_items(self.stack[-1], [])
         elif name != "PROTO":
-            raise _refused(self.origin, f"a pickle with opcode {name}")
+            raise _unsupported(self.origin, f"a pickle with opcode {name}")
 
     def pop(self) -> Any:
         return self.stack.pop()
@@ -152,7 +152,7 @@ class _Machine:
     def check_global(self, name: _Name) -> _Name:
         if name not in _KNOWN:
             called = f"{name.module:.80}.{name.name:.80}"
-            raise _refused(self.origin, f"a pickle that would run {called}")
+            raise _unsupported(self.origin, f"a pickle that would run {called}")
         return name
 
     def storage(self, reference: Any) -> Storage:
@@ -160,7 +160,7 @@ class _Machine:
             _, kind, key, *_ = reference
             if isinstance(kind, _Name) and kind.name in STORAGES and isinstance(key, str):
                 return Storage(kind.name, key)
-        raise _refused(self.origin, "a storage of unknown type")
+        raise _unsupported(self.origin, "a storage of unknown type")
 
     def call(self, function: Any, arguments: Any) -> Any:
         if function == _ORDERED and arguments == ():
@@ -170,7 +170,7 @@ class _Machine:
                 return arguments[0]
             if function == _TENSOR and len(arguments) >= 4:
                 return self.view(*arguments[:4])
-        raise _refused(self.origin, "a pickle that calls another function")
+        raise _unsupported(self.origin, "a pickle that calls another function")
 
     def view(self, storage: Any, start: Any, shape: Any, stride: Any) -> View:
         for numbers in ((start,), shape, stride):
@@ -179,19 +179,19 @@ class _Machine:
                 or len(numbers) > _MOST_AXES
                 or any(type(x) is not int or not 0 <= x <= _LARGEST for x in numbers)
             ):
-                raise _refused(self.origin, f"start, shape or stride {numbers!r:.80}")
+                raise _unsupported(self.origin, f"start, shape or stride {numbers!r:.80}")
         if not isinstance(storage, Storage) or len(shape) != len(stride):
-            raise _refused(self.origin, "a tensor without a storage")
+            raise _unsupported(self.origin, "a tensor without a storage")
         return View(storage, start, shape, stride)
 
     def extend(self, target: Any, items: list[Any]) -> None:
         if not isinstance(target, list):
-            raise _refused(self.origin, "nested or other values")
+            raise _unsupported(self.origin, "nested or other values")
         target += items
 
     def set_items(self, target: Any, items: list[Any]) -> None:
         names, values = items[::2], items[1::2]
         is_valid = isinstance(target, dict) and len(names) == len(values)
         if not is_valid or not all(isinstance(name, str) for name in names):
-            raise _refused(self.origin, "nested or other values")
+            raise _unsupported(self.origin, "nested or other values")
         target |= dict(zip(names, values, strict=True))

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from moddistill.errors import UserError
-from moddistill.storage.pickle_reader import STORAGES, Refused, View, load
+from moddistill.storage.pickle_reader import STORAGES, UnsupportedError, View, read_pickle
 from moddistill.storage.tensor import DTYPES, Checkpoint, Tensor
 
 _LARGEST_PICKLE = 16 * 2**20  # bytes; a tensor takes about 200
@@ -45,7 +45,7 @@ def read_pickled(file: Path) -> Checkpoint:
     try:
         with zipfile.ZipFile(file) as archive:
             return _read(file, archive)
-    except Refused:
+    except UnsupportedError:
         raise
     # A broken archive can fail in any way.
     except Exception as error:
@@ -59,13 +59,14 @@ def _read(file: Path, archive: zipfile.ZipFile) -> Checkpoint:
     [description] = [name for name in archive.namelist() if name.endswith("/data.pkl")] or [""]
     size = archive.getinfo(description).file_size
     if size > _LARGEST_PICKLE:
-        raise Refused(
+        raise UnsupportedError(
             f"{file}: {description}: expected at most {_LARGEST_PICKLE:,} bytes, got {size:,}"
         )
-    state = load(archive.read(description), str(file))
+    state = read_pickle(archive.read(description), str(file))
     is_flat = isinstance(state, dict) and all(isinstance(x, View) for x in state.values())
     if not is_flat or not state:
-        raise Refused(f"{file}: expected a flat dictionary of tensors, got other values")
+        raise UnsupportedError(f"{file}: expected a flat dictionary of tensors, got other values")
+    # Entries are `NAME/data.pkl` and, for each storage, `NAME/data/KEY`.
     root = description.removesuffix("data.pkl")
     return {name: _tensor(file, archive, root, name, view) for name, view in state.items()}
 
@@ -75,20 +76,23 @@ def _tensor(file: Path, archive: zipfile.ZipFile, root: str, name: str, view: Vi
     storage, start, shape, stride = view
     entry = archive.getinfo(f"{root}data/{storage.key}")
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise Refused(f"{file}: {entry.filename}: expected an uncompressed entry, got another")
+        raise UnsupportedError(
+            f"{file}: {entry.filename}: expected an uncompressed entry, got another"
+        )
     dtype = DTYPES[STORAGES[storage.kind]]
     first = start * dtype.itemsize
     if first + math.prod(shape) * dtype.itemsize > entry.file_size:
-        raise Refused(
+        raise UnsupportedError(
             f"{file}: {name:.80}: expected a tensor within its storage of "
             f"{entry.file_size // dtype.itemsize} elements, got shape {shape} from element {start}"
         )
+    # Entries are uncompressed, so a tensor is mapped from the archive itself.
     location = (file, _data_offset(file, entry) + first, dtype, shape)
     if _is_contiguous(shape, stride):
         return Tensor(*location)
     if len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1]):
         return _Transposed(*location, first=0, num_rows=shape[0])
-    raise Refused(
+    raise UnsupportedError(
         f"{file}: {name:.80}: expected a contiguous tensor or the transpose of one, got stride "
         f"{stride} for shape {shape}"
     )
@@ -96,6 +100,7 @@ def _tensor(file: Path, archive: zipfile.ZipFile, root: str, name: str, view: Vi
 
 def _data_offset(file: Path, entry: zipfile.ZipInfo) -> int:
     """Returns the offset of an entry's bytes: after its local header, name and extra field."""
+    # The central directory lacks the length of the local extra field, by which torch aligns data.
     with file.open("rb") as stream:
         stream.seek(entry.header_offset + 26)
         name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))

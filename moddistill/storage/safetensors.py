@@ -60,6 +60,7 @@ def read_safetensors(file: Path) -> Checkpoint:
         tensors = {name: _tensor(file, 8 + length, name, x) for name, x in header.items()}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: header at offset 8: {error}") from None
+    # Sorted by offset, each tensor has to begin where the one before ends.
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
