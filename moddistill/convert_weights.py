@@ -53,9 +53,11 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", help="folder or hub name of a vision tower")
     parser.add_argument("--projector", default="", help="mm_projector.bin or safetensors")
     parser.add_argument("--template", default="", help=", ".join(TEMPLATES))
-    parser.add_argument("--select_layer", type=int, help="hidden state of the tower, such as -2")
     parser.add_argument(
-        "--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of a new projector"
+        "--select_layer", type=int, help="hidden state of the vision tower, such as -2"
+    )
+    parser.add_argument(
+        "--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of an initialised projector"
     )
     _output_arguments(parser)
     parser.set_defaults(run=_import)

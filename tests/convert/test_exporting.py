@@ -187,7 +187,7 @@ def test_upcycled_folder_equals_upcycling_in_memory(moe, how, tmp_path, tiny_mod
         (ExpertConfig(residual=True), "moe.residual: expected false, .*, got True"),
         (
             ExpertConfig(dispatch="capacity"),
-            "moe.dispatch: expected 'dropless', .*, got 'capacity'",
+            "dispatch: expected 'dropless', .*, got 'capacity'",
         ),
     ],
 )
