@@ -91,7 +91,10 @@ def test_config_published_before_transformers_5_is_read(language, tmp_path, extr
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
             r"rope_type: expected 'default', got 'yarn'",
         ),
-        ({"vocab_size": 10}, r"the tokenizer has \d+ ids, the embedding 10 rows"),
+        (
+            {"vocab_size": 10},
+            r"vocab_size: expected at least \d+, the ids of the tokenizer, got 10",
+        ),
     ],
 )
 def test_unsupported_config_is_an_error(language, tmp_path, fields, message):
