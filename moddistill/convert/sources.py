@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.convert.chat_template import detect_template
-from moddistill.convert.families import llava, qwen
+from moddistill.convert.families import deepspeed, llava, qwen
 from moddistill.convert.hub import check_not_quantized, sub_config, with_defaults
 from moddistill.convert.rules import Rules, prefixed
 from moddistill.convert.source_settings import image_processor
@@ -221,7 +221,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
     text = with_defaults(fields | {"model_type": kind}, llava.READ_FIELDS, origin)
     decoder = qwen.decoder_config(text, tokenizer.real_ids, origin)
     llava.check_original(fields, origin)
-    decoder = dataclasses.replace(decoder, moe=qwen.deepspeed_moe(fields, checkpoint, origin))
+    decoder = dataclasses.replace(decoder, moe=deepspeed.expert_config(fields, checkpoint, origin))
     check_decoder(decoder, origin)
     layer = fields.get("mm_vision_select_layer")
     if layer is not None and (type(layer) is not int or not -1000 <= layer < 0):
@@ -234,7 +234,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
         folder=folder,
         checkpoint=checkpoint,
         rules=(
-            *prefixed(qwen.RULES + qwen.DEEPSPEED_EXPERTS, "model."),
+            *prefixed(qwen.RULES + deepspeed.EXPERTS, "model."),
             *qwen.HEAD,
             *prefixed(_projector_rules(projector, origin), prefix),
         ),

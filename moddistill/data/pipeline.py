@@ -20,7 +20,7 @@ from typing import Any
 import grain
 from absl import flags
 
-from moddistill.config import DataConfig
+from moddistill.config import DataConfig, SourceConfig
 from moddistill.data.examples import ExampleSpec, make_example, make_preference
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.records import read_conversations, read_preferences
@@ -79,15 +79,10 @@ def make_dataset(
     streams, weights = [], []
     # Sorted, so that the order of records does not depend on the order of settings.
     for number, (name, source) in enumerate(sorted(config.sources.items())):
-        source_origin = f"{origin}.{name}"
-        if not source.weight > 0:
-            raise invalid(f"{source_origin}.weight", source.weight, "> 0")
-        with at_field(source_origin):
-            records, rejected = read(source.path, source.images)
-        _check_images(records, spec, source_origin)
+        records, rejected = _read_source(source, read, spec, f"{origin}.{name}")
         if process_index == 0:
             quarantine.add(rejected)
-            _warn(records, rejected, spec, source_origin, quarantine_path)
+            _warn(records, rejected, spec, f"{origin}.{name}", quarantine_path)
         sampler = _Sampler(
             make=make,
             tokenizer=tokenizer,
@@ -104,6 +99,18 @@ def make_dataset(
     samples = _Samples(mixed, config.workers, batch_size)
     # Workers are read round-robin. A record dropped inside of one would shift all later elements.
     return samples.filter(_is_sample).batch(batch_size, drop_remainder=True)
+
+
+def _read_source(
+    source: SourceConfig, read: Callable[..., Any], spec: ExampleSpec, origin: str
+) -> tuple[list[Any], list[Rejected]]:
+    """Returns (records, rejected) of a source; UserError as `make_dataset`."""
+    if not source.weight > 0:
+        raise invalid(f"{origin}.weight", source.weight, "> 0")
+    with at_field(origin):
+        records, rejected = read(source.path, source.images)
+    _check_images(records, spec, origin)
+    return records, rejected
 
 
 def _check_images(records: Sequence[Any], spec: ExampleSpec, origin: str) -> None:

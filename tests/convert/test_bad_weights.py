@@ -105,10 +105,7 @@ def test_unsupported_config_is_an_error(language, tmp_path, fields, message):
 
 def test_superfluous_and_missing_parts_are_errors(language, tmp_path, small_tokenizer):
     vision = hf.save(hf.clip_tower(), tmp_path / "vision")
-    with pytest.raises(
-        ValueError,
-        match=r"^--hf: expected a language model; .* --vision, got ",
-    ):
+    with pytest.raises(ValueError, match=r"^--hf: expected a language model; .* --vision, got "):
         import_model(str(vision), tmp_path / "out")
     with pytest.raises(ValueError, match="--vision: expected a CLIP or SigLIP model, got "):
         import_model(str(language), tmp_path / "out", vision=str(language))
