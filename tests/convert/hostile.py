@@ -1,4 +1,4 @@
-"""Hostile inputs: each file that a user can point this project at, spoilt in one way each.
+"""Hostile inputs: each file that a user can pass, corrupted in one way per case.
 
 A case is a copy of a whole folder, a change to it, and the reader that opens it. `cases` draws from
 a table of fields and values with one seed, and adds the ones written by hand.
@@ -76,16 +76,16 @@ SOURCE = [
 
 
 class Case(NamedTuple):
-    """A copy of the folder `base`, changed by `spoil` and opened by `reader`."""
+    """A copy of the folder `base`, changed by `corrupt` and opened by `reader`."""
 
     name: str
     base: str
     reader: str
-    spoil: Callable[[Path], None]
+    corrupt: Callable[[Path], None]
 
 
 def put(value: Any, keys: Sequence[str | int], new: Any) -> Any:
-    """`value` with what is at `keys` replaced; missing objects on the way are made."""
+    """Replaces the entry at the path `keys` of `value`; creates missing objects."""
     if not keys:
         return new
     inside = value if isinstance(value, list) else dict(value or {})
@@ -101,7 +101,7 @@ def json_case(
 ) -> Case:
     """A case in which one field of a JSON file has another value."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         changed = put(read_json(folder / file), keys, value)
         if file == "model.json":
             write_model_json(folder, changed)
@@ -109,7 +109,7 @@ def json_case(
             write_json(folder / file, changed)
 
     path = ".".join(map(str, keys))
-    return Case(f"{reader} {base}: {file}: {path} is {name}", base, reader, spoil)
+    return Case(f"{reader} {base}: {file}: {path} is {name}", base, reader, corrupt)
 
 
 def field_cases(
@@ -181,7 +181,7 @@ def other_json_cases(rng: random.Random, share: float) -> Iterator[Case]:
 
 
 def file_cases() -> Iterator[Case]:
-    """Whole files that are something else."""
+    """Files with other content."""
     files = (
         ("language", "import", "config.json"),
         ("language", "import", "tokenizer.json"),
@@ -197,13 +197,13 @@ def file_cases() -> Iterator[Case]:
         ("model", "export", "tokenizer.json"),
     )
     for base, reader, file in files:
-        for name, spoil in SPOILT.items():
+        for name, corrupt in SPOILT.items():
             # A template is carried along as text, whatever it says.
             if file.endswith(".jinja") and name not in UNREADABLE:
                 continue
 
-            def change(folder: Path, spoil=spoil, file=file) -> None:
-                spoil(folder / file)
+            def change(folder: Path, corrupt=corrupt, file=file) -> None:
+                corrupt(folder / file)
 
             yield Case(f"{reader} {base}: {file} is {name}", base, reader, change)
 
@@ -213,11 +213,11 @@ def _rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def _instead(make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def spoil(file: Path) -> None:
+    def corrupt(file: Path) -> None:
         file.unlink()
         make(file)
 
-    return spoil
+    return corrupt
 
 
 UNREADABLE = ("not UTF-8", "a folder", "a pipe", "a link to itself")

@@ -59,7 +59,7 @@ _TYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F3
 
 
 def small_config(name: str) -> dict:
-    """The published config with smaller sizes in the same fields, and those it must state now."""
+    """Returns the published config with smaller sizes."""
     config = copy.deepcopy(CONFIGS[name])
     config["text_config"] |= SMALL[name]
     config["vision_config"] |= SMALL_TOWER

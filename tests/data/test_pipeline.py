@@ -292,9 +292,9 @@ def test_invalid_data_config_is_an_error(stream, numbered):
 
 
 def test_data_modules_do_not_import_jax_or_torch():
-    ours = [name for name in sys.modules if name.startswith("moddistill.data.")]
-    assert len(ours) >= 6
-    for name in ours:
+    modules = [name for name in sys.modules if name.startswith("moddistill.data.")]
+    assert len(modules) >= 6
+    for name in modules:
         source = Path(sys.modules[name].__file__).read_text()
         assert "import jax" not in source
         assert "torch" not in source

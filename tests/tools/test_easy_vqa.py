@@ -1,4 +1,4 @@
-"""The builder of the demo's data, on a small imitation of the published package."""
+"""The builder of the demo data, on a small imitation of the published package."""
 
 import json
 import random
