@@ -123,7 +123,9 @@ def _upcycle(args: argparse.Namespace) -> None:
         placement=placement,
         moe_intermediate_size=args.moe_intermediate_size,
     )
-    how = UpcycleConfig(args.upcycle, args.noise_std, args.drop_fraction)
+    how = UpcycleConfig(
+        method=args.upcycle, noise_std=args.noise_std, drop_fraction=args.drop_fraction
+    )
     config = upcycle_model(args.model, args.out, moe, how, seed=args.seed, overwrite=args.overwrite)
     _print_written(args.out, config)
 

@@ -27,7 +27,7 @@ _LARGEST_SETTINGS = 64 * 2**20  # bytes; a tokenizer.json has up to 36 MB
 _UNDAMAGED = f"an undamaged copy, or the folder without its {digests.NAME}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """A Hugging Face folder: its checkpoint, rules and parts; missing parts are None.
 
