@@ -40,5 +40,6 @@ def expert_config(
         num_experts=1 + max(int(expert) for _, expert in experts),
         top_k=top_k,
         placement=tuple(sorted({int(layer) for layer, _ in experts})),
+        # DeepSpeed's top-2 gating normalises the weights of the experts, its top-1 gating does not.
         norm_topk_prob=top_k >= 2,
     )
