@@ -74,10 +74,7 @@ def open_source(folder: Path, select_layer: int | None = None) -> Source:
       UserError: an unknown architecture or an unsupported config.
     """
     if (folder / digests.NAME).is_file():  # written by our export
-        listed = digests.read_digests(folder, _UNDAMAGED).files
-        # Settings that are too large are refused by their readers, which do not read them whole.
-        names = [name for name in sorted(listed) if _is_readable(folder / name)]
-        digests.verify(folder, names, expected=_UNDAMAGED)
+        _verify_export(folder)
     fields = read_json(folder / "config.json")
     origin = str(folder / "config.json")
     kind = fields.get("model_type", "")
@@ -99,6 +96,14 @@ def open_source(folder: Path, select_layer: int | None = None) -> Source:
     known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.DUAL_ENCODERS, *llava.TOWERS, "llava")
     expected = f"one of {', '.join(known)}, or one of LLaVA's code with Qwen, as llava_qwen2"
     raise invalid(f"{origin}: model_type", kind, expected)
+
+
+def _verify_export(folder: Path) -> None:
+    """Raises UserError if a file of an export does not match its digest."""
+    listed = digests.read_digests(folder, _UNDAMAGED).files
+    # Settings files that are too large are refused by their readers, which bound what they read.
+    names = [name for name in sorted(listed) if _is_readable(folder / name)]
+    digests.verify(folder, names, expected=_UNDAMAGED)
 
 
 def _is_readable(file: Path) -> bool:
