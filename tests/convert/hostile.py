@@ -1,6 +1,6 @@
 """Hostile inputs: each file that a user can pass, corrupted in one way per case.
 
-A case is a copy of a whole folder, a change to it, and the reader that opens it. `cases` draws from
+A case is a copy of an intact folder, a change, and the reader that opens it. `cases` draws from
 a table of fields and values with one seed, and adds the ones written by hand.
 """
 
@@ -123,7 +123,7 @@ def field_cases(
     ]
 
 
-def drawn(rng: random.Random, size: int, found: list[Case]) -> list[Case]:
+def sample_cases(rng: random.Random, size: int, found: list[Case]) -> list[Case]:
     return rng.sample(found, min(size, len(found))) if size else found
 
 
@@ -141,7 +141,7 @@ def config_cases(rng: random.Random, share: float) -> Iterator[Case]:
     )
     for base, reader, fields, inside in tables:
         found = field_cases(base, reader, "config.json", fields, inside)
-        yield from drawn(rng, round(share * len(found)), found)
+        yield from sample_cases(rng, round(share * len(found)), found)
 
 
 def model_cases(rng: random.Random, share: float) -> Iterator[Case]:
@@ -158,7 +158,7 @@ def model_cases(rng: random.Random, share: float) -> Iterator[Case]:
     for fields, inside in tables:
         reader = readers[len(inside) % 3] if "imported" not in inside else "export"
         found = field_cases("model", reader, "model.json", fields, inside)
-        yield from drawn(rng, round(share * len(found)), found)
+        yield from sample_cases(rng, round(share * len(found)), found)
 
 
 def other_json_cases(rng: random.Random, share: float) -> Iterator[Case]:
@@ -177,7 +177,7 @@ def other_json_cases(rng: random.Random, share: float) -> Iterator[Case]:
     )
     for base, reader, file, fields, inside in tables:
         found = field_cases(base, reader, file, fields, inside)
-        yield from drawn(rng, round(share * len(found)), found)
+        yield from sample_cases(rng, round(share * len(found)), found)
 
 
 def file_cases() -> Iterator[Case]:
@@ -198,7 +198,7 @@ def file_cases() -> Iterator[Case]:
     )
     for base, reader, file in files:
         for name, corrupt in SPOILT.items():
-            # A template is carried along as text, whatever it says.
+            # A chat template is copied as text, without a check.
             if file.endswith(".jinja") and name not in UNREADABLE:
                 continue
 

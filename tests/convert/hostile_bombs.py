@@ -3,7 +3,7 @@
     python -m tests.convert.hostile_bombs FOLDER
 
 prints a JSON line for each: its name, the error, seconds of the processor, and by how many bytes
-the peak of resident memory is above that of reading whole folders.
+the peak of resident memory is above that of reading intact folders.
 """
 
 import json

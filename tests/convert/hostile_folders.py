@@ -44,7 +44,7 @@ def write_model_json(folder: Path, value: Any) -> None:
 
 
 def make_folders(root: Path) -> None:
-    """Writes each kind of folder and file that is read, whole and tiny, below `root`."""
+    """Writes each kind of folder and file that is read, intact and tiny, below `root`."""
     tokenizer = train_bpe(TEXTS, 300)
     dense = with_vocabulary(preset("tiny"), tokenizer.real_ids, tokenizer.image_id)
     tower = dataclasses.replace(dense.vision, layers=2, select_layer=-2)

@@ -60,7 +60,7 @@ HEADERS: dict[str, Any] = {
     "one name twice": json.dumps(_entry(shape=[2], offsets=[0, 8]))[:-1]
     + ","
     + json.dumps(_entry(shape=[2], offsets=[8, 16]))[1:],
-    "metadata alone": {"__metadata__": {"format": "pt"}},
+    "only metadata": {"__metadata__": {"format": "pt"}},
     "names of surrogates": {"\ud800": _entry()["x"]},
 }
 
@@ -86,10 +86,10 @@ def _only(folder: Path, suffix: str) -> Path:
 
 def _tensor(storage: bytes = b"", start: bytes = b"K\x00", shape: bytes = b"K\x04\x85") -> bytes:
     """Returns the pickle of one tensor with a custom part."""
-    kept = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+    valid = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
     return (
         b"\x80\x02}X\x01\0\0\0xctorch._utils\n_rebuild_tensor_v2\n("
-        + (storage or kept)
+        + (storage or valid)
         + start
         + shape
         + b"K\x01\x85\x89ccollections\nOrderedDict\n)RtRs."
@@ -103,7 +103,7 @@ def _doubled(times: int) -> bytes:
 
 PICKLES: dict[str, bytes] = {
     "empty": b"",
-    "a stop alone": b".",
+    "only a stop": b".",
     "a number": b"K\x01.",
     "a list": b"].",
     "an empty stack": b"0.",
@@ -233,8 +233,8 @@ def array_cases(rng: random.Random) -> Iterator[Case]:
     }
     for name, change in kinds.items():
         for reader in ("inspect", "load", "export"):
-            # Orbax, which leaves threads behind when arrays cannot be read, needs the first file
-            # alone, the other readers all but it.
+            # Only the first file for Orbax, which leaks threads when arrays cannot be read; all
+            # others for the other readers.
             parts = ("/_METADATA",) if reader == "load" else ("/manifest.ocdbt", "/d/")
             for part in parts:
 

@@ -84,15 +84,15 @@ def test_generation_prompt_equals_that_of_generate(template, turns, qwen, tmp_pa
 def test_chatml_equals_the_published_template_of_qwen(name, qwen, tmp_path):
     turns = CONVERSATIONS[name]
     loaded = load_in_transformers(qwen, "chatml", tmp_path)
-    said = [
+    chat = [
         {"role": role, "content": text}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-    published = loaded.apply_chat_template(said, tokenize=False, chat_template=QWEN2)
+    published = loaded.apply_chat_template(chat, tokenize=False, chat_template=QWEN2)
     assert published == "".join(piece.text for piece in render("chatml", turns))
     asked = loaded.apply_chat_template(
-        said[:-1], tokenize=False, chat_template=QWEN2, add_generation_prompt=True
+        chat[:-1], tokenize=False, chat_template=QWEN2, add_generation_prompt=True
     )
     assert asked == "".join(piece.text for piece in prompt("chatml", turns[:-1], turns[-1][0]))
 

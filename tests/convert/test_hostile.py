@@ -22,7 +22,7 @@ from tests.convert import hostile, hostile_tokenizers, hostile_weights
 from tests.convert.hostile_folders import make_folders, readers
 
 SECONDS = 5
-SHARE = 0.12  # of the table of fields and values that is drawn
+SHARE = 0.12  # fraction of the table of fields and values that is tested
 GIB = 2**30
 
 
@@ -43,7 +43,7 @@ def all_cases():
 
 
 CASES = all_cases()
-# What is left out, or means what it meant before.
+# Cases without an effect, or with a valid meaning.
 HARMLESS = (
     "import llava: config.json: vision_feature_layer is minus one",
     "with tower original: config.json: mm_vision_select_feature is null",
@@ -115,7 +115,7 @@ def test_hostile_file_is_a_user_error(case, corrupted, limited):
         check_worded(str(error))
         assert case.name not in HARMLESS
         return
-    # `inspect` says what cannot be done in its answer.
+    # `inspect` reports errors in its output.
     refused = isinstance(result, dict) and (
         result.get("not imported") or result.get("not exported")
     )

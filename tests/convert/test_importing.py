@@ -64,20 +64,20 @@ def test_language_model_roundtrip(
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["language model", "LLaVA"])
-def test_stored_tied_head_is_exported_again(whole, tmp_path, small_tokenizer):
+@pytest.mark.parametrize("is_llava", [False, True], ids=["language model", "LLaVA"])
+def test_stored_tied_head_is_exported_again(is_llava, tmp_path, small_tokenizer):
     """As in published Qwen1.5 folders."""
     model = (
-        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id) if whole else hf.Text().model()
+        hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id) if is_llava else hf.Text().model()
     )
     source = hf.save(model, tmp_path / "hf", small_tokenizer)
     state = {name: np.array(x) for name, x in tensors(source).items()}
-    outer = "language_model." if whole else ""
+    outer = "language_model." if is_llava else ""
     state[f"{outer}lm_head.weight"] = state[f"{outer}model.embed_tokens.weight"].copy()
     save_file(state, source / "model.safetensors")
     import_model(str(source), tmp_path / "model")
     export_model(tmp_path / "model", tmp_path / "back", max_shard_size=GB)
-    expected = {published_name(name) if whole else name: x for name, x in state.items()}
+    expected = {published_name(name) if is_llava else name: x for name, x in state.items()}
     assert_same_tensors(tensors(tmp_path / "back"), expected)
 
 
@@ -154,12 +154,12 @@ def test_missing_tensors_do_not_change_the_detected_prefixes(lost, tmp_path, sma
         hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id), tmp_path / "hf", small_tokenizer
     )
     state = tensors(source)
-    kept = {name: np.array(x) for name, x in state.items() if not name.startswith(lost)}
-    assert len(kept) < len(state)
-    save_file(kept, source / "model.safetensors")
+    remaining = {name: np.array(x) for name, x in state.items() if not name.startswith(lost)}
+    assert len(remaining) < len(state)
+    save_file(remaining, source / "model.safetensors")
     with pytest.raises(ValueError) as error:
         import_model(str(source), tmp_path / "model")
-    assert len(str(error.value).splitlines()) == 1 + len(state) - len(kept)
+    assert len(str(error.value).splitlines()) == 1 + len(state) - len(remaining)
     assert "unexpected" not in str(error.value)
 
 
@@ -197,18 +197,18 @@ def test_import_from_parts_equals_import_of_the_model(
     tower, tmp_path, small_tokenizer, model_logits, torch_logits, random_inputs
 ):
     """Language model, tower and projector, saved separately, give the logits of the model."""
-    whole = hf.multimodal(f"{tower} and Qwen2", small_tokenizer.image_id)
+    full = hf.multimodal(f"{tower} and Qwen2", small_tokenizer.image_id)
     language = hf.Text().model()
     language.load_state_dict(
-        {f"model.{name}": x for name, x in whole.model.language_model.state_dict().items()},
+        {f"model.{name}": x for name, x in full.model.language_model.state_dict().items()},
         strict=False,
     )
     part = hf.clip_tower() if tower == "CLIP" else hf.siglip_tower()
-    part.load_state_dict(whole.model.vision_tower.state_dict())
+    part.load_state_dict(full.model.vision_tower.state_dict())
     source = hf.save(language, tmp_path / "language", small_tokenizer)
     vision = hf.save(part, tmp_path / "vision")
     projector = {}
-    for name, x in whole.model.multi_modal_projector.state_dict().items():
+    for name, x in full.model.multi_modal_projector.state_dict().items():
         name = name.replace("linear_1", "0").replace("linear_2", "2")
         projector[f"model.mm_projector.image_spatial_proj.{name}"] = x
     torch.save(projector, tmp_path / "mm_projector.bin")
@@ -220,7 +220,7 @@ def test_import_from_parts_equals_import_of_the_model(
         select_layer=-2 if tower == "CLIP" else -1,
     )
     tokens, images = random_inputs(config)
-    expected = torch_logits(whole, tokens, images, config)
+    expected = torch_logits(full, tokens, images, config)
     np.testing.assert_allclose(
         model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
     )
@@ -245,10 +245,10 @@ def test_missing_projector_is_initialized_from_the_seed(tmp_path, small_tokenize
 def test_pickled_shards_are_imported_by_their_index(tmp_path, small_tokenizer):
     """The same model from two `.bin` files as from one `.safetensors`."""
     model = hf.Text().model()
-    whole = hf.save(model, tmp_path / "whole", small_tokenizer)
+    full = hf.save(model, tmp_path / "full", small_tokenizer)
     shards = tmp_path / "shards"
     shards.mkdir()
-    for file in whole.iterdir():
+    for file in full.iterdir():
         if file.suffix == ".json":
             (shards / file.name).write_bytes(file.read_bytes())
     state = {name: x for name, x in model.state_dict().items() if name != "lm_head.weight"}
@@ -260,11 +260,11 @@ def test_pickled_shards_are_imported_by_their_index(tmp_path, small_tokenizer):
     index = {"metadata": {}, "weight_map": places}
     (shards / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     imported = {}
-    for folder in (whole, shards):
+    for folder in (full, shards):
         import_model(str(folder), tmp_path / f"{folder.name}-model")
         imported[folder.name] = flatten(load(tmp_path / f"{folder.name}-model")[1])
-    assert imported["shards"].keys() == imported["whole"].keys()
-    for path, x in imported["whole"].items():
+    assert imported["shards"].keys() == imported["full"].keys()
+    for path, x in imported["full"].items():
         np.testing.assert_array_equal(imported["shards"][path], x, err_msg=path)
 
 

@@ -40,20 +40,20 @@ def original_config(text):
 def test_dense_checkpoint_of_llavas_code_is_imported(
     tmp_path, small_tokenizer, model_logits, torch_logits, random_inputs
 ):
-    whole = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
+    llava_model = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
     source = hf.save_original(
-        original_names(whole.state_dict()),
-        original_config(whole.config.text_config),
+        original_names(llava_model.state_dict()),
+        original_config(llava_model.config.text_config),
         tmp_path / "original",
         small_tokenizer,
     )
     tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.load_state_dict(llava_model.model.vision_tower.state_dict())
     vision = hf.save(tower, tmp_path / "vision")
     config = import_model(str(source), tmp_path / "model", vision=str(vision))
     assert config.template == "vicuna"
     tokens, images = random_inputs(config)
-    expected = torch_logits(whole, tokens, images, config)
+    expected = torch_logits(llava_model, tokens, images, config)
     np.testing.assert_allclose(
         model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
     )
@@ -62,14 +62,14 @@ def test_dense_checkpoint_of_llavas_code_is_imported(
 @pytest.fixture
 def original(tmp_path, small_tokenizer):
     """`original(**fields)`: a checkpoint of the original code with these in its config; a tower."""
-    whole = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
+    llava_model = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
     tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.load_state_dict(llava_model.model.vision_tower.state_dict())
 
     def make(**fields):
         source = hf.save_original(
-            original_names(whole.state_dict()),
-            original_config(whole.config.text_config) | fields,
+            original_names(llava_model.state_dict()),
+            original_config(llava_model.config.text_config) | fields,
             tmp_path / "original",
             small_tokenizer,
         )
@@ -126,9 +126,9 @@ def test_original_checkpoint_with_a_bfloat16_copy_of_its_tower_is_imported(origi
     torch.save({k: x.bfloat16() if "tower" in k else x for k, x in state.items()}, file)
     vision = str(hf.save(tower, tmp_path / "vision"))
     import_model(source, tmp_path / "a", vision=vision)
-    kept = load(tmp_path / "a")[1]["vision"]["positions"]
+    positions = load(tmp_path / "a")[1]["vision"]["positions"]
     table = tower.embeddings.position_embedding.weight
-    np.testing.assert_array_equal(kept, table.detach().numpy())
+    np.testing.assert_array_equal(positions, table.detach().numpy())
 
 
 def test_sparse_checkpoint_of_llava_mods_code_is_imported(
@@ -136,11 +136,11 @@ def test_sparse_checkpoint_of_llava_mods_code_is_imported(
 ):
     """Experts with DeepSpeed's names equal a Qwen2-MoE with a zero shared expert."""
     text = hf.sparse_text(hf.Text(tied=False))
-    whole = hf.clear_shared_expert(
+    llava_model = hf.clear_shared_expert(
         hf.llava(text, hf.clip_config(), image_token=small_tokenizer.image_id)
     )
     state = {}
-    for name, x in original_names(whole.state_dict()).items():
+    for name, x in original_names(llava_model.state_dict()).items():
         layer, _, rest = name.partition(".mlp.")
         if rest == "gate.weight":
             state[f"{layer}.mlp.deepspeed_moe.gate.wg.weight"] = x
@@ -158,13 +158,13 @@ def test_sparse_checkpoint_of_llava_mods_code_is_imported(
     fields = original_config(text) | {"moe": {"top_k_experts": 2, "num_experts": [4]}}
     source = hf.save_original(state, fields, tmp_path / "original", small_tokenizer)
     tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.load_state_dict(llava_model.model.vision_tower.state_dict())
     vision = hf.save(tower, tmp_path / "vision")
     config = import_model(str(source), tmp_path / "model", vision=str(vision))
     assert config.decoder.moe_layers == (0, 2)
     assert (config.decoder.moe.num_experts, config.decoder.moe.top_k) == (4, 2)
     tokens, images = random_inputs(config)
-    expected = torch_logits(whole, tokens, images, config)
+    expected = torch_logits(llava_model, tokens, images, config)
     np.testing.assert_allclose(
         model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
     )

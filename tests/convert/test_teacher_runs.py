@@ -41,7 +41,7 @@ REAL = 151_646  # ids of the tokenizer; rows after them are `<image>` and paddin
 def hub(tmp_path_factory, qwen_tokenizer):
     """Resolves hub names to folders of small models, with a separate import cache.
 
-    Runs are on one device, since each of eight would hold the whole vocabulary.
+    Runs are on one device, since each of eight would hold the full vocabulary.
     """
     root = tmp_path_factory.mktemp("hub")
     folders = {

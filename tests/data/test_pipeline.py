@@ -112,8 +112,8 @@ def test_sources_are_mixed_by_weight_and_shuffled_independently(stream, numbered
     order = answers(*take(iter(stream(*paths, weights=[3.0, 1.0])), 10))
     assert Counter(int(answer) >= 100 for answer in order) == {False: 30, True: 10}
     order = answers(*take(iter(stream(*paths)), 5))
-    left = [int(answer) for answer in order if int(answer) < 100]
-    assert left != [int(answer) - 100 for answer in order if int(answer) >= 100]
+    first = [int(answer) for answer in order if int(answer) < 100]
+    assert first != [int(answer) - 100 for answer in order if int(answer) >= 100]
 
 
 @pytest.mark.parametrize("count", [2, 3])
