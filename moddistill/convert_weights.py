@@ -54,9 +54,11 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", help="folder or hub name of a vision tower")
     parser.add_argument("--projector", default="", help="mm_projector.bin or safetensors")
     parser.add_argument("--template", default="", help=", ".join(TEMPLATES))
-    parser.add_argument("--select_layer", type=int, help="hidden state of the tower, such as -2")
     parser.add_argument(
-        "--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of a new projector"
+        "--select_layer", type=int, help="hidden state of the vision tower, such as -2"
+    )
+    parser.add_argument(
+        "--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of an initialised projector"
     )
     _output_arguments(parser)
     parser.set_defaults(run=_import)
@@ -122,7 +124,9 @@ def _upcycle(args: argparse.Namespace) -> None:
         placement=placement,
         moe_intermediate_size=args.moe_intermediate_size,
     )
-    how = UpcycleConfig(args.upcycle, args.noise_std, args.drop_fraction)
+    how = UpcycleConfig(
+        method=args.upcycle, noise_std=args.noise_std, drop_fraction=args.drop_fraction
+    )
     config = upcycle_model(args.model, args.out, moe, how, seed=args.seed, overwrite=args.overwrite)
     _print_written(args.out, config)
 

@@ -38,6 +38,7 @@ def assign_tensors(source: Source, config: ModelConfig) -> Assignments:
     check_weights(
         [*(tensor.name for tensor in mapped), *pooling], source.checkpoint, str(source.folder)
     )
+    # Tensors that must be zero, tied or of the pooling head are not mapped, but checked below.
     ignored = [*source.ignored, *filter(None, (source.zero, source.tied))]
     ignored += [re.escape(source.pooling) + ".*"] if source.pooling else []
     rows = source.decoder.vocab_size if source.decoder else 0

@@ -110,6 +110,7 @@ def _config(source: Source) -> ModelConfig:
     """Returns an architecture with the source's parts, and minimal ones for the missing parts."""
     vision = source.vision
     if vision is None and source.projector is not None:
+        # The torch weight of a projector is [outputs, inputs]; its inputs have the tower's width.
         [first] = [rule.name for rule in source.rules if rule.path == "projector/linear_0/kernel"]
         width = source.checkpoint[first].shape[-1] if first in source.checkpoint else 8
         vision = VisionConfig(

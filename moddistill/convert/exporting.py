@@ -148,6 +148,7 @@ def _shared_expert(config: ModelConfig, planned: Sequence[TensorSpec]) -> list[T
     """Returns the zero shared experts of Qwen2-MoE, in the dtype of the other experts."""
     prefix = "model." if config.vision is None else _DECODER
     shapes = qwen.shared_expert(config.decoder)
+    # `create_shards` fills files with zeros, so their weights need not be written.
     dtypes = [tensor.dtype for tensor in planned if ".experts." in tensor.name]
     return [TensorSpec(prefix + name, dtypes[0], shape) for name, shape in shapes.items()]
 
@@ -173,6 +174,7 @@ def _write_weights(
     finite = FiniteCheck(str(reader.folder))
     total = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=0.5) as bar:
+        # In the order of the parameters, so that chunks of a stack are read one after the other.
         for mapped_tensor in sorted(mapped, key=lambda tensor: tensor.slot):
             name, slot, transform = mapped_tensor.name, mapped_tensor.slot, mapped_tensor.transform
             tensor = tensors[name]

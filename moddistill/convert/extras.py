@@ -35,24 +35,8 @@ def import_record(
     model = sources[0]
     is_multimodal = model.projector is not None and config.vision is not None
     replaced = replaced_image_settings(model.folder, config.vision) if is_multimodal else []
-    if replaced:
-        size = config.vision.image_size
-        LOG.warning(
-            "%s: images are padded to squares and resized to %d x %d pixels; this replaces, in its "
-            "image processor, %s",
-            model.folder,
-            size,
-            size,
-            ", ".join(replaced),
-        )
     generation = read_generation(model.folder)
-    if generation:
-        LOG.info(
-            "%s: generation settings %s come back from an export until a stage trains the model; "
-            "a trained model is exported with greedy decoding",
-            model.folder,
-            ", ".join(f"{name} {value!r}" for name, value in generation.items()),
-        )
+    _log_settings(model.folder, config, replaced, generation)
     return {
         "from": [str(source.folder) for source in sources],
         "new": list(new),
@@ -62,6 +46,28 @@ def import_record(
         "generation": generation,
         "replaced": replaced,
     }
+
+
+def _log_settings(
+    folder: Path, config: ModelConfig, replaced: Sequence[str], generation: dict[str, Any]
+) -> None:
+    if replaced:
+        size = config.vision.image_size
+        LOG.warning(
+            "%s: images are padded to squares and resized to %d x %d pixels; this replaces, in its "
+            "image processor, %s",
+            folder,
+            size,
+            size,
+            ", ".join(replaced),
+        )
+    if generation:
+        LOG.info(
+            "%s: generation settings %s come back from an export until a stage trains the model; "
+            "a trained model is exported with greedy decoding",
+            folder,
+            ", ".join(f"{name} {value!r}" for name, value in generation.items()),
+        )
 
 
 def copy_pooling_head(source: Source, folder: Path) -> None:

@@ -25,6 +25,7 @@ class PaddedRows(Tensor):
         return np.concatenate([rows, zeros])
 
     def rows(self, part: slice) -> Tensor:
+        # The slice may contain stored rows, padding, or both.
         start, stop, _ = part.indices(self.shape[0])
         last = self.stored.shape[0]
         stored = self.stored.rows(slice(min(start, last), min(stop, last)))

@@ -191,6 +191,7 @@ def _write_params(
             for index, rows in mapped.blocks(tensor.dtype.itemsize):
                 array = (tensor if rows == slice(None) else tensor.rows(rows)).read()
                 finite.add(mapped.name, array)
+                # Over the tensors as the source stores them, before their transform.
                 _update_digest(digest, mapped.name, array)
                 _write_block(writer, mapped, array, rows, index)
     finite.close()

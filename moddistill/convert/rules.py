@@ -131,7 +131,7 @@ class Slot(NamedTuple):
         return [(slice(None),) * axis + (part,) for part in parts]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MappedTensor:
     """A tensor of a checkpoint, by name, and the slot of a parameter that it maps to."""
 

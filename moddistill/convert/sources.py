@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.convert.chat_template import detect_template
-from moddistill.convert.families import llava, qwen
+from moddistill.convert.families import deepspeed, llava, qwen
 from moddistill.convert.hub import check_not_quantized, sub_config, with_defaults
 from moddistill.convert.rules import Rules, prefixed
 from moddistill.convert.source_settings import image_processor
@@ -27,7 +27,7 @@ _LARGEST_SETTINGS = 64 * 2**20  # bytes; a tokenizer.json has up to 36 MB
 _UNDAMAGED = f"an undamaged copy, or the folder without its {digests.NAME}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """A Hugging Face folder: its checkpoint, rules and parts; missing parts are None.
 
@@ -74,10 +74,7 @@ def open_source(folder: Path, select_layer: int | None = None) -> Source:
       UserError: an unknown architecture or an unsupported config.
     """
     if (folder / digests.NAME).is_file():  # written by our export
-        listed = digests.read_digests(folder, _UNDAMAGED).files
-        # Settings that are too large are refused by their readers, which do not read them whole.
-        names = [name for name in sorted(listed) if _is_readable(folder / name)]
-        digests.verify(folder, names, expected=_UNDAMAGED)
+        _verify_export(folder)
     fields = read_json(folder / "config.json")
     origin = str(folder / "config.json")
     kind = fields.get("model_type", "")
@@ -99,6 +96,14 @@ def open_source(folder: Path, select_layer: int | None = None) -> Source:
     known = (*qwen.DENSE_TYPES, *qwen.SPARSE_TYPES, *llava.DUAL_ENCODERS, *llava.TOWERS, "llava")
     expected = f"one of {', '.join(known)}, or one of LLaVA's code with Qwen, as llava_qwen2"
     raise invalid(f"{origin}: model_type", kind, expected)
+
+
+def _verify_export(folder: Path) -> None:
+    """Raises UserError if a file of an export does not match its digest."""
+    listed = digests.read_digests(folder, _UNDAMAGED).files
+    # Settings files that are too large are refused by their readers, which bound what they read.
+    names = [name for name in sorted(listed) if _is_readable(folder / name)]
+    digests.verify(folder, names, expected=_UNDAMAGED)
 
 
 def _is_readable(file: Path) -> bool:
@@ -221,7 +226,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
     text = with_defaults(fields | {"model_type": kind}, llava.READ_FIELDS, origin)
     decoder = qwen.decoder_config(text, tokenizer.real_ids, origin)
     llava.check_original(fields, origin)
-    decoder = dataclasses.replace(decoder, moe=qwen.deepspeed_moe(fields, checkpoint, origin))
+    decoder = dataclasses.replace(decoder, moe=deepspeed.expert_config(fields, checkpoint, origin))
     check_decoder(decoder, origin)
     layer = fields.get("mm_vision_select_layer")
     if layer is not None and (type(layer) is not int or not -1000 <= layer < 0):
@@ -234,7 +239,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
         folder=folder,
         checkpoint=checkpoint,
         rules=(
-            *prefixed(qwen.RULES + qwen.DEEPSPEED_EXPERTS, "model."),
+            *prefixed(qwen.RULES + deepspeed.EXPERTS, "model."),
             *qwen.HEAD,
             *prefixed(_projector_rules(projector, origin), prefix),
         ),

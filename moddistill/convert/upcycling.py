@@ -61,22 +61,9 @@ def upcycle_model(
     check_upcycle(how)
     reader = Reader(model / "params")
     reader.check(dense)
-    dense_slots, sparse_slots = slots(dense), slots(sparse)
     finite = FiniteCheck(str(original))
     with write_folder(out, "upcycle", overwrite, inputs=(original, model)) as tmp_dir:
-        dense_dtypes = {path: reader.dtype(slot.path) for path, slot in dense_slots.items()}
-        dtypes = {slot.path: _dtype(path, dense_dtypes) for path, slot in sparse_slots.items()}
-        with Writer(tmp_dir / "params", array_specs(sparse, dtypes)) as writer:
-            common = sorted(dense_slots.keys() & sparse_slots.keys(), key=dense_slots.get)
-            for path in tqdm(common, desc="copy", unit="array"):
-                _copy(path, reader, dense_slots[path], writer, sparse_slots[path], finite)
-            key = jax.random.key(seed)
-            for layer in tqdm(sparse.decoder.moe_layers, desc="upcycle", unit="layer"):
-                mlp = _read_mlp(reader, dense_slots, layer, finite)
-                rng = jax.random.fold_in(key, layer)
-                for path, array in _expert_layer(mlp, sparse.decoder.moe, how, rng):
-                    slot = sparse_slots[f"decoder/layers/{layer}/moe/{path}"]
-                    writer.write(slot.path, slot.index, np.asarray(array))
+        _write_params(tmp_dir / "params", dense, sparse, how, reader, seed, finite)
         finite.close()
         source = {"upcycled": {"from": str(model), "seed": seed} | dataclasses.asdict(how)}
         source |= {key: value for key, value in read_source(model).items() if key == "imported"}
@@ -85,6 +72,33 @@ def upcycle_model(
             if (model / name).is_file():
                 shutil.copy(model / name, tmp_dir)
     return sparse
+
+
+def _write_params(
+    folder: Path,
+    dense: ModelConfig,
+    sparse: ModelConfig,
+    how: UpcycleConfig,
+    reader: Reader,
+    seed: int,
+    finite: FiniteCheck,
+) -> None:
+    """Copies the parameters that both models have, then upcycles the feed-forward layers."""
+    dense_slots, sparse_slots = slots(dense), slots(sparse)
+    dense_dtypes = {path: reader.dtype(slot.path) for path, slot in dense_slots.items()}
+    dtypes = {slot.path: _dtype(path, dense_dtypes) for path, slot in sparse_slots.items()}
+    with Writer(folder, array_specs(sparse, dtypes)) as writer:
+        common = sorted(dense_slots.keys() & sparse_slots.keys(), key=dense_slots.get)
+        for path in tqdm(common, desc="copy", unit="array"):
+            _copy(path, reader, dense_slots[path], writer, sparse_slots[path], finite)
+        key = jax.random.key(seed)
+        for layer in tqdm(sparse.decoder.moe_layers, desc="upcycle", unit="layer"):
+            mlp = _read_mlp(reader, dense_slots, layer, finite)
+            # The key of a layer does not depend on which other layers are sparse.
+            rng = jax.random.fold_in(key, layer)
+            for path, array in _expert_layer(mlp, sparse.decoder.moe, how, rng):
+                slot = sparse_slots[f"decoder/layers/{layer}/moe/{path}"]
+                writer.write(slot.path, slot.index, np.asarray(array))
 
 
 def _expert_layer(

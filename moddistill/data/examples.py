@@ -1,4 +1,4 @@
-"""Records to samples of one fixed shape.
+"""Samples of one fixed shape from records: tokens, loss mask and images.
 
 T: max_length, I: max_images, h = w: image_size.
 """
@@ -12,13 +12,18 @@ from moddistill.data.conversation import Piece, prompt, render
 from moddistill.data.images import PAD_COLOR, load_image, preprocess
 from moddistill.data.records import IMAGE, PreferencePair, Record
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.models.batch import Batch, PreferenceBatch, num_tokens, padded_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSpec:
-    """The template and the fixed shapes; `image_tokens` is 0 for models without a tower."""
+    """Template and fixed shapes of samples.
+
+    Attributes:
+      image_tokens: patches per image; 0 for a model without a vision encoder.
+      pad_color: colour, 0 to 255, that pads images to squares.
+    """
 
     template: str
     max_length: int
@@ -29,7 +34,10 @@ class ExampleSpec:
 
 
 def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> tuple[Batch, int]:
-    """One sample of a conversation, truncated to `max_length`, and its length before truncation.
+    """Makes the sample of a conversation, truncated to `max_length`.
+
+    Returns:
+      The sample, without batch dimension, and its number of tokens before truncation.
 
     Raises:
       UserError: too many images, images beyond `max_length`, no supervised token within it, or
@@ -38,7 +46,7 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> tup
     _check_images(record.images, spec)
     ids, mask = _encode(render(spec.template, record.turns), tokenizer, spec.image_tokens)
     if len(ids) > spec.max_length:
-        _check_cut(ids, mask, tokenizer.image_id, spec.max_length)
+        _check_truncation(ids, mask, tokenizer.image_id, spec.max_length)
     sample = _padded(ids[: spec.max_length], mask[: spec.max_length], tokenizer.pad_id, spec)
     return sample._replace(images=_read_images(record.images, spec)), len(ids)
 
@@ -46,17 +54,21 @@ def make_example(record: Record, tokenizer: Tokenizer, spec: ExampleSpec) -> tup
 def make_preference(
     pair: PreferencePair, tokenizer: Tokenizer, spec: ExampleSpec
 ) -> tuple[PreferenceBatch, int]:
-    """Both sides of a pair, only the last answer supervised, and the length of the longer one.
+    """Makes both sides of a preference pair, in which only the last answer is supervised.
+
+    Returns:
+      The sample, without batch dimension, and the number of tokens of the longer side.
 
     Raises:
-      UserError: as `make_example`, and when a side is longer than `max_length`, because a cut
+      UserError: as `make_example`, and for a side longer than `max_length`, since a truncated
         answer has another probability.
     """
     _check_images(pair.images, spec)
     chosen = _preference_side(pair, pair.chosen, "chosen", tokenizer, spec)
     rejected = _preference_side(pair, pair.rejected, "rejected", tokenizer, spec)
     length = max(int(num_tokens(side)) for side in (chosen, rejected))
-    return PreferenceBatch(chosen, rejected, _read_images(pair.images, spec)), length
+    images = _read_images(pair.images, spec)
+    return PreferenceBatch(chosen=chosen, rejected=rejected, images=images), length
 
 
 def encode_prompt(
@@ -67,18 +79,18 @@ def encode_prompt(
     tokenizer: Tokenizer,
     image_tokens: int,
 ) -> list[int]:
-    """Ids of a generation prompt, the image id repeated for every patch.
+    """Encodes a generation prompt, with the image id repeated per patch.
 
     Raises:
-      UserError: `<image>` is not written once for every image, or there are images for a
+      UserError: the number of `<image>` is not that of the images, or there are images for a
         text-only model.
     """
     pieces = prompt(template, turns, question)
-    written = pieces.count(Piece(IMAGE, special=True))
-    if written != images_count:
-        raise UserError(f"{IMAGE} is written {written} times, but there are {images_count} images")
+    placeholders = pieces.count(Piece(IMAGE, special=True))
+    if placeholders != images_count:
+        raise invalid(f"number of {IMAGE}", placeholders, f"{images_count}, one per image")
     if images_count and not image_tokens:
-        raise UserError(f"{images_count} images were given to a text-only model")
+        raise invalid("images of the prompt", images_count, "none for a text-only model")
     return _encode(pieces, tokenizer, image_tokens)[0]
 
 
@@ -86,17 +98,19 @@ def _preference_side(
     pair: PreferencePair, answer: str, side: str, tokenizer: Tokenizer, spec: ExampleSpec
 ) -> Batch:
     pieces = render(spec.template, (*pair.history, (pair.question, answer)))
-    before = len(prompt(spec.template, pair.history, pair.question))
-    context = [piece._replace(supervised=False) for piece in pieces[:before]]
-    ids, mask = _encode(context + pieces[before:], tokenizer, spec.image_tokens)
+    # The prompt is a prefix of the pieces; earlier answers in it are context, not supervised.
+    prompt_length = len(prompt(spec.template, pair.history, pair.question))
+    context = [piece._replace(supervised=False) for piece in pieces[:prompt_length]]
+    ids, mask = _encode(context + pieces[prompt_length:], tokenizer, spec.image_tokens)
     if len(ids) > spec.max_length:
-        raise UserError(f"the {side} side has {len(ids)} tokens; {spec.max_length} are allowed")
+        raise invalid(f"tokens of {side}", len(ids), f"<= max_length {spec.max_length}")
     return _padded(ids, mask, tokenizer.pad_id, spec)
 
 
 def _encode(
     pieces: Sequence[Piece], tokenizer: Tokenizer, image_tokens: int
 ) -> tuple[list[int], list[bool]]:
+    """Returns ids, with the image id repeated per patch, and loss mask of pieces."""
     ids, mask = [], []
     for piece in pieces:
         if not piece.special:
@@ -112,16 +126,21 @@ def _encode(
 
 def _check_images(images: Sequence[str], spec: ExampleSpec) -> None:
     if images and not spec.image_tokens:
-        raise UserError(f"{len(images)} images in a record for a text-only model")
+        raise invalid("images of the record", len(images), "none for a text-only model")
     if len(images) > spec.max_images:
-        raise UserError(f"{len(images)} images; max_images is {spec.max_images}")
+        raise invalid("images of the record", len(images), f"<= max_images {spec.max_images}")
 
 
-def _check_cut(ids: list[int], mask: list[bool], image_id: int, length: int) -> None:
+def _check_truncation(ids: list[int], mask: list[bool], image_id: int, length: int) -> None:
+    """Raises UserError if truncation to `length` removes part of an image or all supervision."""
     if image_id in ids[length:]:
-        raise UserError(f"an image lies beyond max_length {length} ({len(ids)} tokens)")
+        raise UserError(
+            f"tokens: expected all images within max_length {length}, got {len(ids)} tokens"
+        )
     if not any(mask[:length]):
-        raise UserError(f"no answer token within max_length {length} ({len(ids)} tokens)")
+        raise UserError(
+            f"tokens: expected an answer token within max_length {length}, got {len(ids)} tokens"
+        )
 
 
 def _padded(ids: list[int], mask: list[bool], pad_id: int, spec: ExampleSpec) -> Batch:
@@ -132,7 +151,7 @@ def _padded(ids: list[int], mask: list[bool], pad_id: int, spec: ExampleSpec) ->
 
 
 def _read_images(paths: Sequence[str], spec: ExampleSpec) -> np.ndarray | None:
-    """Pixels [I, h, w, 3], zeros in unused slots; None for a text-only model."""
+    """Returns uint8 [I, h, w, 3], with zeros in unused slots; None for a text-only model."""
     if not spec.image_tokens:
         return None
     images = np.zeros((spec.max_images, spec.image_size, spec.image_size, 3), np.uint8)

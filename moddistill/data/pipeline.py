@@ -1,9 +1,14 @@
-"""Record files to an endless stream of batches, in an order that depends on seed and index only.
+"""Data pipeline: record files to an endless stream of batches, in a deterministic order.
 
-Shuffling and mixing are functions of the index, processes take every n-th element, and rejected
-records drop out after the workers, so workers never change the order, and a position, which is one
-integer, is the same for any number of them. Hosts do not change the order either, but each fills
-the place of a record rejected while it is made (an unreadable image, say) with its own next one.
+1. Each source is shuffled, repeated and mapped to samples; sources are mixed by weight. The order
+   of this global stream is a pure function of (seed, index).
+2. Process p of n reads elements p, p + n, p + 2 n ... of it (round-robin).
+3. Threads or worker processes make the samples in this order; a rejected record becomes None.
+4. Rejected records are dropped after the workers, so their number never changes the order, and the
+   position of a process is one integer: the elements that it has read.
+
+A record that is only rejected when its sample is made, such as one with an unreadable image, is
+replaced by the next element of the same process, not of the global stream.
 """
 
 import dataclasses
@@ -15,12 +20,12 @@ from typing import Any
 import grain
 from absl import flags
 
-from moddistill.config import DataConfig
+from moddistill.config import DataConfig, SourceConfig
 from moddistill.data.examples import ExampleSpec, make_example, make_preference
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.records import read_conversations, read_preferences
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import UserError, at_field, nearest
+from moddistill.errors import UserError, at_field, invalid, not_one_of
 from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
@@ -28,7 +33,7 @@ KINDS = {
     "conversation": (read_conversations, make_example),
     "preference": (read_preferences, make_preference),
 }
-THREADS = 4  # decoding and resizing release the interpreter lock, little else does
+THREADS = 4  # per process; decoding and resizing of images release the GIL
 
 
 def make_dataset(
@@ -44,53 +49,68 @@ def make_dataset(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Batches of `batch_size` samples for one process: a `Batch` for `kind` "conversation", a
-    `PreferenceBatch` for "preference".
+    """Returns the endless dataset of one process.
 
-    The stream never ends. `get_state` and `set_state` of its iterator restore the exact next batch,
-    with any number of workers. Rejected records are written to `quarantine_path`, which
-    `Quarantine(quarantine_path).count` counts; truncated ones to `truncated.jsonl` next to it.
+    Its elements are a `Batch` for `kind` "conversation" and a `PreferenceBatch` for "preference".
+    `get_state` and `set_state` of its iterator restore the exact next batch, with any number of
+    workers. Rejected records are appended to the `Quarantine` at `quarantine_path`, truncated ones
+    to `truncated.jsonl` next to it.
 
     Args:
-      origin: the setting that `config.sources` comes from, for messages.
+      batch_size: samples per batch of this process.
+      seed: of the order.
+      origin: setting of `config.sources`, for messages.
 
     Raises:
       UserError: an unknown kind, no source, a weight that is not positive, a source that cannot be
-        read, images for a model without a vision encoder; and while iterating, a source of which
+        read, or images for a model without a vision encoder; while iterating, a source of which
         every record is rejected.
     """
     if kind not in KINDS:
-        hint = nearest(kind, KINDS)
-        raise UserError(f"record kind {kind!r} is unknown; accepted: {', '.join(KINDS)}{hint}")
+        raise not_one_of("record kind", kind, KINDS)
     if not config.sources:
         raise UserError(
-            f"{origin} is empty; accepted: at least one source, such as --{origin}.NAME.path=FILE "
-            f"--{origin}.NAME.images=FOLDER"
+            f"{origin}: expected at least one source, such as --{origin}.NAME.path=FILE "
+            f"--{origin}.NAME.images=FOLDER, got none"
         )
     read, make = KINDS[kind]
     quarantine = Quarantine(quarantine_path)
-    cut = Quarantine(str(Path(quarantine_path).with_name("truncated.jsonl")))
+    truncated = Quarantine(str(Path(quarantine_path).with_name("truncated.jsonl")))
     streams, weights = [], []
     # Sorted, so that the order of records does not depend on the order of settings.
     for number, (name, source) in enumerate(sorted(config.sources.items())):
-        where = f"{origin}.{name}"
-        if not source.weight > 0:
-            raise UserError(f"{where}.weight is {source.weight}; accepted: above 0")
-        with at_field(where):
-            records, rejected = read(source.path, source.images)
-        _check_images(records, spec, where)
+        records, rejected = _read_source(source, read, spec, f"{origin}.{name}")
         if process_index == 0:
             quarantine.add(rejected)
-            _warn(records, rejected, spec, where, quarantine_path)
-        maker = _Maker(make, tokenizer, spec, quarantine, cut, len(records))
-        # Every source has its own seed, or two of the same length would be shuffled alike.
+            _warn(records, rejected, spec, f"{origin}.{name}", quarantine_path)
+        sampler = _Sampler(
+            make=make,
+            tokenizer=tokenizer,
+            spec=spec,
+            quarantine=quarantine,
+            truncated=truncated,
+            num_records=len(records),
+        )
+        # With one seed, two sources of the same length would have the same permutation.
         shuffled = grain.MapDataset.source(records).seed(seed + number).shuffle()
-        streams.append(shuffled.repeat().map(maker))
+        streams.append(shuffled.repeat().map(sampler))
         weights.append(source.weight)
     mixed = grain.MapDataset.mix(streams, weights)[process_index::process_count]
     samples = _Samples(mixed, config.workers, batch_size)
-    # After the workers, because dropping records inside one would shift its turn.
+    # Workers are read round-robin. A record dropped inside of one would shift all later elements.
     return samples.filter(_is_sample).batch(batch_size, drop_remainder=True)
+
+
+def _read_source(
+    source: SourceConfig, read: Callable[..., Any], spec: ExampleSpec, origin: str
+) -> tuple[list[Any], list[Rejected]]:
+    """Returns (records, rejected) of a source; UserError as `make_dataset`."""
+    if not source.weight > 0:
+        raise invalid(f"{origin}.weight", source.weight, "> 0")
+    with at_field(origin):
+        records, rejected = read(source.path, source.images)
+    _check_images(records, spec, origin)
+    return records, rejected
 
 
 def _check_images(records: Sequence[Any], spec: ExampleSpec, origin: str) -> None:
@@ -98,9 +118,9 @@ def _check_images(records: Sequence[Any], spec: ExampleSpec, origin: str) -> Non
     count = sum(bool(record.images) for record in records)
     if count and not spec.image_tokens:
         raise UserError(
-            f"{origin}: {count} of {len(records)} records have images, but the model has no vision "
-            "encoder; accepted: records without images, a student that has one, such as an import "
-            "with --vision, or --config.vision=MODEL, which adds that model's"
+            f"{origin}: expected records without images for a model without a vision encoder (one "
+            "is added by --config.vision=MODEL, or by an import with --vision), got images in "
+            f"{count} of {len(records)} records"
         )
 
 
@@ -111,7 +131,7 @@ def _warn(
     origin: str,
     quarantine_path: str,
 ) -> None:
-    """Logs how many records of a source are known to be left out before any is made a sample."""
+    """Logs the numbers of records of a source that are left out, as known before iteration."""
     total = len(records) + len(rejected)
     if rejected:
         LOG.warning(
@@ -134,7 +154,7 @@ def _warn(
 
 
 class _Samples(grain.IterDataset):
-    """Samples, and None for rejected records, read by threads or worker processes."""
+    """Dataset of samples, and None for rejected records, made by threads or worker processes."""
 
     def __init__(self, mixed: grain.MapDataset, workers: int, batch_size: int):
         super().__init__()
@@ -146,15 +166,14 @@ class _Samples(grain.IterDataset):
         return _SampleIterator(self)
 
     def start(self, index: int) -> grain.DatasetIterator:
-        """An iterator over the samples from `index` on."""
+        """Returns an iterator over the samples from `index` on."""
         buffer = 2 * max(self.batch_size, THREADS)
         samples = self.mixed[index:].to_iter_dataset(
             grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=buffer), allow_nones=True
         )
         if self.workers:
             if not flags.FLAGS.is_parsed():
-                # Grain reads absl flags when it starts workers; outside of absl.app they are
-                # unparsed.
+                # Grain reads absl flags when it starts workers, which only absl.app has parsed.
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
                 self.workers, per_worker_buffer_size=self.batch_size
@@ -164,7 +183,10 @@ class _Samples(grain.IterDataset):
 
 
 class _SampleIterator(grain.DatasetIterator):
-    """Counts samples. Grain's own position is valid only for the same number of workers."""
+    """Iterator whose state is the number of samples read.
+
+    The state of Grain's own iterator is only valid for the same number of workers.
+    """
 
     def __init__(self, samples: _Samples):
         super().__init__()
@@ -191,15 +213,22 @@ class _SampleIterator(grain.DatasetIterator):
 
 
 @dataclasses.dataclass
-class _Maker:
-    """Makes the sample of a record, or None and a line in the quarantine."""
+class _Sampler:
+    """Makes the sample of a record; None, and a line in the quarantine, for a rejected one.
+
+    Attributes:
+      make: `make_example` or `make_preference`.
+      truncated: list of the records longer than `max_length`.
+      num_records: of the source; an error is raised when all are rejected.
+      rejected: lines of the rejected records, which are not tried again.
+    """
 
     make: Callable[..., tuple[AnyBatch, int]]
     tokenizer: Tokenizer
     spec: ExampleSpec
     quarantine: Quarantine
-    cut: Quarantine
-    records: int  # how many the source has
+    truncated: Quarantine
+    num_records: int
     rejected: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, record: Any) -> AnyBatch | None:
@@ -210,15 +239,15 @@ class _Maker:
         except ValueError as error:
             self.quarantine.add([Rejected(record.file, record.line, str(error))])
             self.rejected.add(record.line)
-            if len(self.rejected) == self.records:
+            if len(self.rejected) == self.num_records:
                 raise UserError(
-                    f"{record.file}: none of its {self.records} records can be used; "
+                    f"{record.file}: expected usable records, got {self.num_records} rejected, "
                     f"see {self.quarantine.path} (the last one: {error})"
                 ) from error
             return None
         if length > self.spec.max_length:
             reason = f"{length} tokens are truncated to {self.spec.max_length}"
-            self.cut.add([Rejected(record.file, record.line, reason)])
+            self.truncated.add([Rejected(record.file, record.line, reason)])
         return sample
 
 

@@ -20,7 +20,7 @@ from moddistill.errors import UserError, invalid, not_one_of
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """Published specification of one chip.
 
@@ -38,22 +38,22 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 275e12),
-    "v5e": Chip("TPU v5 lite", 16 * GIB, 197e12),
-    "v5p": Chip("TPU v5", 95 * GIB, 459e12),
-    "v6e": Chip("TPU v6 lite", 32 * GIB, 918e12),
-    "tpu7x": Chip("TPU7x", 192 * GIB, 2307e12, devices=2),
-    "a100": Chip("NVIDIA A100", 80 * GIB, 312e12),
-    "h100": Chip("NVIDIA H100", 80 * GIB, 989e12),
-    "h200": Chip("NVIDIA H200", 141 * 10**9, 989e12),
-    "b200": Chip("NVIDIA B200", 180 * 10**9, 2250e12),
+    "v4": Chip(kind="TPU v4", memory=32 * GIB, flops=275e12),
+    "v5e": Chip(kind="TPU v5 lite", memory=16 * GIB, flops=197e12),
+    "v5p": Chip(kind="TPU v5", memory=95 * GIB, flops=459e12),
+    "v6e": Chip(kind="TPU v6 lite", memory=32 * GIB, flops=918e12),
+    "tpu7x": Chip(kind="TPU7x", memory=192 * GIB, flops=2307e12, devices=2),
+    "a100": Chip(kind="NVIDIA A100", memory=80 * GIB, flops=312e12),
+    "h100": Chip(kind="NVIDIA H100", memory=80 * GIB, flops=989e12),
+    "h200": Chip(kind="NVIDIA H200", memory=141 * 10**9, flops=989e12),
+    "b200": Chip(kind="NVIDIA B200", memory=180 * 10**9, flops=2250e12),
 }
 
 # Dimensions of the torus of a TPU generation.
 _TORUS_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
     """Specification of a GPU for XLA's compiler.
 
@@ -75,10 +75,38 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu((8, 0), 108, 164 * KIB, 40 * MIB, 2.039e12, 1.41),
-    "h100": Gpu((9, 0), 132, 228 * KIB, 50 * MIB, 3.35e12, 1.98),
-    "h200": Gpu((9, 0), 132, 228 * KIB, 50 * MIB, 4.8e12, 1.98),
-    "b200": Gpu((10, 0), 148, 228 * KIB, 126 * MIB, 8.0e12, 1.97),
+    "a100": Gpu(
+        capability=(8, 0),
+        cores=108,
+        shared_per_core=164 * KIB,
+        cache=40 * MIB,
+        bandwidth=2.039e12,
+        clock_ghz=1.41,
+    ),
+    "h100": Gpu(
+        capability=(9, 0),
+        cores=132,
+        shared_per_core=228 * KIB,
+        cache=50 * MIB,
+        bandwidth=3.35e12,
+        clock_ghz=1.98,
+    ),
+    "h200": Gpu(
+        capability=(9, 0),
+        cores=132,
+        shared_per_core=228 * KIB,
+        cache=50 * MIB,
+        bandwidth=4.8e12,
+        clock_ghz=1.98,
+    ),
+    "b200": Gpu(
+        capability=(10, 0),
+        cores=148,
+        shared_per_core=228 * KIB,
+        cache=126 * MIB,
+        bandwidth=8.0e12,
+        clock_ghz=1.97,
+    ),
 }
 
 

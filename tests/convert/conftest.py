@@ -18,7 +18,7 @@ from tests.data import qwen_ranks
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    """300 ids or a few fewer, and `<image>` after them."""
+    """A tokenizer of up to 300 ids, and `<image>` after them."""
     return train_bpe(["what colour is the shape? a red circle, no triangle. yes no " * 3], 300)
 
 
@@ -32,7 +32,7 @@ def qwen_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def torch_logits():
-    """`torch_logits(model, tokens, images, config)`: float32 logits of a torch model."""
+    """Returns a function for the float32 logits of a torch model."""
     torch.load_module()
 
     def compute(model, tokens, images=None, config=None):
@@ -48,8 +48,8 @@ def torch_logits():
 
 
 @pytest.fixture(scope="session")
-def our_logits():
-    """`our_logits(folder, tokens, images)`: those of a model folder."""
+def model_logits():
+    """Returns a function for the float32 logits of a model folder."""
 
     def compute(folder, tokens, images=None):
         model, params = load(folder)
@@ -64,7 +64,7 @@ def our_logits():
 
 @pytest.fixture(scope="session")
 def random_inputs():
-    """`random_inputs(config)`: two rows of tokens, each with a picture if the model sees."""
+    """Returns a function for two rows of tokens, each with an image if the model is multimodal."""
 
     def make(config, length=9):
         rng = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def random_inputs():
 
 
 def perturb(folder, out, tokenizer):
-    """The model with every parameter a little different, so that experts differ too."""
+    """Adds noise to all parameters, so that the experts differ."""
     config = read_model_config(folder)
     params = load(folder)[1]
     leaves, tree = jax.tree.flatten(params)
@@ -95,7 +95,7 @@ def perturb(folder, out, tokenizer):
 
 @pytest.fixture(scope="session")
 def sparse(tmp_path_factory, small_tokenizer):
-    """`sparse(name)`: a trained-like sparse student's folder, its export, and its config."""
+    """Returns a function for folder, export and config of a sparse student."""
     made = {}
 
     def make(name):

@@ -32,7 +32,7 @@ def random_model(kind, config, seed=0):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Sizes of a language model; the head's width is given for Qwen3 alone."""
+    """Sizes of a language model; `head_dim` is only set for Qwen3."""
 
     width: int = 32
     mlp: int = 48
@@ -86,7 +86,7 @@ def clip_config(**changes):
 
 
 def siglip_config(**changes):
-    """30 pixels are four patches of 7 a side, and two pixels that belong to none."""
+    """A CLIP config: 30 pixels are 4 patches of 7 per side, and 2 pixels without a patch."""
     return SiglipVisionConfig(
         hidden_size=24,
         intermediate_size=48,
@@ -170,7 +170,7 @@ def save(model, folder: Path, tokenizer: Tokenizer | None = None, **options) -> 
 def save_original(
     state: dict[str, "torch.Tensor"], config: dict, folder: Path, tokenizer: Tokenizer
 ) -> Path:
-    """A folder of the original LLaVA code: names and config of its own, weights as `.bin`."""
+    """Writes a folder as LLaVA's code does: its tensor names and config, weights as `.bin`."""
     folder.mkdir()
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(config))

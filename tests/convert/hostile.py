@@ -1,6 +1,6 @@
-"""Hostile inputs: each file that a user can point this project at, spoilt in one way each.
+"""Hostile inputs: each file that a user can pass, corrupted in one way per case.
 
-A case is a copy of a whole folder, a change to it, and the reader that opens it. `cases` draws from
+A case is a copy of an intact folder, a change, and the reader that opens it. `cases` draws from
 a table of fields and values with one seed, and adds the ones written by hand.
 """
 
@@ -76,16 +76,16 @@ SOURCE = [
 
 
 class Case(NamedTuple):
-    """A copy of the folder `base`, changed by `spoil` and opened by `reader`."""
+    """A copy of the folder `base`, changed by `corrupt` and opened by `reader`."""
 
     name: str
     base: str
     reader: str
-    spoil: Callable[[Path], None]
+    corrupt: Callable[[Path], None]
 
 
 def put(value: Any, keys: Sequence[str | int], new: Any) -> Any:
-    """`value` with what is at `keys` replaced; missing objects on the way are made."""
+    """Replaces the entry at the path `keys` of `value`; creates missing objects."""
     if not keys:
         return new
     inside = value if isinstance(value, list) else dict(value or {})
@@ -101,7 +101,7 @@ def json_case(
 ) -> Case:
     """A case in which one field of a JSON file has another value."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         changed = put(read_json(folder / file), keys, value)
         if file == "model.json":
             write_model_json(folder, changed)
@@ -109,7 +109,7 @@ def json_case(
             write_json(folder / file, changed)
 
     path = ".".join(map(str, keys))
-    return Case(f"{reader} {base}: {file}: {path} is {name}", base, reader, spoil)
+    return Case(f"{reader} {base}: {file}: {path} is {name}", base, reader, corrupt)
 
 
 def field_cases(
@@ -123,7 +123,7 @@ def field_cases(
     ]
 
 
-def drawn(rng: random.Random, size: int, found: list[Case]) -> list[Case]:
+def sample_cases(rng: random.Random, size: int, found: list[Case]) -> list[Case]:
     return rng.sample(found, min(size, len(found))) if size else found
 
 
@@ -141,7 +141,7 @@ def config_cases(rng: random.Random, share: float) -> Iterator[Case]:
     )
     for base, reader, fields, inside in tables:
         found = field_cases(base, reader, "config.json", fields, inside)
-        yield from drawn(rng, round(share * len(found)), found)
+        yield from sample_cases(rng, round(share * len(found)), found)
 
 
 def model_cases(rng: random.Random, share: float) -> Iterator[Case]:
@@ -158,7 +158,7 @@ def model_cases(rng: random.Random, share: float) -> Iterator[Case]:
     for fields, inside in tables:
         reader = readers[len(inside) % 3] if "imported" not in inside else "export"
         found = field_cases("model", reader, "model.json", fields, inside)
-        yield from drawn(rng, round(share * len(found)), found)
+        yield from sample_cases(rng, round(share * len(found)), found)
 
 
 def other_json_cases(rng: random.Random, share: float) -> Iterator[Case]:
@@ -177,11 +177,11 @@ def other_json_cases(rng: random.Random, share: float) -> Iterator[Case]:
     )
     for base, reader, file, fields, inside in tables:
         found = field_cases(base, reader, file, fields, inside)
-        yield from drawn(rng, round(share * len(found)), found)
+        yield from sample_cases(rng, round(share * len(found)), found)
 
 
 def file_cases() -> Iterator[Case]:
-    """Whole files that are something else."""
+    """Files with other content."""
     files = (
         ("language", "import", "config.json"),
         ("language", "import", "tokenizer.json"),
@@ -197,13 +197,13 @@ def file_cases() -> Iterator[Case]:
         ("model", "export", "tokenizer.json"),
     )
     for base, reader, file in files:
-        for name, spoil in SPOILT.items():
-            # A template is carried along as text, whatever it says.
+        for name, corrupt in SPOILT.items():
+            # A chat template is copied as text, without a check.
             if file.endswith(".jinja") and name not in UNREADABLE:
                 continue
 
-            def change(folder: Path, spoil=spoil, file=file) -> None:
-                spoil(folder / file)
+            def change(folder: Path, corrupt=corrupt, file=file) -> None:
+                corrupt(folder / file)
 
             yield Case(f"{reader} {base}: {file} is {name}", base, reader, change)
 
@@ -213,11 +213,11 @@ def _rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def _instead(make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def spoil(file: Path) -> None:
+    def corrupt(file: Path) -> None:
         file.unlink()
         make(file)
 
-    return spoil
+    return corrupt
 
 
 UNREADABLE = ("not UTF-8", "a folder", "a pipe", "a link to itself")

@@ -3,7 +3,7 @@
     python -m tests.convert.hostile_bombs FOLDER
 
 prints a JSON line for each: its name, the error, seconds of the processor, and by how many bytes
-the peak of resident memory is above that of reading whole folders.
+the peak of resident memory is above that of reading intact folders.
 """
 
 import json
@@ -24,11 +24,11 @@ MIB = 2**20
 
 
 def _header(text: bytes) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         with (folder / "model.safetensors").open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
 
-    return spoil
+    return corrupt
 
 
 def _entries(count: int) -> bytes:
@@ -37,17 +37,17 @@ def _entries(count: int) -> bytes:
 
 
 def _index(count: int) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         places = {f"{i}": f"{i}.safetensors" for i in range(count)}
         write_json(folder / "model.safetensors.index.json", {"weight_map": places})
 
-    return spoil
+    return corrupt
 
 
 def _zeros(entry: str, size: int) -> Callable[[Path], None]:
     """An archive whose `entry` inflates to `size` zeros."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         for file in folder.iterdir():
             file.unlink()
         file = folder / "projector.bin"
@@ -58,17 +58,17 @@ def _zeros(entry: str, size: int) -> Callable[[Path], None]:
             for _ in range(size // (16 * MIB)):
                 stream.write(bytes(16 * MIB))
 
-    return spoil
+    return corrupt
 
 
 def _sparse(name: str, size: int) -> Callable[[Path], None]:
     """A file of `size` zeros, which takes no room on the disk."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         with (folder / name).open("wb") as stream:
             stream.truncate(size)
 
-    return spoil
+    return corrupt
 
 
 def _long_pickle(folder: Path) -> None:
@@ -108,17 +108,17 @@ BOMBS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
 
 
 def main(root: Path) -> None:
-    """Opens all of them, one after the other."""
+    """Opens all files, one after the other."""
     make_folders(root)
     opened = readers(root, root / "out")
     for base, reader in (("llava", "import"), ("tower", "vision")):
         opened[reader](root / base)  # imports packages and traces the models
         shutil.rmtree(root / "out")
     usual = _peak()
-    for name, (base, reader, spoil) in BOMBS.items():
+    for name, (base, reader, corrupt) in BOMBS.items():
         folder = root / "case"
         shutil.copytree(root / base, folder)
-        spoil(folder)
+        corrupt(folder)
         began = time.process_time()
         try:
             opened[reader](folder)

@@ -1,4 +1,4 @@
-"""Folders of tiny models to be spoilt, made without torch, and the readers that open them."""
+"""Folders of tiny models to corrupt, written without torch, and the readers that open them."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def write_model_json(folder: Path, value: Any) -> None:
 
 
 def make_folders(root: Path) -> None:
-    """Writes each kind of folder and file that is read, whole and tiny, below `root`."""
+    """Writes each kind of folder and file that is read, intact and tiny, below `root`."""
     tokenizer = train_bpe(TEXTS, 300)
     dense = with_vocabulary(preset("tiny"), tokenizer.real_ids, tokenizer.image_id)
     tower = dataclasses.replace(dense.vision, layers=2, select_layer=-2)
@@ -171,7 +171,7 @@ def save_pickled(file: Path, arrays: Mapping[str, np.ndarray], text: bytes | Non
 
 
 def readers(root: Path, out: Path) -> dict[str, Callable[[Path], Any]]:
-    """What opens a folder, by name: commands of the converter and functions of the library."""
+    """Returns readers of a folder by name: converter commands and library functions."""
     language, tower = str(root / "language"), str(root / "tower")
     return {
         "import": lambda folder: import_model(str(folder), out),

@@ -162,9 +162,9 @@ FIELDS: dict[str, tuple[tuple[str, ...], Any, str]] = {
 def changed(keys: tuple[str, ...], value: Any) -> Callable[[Path], None]:
     """Writes a value into a folder's tokenizer.json."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         file = folder / "tokenizer.json"
         new = value() if callable(value) else value
         file.write_text(json.dumps(put(read_json(file), keys, new), separators=(",", ":")))
 
-    return spoil
+    return corrupt

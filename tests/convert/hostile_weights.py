@@ -1,4 +1,4 @@
-"""Hostile weights: headers of safetensors, pickles, numbers that are not finite, broken arrays."""
+"""Hostile weights: safetensors headers, pickles, non-finite numbers, corrupt arrays."""
 
 import json
 import random
@@ -20,12 +20,12 @@ def header_cases() -> Iterator[Case]:
     """Headers of safetensors."""
     for name, header in HEADERS.items():
 
-        def spoil(folder: Path, header=header) -> None:
+        def corrupt(folder: Path, header=header) -> None:
             text = header if isinstance(header, str) else json.dumps(header)
             data = len(text.encode()).to_bytes(8, "little") + text.encode() + b"\0" * 16
             (folder / "model.safetensors").write_bytes(data)
 
-        yield Case(f"import language: header: {name}", "language", "import", spoil)
+        yield Case(f"import language: header: {name}", "language", "import", corrupt)
 
 
 def _entry(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict[str, Any]:
@@ -60,7 +60,7 @@ HEADERS: dict[str, Any] = {
     "one name twice": json.dumps(_entry(shape=[2], offsets=[0, 8]))[:-1]
     + ","
     + json.dumps(_entry(shape=[2], offsets=[8, 16]))[1:],
-    "metadata alone": {"__metadata__": {"format": "pt"}},
+    "only metadata": {"__metadata__": {"format": "pt"}},
     "names of surrogates": {"\ud800": _entry()["x"]},
 }
 
@@ -69,11 +69,11 @@ def pickle_cases() -> Iterator[Case]:
     """Descriptions of a `.bin`, as a projector's file."""
     for name, text in PICKLES.items():
 
-        def spoil(folder: Path, text=text) -> None:
+        def corrupt(folder: Path, text=text) -> None:
             _only(folder, ".bin")
             save_pickled(folder / "projector.bin", {"x": np.ones(4)}, text)
 
-        yield Case(f"inspect file: pickle: {name}", "projector", "inspect file", spoil)
+        yield Case(f"inspect file: pickle: {name}", "projector", "inspect file", corrupt)
 
 
 def _only(folder: Path, suffix: str) -> Path:
@@ -85,11 +85,11 @@ def _only(folder: Path, suffix: str) -> Path:
 
 
 def _tensor(storage: bytes = b"", start: bytes = b"K\x00", shape: bytes = b"K\x04\x85") -> bytes:
-    """A pickle of one tensor with a part of its own."""
-    kept = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+    """Returns the pickle of one tensor with a custom part."""
+    valid = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
     return (
         b"\x80\x02}X\x01\0\0\0xctorch._utils\n_rebuild_tensor_v2\n("
-        + (storage or kept)
+        + (storage or valid)
         + start
         + shape
         + b"K\x01\x85\x89ccollections\nOrderedDict\n)RtRs."
@@ -103,7 +103,7 @@ def _doubled(times: int) -> bytes:
 
 PICKLES: dict[str, bytes] = {
     "empty": b"",
-    "a stop alone": b".",
+    "only a stop": b".",
     "a number": b"K\x01.",
     "a list": b"].",
     "an empty stack": b"0.",
@@ -180,7 +180,7 @@ def archive_cases() -> Iterator[Case]:
 
 
 def number_cases() -> Iterator[Case]:
-    """Weights that are not finite, in each kind of file."""
+    """Non-finite weights in each kind of file."""
     files = (
         ("language", "import", "model.safetensors", "model.layers.1.mlp.up_proj.weight"),
         ("sparse", "import", "model.safetensors", "model.layers.0.mlp.experts.1.up_proj.weight"),
@@ -191,10 +191,10 @@ def number_cases() -> Iterator[Case]:
     values = ("nan", "inf", "-inf", "nan", "inf")
     for value, (base, reader, file, tensor) in zip(values, files, strict=True):
 
-        def spoil(folder: Path, file=file, tensor=tensor, value=value) -> None:
+        def corrupt(folder: Path, file=file, tensor=tensor, value=value) -> None:
             change_tensors(folder / file, {tensor: value})
 
-        yield Case(f"{reader} {base}: {tensor} holds {value}", base, reader, spoil)
+        yield Case(f"{reader} {base}: {tensor} holds {value}", base, reader, corrupt)
 
     def projector(folder: Path) -> None:
         change_tensors(_only(folder, ".safetensors"), {"mm_projector.0.weight": "nan"})
@@ -214,12 +214,12 @@ def dtype_cases() -> Iterator[Case]:
     """A kernel in a dtype that no model is computed in."""
     for dtype in (np.int8, np.int64, np.bool_, ml_dtypes.float8_e4m3fn):
 
-        def spoil(folder: Path, dtype=dtype) -> None:
+        def corrupt(folder: Path, dtype=dtype) -> None:
             arrays = {k: np.array(x.read()) for k, x in open_checkpoint(folder).items()}
             name = "model.layers.1.mlp.up_proj.weight"
             save_tensors(folder / "model.safetensors", arrays | {name: arrays[name].astype(dtype)})
 
-        yield Case(f"import language: weights of {dtype.__name__}", "language", "import", spoil)
+        yield Case(f"import language: weights of {dtype.__name__}", "language", "import", corrupt)
 
 
 def array_cases(rng: random.Random) -> Iterator[Case]:
@@ -233,12 +233,12 @@ def array_cases(rng: random.Random) -> Iterator[Case]:
     }
     for name, change in kinds.items():
         for reader in ("inspect", "load", "export"):
-            # Orbax, which leaves threads behind when arrays cannot be read, needs the first file
-            # alone, the other readers all but it.
+            # Only the first file for Orbax, which leaks threads when arrays cannot be read; all
+            # others for the other readers.
             parts = ("/_METADATA",) if reader == "load" else ("/manifest.ocdbt", "/d/")
             for part in parts:
 
-                def spoil(folder: Path, change=change, part=part) -> None:
+                def corrupt(folder: Path, change=change, part=part) -> None:
                     for file in sorted((folder / "params").rglob("*")):
                         if file.is_file() and part in str(file.relative_to(folder)):
                             if change is None:
@@ -246,7 +246,7 @@ def array_cases(rng: random.Random) -> Iterator[Case]:
                             else:
                                 file.write_bytes(change(file.read_bytes()))
 
-                yield Case(f"{reader} model: {part} of params is {name}", "model", reader, spoil)
+                yield Case(f"{reader} model: {part} of params is {name}", "model", reader, corrupt)
     yield Case(
         "load model: params is missing",
         "model",

@@ -34,7 +34,7 @@ DTYPES = {
 }
 SHARDS = {INTERLEAVE_7B: 4, INTERLEAVE_HALF_B: 1, LONG_LLAVA: 4}
 
-# Sizes of the small models. Like the published 384, 30 pixels do not divide into whole patches.
+# Sizes of the small models. Like the published 384, 30 pixels are no multiple of the patch size.
 _SMALL = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL = {
     INTERLEAVE_7B: _SMALL | {"hidden_size": 32, "num_hidden_layers": 2},
@@ -59,7 +59,7 @@ _TYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F3
 
 
 def small_config(name: str) -> dict:
-    """The published config with smaller sizes in the same fields, and those it must state now."""
+    """Returns the published config with smaller sizes."""
     config = copy.deepcopy(CONFIGS[name])
     config["text_config"] |= SMALL[name]
     config["vision_config"] |= SMALL_TOWER
@@ -131,10 +131,10 @@ def _published(model: LlavaForConditionalGeneration, name: str) -> dict[str, Any
 def _shards(tensors: dict[str, Any], count: int) -> dict[str, list[str]]:
     """File names and the names of their tensors, in order, of about the same number of bytes."""
     total = sum(x.nbytes for x in tensors.values())
-    shards, seen = [[] for _ in range(count)], 0
+    shards, size = [[] for _ in range(count)], 0
     for key, tensor in tensors.items():
-        shards[seen * count // total].append(key)
-        seen += tensor.nbytes
+        shards[size * count // total].append(key)
+        size += tensor.nbytes
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     return dict(zip(names if count > 1 else ["model.safetensors"], shards, strict=True))
 

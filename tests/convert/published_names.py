@@ -1,4 +1,4 @@
-"""Names of tensors in published LLaVA checkpoints, written out apart from the tool's own tables.
+"""Tensor names of published LLaVA checkpoints, written out independently of the converter's rules.
 
 `llava-hf/llava-interleave-qwen-0.5b-hf` (SigLIP and Qwen2) and `llava-hf/llava-1.5-7b-hf` (CLIP)
 have them. vLLM's `LlavaForConditionalGeneration` loads these, and through its `hf_to_vllm_mapper`
@@ -17,7 +17,7 @@ _MAPPER = {
 
 
 def vllm_name(name):
-    """Where vLLM looks for a tensor of a checkpoint; it replaces one prefix."""
+    """Returns the name under which vLLM loads a tensor of a checkpoint; it replaces one prefix."""
     prefix = next((prefix for prefix in _MAPPER if name.startswith(prefix)), "")
     return _MAPPER.get(prefix, "") + name.removeprefix(prefix)
 

@@ -67,7 +67,7 @@ def test_tied_head_that_differs_from_the_embedding_is_an_error(language, tmp_pat
 
 @pytest.mark.parametrize("extra", [{}, {"rope_scaling": None}])
 def test_config_published_before_transformers_5_is_read(language, tmp_path, extra):
-    """`rope_theta` stands at the top; with everything stated, defaults are not asked for."""
+    """`rope_theta` is a top-level field; a complete config is read without the defaults."""
     file = language / "config.json"
     fields = json.loads(file.read_text())
     fields = {"rope_theta": fields.pop("rope_parameters")["rope_theta"]} | fields | extra
@@ -91,7 +91,10 @@ def test_config_published_before_transformers_5_is_read(language, tmp_path, extr
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
             r"rope_type: expected 'default', got 'yarn'",
         ),
-        ({"vocab_size": 10}, r"the tokenizer has \d+ ids, the embedding 10 rows"),
+        (
+            {"vocab_size": 10},
+            r"vocab_size: expected at least \d+, the ids of the tokenizer, got 10",
+        ),
     ],
 )
 def test_unsupported_config_is_an_error(language, tmp_path, fields, message):
@@ -102,10 +105,7 @@ def test_unsupported_config_is_an_error(language, tmp_path, fields, message):
 
 def test_superfluous_and_missing_parts_are_errors(language, tmp_path, small_tokenizer):
     vision = hf.save(hf.clip_tower(), tmp_path / "vision")
-    with pytest.raises(
-        ValueError,
-        match=r"^--hf: expected a language model; .* --vision, got ",
-    ):
+    with pytest.raises(ValueError, match=r"^--hf: expected a language model; .* --vision, got "):
         import_model(str(vision), tmp_path / "out")
     with pytest.raises(ValueError, match="--vision: expected a CLIP or SigLIP model, got "):
         import_model(str(language), tmp_path / "out", vision=str(language))
@@ -171,7 +171,7 @@ def test_hub_name_without_a_network_is_an_error(tmp_path):
 
 def test_hub_download_refused_by_a_proxy_is_an_error(tmp_path, monkeypatch):
     class ProxyError(Exception):
-        """As that of the transport: no error of the system, no wrong value."""
+        """Stands for an error of the transport, which is neither OSError nor ValueError."""
 
     def refuse(*_, **__):
         raise ProxyError("403 Forbidden")
@@ -194,9 +194,9 @@ def test_existing_output_folder_is_unchanged(language, tmp_path):
     ):
         import_model(str(language), out, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["precious"]
-    import_model(str(language), tmp_path / "ours")
+    import_model(str(language), tmp_path / "model")
     with pytest.raises(ValueError, match="got one that exists"):
-        export_model(tmp_path / "ours", language, max_shard_size=10**9)
+        export_model(tmp_path / "model", language, max_shard_size=10**9)
 
 
 def test_interrupted_conversion_leaves_no_output_folder(language, tmp_path, monkeypatch):
@@ -240,17 +240,17 @@ def test_output_folder_that_contains_an_input_is_refused(language, tmp_path):
 
 def test_full_disk_is_an_error_that_names_the_file(language, tmp_path):
     """Files may not grow beyond 20 kB, which fails as a full disk does."""
-    import_model(str(language), tmp_path / "ours")
+    import_model(str(language), tmp_path / "model")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(
             ValueError, match="expected a disk with enough space, got 'File too large'"
         ):
-            export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
+            export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model"]
 
 
 def test_missing_untied_head_is_not_replaced_by_the_embedding(tmp_path, small_tokenizer):
@@ -270,17 +270,19 @@ def test_overflow_of_the_export_dtype_is_an_error(language, tmp_path):
         return state
 
     change_weights(language, enlarge)
-    import_model(str(language), tmp_path / "ours")
+    import_model(str(language), tmp_path / "model")
     with pytest.raises(ValueError, match=r"range of float16, got .*; it fits bfloat16 or float32"):
-        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9, dtype="float16")
+        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9, dtype="float16")
     assert not (tmp_path / "out").exists()
 
 
 def test_commands_import_upcycle_export_and_inspect(language, tmp_path, capsys):
-    """What a user types, from Hugging Face and back."""
-    ours, sparse, out = (str(tmp_path / name) for name in ("ours", "sparse", "out"))
-    main(["import", "--hf", str(language), "--out", ours])
-    main(["upcycle", "--model", ours, "--num_experts", "3", "--placement", "(1,)", "--out", sparse])
+    """Commands of a user, from Hugging Face weights and back."""
+    dense, sparse, out = (str(tmp_path / name) for name in ("model", "sparse", "out"))
+    main(["import", "--hf", str(language), "--out", dense])
+    main(
+        ["upcycle", "--model", dense, "--num_experts", "3", "--placement", "(1,)", "--out", sparse]
+    )
     main(["export", "--model", sparse, "--out", out, "--max_shard_size", "20KB"])
     assert "Qwen2MoeForCausalLM" in capsys.readouterr().out
     main(["inspect", sparse])
@@ -293,6 +295,6 @@ def test_commands_import_upcycle_export_and_inspect(language, tmp_path, capsys):
     with pytest.raises(
         SystemExit, match=r"error: .*: expected a new folder, or --overwrite, got one that"
     ):
-        main(["import", "--hf", str(language), "--out", ours])
+        main(["import", "--hf", str(language), "--out", dense])
     with pytest.raises(SystemExit, match=r"error: max_shard_size: .*, got '20XB'"):
-        main(["export", "--model", ours, "--out", out, "--max_shard_size", "20XB"])
+        main(["export", "--model", dense, "--out", out, "--max_shard_size", "20XB"])

@@ -48,7 +48,7 @@ def chat(processor, question, images):
 
 
 def assert_batch_is_singles(inputs, model):
-    """`inputs(rows)` prepares some of three prompts; returns their answers."""
+    """Returns the answers to three prompts, prepared by `inputs(rows)`."""
     everything = inputs([0, 1, 2])
     assert everything["attention_mask"].sum(1).unique().numel() == 3
     assert everything["attention_mask"][:, -1].all()
@@ -76,9 +76,9 @@ def multimodal(tmp_path_factory, small_tokenizer, sparse):
             return sparse(name.removeprefix("sparse "))[:2]
         root = tmp_path_factory.mktemp("dense")
         model = hf.multimodal(f"{name}, untied", small_tokenizer.image_id)
-        import_model(str(hf.save(model, root / "hf", small_tokenizer)), root / "ours")
-        export_model(root / "ours", root / "out", max_shard_size=GB)
-        return root / "ours", root / "out"
+        import_model(str(hf.save(model, root / "hf", small_tokenizer)), root / "model")
+        export_model(root / "model", root / "out", max_shard_size=GB)
+        return root / "model", root / "out"
 
     return make
 
@@ -90,8 +90,8 @@ def multimodal(tmp_path_factory, small_tokenizer, sparse):
 def test_batched_answers_about_images_equal_single_ones(
     name, multimodal, image_files, small_tokenizer
 ):
-    """With nothing but the folder: processor, padding, generation settings."""
-    ours, out = multimodal(name)
+    """Processor, padding and generation settings are those of the exported folder."""
+    folder, out = multimodal(name)
     processor = AutoProcessor.from_pretrained(out)
     model = AutoModelForImageTextToText.from_pretrained(out).eval()
     images = [Image.open(path) for path in image_files]
@@ -109,7 +109,7 @@ def test_batched_answers_about_images_equal_single_ones(
         Prompt(f"<image>\n{question}", (path,))
         for question, path in zip(QUESTIONS, image_files, strict=True)
     ]
-    expected = answer(*load(ours), small_tokenizer, prompts, max_new_tokens=LENGTH)
+    expected = answer(*load(folder), small_tokenizer, prompts, max_new_tokens=LENGTH)
     assert answers == [found.token_ids for found in expected]
 
 
@@ -120,8 +120,8 @@ def test_batched_answers_of_a_language_model_equal_single_ones(
     config = tiny_architecture("tiny", moe) if moe else tiny_architecture("tiny")
     decoder = dataclasses.replace(config.decoder, tied_head=False)
     config = dataclasses.replace(config, vision=None, decoder=decoder, template="chatml")
-    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     torch.load_module()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -132,7 +132,7 @@ def test_batched_answers_of_a_language_model_equal_single_ones(
 
     answers = assert_batch_is_singles(inputs, model)
     expected = answer(
-        *load(tmp_path / "ours"),
+        *load(tmp_path / "model"),
         small_tokenizer,
         [Prompt(question, ()) for question in QUESTIONS],
         max_new_tokens=LENGTH,
@@ -141,7 +141,7 @@ def test_batched_answers_of_a_language_model_equal_single_ones(
 
 
 def test_tokenizer_outputs_only_inputs_of_decoders(multimodal):
-    """Releases before 5 make `token_type_ids` too if the tokenizer does not state its inputs."""
+    """Releases before 5 return `token_type_ids` too unless the tokenizer states its inputs."""
     _, out = multimodal("CLIP and Qwen2")
     stated = json.loads((out / "tokenizer_config.json").read_text())
     assert stated["model_input_names"] == ["input_ids", "attention_mask"]

@@ -23,13 +23,13 @@ def made(tmp_path_factory, small_tokenizer):
     root = tmp_path_factory.mktemp("made")
     hf.save(hf.Text(layers=1).model(), root / "hf", small_tokenizer)
     hf.save(hf.clip_tower(), root / "vision")
-    import_model(str(root / "hf"), root / "ours")
+    import_model(str(root / "hf"), root / "model")
     return root
 
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """`copied(name)`: one of these folders, to be spoilt."""
+    """Returns a function that copies one of these folders."""
 
     def copy(name):
         return shutil.copytree(made / name, tmp_path / name)
@@ -65,7 +65,7 @@ def test_corrupt_file_is_an_error_that_names_it(copied, tmp_path, file, content,
     ],
 )
 def test_config_field_of_another_type_is_an_error(copied, tmp_path, fields, message):
-    """With everything else stated, so that the defaults of `transformers` are not asked for."""
+    """All other fields are stated, so that the defaults of `transformers` are not used."""
     folder = copied("hf")
     config = json.loads((folder / "config.json").read_text()) | {"rope_theta": None} | fields
     (folder / "config.json").write_text(json.dumps(config))
@@ -148,7 +148,7 @@ def test_single_file_takes_precedence_over_a_stale_index(copied):
     ids=["list", "deep", "empty", "source"],
 )
 def test_invalid_model_json_is_an_error(copied, tmp_path, content, message):
-    folder = copied("ours")
+    folder = copied("model")
     (folder / "model.json").write_text(content)
     for use in (
         lambda x: describe(str(x)),
@@ -159,7 +159,7 @@ def test_invalid_model_json_is_an_error(copied, tmp_path, content, message):
 
 
 def test_model_folder_without_parameters_is_an_error(copied, tmp_path):
-    folder = copied("ours")
+    folder = copied("model")
     shutil.rmtree(folder / "params")
     for use in (
         lambda x: describe(str(x)),

@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def llava(tmp_path, tokenizer):
-    """A LLaVA with the tokenizer of the `:tiny` records; its pictures take four positions."""
+    """A LLaVA with the tokenizer of the `:tiny` records; its images are four tokens."""
     model = hf.llava(hf.Text(tied=False).config(), hf.clip_config(), tokenizer.image_id)
     return hf.save(model, tmp_path / "llava", tokenizer)
 
@@ -45,9 +45,9 @@ def test_folder_is_imported_once_until_it_changes(llava, cache):
 
 def test_generate_accepts_a_hugging_face_folder(llava, capsys, tmp_path, tiny_config):
     [source] = tiny_config("sft").data.sources.values()
-    picture = f"{source.images}/0.png"
+    image = f"{source.images}/0.png"
     generate.main(
-        ["--model", str(llava), "--image", picture, "--prompt", "what?", "--max_new_tokens", "2"]
+        ["--model", str(llava), "--image", image, "--prompt", "what?", "--max_new_tokens", "2"]
         + ["--json"]
     )
     answer = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""The exported Jinja templates against what training sees, with Qwen's real tokenizer."""
+"""Exported Jinja templates render the text of training, with Qwen's real tokenizer."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tests.data.qwen_ranks import oracle, write_tokenizer_json
 CONVERSATIONS = {
     "English": [("<image>\nWhat is on the table?", "Two cups, and a book."), ("How many?", "Two.")],
     "Chinese": [("<image>\n桌子上有什么?请详细描述。", "两个杯子和一本书。"), ("多少?", "两个。")],
-    "without a picture": [("你好, who are you?", "I'm a model。")],
+    "without an image": [("你好, who are you?", "I'm a model。")],
     "code and spaces": [("  Fix this:\n\n\tx = 1;  ", "```\nx = 2\n```"), ("thanks!", " Welcome ")],
 }
 
@@ -38,7 +38,7 @@ def qwen(tmp_path_factory):
 
 
 def messages(turns):
-    """A conversation as chat templates take it; a picture is an item of its own."""
+    """Returns a conversation for chat templates, with images as separate items."""
     found = []
     for question, answer in turns:
         text = question.removeprefix("<image>\n")
@@ -47,7 +47,7 @@ def messages(turns):
     return found
 
 
-def theirs(tokenizer, template, tmp_path):
+def load_in_transformers(tokenizer, template, tmp_path):
     tokenizer.save(str(tmp_path))
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     loaded.chat_template = chat_template(template)
@@ -64,7 +64,7 @@ def ids_of(tokenizer, pieces):
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_chat_template_renders_the_training_text(template, turns, qwen, tmp_path):
-    loaded = theirs(qwen, template, tmp_path)
+    loaded = load_in_transformers(qwen, template, tmp_path)
     text = loaded.apply_chat_template(messages(turns), tokenize=False)
     assert text == "".join(piece.text for piece in render(template, turns))
     assert loaded(text).input_ids == ids_of(qwen, render(template, turns))
@@ -74,38 +74,38 @@ def test_chat_template_renders_the_training_text(template, turns, qwen, tmp_path
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_generation_prompt_equals_that_of_generate(template, turns, qwen, tmp_path):
     *history, (question, answer) = turns
-    loaded = theirs(qwen, template, tmp_path)
+    loaded = load_in_transformers(qwen, template, tmp_path)
     asked = messages([*history, (question, answer)])[:-1]
     ids = loaded.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
     assert ids["input_ids"] == ids_of(qwen, prompt(template, history, question))
 
 
-@pytest.mark.parametrize("name", ["without a picture", "code and spaces"])
+@pytest.mark.parametrize("name", ["without an image", "code and spaces"])
 def test_chatml_equals_the_published_template_of_qwen(name, qwen, tmp_path):
     turns = CONVERSATIONS[name]
-    loaded = theirs(qwen, "chatml", tmp_path)
-    said = [
+    loaded = load_in_transformers(qwen, "chatml", tmp_path)
+    chat = [
         {"role": role, "content": text}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-    published = loaded.apply_chat_template(said, tokenize=False, chat_template=QWEN2)
+    published = loaded.apply_chat_template(chat, tokenize=False, chat_template=QWEN2)
     assert published == "".join(piece.text for piece in render("chatml", turns))
     asked = loaded.apply_chat_template(
-        said[:-1], tokenize=False, chat_template=QWEN2, add_generation_prompt=True
+        chat[:-1], tokenize=False, chat_template=QWEN2, add_generation_prompt=True
     )
     assert asked == "".join(piece.text for piece in prompt("chatml", turns[:-1], turns[-1][0]))
 
 
 def test_plain_template_renders_image_and_caption(qwen, tmp_path):
-    loaded = theirs(qwen, "plain", tmp_path)
+    loaded = load_in_transformers(qwen, "plain", tmp_path)
     turns = [("<image>\nignored", "a red cup")]
     text = loaded.apply_chat_template(messages(turns), tokenize=False)
     assert text == "".join(piece.text for piece in render("plain", turns)) == "<image>a red cup\n"
 
 
 def test_system_message_replaces_the_default_one(qwen, tmp_path):
-    loaded = theirs(qwen, "chatml", tmp_path)
+    loaded = load_in_transformers(qwen, "chatml", tmp_path)
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = loaded.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert text == (
@@ -117,7 +117,7 @@ def test_system_message_replaces_the_default_one(qwen, tmp_path):
 @pytest.mark.parametrize("name", ["English", "Chinese"])
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_label_mask_covers_answers_and_their_ends(template, name, qwen):
-    """The supervised ids, decoded by the original tokenizer, are the answers and nothing else."""
+    """The supervised ids, decoded by the original tokenizer, are exactly the answers."""
     turns = tuple(turn for turn in CONVERSATIONS[name])
     turns = ((turns[0][0].removeprefix("<image>\n"), turns[0][1]), *turns[1:])
     spec = ExampleSpec(template, max_length=256, max_images=1, image_size=0, image_tokens=0)

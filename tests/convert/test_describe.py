@@ -1,4 +1,4 @@
-"""What `inspect` says of folders and files."""
+"""Output of `inspect` for folders and files."""
 
 import json
 import math
@@ -28,8 +28,8 @@ def test_inspect_reports_why_a_model_folder_cannot_be_exported(
     tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = tiny_architecture("tiny", ExpertConfig(residual=True))
-    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
-    facts = describe(str(tmp_path / "ours"))
+    save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
+    facts = describe(str(tmp_path / "model"))
     assert facts["uses"] == ["train", "generate", "evaluate"]
     assert "moe.residual: expected false" in facts["not exported"]
 

@@ -1,4 +1,4 @@
-"""Exports have the names of published checkpoints, however the source spells them."""
+"""Exports have the names of published checkpoints, for all prefixes of the source."""
 
 import json
 
@@ -96,14 +96,14 @@ def assert_published(folder):
 @pytest.mark.parametrize("name", MODELS)
 def test_export_of_an_untrained_import_has_published_names(name, release, source, tmp_path):
     folder, state = source(name, release)
-    import_model(str(folder), tmp_path / "ours")
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    import_model(str(folder), tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     assert_published(tmp_path / "out")
-    ours = tensors(tmp_path / "out")
-    assert ours.keys() == state.keys()
+    exported = tensors(tmp_path / "out")
+    assert exported.keys() == state.keys()
     for key, expected in state.items():
-        assert ours[key].dtype == expected.dtype, key
-        assert ours[key].tobytes() == expected.tobytes(), key
+        assert exported[key].dtype == expected.dtype, key
+        assert exported[key].tobytes() == expected.tobytes(), key
 
 
 @pytest.mark.parametrize("release", ["transformers 4", "transformers 5"])
@@ -113,10 +113,10 @@ def test_export_of_a_trained_model_has_published_names(
     name, moe, release, source, tmp_path, small_tokenizer
 ):
     folder, _ = source(name, release)
-    config = import_model(str(folder), tmp_path / "ours")
+    config = import_model(str(folder), tmp_path / "model")
     if moe is not None:
-        config = upcycle_model(tmp_path / "ours", tmp_path / "sparse", moe)
-    params = load(tmp_path / ("sparse" if moe else "ours"))[1]
+        config = upcycle_model(tmp_path / "model", tmp_path / "sparse", moe)
+    params = load(tmp_path / ("sparse" if moe else "model"))[1]
     save_model(tmp_path / "trained", config, params, small_tokenizer, {})
     export_model(tmp_path / "trained", tmp_path / "out", max_shard_size=GB)
     assert_published(tmp_path / "out")

@@ -38,7 +38,7 @@ STUDENTS = ("CLIP and Qwen2", "SigLIP and Qwen2", "CLIP and Qwen3")
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_sparse_student_loads_in_transformers(
-    name, sparse, our_logits, torch_logits, random_inputs
+    name, sparse, model_logits, torch_logits, random_inputs
 ):
     student, out, config = sparse(name)
     model, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
@@ -46,57 +46,61 @@ def test_sparse_student_loads_in_transformers(
     kind = "qwen3_moe" if "Qwen3" in name else "qwen2_moe"
     assert model.config.text_config.model_type == kind
     tokens, images = random_inputs(config)
-    theirs = torch_logits(model.eval(), tokens, images, config)
-    assert theirs.std() > 0.5
-    np.testing.assert_allclose(our_logits(student, tokens, images), theirs, atol=1e-4)
+    expected = torch_logits(model.eval(), tokens, images, config)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(model_logits(student, tokens, images), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_greedy_answers_equal_those_of_transformers(name, sparse, small_tokenizer, tmp_path):
-    """32 tokens after a question about each of three pictures, one of them not square."""
+    """32 tokens after a question about each of three images, one of them not square."""
     student, out, _ = sparse(name)
     model = AutoModelForImageTextToText.from_pretrained(out).eval()
     processor = AutoProcessor.from_pretrained(out)
-    ours, params = load(student)
+    student_model, params = load(student)
     rng = np.random.default_rng(2)
     for number, shape in enumerate([(30, 30), (12, 12), (20, 33)]):
-        picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8))
-        picture.save(tmp_path / f"{number}.png")
+        image = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8))
+        image.save(tmp_path / f"{number}.png")
         content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = processor(images=picture, text=text, return_tensors="pt")
+        inputs = processor(images=image, text=text, return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
         prompt = Prompt("<image>\nwhat colour is it?", (str(tmp_path / f"{number}.png"),))
-        [mine] = answer(ours, params, small_tokenizer, [prompt], max_new_tokens=32)
+        [mine] = answer(student_model, params, small_tokenizer, [prompt], max_new_tokens=32)
         assert inputs["input_ids"][0].tolist() == mine.prompt_ids
         end = model.generation_config.eos_token_id
-        theirs = ids.tolist()
-        assert (theirs[: theirs.index(end)] if end in theirs else theirs) == mine.token_ids
+        generated = ids.tolist()
+        assert (
+            generated[: generated.index(end)] if end in generated else generated
+        ) == mine.token_ids
         assert len(set(mine.token_ids)) > 3
 
 
 def test_language_model_loads_in_transformers(
-    tmp_path, small_tokenizer, tiny_architecture, init, our_logits, torch_logits, random_inputs
+    tmp_path, small_tokenizer, tiny_architecture, init, model_logits, torch_logits, random_inputs
 ):
     config = dataclasses.replace(tiny_architecture("tiny", ExpertConfig(top_k=1)), vision=None)
-    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens, _ = random_inputs(config)
-    theirs = torch_logits(model, tokens)
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    expected = torch_logits(model, tokens)
+    np.testing.assert_allclose(model_logits(tmp_path / "model", tokens), expected, atol=1e-4)
 
 
-def test_sparse_export_imports_as_the_same_model(sparse, tmp_path, our_logits, random_inputs):
-    """What was exported can be imported again and is the same model."""
+def test_sparse_export_imports_as_the_same_model(sparse, tmp_path, model_logits, random_inputs):
+    """The import of an export has the same logits, bit for bit."""
     student, out, config = sparse("CLIP and Qwen2")
     import_model(str(out), tmp_path / "again")
     tokens, images = random_inputs(config)
-    ours, again = (our_logits(folder, tokens, images) for folder in (student, tmp_path / "again"))
-    np.testing.assert_array_equal(ours, again)
+    logits, again = (
+        model_logits(folder, tokens, images) for folder in (student, tmp_path / "again")
+    )
+    np.testing.assert_array_equal(logits, again)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -104,11 +108,11 @@ def test_export_of_an_imported_sparse_export_has_equal_tensors(name, sparse, tmp
     _, out, _ = sparse(name)
     import_model(str(out), tmp_path / "again")
     export_model(tmp_path / "again", tmp_path / "back", max_shard_size=GB)
-    ours, theirs = open_checkpoint(tmp_path / "back"), open_checkpoint(out)
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert ours[key].dtype == tensor.dtype, key
-        np.testing.assert_array_equal(ours[key].read(), tensor.read(), err_msg=key)
+    imported, exported = open_checkpoint(tmp_path / "back"), open_checkpoint(out)
+    assert imported.keys() == exported.keys()
+    for key, tensor in exported.items():
+        assert imported[key].dtype == tensor.dtype, key
+        np.testing.assert_array_equal(imported[key].read(), tensor.read(), err_msg=key)
 
 
 def test_export_casts_to_a_smaller_dtype(sparse, tmp_path):
@@ -120,27 +124,27 @@ def test_export_casts_to_a_smaller_dtype(sparse, tmp_path):
 
 
 def test_upcycled_folder_computes_the_same_logits_as_the_dense_one(
-    sparse, our_logits, random_inputs
+    sparse, model_logits, random_inputs
 ):
     student, _, config = sparse("CLIP and Qwen2")
     tokens, images = random_inputs(config)
     dense, copies = student.parent / "dense", student.parent / "copies"
     np.testing.assert_allclose(
-        our_logits(copies, tokens, images), our_logits(dense, tokens, images), atol=1e-5
+        model_logits(copies, tokens, images), model_logits(dense, tokens, images), atol=1e-5
     )
 
 
 def test_large_matrices_of_a_stage_are_read_in_blocks(
     tmp_path, tiny_architecture, init, small_tokenizer, monkeypatch
 ):
-    """Written with blocks of 1 MiB, embedding and head are several chunks, and never one array."""
+    """With blocks of 1 MiB, embedding and head have several chunks and are never one array."""
     monkeypatch.setattr(orbax_layout, "_LARGEST_BLOCK", 2**20)
     decoder = dataclasses.replace(
         tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_ids=((0, 296),)
     )
     config = dataclasses.replace(tiny_architecture(), decoder=decoder, vision=None)
     params = init(config)
-    save_model(tmp_path / "ours", config, params, small_tokenizer, {})
+    save_model(tmp_path / "model", config, params, small_tokenizer, {})
     sizes = []
     read = orbax_layout.Reader.read
 
@@ -151,8 +155,8 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
         return array
 
     monkeypatch.setattr(orbax_layout.Reader, "read", noted)
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
-    upcycle_model(tmp_path / "ours", tmp_path / "sparse", ExpertConfig())
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
+    upcycle_model(tmp_path / "model", tmp_path / "sparse", ExpertConfig())
     assert max(sizes) == 2**20
     out = open_checkpoint(tmp_path / "out")
     head = params["decoder"]["head"]
@@ -187,7 +191,7 @@ def test_upcycled_folder_equals_upcycling_in_memory(moe, how, tmp_path, tiny_mod
         (ExpertConfig(residual=True), "moe.residual: expected false, .*, got True"),
         (
             ExpertConfig(dispatch="capacity"),
-            "moe.dispatch: expected 'dropless', .*, got 'capacity'",
+            "dispatch: expected 'dropless', .*, got 'capacity'",
         ),
     ],
 )
@@ -195,9 +199,9 @@ def test_models_that_transformers_cannot_compute_are_not_exported(
     moe, message, tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = tiny_architecture("tiny", moe)
-    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
     with pytest.raises(ValueError, match=message):
-        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     assert not (tmp_path / "out").exists()
 
 
@@ -205,9 +209,9 @@ def test_projector_that_llava_does_not_have_is_not_exported(
     tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = dataclasses.replace(tiny_architecture("tiny"), projector="mlp3x_gelu")
-    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
+    save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
     with pytest.raises(ValueError, match=r"got 2 others, such as 'projector/linear_2/"):
-        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
 
 
 def test_padding_rows_of_the_vocabulary_are_never_generated(sparse):
@@ -219,37 +223,37 @@ def test_padding_rows_of_the_vocabulary_are_never_generated(sparse):
 
 def test_exported_tokenizer_loads_in_transformers(sparse, small_tokenizer):
     _, out, _ = sparse("CLIP and Qwen2")
-    theirs = AutoTokenizer.from_pretrained(out)
-    assert theirs("a red circle").input_ids == small_tokenizer.encode("a red circle")
-    assert theirs.eos_token == "<|im_end|>"
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert loaded("a red circle").input_ids == small_tokenizer.encode("a red circle")
+    assert loaded.eos_token == "<|im_end|>"
 
 
 def test_plain_answers_end_with_a_line_break(tmp_path, tiny_architecture, init, small_tokenizer):
     config = dataclasses.replace(tiny_architecture(), template="plain")
-    save_model(tmp_path / "ours", config, init(config), small_tokenizer, {})
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     general = small_tokenizer.special("<|endoftext|>")
     assert ends == [general, decode._end_id("plain", small_tokenizer)]
 
 
 def test_image_token_without_a_row_is_not_in_the_exported_tokenizer(
-    tmp_path, small_tokenizer, our_logits
+    tmp_path, small_tokenizer, model_logits
 ):
-    """Text that mentions `<image>` has the same ids here and there, all of which have a row."""
+    """Text that contains `<image>` has the same ids in both tokenizers, all with a row."""
     rows = small_tokenizer.image_id
     source = hf.save(hf.Text(layers=1, rows=rows).model(), tmp_path / "hf", small_tokenizer)
-    import_model(str(source), tmp_path / "ours")
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB)
+    import_model(str(source), tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = tokenizer("say <image> please", return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         model.generate(**inputs, max_new_tokens=2)
-        theirs = model(**inputs).logits.numpy()
+        expected = model(**inputs).logits.numpy()
     tokens = inputs["input_ids"].numpy()
     assert tokens[0].tolist() == small_tokenizer.encode("say <image> please")
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), theirs, atol=1e-4)
+    np.testing.assert_allclose(model_logits(tmp_path / "model", tokens), expected, atol=1e-4)
     assert len(tokenizer) == rows
     import_model(str(tmp_path / "out"), tmp_path / "again")
     again = load_tokenizer(str(tmp_path / "again"))
@@ -289,8 +293,8 @@ def test_overflow_of_the_export_dtype_names_the_tensor(
     config = dataclasses.replace(tiny_architecture(), vision=None)
     params = init(config)
     params["decoder"]["norm"]["scale"] = params["decoder"]["norm"]["scale"].at[0].set(-number)
-    save_model(tmp_path / "ours", config, params, small_tokenizer, {})
+    save_model(tmp_path / "model", config, params, small_tokenizer, {})
     with pytest.raises(ValueError) as error:
-        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=GB, dtype=dtype)
-    assert str(error.value) == f"{tmp_path / 'ours'}: model.norm.weight: {message}"
+        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB, dtype=dtype)
+    assert str(error.value) == f"{tmp_path / 'model'}: model.norm.weight: {message}"
     assert not (tmp_path / "out").exists()

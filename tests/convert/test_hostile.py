@@ -1,4 +1,4 @@
-"""Hostile files end in one error that names what is wrong, in little time and memory.
+"""Hostile files are one UserError that names file or field, in bounded time and memory.
 
 `python -m pytest tests/convert/test_hostile.py`
 """
@@ -22,7 +22,7 @@ from tests.convert import hostile, hostile_tokenizers, hostile_weights
 from tests.convert.hostile_folders import make_folders, readers
 
 SECONDS = 5
-SHARE = 0.12  # of the table of fields and values that is drawn
+SHARE = 0.12  # fraction of the table of fields and values that is tested
 GIB = 2**30
 
 
@@ -43,7 +43,7 @@ def all_cases():
 
 
 CASES = all_cases()
-# What is left out, or means what it meant before.
+# Cases without an effect, or with a valid meaning.
 HARMLESS = (
     "import llava: config.json: vision_feature_layer is minus one",
     "with tower original: config.json: mm_vision_select_feature is null",
@@ -56,7 +56,7 @@ HARMLESS = (
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The whole folders; what is imported and traced once is not a case's time."""
+    """Intact folders; imports and traces once, so that no case is charged for it."""
     root = tmp_path_factory.mktemp("hostile")
     make_folders(root)
     for kind in ("qwen2", "qwen2_moe", "llava", "clip_vision_model"):
@@ -65,12 +65,12 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def spoilt(root, tmp_path):
-    """`spoilt(case)`: the case's folder, and the reader that is to open it."""
+def corrupted(root, tmp_path):
+    """Returns a function for the folder of a case and its reader."""
 
     def make(case):
         folder = shutil.copytree(root / case.base, tmp_path / case.base)
-        case.spoil(folder)
+        case.corrupt(folder)
         plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))
         if plain and (folder / NAME).is_file():  # the subject is not that a file has changed
             write_digests(folder, "train")
@@ -81,7 +81,7 @@ def spoilt(root, tmp_path):
 
 @pytest.fixture
 def limited():
-    """Ends what takes long, sleeping included, and measures memory and processor time."""
+    """Limits wall time, CPU time and memory of a test."""
 
     def late(*_):
         raise TimeoutError
@@ -106,8 +106,8 @@ def check_worded(message):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_hostile_file_is_a_user_error(case, spoilt, limited):
-    folder, read = spoilt(case)
+def test_hostile_file_is_a_user_error(case, corrupted, limited):
+    folder, read = corrupted(case)
     try:
         result = read(folder)
     except ValueError as error:
@@ -115,7 +115,7 @@ def test_hostile_file_is_a_user_error(case, spoilt, limited):
         check_worded(str(error))
         assert case.name not in HARMLESS
         return
-    # `inspect` says what cannot be done in its answer.
+    # `inspect` reports errors in its output.
     refused = isinstance(result, dict) and (
         result.get("not imported") or result.get("not exported")
     )
@@ -130,7 +130,7 @@ def test_there_are_more_than_500_cases_and_few_are_harmless():
 
 
 def test_files_that_would_exhaust_memory_are_refused(tmp_path):
-    """Measured in a process of its own, whose peak with whole folders is left out."""
+    """Measured in a separate process, relative to its peak memory with intact folders."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.convert.hostile_bombs", str(tmp_path)],
         check=True,

@@ -52,7 +52,7 @@ def with_image_at(tokenizer, position):
 
 @pytest.fixture(scope="module", params=POSITIONS)
 def models(request, small_tokenizer, tmp_path_factory):
-    """A student and a teacher: torch models, our folders, and their tokenizer."""
+    """A student and a teacher: torch models, model folders and their tokenizer."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = with_image_at(small_tokenizer, request.param)
     made = []
@@ -80,13 +80,13 @@ def random_batch(config, tokenizer, seed):
 
 def test_loss_equals_torch_cross_entropy_over_valid_tokens(models, torch_logits):
     (student, student_folder), (teacher, teacher_folder), tokenizer = models
-    ours, params = load(student_folder)
-    theirs, teacher_params = load(teacher_folder)
-    batch = random_batch(ours.config, tokenizer, 0)
+    student_model, params = load(student_folder)
+    teacher_model, teacher_params = load(teacher_folder)
+    batch = random_batch(student_model.config, tokenizer, 0)
     words = np.setdiff1d(np.arange(tokenizer.real_ids[-1][1]), [tokenizer.image_id])
 
     def log_probabilities(model, side):
-        logits = torch_logits(model, side.tokens, side.images, ours.config)
+        logits = torch_logits(model, side.tokens, side.images, student_model.config)
         return torch.tensor(logits[:, :-1, words]).log_softmax(-1)
 
     mask = torch.tensor(batch.loss_mask[:, 1:])
@@ -97,7 +97,9 @@ def test_loss_equals_torch_cross_entropy_over_valid_tokens(models, torch_logits)
         "ce": -logp.gather(-1, torch.tensor(labels)[..., None])[..., 0][mask].mean(),
     }
     configs = DistillationConfig(), RouterLossConfig()
-    loss = token_loss(ours, LiveTeacher(theirs), *configs, terms=("kd", "ce"), chunk_size=256)
+    loss = token_loss(
+        student_model, LiveTeacher(teacher_model), *configs, terms=("kd", "ce"), chunk_size=256
+    )
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, metrics = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     for name, mean in expected.items():
@@ -107,13 +109,13 @@ def test_loss_equals_torch_cross_entropy_over_valid_tokens(models, torch_logits)
 
 def test_preference_loss_equals_torch_over_valid_tokens(models, torch_logits):
     (student, student_folder), (teacher, teacher_folder), tokenizer = models
-    ours, params = load(student_folder)
-    theirs, teacher_params = load(teacher_folder)
-    sides = [random_batch(ours.config, tokenizer, seed) for seed in range(2)]
+    student_model, params = load(student_folder)
+    teacher_model, teacher_params = load(teacher_folder)
+    sides = [random_batch(student_model.config, tokenizer, seed) for seed in range(2)]
     words = np.setdiff1d(np.arange(tokenizer.real_ids[-1][1]), [tokenizer.image_id])
 
     def log_likelihood(model, side):
-        logits = torch_logits(model, side.tokens, side.images, ours.config)
+        logits = torch_logits(model, side.tokens, side.images, student_model.config)
         logp = torch.tensor(logits[:, :-1, words]).log_softmax(-1)
         labels = torch.tensor(np.searchsorted(words, side.tokens[:, 1:]))
         chosen = logp.gather(-1, labels[..., None])[..., 0]
@@ -125,49 +127,49 @@ def test_preference_loss_equals_torch_over_valid_tokens(models, torch_logits):
     expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
     batch = PreferenceBatch(*(side._replace(images=None) for side in sides), sides[0].images)
     configs = PreferenceConfig(kind="sigmoid"), RouterLossConfig()
-    loss = preference_loss(ours, LiveTeacher(theirs), *configs, chunk_size=256)
+    loss = preference_loss(student_model, LiveTeacher(teacher_model), *configs, chunk_size=256)
     arguments = (flatten(params), {}, teacher_params, jax.tree.map(jnp.asarray, batch))
     value, _ = jax.jit(loss.__call__)(*arguments, jax.random.key(0))
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_export_has_the_same_logits_and_answers(models, our_logits, torch_logits, tmp_path):
+def test_export_has_the_same_logits_and_answers(models, model_logits, torch_logits, tmp_path):
     (_, folder), _, tokenizer = models
     export_model(folder, tmp_path / "out", max_shard_size=10**9)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
-    ours, params = load(folder)
-    batch = random_batch(ours.config, tokenizer, 0)
+    student_model, params = load(folder)
+    batch = random_batch(student_model.config, tokenizer, 0)
     np.testing.assert_allclose(
-        our_logits(folder, batch.tokens, batch.images),
-        torch_logits(model, batch.tokens, batch.images, ours.config),
+        model_logits(folder, batch.tokens, batch.images),
+        torch_logits(model, batch.tokens, batch.images, student_model.config),
         atol=1e-4,
     )
-    rows = ours.config.decoder.vocab_size
+    rows = student_model.config.decoder.vocab_size
     padding = range(tokenizer.real_ids[-1][1], rows)
     assert model.generation_config.suppress_tokens == sorted({tokenizer.image_id, *padding})
 
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    picture = Image.fromarray(batch.images[0, 0])
-    picture.save(tmp_path / "picture.png")
+    image = Image.fromarray(batch.images[0, 0])
+    image.save(tmp_path / "image.png")
     content = [{"type": "image"}, {"type": "text", "text": "what colour is the <circle>?"}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    inputs = processor(images=picture, text=text, return_tensors="pt")
+    inputs = processor(images=image, text=text, return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
-    prompt = Prompt("<image>\nwhat colour is the <circle>?", (str(tmp_path / "picture.png"),))
-    [mine] = answer(ours, params, tokenizer, [prompt], max_new_tokens=24)
+    prompt = Prompt("<image>\nwhat colour is the <circle>?", (str(tmp_path / "image.png"),))
+    [mine] = answer(student_model, params, tokenizer, [prompt], max_new_tokens=24)
     assert inputs["input_ids"][0].tolist() == mine.prompt_ids
     assert tokenizer.special("<circle>") in mine.prompt_ids
     end = model.generation_config.eos_token_id
-    theirs = ids.tolist()
-    assert (theirs[: theirs.index(end)] if end in theirs else theirs) == mine.token_ids
+    generated = ids.tolist()
+    assert (generated[: generated.index(end)] if end in generated else generated) == mine.token_ids
     assert len(set(mine.token_ids)) > 3
 
 
 def test_image_token_is_never_generated(models):
-    """The head's rows of all ids are equal, so the likeliest token is the first real one."""
+    """All rows of the head are equal, so the most likely token is the first valid one."""
     (_, folder), _, tokenizer = models
     model, params = load(folder)
     params["decoder"]["head"] = jnp.ones_like(params["decoder"]["head"])
@@ -185,14 +187,14 @@ def test_image_token_is_never_generated(models):
 def test_embedding_without_a_row_for_the_image_token_is_padded(
     small_tokenizer, tmp_path, torch_logits
 ):
-    """The new rows are zero and masked; logits of all others are the source's."""
+    """The new rows are zero and masked; the other logits equal those of the source."""
     rows = small_tokenizer.image_id
     language = hf.Text(layers=1, tied=False, rows=rows).model()
     source = hf.save(language, tmp_path / "hf", small_tokenizer)
     tower = hf.save(hf.clip_tower(), tmp_path / "tower")
-    config = import_model(str(source), tmp_path / "ours", vision=str(tower))
+    config = import_model(str(source), tmp_path / "model", vision=str(tower))
     assert (config.decoder.vocab_size, config.decoder.real_ids) == (320, ((0, rows),))
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     tokens = np.random.default_rng(0).integers(0, rows, (2, 9))
     found = torch_logits(model, tokens)

@@ -1,4 +1,4 @@
-"""Checkpoints of the original code: its names, its config, DeepSpeed's experts."""
+"""Checkpoints of LLaVA's and LLaVA-MoD's code: tensor names, config, DeepSpeed's experts."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.convert import hf_folders as hf
 
 
 def original_names(state):
-    """Hugging Face's LLaVA names as the original code has them."""
+    """Renames tensors of LLaVA in `transformers` to the names of LLaVA's code."""
     renamed = {}
     for name, x in state.items():
         name = name.replace("model.language_model.", "model.")
@@ -38,36 +38,38 @@ def original_config(text):
 
 
 def test_dense_checkpoint_of_llavas_code_is_imported(
-    tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+    tmp_path, small_tokenizer, model_logits, torch_logits, random_inputs
 ):
-    whole = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
+    llava_model = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
     source = hf.save_original(
-        original_names(whole.state_dict()),
-        original_config(whole.config.text_config),
+        original_names(llava_model.state_dict()),
+        original_config(llava_model.config.text_config),
         tmp_path / "original",
         small_tokenizer,
     )
     tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.load_state_dict(llava_model.model.vision_tower.state_dict())
     vision = hf.save(tower, tmp_path / "vision")
-    config = import_model(str(source), tmp_path / "ours", vision=str(vision))
+    config = import_model(str(source), tmp_path / "model", vision=str(vision))
     assert config.template == "vicuna"
     tokens, images = random_inputs(config)
-    theirs = torch_logits(whole, tokens, images, config)
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+    expected = torch_logits(llava_model, tokens, images, config)
+    np.testing.assert_allclose(
+        model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
+    )
 
 
 @pytest.fixture
 def original(tmp_path, small_tokenizer):
     """`original(**fields)`: a checkpoint of the original code with these in its config; a tower."""
-    whole = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
+    llava_model = hf.multimodal("CLIP and Qwen2, untied", small_tokenizer.image_id)
     tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.load_state_dict(llava_model.model.vision_tower.state_dict())
 
     def make(**fields):
         source = hf.save_original(
-            original_names(whole.state_dict()),
-            original_config(whole.config.text_config) | fields,
+            original_names(llava_model.state_dict()),
+            original_config(llava_model.config.text_config) | fields,
             tmp_path / "original",
             small_tokenizer,
         )
@@ -82,7 +84,7 @@ def test_original_checkpoint_that_does_not_pad_its_images_is_reported(
 ):
     source, tower = original(image_aspect_ratio=aspect)
     vision = hf.save(tower, tmp_path / "vision")
-    import_model(source, tmp_path / "ours", vision=str(vision))
+    import_model(source, tmp_path / "model", vision=str(vision))
     assert ("image_aspect_ratio 'square' -> 'pad'" in caplog.text) == (aspect == "square")
 
 
@@ -117,28 +119,28 @@ def test_original_checkpoint_with_another_vision_tower_is_an_error(original, tmp
 
 
 def test_original_checkpoint_with_a_bfloat16_copy_of_its_tower_is_imported(original, tmp_path):
-    """The original code casts its tower to the dtype it trains in."""
+    """LLaVA's code casts the vision tower to the training dtype."""
     source, tower = original()
     file = Path(source) / "pytorch_model.bin"
     state = torch.load(file, weights_only=True)
     torch.save({k: x.bfloat16() if "tower" in k else x for k, x in state.items()}, file)
     vision = str(hf.save(tower, tmp_path / "vision"))
     import_model(source, tmp_path / "a", vision=vision)
-    kept = load(tmp_path / "a")[1]["vision"]["positions"]
+    positions = load(tmp_path / "a")[1]["vision"]["positions"]
     table = tower.embeddings.position_embedding.weight
-    np.testing.assert_array_equal(kept, table.detach().numpy())
+    np.testing.assert_array_equal(positions, table.detach().numpy())
 
 
 def test_sparse_checkpoint_of_llava_mods_code_is_imported(
-    tmp_path, small_tokenizer, our_logits, torch_logits, random_inputs
+    tmp_path, small_tokenizer, model_logits, torch_logits, random_inputs
 ):
-    """DeepSpeed's names; the same weights in Qwen2-MoE, whose shared expert is nought."""
+    """Experts with DeepSpeed's names equal a Qwen2-MoE with a zero shared expert."""
     text = hf.sparse_text(hf.Text(tied=False))
-    whole = hf.clear_shared_expert(
+    llava_model = hf.clear_shared_expert(
         hf.llava(text, hf.clip_config(), image_token=small_tokenizer.image_id)
     )
     state = {}
-    for name, x in original_names(whole.state_dict()).items():
+    for name, x in original_names(llava_model.state_dict()).items():
         layer, _, rest = name.partition(".mlp.")
         if rest == "gate.weight":
             state[f"{layer}.mlp.deepspeed_moe.gate.wg.weight"] = x
@@ -156,14 +158,16 @@ def test_sparse_checkpoint_of_llava_mods_code_is_imported(
     fields = original_config(text) | {"moe": {"top_k_experts": 2, "num_experts": [4]}}
     source = hf.save_original(state, fields, tmp_path / "original", small_tokenizer)
     tower = hf.clip_tower()
-    tower.load_state_dict(whole.model.vision_tower.state_dict())
+    tower.load_state_dict(llava_model.model.vision_tower.state_dict())
     vision = hf.save(tower, tmp_path / "vision")
-    config = import_model(str(source), tmp_path / "ours", vision=str(vision))
+    config = import_model(str(source), tmp_path / "model", vision=str(vision))
     assert config.decoder.moe_layers == (0, 2)
     assert (config.decoder.moe.num_experts, config.decoder.moe.top_k) == (4, 2)
     tokens, images = random_inputs(config)
-    theirs = torch_logits(whole, tokens, images, config)
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+    expected = torch_logits(llava_model, tokens, images, config)
+    np.testing.assert_allclose(
+        model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
+    )
 
 
 def expert(layer, number, name):

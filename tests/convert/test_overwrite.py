@@ -36,11 +36,11 @@ def test_command_does_not_replace_the_output_of_another(source, tmp_path):
 
 
 def test_folder_without_digests_is_not_replaced(source, tmp_path):
-    """Not even one with the names that an export has."""
+    """A folder with the file names of an export is not enough."""
     import_model(str(source), tmp_path / "out")
-    theirs = hf.save(hf.Text(layers=1).model(), tmp_path / "theirs")
+    other = hf.save(hf.Text(layers=1).model(), tmp_path / "other")
     with pytest.raises(
-        ValueError, match=r"/theirs: expected a new folder, or .*, got one without dig"
+        ValueError, match=r"/other: expected a new folder, or .*, got one without dig"
     ):
-        export_model(tmp_path / "out", theirs, max_shard_size=10**9, overwrite=True)
-    assert (theirs / "model.safetensors").is_file()
+        export_model(tmp_path / "out", other, max_shard_size=10**9, overwrite=True)
+    assert (other / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""The published sizes: Qwen2-0.5B behind CLIP ViT-L/14-336, with random weights."""
+"""Published sizes: CLIP ViT-L/14-336 and Qwen2-0.5B, with random weights."""
 
 import gc
 
@@ -60,16 +60,18 @@ def llava(tmp_path):
 
 @pytest.mark.slow
 def test_logits_at_the_published_size_equal_transformers(
-    llava, tmp_path, torch_logits, our_logits, random_inputs
+    llava, tmp_path, torch_logits, model_logits, random_inputs
 ):
     model, folder = llava
-    config = import_model(str(folder), tmp_path / "ours", template="vicuna")
+    config = import_model(str(folder), tmp_path / "model", template="vicuna")
     assert config == preset("qwen2-0.5b")
     assert parameter_counts(config)[0] == sum(x.numel() for x in model.parameters())
     tokens, images = random_inputs(config, length=23)
     tokens, images = tokens[:1], images[:1]
-    theirs = torch_logits(model, tokens, images, config)
+    expected = torch_logits(model, tokens, images, config)
     del model, llava
     gc.collect()
-    assert theirs.std() > 0.1
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-3)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(
+        model_logits(tmp_path / "model", tokens, images), expected, atol=1e-3
+    )

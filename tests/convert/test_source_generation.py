@@ -1,4 +1,4 @@
-"""Generation settings of a source that no export can hold."""
+"""Invalid generation settings of a source."""
 
 import json
 import logging
@@ -74,8 +74,8 @@ def test_ids_without_a_row_are_dropped_and_logged(language, tmp_path, small_toke
         "begin_suppress_tokens": [319, 400],
     }
     (language / "generation_config.json").write_text(json.dumps(settings))
-    import_model(str(language), tmp_path / "ours", template="chatml")
-    export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
+    import_model(str(language), tmp_path / "model", template="chatml")
+    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9)
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     suppressed = [5, *range(first, 320)]
     assert (found.bos_token_id, found.eos_token_id) == (None, [end])
@@ -111,14 +111,14 @@ def test_invalid_generation_settings_in_model_json_are_refused(
     name, value, expected, language, tmp_path
 ):
     (language / "generation_config.json").unlink(missing_ok=True)
-    import_model(str(language), tmp_path / "ours")
-    file = tmp_path / "ours" / "model.json"
+    import_model(str(language), tmp_path / "model")
+    file = tmp_path / "model" / "model.json"
     fields = json.loads(file.read_text())
     fields["source"]["imported"]["generation"] = {name: value}
     file.write_text(json.dumps(fields))
-    write_digests(tmp_path / "ours", "import")
+    write_digests(tmp_path / "model", "import")
     with pytest.raises(ValueError) as error:
-        export_model(tmp_path / "ours", tmp_path / "out", max_shard_size=10**9)
+        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9)
     assert str(error.value) == (
         f"{file}: source.imported.generation.{name}: expected {expected}, got {value!r}"
     )

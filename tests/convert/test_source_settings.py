@@ -1,4 +1,4 @@
-"""Generation and image settings of a source: what comes back from an export, what is replaced."""
+"""Generation and image settings of a source that an export preserves or replaces."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ CROP = {
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory, small_tokenizer):
-    """`llava(name, **files)`: a LLaVA's folder with settings in JSON files."""
+    """Returns a function for a LLaVA folder with settings in JSON files."""
     model = hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id)
 
     def make(**files):
@@ -73,18 +73,18 @@ def test_sampling_settings_are_exported_until_a_stage_trains(
 ):
     caplog.set_level(logging.INFO, "moddistill")
     settings = {**SAMPLING, "transformers_version": "4.41.2", "_from_model_config": True}
-    config = import_model(str(llava(generation_config=settings)), tmp_path / "ours")
+    config = import_model(str(llava(generation_config=settings)), tmp_path / "model")
     assert "do_sample True, temperature 0.7, top_p 0.8, top_k 20" in caplog.text
     assert "a trained model is exported with greedy decoding" in caplog.text
-    upcycle_model(tmp_path / "ours", tmp_path / "sparse", ExpertConfig())
-    found = exported(tmp_path / "ours", tmp_path / "out")
+    upcycle_model(tmp_path / "model", tmp_path / "sparse", ExpertConfig())
+    found = exported(tmp_path / "model", tmp_path / "out")
     assert found == exported(tmp_path / "sparse", tmp_path / "sparse-out")
     assert {name: found[name] for name in SAMPLING} == SAMPLING
     assert found["suppress_tokens"] == list(range(small_tokenizer.image_id, 320))
     assert "_from_model_config" not in found
     loaded = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (loaded.temperature, loaded.do_sample) == (0.7, True)
-    save_model(tmp_path / "trained", config, load(tmp_path / "ours")[1], small_tokenizer, {})
+    save_model(tmp_path / "trained", config, load(tmp_path / "model")[1], small_tokenizer, {})
     found = exported(tmp_path / "trained", tmp_path / "trained-out")
     assert found["do_sample"] is False
     assert not found.keys() & (SAMPLING.keys() - {"do_sample"})
@@ -111,7 +111,7 @@ def test_eos_ids_are_exported_if_they_include_those_of_the_template(
 
 def test_image_processor_that_crops_is_reported_on_import_and_export(llava, tmp_path, caplog):
     source = llava(preprocessor_config=CROP)
-    import_model(str(source), tmp_path / "ours")
+    import_model(str(source), tmp_path / "model")
     changes = (
         "image_processor_type 'CLIPImageProcessor' -> 'LlavaImageProcessor', do_pad None -> True"
     )
@@ -119,8 +119,8 @@ def test_image_processor_that_crops_is_reported_on_import_and_export(llava, tmp_
         f"{source}: images are padded to squares and resized to 12 x 12 pixels; this replaces, in "
         f"its image processor, {changes}"
     ]
-    assert describe(str(tmp_path / "ours"))["imported"]["replaced"] == changes.split(", ")
-    exported(tmp_path / "ours", tmp_path / "out")
+    assert describe(str(tmp_path / "model"))["imported"]["replaced"] == changes.split(", ")
+    exported(tmp_path / "model", tmp_path / "out")
     assert warnings_of(caplog) == [
         f"the image processor differs from that of the source: {changes}"
     ]
@@ -139,21 +139,21 @@ def test_image_processor_that_crops_is_reported_on_import_and_export(llava, tmp_
 )
 def test_each_image_setting_that_differs_is_reported(field, value, change, llava, tmp_path, caplog):
     fields = {**CROP, "image_processor_type": "LlavaImageProcessor", "do_pad": True, field: value}
-    import_model(str(llava(preprocessor_config=fields)), tmp_path / "ours")
+    import_model(str(llava(preprocessor_config=fields)), tmp_path / "model")
     [warning] = warnings_of(caplog)
     assert warning.endswith(f"in its image processor, {change}")
 
 
 def test_image_processor_without_mean_and_std_is_reported(llava, tmp_path, caplog):
     fields = {name: value for name, value in CROP.items() if not name.startswith("image_")}
-    import_model(str(llava(preprocessor_config=fields)), tmp_path / "ours")
+    import_model(str(llava(preprocessor_config=fields)), tmp_path / "model")
     [warning] = warnings_of(caplog)
     assert "do_pad None -> True, image_mean None -> [0.48145466," in warning
 
 
 def test_export_resaved_by_transformers_has_the_same_image_processor(llava, tmp_path, caplog):
-    import_model(str(llava(preprocessor_config=CROP)), tmp_path / "ours")
-    exported(tmp_path / "ours", tmp_path / "out")
+    import_model(str(llava(preprocessor_config=CROP)), tmp_path / "model")
+    exported(tmp_path / "model", tmp_path / "out")
     caplog.clear()
     again = llava()
     AutoProcessor.from_pretrained(tmp_path / "out").save_pretrained(again)
@@ -165,14 +165,14 @@ def test_invalid_generation_config_is_refused_before_writing(llava, tmp_path):
     source = llava()
     (source / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json: expected JSON"):
-        import_model(str(source), tmp_path / "ours")
+        import_model(str(source), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_transformers_version_equals_that_of_save_pretrained(llava, tmp_path):
-    """Without one from 5 on, releases 4.57.3 and later warn of a wrong tokenizer."""
-    import_model(str(llava()), tmp_path / "ours")
-    found = exported(tmp_path / "ours", tmp_path / "out")
+    """Without a version from 5 on, releases 4.57.3 and later warn of a wrong tokenizer."""
+    import_model(str(llava()), tmp_path / "model")
+    found = exported(tmp_path / "model", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["transformers_version"] == found["transformers_version"]
     assert config["transformers_version"] == transformers.__version__ >= "5"

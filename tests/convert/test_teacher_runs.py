@@ -39,9 +39,9 @@ REAL = 151_646  # ids of the tokenizer; rows after them are `<image>` and paddin
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, qwen_tokenizer):
-    """Hub names lead to folders of small models, and imports to a cache of their own.
+    """Resolves hub names to folders of small models, with a separate import cache.
 
-    Runs are on one device, since each of eight would hold the whole vocabulary.
+    Runs are on one device, since each of eight would hold the full vocabulary.
     """
     root = tmp_path_factory.mktemp("hub")
     folders = {
@@ -58,18 +58,18 @@ def hub(tmp_path_factory, qwen_tokenizer):
 
 @pytest.fixture(scope="module")
 def student_of(hub, tmp_path_factory, qwen_tokenizer):
-    """Where the first student of a pair is, as a folder for us and one for torch."""
+    """Returns the first student of a pair: model folder and Hugging Face folder."""
     root = tmp_path_factory.mktemp("students")
     text = hf.Text(width=16, layers=4, rows=151_936)
     language = hf.save(text.model(), root / "qwen2-0.5b", qwen_tokenizer)
     tower = hf.random_model(CLIPVisionModel, hf.clip_config(image_size=28, patch_size=14))
-    import_model(str(language), root / "ours", vision=str(hf.save(tower, root / "clip")))
-    export_model(root / "ours", root / "theirs", max_shard_size=10**9)
+    import_model(str(language), root / "model", vision=str(hf.save(tower, root / "clip")))
+    export_model(root / "model", root / "hf", max_shard_size=10**9)
     interleave = common.PAIRS["interleave"].student
     return {
         "interleave": (interleave, hub[interleave]),
         # As `init` leaves it, but for what it trains.
-        "long-llava": (str(root / "ours"), root / "theirs"),
+        "long-llava": (str(root / "model"), root / "hf"),
     }
 
 
@@ -125,7 +125,7 @@ def batches(config, workdir):
 
 
 def log_probabilities(model, batch, vision):
-    """Of all next tokens at supervised positions, over the real ids only: [tokens, REAL]."""
+    """Returns log-probabilities at supervised positions over valid ids: [tokens, REAL]."""
     output = model(
         input_ids=torch.tensor(batch.tokens).long(),
         attention_mask=torch.tensor(batch.segments).long(),
@@ -172,13 +172,15 @@ def test_d2d_losses_equal_torch_with_adamw(pair, run, student_of, hub):
 
 @pytest.mark.parametrize("pair", common.PAIRS)
 def test_d2s_starts_with_the_losses_of_the_exported_dense_student(pair, run, hub):
-    """Experts are copies, so the first step of d2s computes what d2d left."""
+    """Experts are copies, so the first step of d2s has the loss of the d2d student."""
     config, workdir, _ = run(pair)["d2s"]
     teacher, student = in_torch(hub[config.teacher]), in_torch(run(pair)["d2d"][2])
     data, vision = batches(config, workdir)
     with torch.no_grad():
-        target, ours = (log_probabilities(model, data[0], vision) for model in (teacher, student))
-    expected = mean_kl(target, ours).item(), cross_entropy(ours, data[0]).item()
+        target, predicted = (
+            log_probabilities(model, data[0], vision) for model in (teacher, student)
+        )
+    expected = mean_kl(target, predicted).item(), cross_entropy(predicted, data[0]).item()
     first, second = ((row["kd"], row["ce"]) for row in read_metrics(workdir / "metrics.jsonl"))
     assert first == pytest.approx(expected, abs=1e-4)
     assert all(map(math.isfinite, second)) and second != first
@@ -186,30 +188,30 @@ def test_d2s_starts_with_the_losses_of_the_exported_dense_student(pair, run, hub
 
 @pytest.mark.parametrize(("pair", "rows"), [("interleave", 152_000), ("long-llava", 151_936)])
 def test_exported_student_answers_in_transformers(
-    pair, rows, run, qwen_tokenizer, our_logits, torch_logits, random_inputs, tmp_path
+    pair, rows, run, qwen_tokenizer, model_logits, torch_logits, random_inputs, tmp_path
 ):
     _, workdir, out = run(pair)["d2s"]
-    theirs = in_torch(out)
-    text = theirs.config.text_config
+    exported = in_torch(out)
+    text = exported.config.text_config
     assert (text.model_type, text.vocab_size) == ("qwen2_moe", rows)
     model, params = load(workdir / "model")
     tokens, images = random_inputs(model.config)
-    logits = torch_logits(theirs, tokens, images, model.config)
+    logits = torch_logits(exported, tokens, images, model.config)
     assert logits.std() > 0.5
-    np.testing.assert_allclose(our_logits(workdir / "model", tokens, images), logits, atol=1e-4)
+    np.testing.assert_allclose(model_logits(workdir / "model", tokens, images), logits, atol=1e-4)
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8))
-    picture.save(tmp_path / "a.png")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8))
+    image.save(tmp_path / "a.png")
     processor = AutoProcessor.from_pretrained(out)
     content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
     with torch.no_grad():
-        ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+        ids = exported.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     question = Prompt("<image>\nwhat colour is it?", (str(tmp_path / "a.png"),))
     [mine] = answer(model, params, qwen_tokenizer, [question], max_new_tokens=16)
     assert inputs["input_ids"][0].tolist() == mine.prompt_ids
-    ended = theirs.generation_config.eos_token_id in mine.token_ids
+    ended = exported.generation_config.eos_token_id in mine.token_ids
     assert not ended and ids.tolist()[: len(mine.token_ids)] == mine.token_ids

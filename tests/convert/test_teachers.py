@@ -1,4 +1,4 @@
-"""Published teachers: what is imported of them, at full size and with the real weights' dtypes."""
+"""Import of published teachers, at full size and in the published dtypes."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ PUBLISHED_PREFIXES = list(published.CONFIGS)
 def test_published_config_equals_the_preset_and_all_tensors_have_rules(
     name, qwen_tokenizer, tmp_path
 ):
-    """At full size: the config as published, and every tensor's name, shape and dtype."""
+    """At full size: the published config; name, shape and dtype of every tensor."""
     folder = published.write_hollow(tmp_path / "hub", name, qwen_tokenizer)
     source = open_source(folder)
     config = ModelConfig(
@@ -37,18 +37,20 @@ def test_published_config_equals_the_preset_and_all_tensors_have_rules(
 
 @pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
 def test_logits_of_the_import_equal_transformers(
-    name, qwen_tokenizer, tmp_path, torch_logits, our_logits, random_inputs
+    name, qwen_tokenizer, tmp_path, torch_logits, model_logits, random_inputs
 ):
     folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
-    config = import_model(str(folder), tmp_path / "ours")
+    config = import_model(str(folder), tmp_path / "model")
     model, report = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens, images = random_inputs(config)
-    theirs = torch_logits(model.eval(), tokens, images, config)
-    assert theirs.std() > 0.5
-    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens, images), theirs, atol=1e-4)
+    expected = torch_logits(model.eval(), tokens, images, config)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(
+        model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
+    )
 
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -58,16 +60,16 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 def test_chatml_equals_the_published_prompt_of_an_image_and_a_question(
     name, qwen_tokenizer, tmp_path
 ):
-    """Token by token, after the system message, which the interleave models' template lacks."""
+    """Compared by token after the system message, which templates of interleave models lack."""
     folder = published.write(tmp_path / "hub", name, qwen_tokenizer)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    text = theirs.apply_chat_template(
+    text = loaded.apply_chat_template(
         [{"role": "user", "content": content}],
         chat_template=read_chat_template(folder),
         add_generation_prompt=True,
         tokenize=False,
     )
     assert text.startswith(SYSTEM) == (name == published.LONG_LLAVA)
-    ours = encode_prompt("chatml", [], "<image>\nWhat is it?", 1, qwen_tokenizer, image_tokens=1)
-    assert theirs(SYSTEM + text.removeprefix(SYSTEM)).input_ids == ours
+    ids = encode_prompt("chatml", [], "<image>\nWhat is it?", 1, qwen_tokenizer, image_tokens=1)
+    assert loaded(SYSTEM + text.removeprefix(SYSTEM)).input_ids == ids

@@ -29,12 +29,12 @@ def test_nonfinite_weights_are_listed_and_refused(language, tmp_path):
     with pytest.raises(
         ValueError, match="expected finite weights, got non-finite numbers in 2 tensors"
     ) as error:
-        import_model(str(language), tmp_path / "ours")
+        import_model(str(language), tmp_path / "model")
     assert {line.strip() for line in str(error.value).splitlines()[1:]} == {
         "model.norm.weight: 1 NaN",
         "model.layers.1.mlp.up_proj.weight: 2 infinite",
     }
-    assert not (tmp_path / "ours").exists()
+    assert not (tmp_path / "model").exists()
 
 
 def test_nonfinite_pooling_head_is_refused(language, tmp_path):
@@ -46,7 +46,7 @@ def test_nonfinite_pooling_head_is_refused(language, tmp_path):
 
     change_weights(vision, poison)
     with pytest.raises(ValueError, match=r"head\.probe: 1 infinite"):
-        import_model(str(language), tmp_path / "ours", vision=str(vision))
+        import_model(str(language), tmp_path / "model", vision=str(vision))
 
 
 def test_quantized_pooling_head_is_refused(language, tmp_path):
@@ -59,24 +59,24 @@ def test_quantized_pooling_head_is_refused(language, tmp_path):
     with pytest.raises(
         ValueError, match=r"expected .*bfloat16 .*, got head\.probe in float8_e4m3fn"
     ):
-        import_model(str(language), tmp_path / "ours", vision=str(vision))
+        import_model(str(language), tmp_path / "model", vision=str(vision))
 
 
 def test_float64_weights_are_refused(language, tmp_path):
-    """Numbers that float32 does not have would become infinite when the model is loaded."""
+    """Numbers beyond the range of float32 would become infinite on loading."""
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(language, lambda state: state | {name: state[name].astype(np.float64)})
     with pytest.raises(
         ValueError, match=rf"expected float32, bfloat16 or fl.*, got {name} in float64"
     ):
-        import_model(str(language), tmp_path / "ours")
+        import_model(str(language), tmp_path / "model")
 
 
 @pytest.mark.parametrize("use", ["export", "upcycle"])
 def test_nonfinite_parameters_of_a_model_folder_are_refused(language, tmp_path, use):
-    """As a stage without a check would leave it."""
-    config = import_model(str(language), tmp_path / "ours")
-    params = load_params(tmp_path / "ours", config)
+    """As after a diverged stage."""
+    config = import_model(str(language), tmp_path / "model")
+    params = load_params(tmp_path / "model", config)
     kernel = params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"]
     params["decoder"]["segment_0"]["block_0"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].set(
         float("nan")

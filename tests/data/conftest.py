@@ -10,7 +10,7 @@ from tests.data import qwen_ranks
 
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory):
-    """The tokenizer of Qwen1.5 and Qwen2, loaded from a folder."""
+    """Returns the tokenizer of Qwen1.5 and Qwen2, loaded from a folder."""
     folder = tmp_path_factory.mktemp("qwen")
     qwen_ranks.write_tokenizer_json(folder)
     return load_tokenizer(str(folder))
@@ -18,13 +18,13 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small():
-    """A tokenizer trained on a few words."""
+    """Returns a tokenizer trained on a few words."""
     return train_bpe(["what colour is the shape ? a red circle , a blue square"] * 4, 300)
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """Writes a random picture under a name in `tmp_path` and returns its path."""
+def image_file(tmp_path):
+    """Writes a random image to `tmp_path` and returns its path."""
 
     def write(name="a.png", width=8, height=8, seed=0):
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)

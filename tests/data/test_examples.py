@@ -31,7 +31,7 @@ def preference(*arguments):
 
 
 def real(sample):
-    """The tokens that are not padding."""
+    """Returns the tokens that are not padding."""
     return sample.tokens[sample.segments == 1].tolist()
 
 
@@ -39,8 +39,8 @@ def supervised(sample):
     return sample.tokens[sample.loss_mask].tolist()
 
 
-def test_image_placeholder_is_repeated_per_patch_and_the_row_is_padded(qwen, picture):
-    path = picture(width=9, height=5)
+def test_image_placeholder_is_repeated_per_patch_and_the_row_is_padded(qwen, image_file):
+    path = image_file(width=9, height=5)
     sample, length = make_example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, SPEC)
     text = "A chat between a curious user and an artificial intelligence assistant. The assistant "
     text += "gives helpful, detailed, and polite answers to the user's questions. USER: "
@@ -60,16 +60,16 @@ def test_image_placeholder_is_repeated_per_patch_and_the_row_is_padded(qwen, pic
     chex.assert_trees_all_equal_shapes_and_dtypes(sample, jax.tree.map(lambda x: x[0], batch))
 
 
-def test_images_are_padded_with_the_mean_colour_of_the_vision_encoder(qwen, picture):
-    path, spec = picture(width=9, height=5), dataclasses.replace(SPEC, pad_color=(9, 8, 7))
+def test_images_are_padded_with_the_mean_colour_of_the_vision_encoder(qwen, image_file):
+    path, spec = image_file(width=9, height=5), dataclasses.replace(SPEC, pad_color=(9, 8, 7))
     sample = example(record([("<image>\nWhat?", "A dog.")], [path]), qwen, spec)
     expected = preprocess(Image.open(path), 4, (9, 8, 7))
     np.testing.assert_array_equal(sample.images[0], expected)
     assert np.any(expected != preprocess(Image.open(path), 4))
 
 
-def test_images_keep_their_order_and_positions(qwen, picture):
-    paths = [picture("a.png", seed=1), picture("b.png", seed=2)]
+def test_images_keep_their_order_and_positions(qwen, image_file):
+    paths = [image_file("a.png", seed=1), image_file("b.png", seed=2)]
     sample = example(record([("<image> or <image>?", "No.")], paths), qwen, SPEC)
     where = np.flatnonzero(sample.tokens == qwen.image_id)
     assert (np.diff(where) == 1).tolist() == [True, True, False, True, True]
@@ -87,44 +87,48 @@ def test_sample_without_images_has_empty_image_slots_unless_text_only(qwen):
 
 def test_long_answer_is_truncated(qwen):
     turns = [("q", "word " * 100)]
-    whole = example(record(turns), qwen, dataclasses.replace(SPEC, max_length=200))
-    cut = example(record(turns), qwen, SPEC)
+    full = example(record(turns), qwen, dataclasses.replace(SPEC, max_length=200))
+    truncated = example(record(turns), qwen, SPEC)
     for name in ("tokens", "loss_mask", "segments"):
-        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:80])
-    assert cut.loss_mask[-1]
-    assert qwen.pad_id not in cut.tokens
+        np.testing.assert_array_equal(getattr(truncated, name), getattr(full, name)[:80])
+    assert truncated.loss_mask[-1]
+    assert qwen.pad_id not in truncated.tokens
 
 
 def test_truncation_requires_at_least_one_supervised_token(qwen):
     ids = example(record([("q", "a")]), qwen, SPEC)
     first = int(np.flatnonzero(ids.loss_mask)[0])
-    kept = example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first + 1))
-    assert supervised(kept) == qwen.encode(" a")
-    with pytest.raises(ValueError, match=f"no answer token within max_length {first} "):
+    truncated = example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first + 1))
+    assert supervised(truncated) == qwen.encode(" a")
+    with pytest.raises(ValueError, match=f"an answer token within max_length {first}, got "):
         example(record([("q", "a")]), qwen, dataclasses.replace(SPEC, max_length=first))
 
 
-def test_image_is_never_truncated(qwen, picture):
+def test_image_is_never_truncated(qwen, image_file):
     turns = [("q", "a"), ("<image> q", "a")]
-    sample = example(record(turns, [picture()]), qwen, SPEC)
+    sample = example(record(turns, [image_file()]), qwen, SPEC)
     last = int(np.flatnonzero(sample.tokens == qwen.image_id)[-1])
     for length in (last, last - 1, last - 2, last - 4):
-        with pytest.raises(ValueError, match="an image lies beyond max_length"):
+        with pytest.raises(ValueError, match="expected all images within max_length"):
             spec = dataclasses.replace(SPEC, max_length=length)
-            example(record(turns, [picture()]), qwen, spec)
+            example(record(turns, [image_file()]), qwen, spec)
     spec = dataclasses.replace(SPEC, max_length=last + 1)
-    assert example(record(turns, [picture()]), qwen, spec).tokens[-1] == qwen.image_id
+    assert example(record(turns, [image_file()]), qwen, spec).tokens[-1] == qwen.image_id
 
 
 @pytest.mark.parametrize(
     ("count", "changes", "message"),
     [
-        (3, {}, "3 images; max_images is 2"),
-        (1, {"image_tokens": 0}, "1 images in a record for a text-only model"),
+        (3, {}, "images of the record: expected <= max_images 2, got 3"),
+        (
+            1,
+            {"image_tokens": 0},
+            "images of the record: expected none for a text-only model, got 1",
+        ),
     ],
 )
-def test_too_many_images_are_an_error(count, changes, message, qwen, picture):
-    question, images = "<image>" * count, [picture()] * count
+def test_too_many_images_are_an_error(count, changes, message, qwen, image_file):
+    question, images = "<image>" * count, [image_file()] * count
     spec = dataclasses.replace(SPEC, **changes)
     with pytest.raises(ValueError, match=message):
         example(record([(question, "a")], images), qwen, spec)
@@ -133,14 +137,14 @@ def test_too_many_images_are_an_error(count, changes, message, qwen, picture):
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml"])
-def test_preference_sides_differ_only_in_the_last_answer(template, qwen, picture):
+def test_preference_sides_differ_only_in_the_last_answer(template, qwen, image_file):
     spec = dataclasses.replace(SPEC, template=template)
     history = [("<image>\nWhat?", "A dog.")]
-    sample = preference(pair("Sure?", "Yes!", "No way.", history, [picture()]), qwen, spec)
+    sample = preference(pair("Sure?", "Yes!", "No way.", history, [image_file()]), qwen, spec)
     start = encode_prompt(template, history, "Sure?", 1, qwen, 3)
     for side, answer in ((sample.chosen, "Yes!"), (sample.rejected, "No way.")):
         turns = [*history, ("Sure?", answer)]
-        same = example(record(turns, [picture()]), qwen, spec)
+        same = example(record(turns, [image_file()]), qwen, spec)
         assert real(side) == real(same)
         assert real(side)[: len(start)] == start
         assert np.flatnonzero(side.loss_mask)[0] == len(start)
@@ -152,14 +156,14 @@ def test_preference_sides_differ_only_in_the_last_answer(template, qwen, picture
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_preference_side_longer_than_max_length_is_an_error(side, qwen):
     answers = {"chosen": "a", "rejected": "b", side: "word " * 100}
-    with pytest.raises(ValueError, match=f"the {side} side has .* tokens; 80 are allowed"):
+    with pytest.raises(ValueError, match=rf"tokens of {side}: expected <= max_length 80, got \d+"):
         preference(pair("q", **answers), qwen, SPEC)
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
-def test_prompt_is_a_prefix_of_the_training_sample(template, qwen, picture):
+def test_prompt_is_a_prefix_of_the_training_sample(template, qwen, image_file):
     spec = dataclasses.replace(SPEC, template=template)
-    sample = example(record([("<image>\nWhat?", "A dog.")], [picture()]), qwen, spec)
+    sample = example(record([("<image>\nWhat?", "A dog.")], [image_file()]), qwen, spec)
     ids = encode_prompt(template, [], "<image>\nWhat?", 1, qwen, 3)
     assert ids == real(sample)[: len(ids)]
     assert ids.count(qwen.image_id) == 3
@@ -167,9 +171,11 @@ def test_prompt_is_a_prefix_of_the_training_sample(template, qwen, picture):
 
 
 def test_prompt_requires_one_placeholder_per_image(qwen):
-    with pytest.raises(ValueError, match="<image> is written 0 times, but there are 1 images"):
+    with pytest.raises(ValueError, match="number of <image>: expected 1, one per image, got 0"):
         encode_prompt("vicuna", [], "What?", 1, qwen, 3)
-    with pytest.raises(ValueError, match="<image> is written 2 times, but there are 1 images"):
+    with pytest.raises(ValueError, match="number of <image>: expected 1, one per image, got 2"):
         encode_prompt("vicuna", [("<image>", "a")], "<image>", 1, qwen, 3)
-    with pytest.raises(ValueError, match="1 images were given to a text-only model"):
+    with pytest.raises(
+        ValueError, match="images of the prompt: expected none for a text-only model, got 1"
+    ):
         encode_prompt("vicuna", [], "<image>", 1, qwen, 0)

@@ -25,7 +25,7 @@ def talk(question, answer, **fields):
 
 @pytest.fixture
 def stream(small, tmp_path):
-    """Makes a stream of batches from record files."""
+    """Makes a dataset of batches from record files."""
 
     def make(*paths, workers=0, kind="conversation", weights=None, spec=SPEC, **options):
         sources = {
@@ -44,7 +44,7 @@ def stream(small, tmp_path):
 
 @pytest.fixture
 def answers(small):
-    """The answers in a batch or in batches."""
+    """Returns the answers in batches."""
 
     def read(*batches):
         return [
@@ -57,11 +57,11 @@ def answers(small):
 
 
 @pytest.fixture
-def numbered(data_file, picture):
-    """A file of `count` records, whose answers are their numbers, some with a picture."""
+def numbered(data_file, image_file):
+    """Writes `count` records whose answers are their numbers, every second one with an image."""
 
     def write(count, name="data.json", start=0):
-        picture()
+        image_file()
         images = [{"image": "a.png"} if number % 2 else {} for number in range(count)]
         return data_file(
             [
@@ -112,8 +112,8 @@ def test_sources_are_mixed_by_weight_and_shuffled_independently(stream, numbered
     order = answers(*take(iter(stream(*paths, weights=[3.0, 1.0])), 10))
     assert Counter(int(answer) >= 100 for answer in order) == {False: 30, True: 10}
     order = answers(*take(iter(stream(*paths)), 5))
-    left = [int(answer) for answer in order if int(answer) < 100]
-    assert left != [int(answer) - 100 for answer in order if int(answer) >= 100]
+    first = [int(answer) for answer in order if int(answer) < 100]
+    assert first != [int(answer) - 100 for answer in order if int(answer) >= 100]
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -140,9 +140,9 @@ def test_union_of_process_shards_is_the_stream_of_one_process(count, stream, num
 
 
 @pytest.fixture
-def spoilt(data_file, picture, tmp_path):
-    """A file of 12 records of which one has a broken picture and one too long a question."""
-    picture()
+def partly_invalid(data_file, image_file, tmp_path):
+    """Writes 13 records: one has a corrupt image, one a long question, one an empty answer."""
+    image_file()
     (tmp_path / "broken.png").write_bytes(Path(tmp_path / "a.png").read_bytes()[:50])
     records = [talk("<image>", str(number), image="a.png") for number in range(10)]
     records += [talk("<image>", "10", image="broken.png"), talk("word " * 200, "11")]
@@ -150,28 +150,28 @@ def spoilt(data_file, picture, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_iterator_state_restores_the_exact_next_batches(workers, stream, spoilt, answers):
-    iterator = iter(stream(spoilt, workers=workers))
+def test_iterator_state_restores_the_exact_next_batches(workers, stream, partly_invalid, answers):
+    iterator = iter(stream(partly_invalid, workers=workers))
     take(iterator, 3)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 5)
     iterator.set_state(state)
     chex.assert_trees_all_equal(take(iterator, 5), expected)
     iterator.close()
-    fresh = iter(stream(spoilt, workers=workers))
+    fresh = iter(stream(partly_invalid, workers=workers))
     fresh.set_state(state)
     chex.assert_trees_all_equal(take(fresh, 5), expected)
     fresh.close()
-    # Workers change nothing about the order, with rejected records in it either.
-    alone = answers(*take(iter(stream(spoilt)), 8)[3:])
-    assert answers(*expected) == alone
+    # Workers do not change the order, with rejected records in it either.
+    without_workers = answers(*take(iter(stream(partly_invalid)), 8)[3:])
+    assert answers(*expected) == without_workers
 
 
-def test_iterator_state_is_independent_of_the_number_of_workers(stream, spoilt):
-    expected = take(iter(stream(spoilt)), 9)
+def test_iterator_state_is_independent_of_the_number_of_workers(stream, partly_invalid):
+    expected = take(iter(stream(partly_invalid)), 9)
     state, read = None, []
     for workers in (0, 2, 3, 0):
-        iterator = iter(stream(spoilt, workers=workers))
+        iterator = iter(stream(partly_invalid, workers=workers))
         if state:
             iterator.set_state(state)
         read += take(iterator, 2)
@@ -199,30 +199,32 @@ def test_iterator_state_is_one_integer(stream, numbered):
     assert iterator.get_state() == {"next_index": 12}
 
 
-def test_rejected_records_are_quarantined_once_and_in_no_batch(stream, spoilt, answers, tmp_path):
-    batches = take(iter(stream(spoilt, batch_size=5)), 8)
+def test_rejected_records_are_quarantined_once_and_in_no_batch(
+    stream, partly_invalid, answers, tmp_path
+):
+    batches = take(iter(stream(partly_invalid, batch_size=5)), 8)
     assert Counter(answers(*batches)) == {str(number): 4 for number in range(10)}
     assert all(np.unique(batch.images[:, 0].reshape(5, -1), axis=0).any() for batch in batches)
-    take(iter(stream(spoilt)), 8)
+    take(iter(stream(partly_invalid)), 8)
     quarantine = Quarantine(str(tmp_path / "quarantine.jsonl"))
     lines = Path(quarantine.path).read_text().splitlines()
     reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
     assert len(lines) == quarantine.count == 3
     assert "broken.png: not a readable image" in reasons[11]
-    assert "no answer token within max_length 160" in reasons[12]
+    assert "expected an answer token within max_length 160" in reasons[12]
     assert reasons[13] == "answer: expected a text that is not blank, got ''"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_truncated_records_are_used_and_listed_once(workers, stream, data_file, tmp_path):
-    """They are used as far as they go, and noted once, however often they are read."""
+    """They are used up to `max_length`, and listed once in several epochs."""
     path = data_file([talk("q", "1"), talk("q", "two " * 200)])
     batches = iter(stream(path, workers=workers))
     for _ in range(3):
         next(batches)
-    noted = [json.loads(line) for line in (tmp_path / "truncated.jsonl").read_text().splitlines()]
-    assert [item["line"] for item in noted] == [2]
-    assert noted[0]["reason"].endswith("tokens are truncated to 160")
+    listed = [json.loads(line) for line in (tmp_path / "truncated.jsonl").read_text().splitlines()]
+    assert [item["line"] for item in listed] == [2]
+    assert listed[0]["reason"].endswith("tokens are truncated to 160")
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
@@ -231,40 +233,42 @@ def test_source_without_usable_records_is_an_error(workers, stream, numbered, da
     bad = data_file([talk("word " * 200, "a"), talk("word " * 300, "b")], "bad.json")
     iterator = iter(stream(numbered(4), bad, workers=workers))
     with pytest.raises(
-        ValueError, match=r"bad.json: none of its 2 records can be used; see .*jsonl"
+        ValueError, match=r"bad.json: expected usable records, got 2 rejected, see .*jsonl"
     ):
         take(iterator, 10)
     iterator.close()
 
 
-BLIND = dataclasses.replace(SPEC, image_size=0, image_tokens=0)
+TEXT_ONLY = dataclasses.replace(SPEC, image_size=0, image_tokens=0)
 
 
 def test_records_with_images_are_refused_for_a_text_only_model(stream, numbered):
     message = (
-        r"^config\.data\.sources\.source1: 4 of 9 records have images, but the model has no vision "
-        r"encoder; accepted: records without images, .*--config\.vision=MODEL"
+        r"^config\.data\.sources\.source1: expected records without images for a model without a "
+        r"vision encoder .*--config\.vision=MODEL.*, got images in 4 of 9 records"
     )
     with pytest.raises(ValueError, match=message):
-        stream(numbered(1), numbered(9, "b.json"), spec=BLIND)
-    with pytest.raises(ValueError, match=r"^config\.data\.source0: 4 of 9 records have images"):
-        stream(numbered(9), spec=BLIND, origin="config.data")
+        stream(numbered(1), numbered(9, "b.json"), spec=TEXT_ONLY)
+    with pytest.raises(ValueError, match=r"^config\.data\.source0: .*got images in 4 of 9 records"):
+        stream(numbered(9), spec=TEXT_ONLY, origin="config.data")
 
 
-def test_preference_pairs_with_images_are_refused_for_a_text_only_model(stream, data_file, picture):
-    picture()
+def test_preference_pairs_with_images_are_refused_for_a_text_only_model(
+    stream, data_file, image_file
+):
+    image_file()
     pair = {"question": "q", "chosen": "a", "rejected": "b"}
     path = data_file([pair | {"image": "a.png"}, pair])
-    with pytest.raises(ValueError, match="source0: 1 of 2 records have images"):
-        stream(path, kind="preference", spec=BLIND)
+    with pytest.raises(ValueError, match=r"source0: .*got images in 1 of 2 records"):
+        stream(path, kind="preference", spec=TEXT_ONLY)
 
 
 def test_text_only_batches_have_no_images(stream, numbered):
-    assert next(iter(stream(numbered(1), spec=BLIND, batch_size=2))).images is None
+    assert next(iter(stream(numbered(1), spec=TEXT_ONLY, batch_size=2))).images is None
 
 
-def test_unusable_records_are_logged_before_the_first_batch(stream, data_file, picture, caplog):
-    picture()
+def test_unusable_records_are_logged_before_the_first_batch(stream, data_file, image_file, caplog):
+    image_file()
     two = talk("<image> <image>", "x", image=["a.png"] * 2)
     path = data_file([two, two, talk("q", ""), talk("q", "a")])
     with caplog.at_level(logging.WARNING, "moddistill"):
@@ -275,18 +279,22 @@ def test_unusable_records_are_logged_before_the_first_batch(stream, data_file, p
 
 
 def test_invalid_data_config_is_an_error(stream, numbered):
-    with pytest.raises(ValueError, match=r"'preferences' is unknown; .* mean 'preference'"):
+    with pytest.raises(
+        ValueError, match=r"^record kind: .*'preferences' \(did you mean 'preference'"
+    ):
         stream(numbered(1), kind="preferences")
-    with pytest.raises(ValueError, match=r"^config.data.sources is empty; .*NAME.path=FILE"):
+    with pytest.raises(
+        ValueError, match=r"^config.data.sources: expected .*NAME.path=FILE.*, got none"
+    ):
         stream()
-    with pytest.raises(ValueError, match=r"data.sources.source0.weight is 0.0; accepted: above 0"):
+    with pytest.raises(ValueError, match=r"data.sources.source0.weight: expected > 0, got 0.0"):
         stream(numbered(1), weights=[0.0])
 
 
 def test_data_modules_do_not_import_jax_or_torch():
-    ours = [name for name in sys.modules if name.startswith("moddistill.data.")]
-    assert len(ours) >= 6
-    for name in ours:
+    modules = [name for name in sys.modules if name.startswith("moddistill.data.")]
+    assert len(modules) >= 6
+    for name in modules:
         source = Path(sys.modules[name].__file__).read_text()
         assert "import jax" not in source
         assert "torch" not in source

@@ -17,8 +17,8 @@ def talk(*values, **fields):
     return {"conversations": messages, **fields}
 
 
-def test_record_has_turns_images_file_and_line(data_file, picture, tmp_path):
-    first, second = picture("a.png"), picture("b.png")
+def test_record_has_turns_images_file_and_line(data_file, image_file, tmp_path):
+    first, second = image_file("a.png"), image_file("b.png")
     path = data_file(
         [
             talk("<image>\nWhat?", "A dog.", "Sure?", "Yes.", id="x", image="a.png"),
@@ -75,8 +75,10 @@ def test_record_has_turns_images_file_and_line(data_file, picture, tmp_path):
         (talk("q \ud83d", "a"), "text: expected valid Unicode, got 'utf-8' codec can't encode"),
     ],
 )
-def test_malformed_record_is_rejected_with_a_reason(record, reason, data_file, picture, tmp_path):
-    picture("a.png")
+def test_malformed_record_is_rejected_with_a_reason(
+    record, reason, data_file, image_file, tmp_path
+):
+    image_file("a.png")
     path = data_file([GOOD, record])
     records, rejected = read_conversations(path, str(tmp_path))
     assert [item.line for item in records] == [1]
@@ -153,8 +155,8 @@ def test_missing_image_folder_is_one_error_instead_of_rejections(root, data_file
         read_conversations(path, root)
 
 
-def test_preference_pair_has_history_question_and_two_answers(data_file, picture, tmp_path):
-    image = picture("a.png")
+def test_preference_pair_has_history_question_and_two_answers(data_file, image_file, tmp_path):
+    image = image_file("a.png")
     answers = {"chosen": "Two.", "rejected": "Three."}
     path = data_file(
         [

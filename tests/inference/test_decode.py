@@ -221,9 +221,9 @@ def test_broken_picture_ends_with_one_line(tiny_models, tmp_path):
 
 
 def test_image_must_be_written_once_for_every_image(tiny_models, picture):
-    with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 2 images"):
+    with pytest.raises(SystemExit, match=r"number of <image>: expected 2, one per image, got 1"):
         command(
             tiny_models, "--prompt", "<image> what?", "--image", picture(0), "--image", picture(1)
         )
-    with pytest.raises(SystemExit, match=r"<image> is written 1 times, but there are 0 images"):
+    with pytest.raises(SystemExit, match=r"number of <image>: expected 0, one per image, got 1"):
         command(tiny_models, "--prompt", "<image> what?")

@@ -44,7 +44,7 @@ def test_parameters_and_moments_are_sharded(tiny_config, report):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
+class FakeChip:
     id: int
     process_index: int = 0
     platform: str = "tpu"
@@ -59,7 +59,7 @@ def test_bytes_per_chip_fall_with_the_number_of_chips(fsdp, expert, tensor):
     config = from_config_dict(TrainConfig, d2s.get_config().to_dict())
 
     def bytes_on_mesh(*sizes):
-        chips = [Chip(i) for i in range(math.prod(sizes))]
+        chips = [FakeChip(i) for i in range(math.prod(sizes))]
         mesh = Mesh(np.array(chips).reshape(1, *sizes), MESH_AXES)
         program = make_program(config, *planner.architectures(config), mesh)
         return planner.argument_bytes(program, {})

@@ -1,4 +1,4 @@
-"""The builder of the demo's data, on a small imitation of the published package."""
+"""The builder of the demo data, on a small imitation of the published package."""
 
 import json
 import random
@@ -15,7 +15,7 @@ PINK = (250, 230, 240)
 OPTIONS = Options(augmentations=2, preference_pairs=60)
 
 
-def picture(box, shape="rectangle", color="red"):
+def draw_image(box, shape="rectangle", color="red"):
     image = Image.new("RGB", (64, 64), PINK)
     draw = ImageDraw.Draw(image)
     {"rectangle": draw.rectangle, "circle": draw.ellipse}[shape](box, fill=color)
@@ -47,7 +47,7 @@ def source(tmp_path, monkeypatch):
         (folder / split / "images").mkdir(parents=True)
         rows = []
         for i in range(count):
-            picture((i, 10, i + 10, 20)).save(folder / split / f"images/{i}.png")
+            draw_image((i, 10, i + 10, 20)).save(folder / split / f"images/{i}.png")
             rows += questions_about(i, "red", "rectangle")
         if split == "train":
             rows = [row for row in rows if row[2] != 39] + [["is there a teal shape?", "no", 39]]
@@ -100,7 +100,7 @@ def test_missing_package_is_an_error_with_the_install_command(monkeypatch):
 
 @pytest.mark.parametrize("box", [(0, 0, 9, 9), (50, 54, 63, 63), (20, 24, 44, 40)])
 def test_shifted_shapes_stay_inside_the_image(box):
-    original = picture(box, "circle")
+    original = draw_image(box, "circle")
     (left, top, right, bottom), size = visible(original)
     rng, places = random.Random(0), set()
     for _ in range(40):
@@ -162,8 +162,8 @@ def test_wrong_answers_are_of_the_same_kind():
     rng = random.Random(0)
     for kind in (published.YES_NO, published.COLORS, published.SHAPES):
         for value in kind:
-            drawn = {records.another(value, rng) for _ in range(200)}
-            assert drawn == set(kind) - {value}
+            others = {records.another(value, rng) for _ in range(200)}
+            assert others == set(kind) - {value}
 
 
 def test_same_options_give_the_same_bytes(source, tmp_path):

@@ -1,13 +1,12 @@
 """Qwen1.5, Qwen2, Qwen2.5 and Qwen3, dense and sparse: tensor names and config fields."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from moddistill.config import ExpertConfig
 from moddistill.convert.hub import sub_config
 from moddistill.convert.rules import FLATTEN, Rule, Rules, linear_kernel
-from moddistill.errors import UserError, invalid, not_one_of
+from moddistill.errors import invalid, not_one_of
 from moddistill.models import limits
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vocabulary import IdRanges
@@ -79,7 +78,6 @@ def expert_rules(router: str, expert: str) -> Rules:
 
 
 EXPERTS = expert_rules("gate", "experts")
-DEEPSPEED_EXPERTS = expert_rules("deepspeed_moe.gate.wg", "deepspeed_moe.experts.deepspeed_experts")
 
 DENSE_TYPES = ("qwen2", "qwen3")
 SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
@@ -140,7 +138,27 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
         "rope_theta": hf.get("rope_theta"),
         "rope_type": scaling.get("rope_type") or scaling.get("type", "default"),
     }
-    checks = {
+    _check_settings(hf, rope, origin)
+    sizes = _decoder_sizes(hf, rope, origin)
+    if real_ids[-1][1] > hf["vocab_size"]:
+        expected = f"at least {real_ids[-1][1]}, the ids of the tokenizer"
+        raise invalid(f"{origin}: vocab_size", hf["vocab_size"], expected)
+    decoder = DecoderConfig(
+        real_ids=real_ids,
+        **sizes,
+        tied_head=bool(hf["tie_word_embeddings"]),
+        # Not in the config: `transformers` hard-codes both in the model class.
+        qkv_bias=kind in ("qwen2", "qwen2_moe"),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        moe=_moe_config(hf, origin) if kind in SPARSE_TYPES else None,
+    )
+    limits.check_decoder(decoder, origin, _hf_name)
+    return decoder
+
+
+def _check_settings(hf: Mapping[str, Any], rope: Mapping[str, Any], origin: str) -> None:
+    """Raises UserError for settings of which only one value is supported."""
+    settings = {
         "hidden_act": (hf.get("hidden_act"), ("silu",)),
         "use_sliding_window": (hf.get("use_sliding_window"), (False, None)),
         "attention_bias": (hf.get("attention_bias"), (False, None)),
@@ -148,31 +166,25 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
         "rope_type": (rope.get("rope_type", "default"), ("default",)),
         "decoder_sparse_step": (hf.get("decoder_sparse_step", 1), (1,)),
     }
-    for field, (value, accepted) in checks.items():
-        if value not in accepted:
-            raise invalid(f"{origin}: {field}", value, repr(accepted[0]))
+    for field, (value, supported) in settings.items():
+        if value not in supported:
+            raise invalid(f"{origin}: {field}", value, repr(supported[0]))
+
+
+def _decoder_sizes(
+    hf: Mapping[str, Any], rope: Mapping[str, Any], origin: str
+) -> dict[str, int | float]:
+    """Returns the sizes of a `DecoderConfig`, within their limits."""
     sizes = {name: hf.get(hf_name) for name, hf_name in _SIZES.items()}
     sizes |= {"rope_theta": rope.get("rope_theta")}
     sizes["kv_heads"] = sizes["heads"] if sizes["kv_heads"] is None else sizes["kv_heads"]
-    stated = {name: most for name, most in limits.DECODER.items() if name != "head_dim"}
-    limits.check_numbers(sizes, stated, origin, _hf_name)
+    # `head_dim` is checked after its default, which is computed from other sizes.
+    others = {name: most for name, most in limits.DECODER.items() if name != "head_dim"}
+    limits.check_numbers(sizes, others, origin, _hf_name)
     if sizes["head_dim"] is None:
         sizes["head_dim"] = sizes["width"] // sizes["heads"]
     limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _hf_name)
-    if real_ids[-1][1] > hf["vocab_size"]:
-        expected = f"at least {real_ids[-1][1]}, the ids of the tokenizer"
-        raise invalid(f"{origin}: vocab_size", hf["vocab_size"], expected)
-    floats = {name: float(sizes[name]) for name in ("rope_theta", "norm_eps")}
-    decoder = DecoderConfig(
-        real_ids=real_ids,
-        **(sizes | floats),
-        tied_head=bool(hf["tie_word_embeddings"]),
-        qkv_bias=kind in ("qwen2", "qwen2_moe"),
-        qk_norm=kind in ("qwen3", "qwen3_moe"),
-        moe=_moe_config(hf, origin) if kind in SPARSE_TYPES else None,
-    )
-    limits.check_decoder(decoder, origin, _hf_name)
-    return decoder
+    return sizes | {name: float(sizes[name]) for name in ("rope_theta", "norm_eps")}
 
 
 def _hf_name(name: str) -> str:
@@ -196,6 +208,7 @@ def _moe_config(hf: Mapping[str, Any], origin: str) -> ExpertConfig:
     dense = hf.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise invalid(f"{origin}: mlp_only_layers", dense, "a list of layer numbers")
+    # 0 is the size of the dense layers.
     if sizes["moe_intermediate_size"] == hf["intermediate_size"]:
         sizes["moe_intermediate_size"] = 0
     return ExpertConfig(
@@ -262,34 +275,3 @@ def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
         for layer in decoder.moe_layers
         for name, shape in shapes.items()
     }
-
-
-def deepspeed_moe(
-    fields: Mapping[str, Any], names: Mapping[str, Any], origin: str
-) -> ExpertConfig | None:
-    """Returns the experts of a sparse checkpoint of LLaVA-MoD's code; None for a dense one.
-
-    Its config does not have the number of experts and their layers; tensor names do.
-
-    Raises:
-      UserError: the config lacks `moe.top_k_experts`, or the experts are residual.
-    """
-    module = r"mlp\.deepspeed_moe\.experts\.deepspeed_experts"
-    pattern = rf"model\.layers\.(\d{{1,9}})\.{module}\.(\d{{1,9}})\..*"
-    experts = [match.groups() for name in names if (match := re.fullmatch(pattern, name))]
-    if not experts:
-        return None
-    moe = sub_config(fields, "moe", origin)
-    if "top_k_experts" not in moe:
-        raise UserError(f"{origin}: expected moe.top_k_experts for weights with experts, got none")
-    if moe.get("use_residual"):
-        raise invalid(f"{origin}: moe.use_residual", moe["use_residual"], "false")
-    top_k = moe["top_k_experts"]
-    limit = {"moe.top_k_experts": limits.EXPERTS["top_k"]}
-    limits.check_numbers({"moe.top_k_experts": top_k}, limit, origin)
-    return ExpertConfig(
-        num_experts=1 + max(int(expert) for _, expert in experts),
-        top_k=top_k,
-        placement=tuple(sorted({int(layer) for layer, _ in experts})),
-        norm_topk_prob=top_k >= 2,
-    )
