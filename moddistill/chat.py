@@ -2,7 +2,7 @@
 
     python -m moddistill.chat --model DIR [--image FILE]
 
-Pictures belong to the first question. An empty line or the end of input ends the conversation.
+Images belong to the first question. An empty line or the end of input ends the conversation.
 """
 
 import argparse
@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.cli import plain_errors
+import jax.numpy as jnp
+
+from moddistill.cli import add_model_flags, plain_errors
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.models.vlm import Vlm
@@ -27,7 +30,7 @@ def converse(
     images: Sequence[str],
     max_new_tokens: int,
 ) -> Iterator[str]:
-    """The answer to each question, which sees all turns before it."""
+    """Yields the answer to each question, given all earlier turns."""
     history: list[tuple[str, str]] = []
     for number, question in enumerate(questions):
         if number == 0 and IMAGE not in question:
@@ -38,8 +41,8 @@ def converse(
         yield reply.text
 
 
-def _typed() -> Iterator[str]:
-    """Lines from the terminal up to an empty one."""
+def _input_lines() -> Iterator[str]:
+    """Yields lines from the terminal up to an empty one."""
     while True:
         try:
             line = input("> ").strip()
@@ -53,20 +56,21 @@ def _typed() -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.chat`."""
     parser = argparse.ArgumentParser(prog="python -m moddistill.chat", description=__doc__)
-    parser.add_argument(
-        "--model", required=True, help="model folder, or Hugging Face folder or name"
-    )
+    add_model_flags(parser)
     parser.add_argument("--image", action="append", default=[], help="file; repeat for several")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     args = parser.parse_args(argv)
     for path in args.image:
         if not Path(path).is_file():
-            parser.error(f"--image {path!r}: no such file")
+            parser.error(f"--image: expected an image file, got {path!r}: no such file")
     with plain_errors():
         folder = as_model_folder(args.model)
-        model, params = load(folder)
+        mesh = args.mesh and make_mesh(args.mesh)
+        model, params = load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh)
         tokenizer = load_tokenizer(str(folder))
-        for reply in converse(model, params, tokenizer, _typed(), args.image, args.max_new_tokens):
+        for reply in converse(
+            model, params, tokenizer, _input_lines(), args.image, args.max_new_tokens
+        ):
             print(reply)
 
 

@@ -1,5 +1,6 @@
 """What entry points share: errors as one line, and the flags of those that take an experiment."""
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from moddistill.config import SourceConfig
+from moddistill.config import MeshConfig, SourceConfig
 from moddistill.distributed.processes import initialize
 from moddistill.errors import UserError
 from moddistill.setting_names import unknown_setting
@@ -211,3 +213,33 @@ def _cause(error: BaseException) -> BaseException:
             return inner
         inner = inner.__context__
     return error
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model`, `--dtype` and `--mesh`, which commands that run a model share."""
+    parser.add_argument(
+        "--model", required=True, help="model folder, or Hugging Face folder or name"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="float32" if jax.default_backend() == "cpu" else "bfloat16",
+        help="of parameters, computation and cache; by default float32 on CPUs, else bfloat16",
+    )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh_config,
+        metavar="AXIS=SIZE,...",
+        help="devices along data, fsdp, expert and tensor, such as fsdp=4,tensor=2",
+    )
+
+
+def _mesh_config(text: str) -> MeshConfig:
+    try:
+        sizes = dict(item.split("=") for item in text.split(","))
+        return MeshConfig(**{axis: int(size) for axis, size in sizes.items()})
+    except (ValueError, TypeError):
+        names = ", ".join(field.name for field in dataclasses.fields(MeshConfig))
+        raise argparse.ArgumentTypeError(
+            f"expected AXIS=SIZE,... with axes of {names}, got {text!r}"
+        ) from None

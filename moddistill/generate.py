@@ -1,9 +1,6 @@
-"""Decoding with an explicit key/value cache, and one answer from the command line.
+"""Answers one question.
 
-    python -m moddistill.generate --model DIR --image FILE --prompt TEXT [--json]
-
-Prompts of a batch may differ in length: each row has its own positions and sees its own tokens
-alone, so with dropless experts an answer does not depend on the rows beside it.
+python -m moddistill.generate --model DIR --image FILE --prompt TEXT [--json]
 """
 
 import argparse
@@ -12,10 +9,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moddistill.cli import plain_errors
+import jax.numpy as jnp
+
+from moddistill.cli import add_model_flags, plain_errors
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import load_tokenizer
+from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.decode import Answer, answer
 from moddistill.inference.prompts import Prompt
 from moddistill.inference.sampling import Sampling
@@ -24,26 +24,24 @@ from moddistill.inference.sampling import Sampling
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.generate`."""
     parser = argparse.ArgumentParser(prog="python -m moddistill.generate", description=__doc__)
-    parser.add_argument(
-        "--model", required=True, help="model folder, or Hugging Face folder or name"
-    )
+    add_model_flags(parser)
     parser.add_argument("--image", action="append", default=[], help="file; repeat for several")
     parser.add_argument(
         "--prompt", required=True, help=f"question; without {IMAGE}, images go first"
     )
     parser.add_argument("--json", action="store_true", help="print text, token_ids and prompt_ids")
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+        "--top_p", type=float, default=1.0, help="probability of the tokens sampled from"
     )
-    parser.add_argument("--top_p", type=float, default=1.0, help="probability that is sampled from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens is {args.max_new_tokens}; accepted: 1 or more")
+        parser.error(f"--max_new_tokens: expected 1 or more, got {args.max_new_tokens}")
     for path in args.image:
         if not Path(path).is_file():
-            parser.error(f"--image {path!r}: no such file")
+            parser.error(f"--image: expected an image file, got {path!r}: no such file")
     with plain_errors():
         result = _answer_one(args)
     print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if args.json else result.text)
@@ -52,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _answer_one(args: argparse.Namespace) -> Answer:
     sampling = Sampling(args.temperature, args.top_p)
     folder = as_model_folder(args.model)
-    model, params = load(folder)
+    mesh = args.mesh and make_mesh(args.mesh)
+    model, params = load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh)
     question = args.prompt
     if IMAGE not in question:
         question = f"{IMAGE}\n" * len(args.image) + question

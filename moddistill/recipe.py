@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moddistill.cli import run_experiment
@@ -18,7 +19,8 @@ from moddistill.config import RecipeConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
-from moddistill.distributed.processes import barrier, is_main_process
+from moddistill.distributed.processes import broadcast_from_main, is_main_process
+from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import at_field, invalid
 from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
@@ -41,9 +43,8 @@ def run(config: RecipeConfig, workdir: Path) -> None:
     for name in config.order:
         with at_field(f"stage {name!r}"):
             train(config.stages[name], workdir / name)
-        if name in config.evaluated and is_main_process():
+        if name in config.evaluated:
             _evaluate(config, workdir, name)
-        barrier(f"evaluating {name}")
     if is_main_process():
         write_summary(config, workdir)
 
@@ -56,11 +57,20 @@ def at_workdir(values: Any, workdir: str) -> Any:
 
 
 def _evaluate(config: RecipeConfig, workdir: Path, stage: str) -> None:
-    """Evaluates the model of a stage on the tasks that it has no scores of."""
+    """Evaluates the model of a stage on the tasks that it has no scores of.
+
+    It runs in the dtype and on the mesh of its training.
+    """
     runs = _task_runs(config, workdir, stage)
     if not runs:
         return
-    all_scores = evaluate(workdir / stage / "model", list(runs.values()))
+    settings = config.stages[stage]
+    all_scores = evaluate(
+        workdir / stage / "model",
+        list(runs.values()),
+        dtype=jnp.dtype(settings.dtype),
+        mesh=make_mesh(settings.mesh),
+    )
     for (name, task_run), scores in zip(runs.items(), all_scores, strict=True):
         shown = [
             f"{column.title} {scores[column.key]:{column.format}}"
@@ -75,7 +85,8 @@ def _task_runs(config: RecipeConfig, workdir: Path, stage: str) -> dict[str, Tas
     return {
         name: TaskRun(find_task(each.task), Path(each.data), folders[name])
         for name, each in config.tasks.items()
-        if not is_evaluated(folders[name])
+        # Processes evaluate together, so that all must find the same scores missing.
+        if not broadcast_from_main(is_evaluated(folders[name]))
     }
 
 

@@ -40,4 +40,6 @@ def test_an_empty_line_ends_the_conversation(tiny_models, picture, capsys, monke
 def test_picture_that_is_missing(tiny_models, capsys):
     with pytest.raises(SystemExit):
         chat.main(["--model", str(tiny_models["dense"]), "--image", "gone.png"])
-    assert "--image 'gone.png': no such file" in capsys.readouterr().err
+    assert (
+        "--image: expected an image file, got 'gone.png': no such file" in capsys.readouterr().err
+    )

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import llava_mod, sft
@@ -130,8 +131,9 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def fake_evaluate(folder, runs):
+def fake_evaluate(folder, runs, *, dtype, mesh):
     """Writes results with the predictions of `ANSWERS` for the stage of `folder`."""
+    assert (dtype, mesh.size) == (jnp.float32, 8)
     questions = [("what?", "red"), ("is it?", "yes"), ("is it not?", "no")]
     predictions = ANSWERS[folder.parent.name]
     rows = [

@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 
 from moddistill.convert.cache import import_once
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.distributed.sharding import param_shardings, unbox
+from moddistill.distributed.sharding import check_divisible, param_shardings, unbox
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params, dummy_batch
+from moddistill.params import cast_frozen
 from moddistill.storage.model_folder import load_params, read_model_config
 
 RANDOM = "random:"
@@ -73,18 +75,32 @@ def as_model_folder(name: str | Path) -> Path:
     return import_once(str(name))
 
 
-def load(folder: str | Path) -> tuple[Vlm, dict[str, Any]]:
-    """A model as `(model, params)`, all in float32 on the first device.
+def load(
+    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[Vlm, dict[str, Any]]:
+    """Loads a model for inference as `(model, params)`.
 
     Args:
       folder: a model folder, a Hugging Face folder or a hub name.
+      dtype: of computation and parameters; routers, norms and residual weights stay float32.
+      mesh: devices to shard the parameters over; by default all are on the first device.
 
     Raises:
-      UserError: if it is none of these, or its parameters do not fit its architecture.
+      UserError: if it is none of these, its parameters do not fit its architecture, or the mesh
+        does not divide them.
     """
     folder = as_model_folder(folder)
     config = read_model_config(folder)
-    return Vlm(config), load_params(folder, config, dtype=jnp.float32)
+    boxed = abstract_params(config)
+    shardings = None
+    if mesh is not None:
+        check_divisible(mesh, boxed, "model")
+        shardings = param_shardings(mesh, boxed)
+    shapes = jax.eval_shape(lambda params: cast_frozen(params, dtype), unbox(boxed))
+    dtypes = jax.tree.map(lambda x: x.dtype, shapes)
+    return Vlm(config, ComputeConfig(dtype=dtype)), load_params(
+        folder, config, dtype=dtypes, shardings=shardings
+    )
 
 
 def load_or_init(model: ResolvedModel, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:

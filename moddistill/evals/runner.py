@@ -6,22 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.evals import easy_vqa
 from moddistill.evals.expert_load import expert_load
 from moddistill.evals.results import check_results_folder, write_results
 from moddistill.evals.task import Question, Row, Task
-from moddistill.inference.decode import answer
+from moddistill.inference.batching import answer_in_batches
 from moddistill.inference.prompts import Prompt
+from moddistill.models.layers import DType
 from moddistill.models.vlm import Vlm
 
 TASKS = {"easy_vqa": easy_vqa.TASK}
-BATCH = 256
 LOAD_SAMPLES = 512  # prompts that the expert load is measured on
 
 
@@ -55,12 +57,21 @@ def find_task(name: str, origin: str = "task") -> Task:
     return task
 
 
-def evaluate(folder: str | Path, runs: Sequence[TaskRun]) -> list[dict[str, Any]]:
+def evaluate(
+    folder: str | Path,
+    runs: Sequence[TaskRun],
+    *,
+    dtype: DType = jnp.float32,
+    mesh: Mesh | None = None,
+) -> list[dict[str, Any]]:
     """Evaluates a model on tasks and writes their results; the model is loaded once.
 
     Args:
       folder: a model folder, a Hugging Face folder or a hub name.
       runs: the tasks with their data and result folders.
+      dtype: of parameters, computation and cache.
+      mesh: devices to shard the parameters and the rows over; by default the first device. All
+        processes call this; the first one writes.
 
     Returns:
       The scores of each run; those of a sparse model include `expert_load`.
@@ -72,12 +83,13 @@ def evaluate(folder: str | Path, runs: Sequence[TaskRun]) -> list[dict[str, Any]
         check_results_folder(run.out)
     all_questions = [run.task.questions(run.data) for run in runs]
     folder = as_model_folder(folder)
-    model, params = load(folder)
+    model, params = load(folder, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(str(folder))
     all_scores = []
     for run, questions in zip(runs, all_questions, strict=True):
         rows, scores = answer_and_score(model, params, tokenizer, run.task, questions)
-        write_results(run.out, rows, scores)
+        if is_main_process():
+            write_results(run.out, rows, scores)
         all_scores.append(scores)
     return all_scores
 
@@ -91,7 +103,7 @@ def answer_and_score(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Returns a row for each question with its greedy answer, and the scores of all rows."""
     prompts = [Prompt(question.prompt, question.images) for question in questions]
-    texts = answer_all(model, params, tokenizer, prompts, task.max_new_tokens)
+    texts = answer_in_batches(model, params, tokenizer, prompts, task.max_new_tokens)
     rows = [_row(question, text) for question, text in zip(questions, texts, strict=True)]
     scores: dict[str, Any] = task.score(rows)
     if absent := [column.key for column in task.columns if column.key not in scores]:
@@ -109,20 +121,3 @@ def _row(question: Question, text: str) -> Row:
         "answers": list(question.answers),
         "prediction": text,
     }
-
-
-def answer_all(
-    model: Vlm,
-    params: dict[str, Any],
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-) -> list[str]:
-    """Returns greedy answers in batches of one size; the last repeats its first prompt."""
-    texts: list[str] = []
-    for start in tqdm(range(0, len(prompts), BATCH), desc="answers", unit="batch", mininterval=1.0):
-        part = list(prompts[start : start + BATCH])
-        filled = part + part[:1] * (BATCH - len(part))
-        answers = answer(model, params, tokenizer, filled, max_new_tokens=max_new_tokens)
-        texts += [item.text for item in answers[: len(part)]]
-    return texts

@@ -3,24 +3,31 @@
 Prompts of a batch may differ in length.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax.linen.spmd import RulesFallback
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from moddistill.data.conversation import end_token
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.sharding import RULES, batch_sharding, num_batch_shards
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import masked_logits
+
+CACHE_AXES = ("layers", "act_batch", "act_seq", "kv_heads", "head_dim")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_id", "sampling"))
@@ -43,6 +50,7 @@ def decode(
     slots = length + max_new_tokens
     decoder = model.config.decoder
     cache = init_cache(decoder, rows, slots, model.compute.dtype)
+    cache = cache.replace(layers=_constrain(cache.layers, CACHE_AXES))
     output = model.apply({"params": params}, batch, cache)
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
@@ -66,12 +74,26 @@ def decode(
     first = next_token(output, hidden, jnp.zeros((), jnp.int32))
     tokens = jnp.full((rows, max_new_tokens), end_id, jnp.int32).at[:, 0].set(first)
     start = (jnp.ones((), jnp.int32), tokens, output.cache, first == end_id)
-    return jax.lax.while_loop(unfinished, body, start)[1]
+    # Replicated, so that every process can read all answers.
+    return _constrain(jax.lax.while_loop(unfinished, body, start)[1], (None, None))
+
+
+def _constrain(tree: Any, axes: tuple[str | None, ...]) -> Any:
+    """Constrains arrays to the sharding of logical axes; without a mesh, returns them as they are.
+
+    Without this, XLA may replicate the cache, the largest array of decoding.
+    """
+    constrain = functools.partial(
+        nn.with_logical_constraint,
+        logical_axis_resources=axes,
+        fallback=RulesFallback.RAISE_ERROR,
+    )
+    return jax.tree.map(constrain, tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The text and ids of an answer without its end token, and the ids it was given."""
+    """The text and ids of an answer without its end token, and the ids of the prompt."""
 
     text: str
     token_ids: list[int]
@@ -88,29 +110,60 @@ def answer(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[Answer]:
-    """Answers of a batch of prompts, each as if it were alone: experts drop nothing.
+    """Answers a batch of prompts; no answer depends on the others, since experts drop nothing.
+
+    Args:
+      params: on one device or sharded over a mesh, whose batch axes the rows are spread over. All
+        processes of the mesh call this with the same prompts and get the same answers.
 
     Raises:
-      UserError: when `<image>` is not written once for every image.
+      UserError: if `<image>` does not occur once for every image of a prompt.
     """
-    batch = prompt_batch(prompts, model.config, tokenizer)
+    mesh = params_mesh(params)
+    # Every batch shard needs the same number of rows.
+    surplus = -len(prompts) % num_batch_shards(mesh) if mesh else 0
+    batch = prompt_batch([*prompts, *prompts[:1] * surplus], model.config, tokenizer)
     end_id = _end_id(model.config.template, tokenizer)
-    new = decode(
-        without_drops(model),
-        params,
-        batch,
-        jax.random.key(seed),
-        max_new_tokens=max_new_tokens,
-        end_id=end_id,
-        sampling=sampling,
-    )
+    with _mesh_context(mesh):
+        new = decode(
+            without_drops(model),
+            params,
+            _put_rows(mesh, batch) if mesh else batch,
+            jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            end_id=end_id,
+            sampling=sampling,
+        )
     answers = []
-    for row, ids in enumerate(np.asarray(new)):
+    for row, ids in enumerate(np.asarray(new)[: len(prompts)]):
         ids = ids.tolist()
         ids = ids[: ids.index(end_id)] if end_id in ids else ids
-        real = batch.tokens[row][batch.segments[row] > 0]
-        answers.append(Answer(tokenizer.decode(ids).strip(), ids, real.tolist()))
+        prompt_ids = batch.tokens[row][batch.segments[row] > 0]
+        answers.append(Answer(tokenizer.decode(ids).strip(), ids, prompt_ids.tolist()))
     return answers
+
+
+def params_mesh(params: dict[str, Any]) -> Mesh | None:
+    """Returns the mesh that parameters are sharded over; None if they are on one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+@contextlib.contextmanager
+def _mesh_context(mesh: Mesh | None) -> Iterator[None]:
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        yield
+
+
+def _put_rows(mesh: Mesh, batch: Batch) -> Batch:
+    """Global arrays, sharded by row, from the same numpy arrays in every process."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
 
 
 def without_drops(model: Vlm) -> Vlm:

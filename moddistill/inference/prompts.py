@@ -1,4 +1,4 @@
-"""Prompts and their batches."""
+"""Prompts, and batches of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,38 +11,61 @@ from moddistill.data.tokenizer import Tokenizer
 from moddistill.models.batch import Batch, padded_batch
 from moddistill.models.vlm import ModelConfig
 
+BUCKET = 16  # prompt lengths are padded to multiples of this, which limits compilations
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question with `<image>` where an image stands, the turns before it, and the image files."""
+    """A question with `<image>` once for every image, its image files, and the earlier turns."""
 
     question: str
     images: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
 
 
-def prompt_batch(
-    prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Tokenizer, multiple: int = 16
-) -> Batch:
-    """A batch of prompts, padded on the right to a common multiple of `multiple`."""
-    tower = config.vision
-    patches = tower.patches if tower else 0
-    ids = [
+def encode_prompts(
+    prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Returns the token ids of each prompt, the image id repeated once per patch.
+
+    Raises:
+      UserError: if `<image>` does not occur once for every image of a prompt.
+    """
+    patches = config.vision.patches if config.vision else 0
+    return [
         encode_prompt(
             config.template, prompt.history, prompt.question, len(prompt.images), tokenizer, patches
         )
         for prompt in prompts
     ]
-    length = -max(map(len, ids)) // multiple * -multiple
-    tokens = np.full((len(ids), length), tokenizer.pad_id, np.int32)
+
+
+def padded_length(ids: Sequence[Sequence[int]]) -> int:
+    """Returns the length of the longest prompt, rounded up to a multiple of `BUCKET`."""
+    return -max(map(len, ids)) // BUCKET * -BUCKET
+
+
+def prompt_batch(prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Tokenizer) -> Batch:
+    """Returns prompts as rows padded on the right to a common length, with their images.
+
+    Raises:
+      UserError: if `<image>` does not occur once for every image of a prompt.
+    """
+    ids = encode_prompts(prompts, config, tokenizer)
+    tokens = np.full((len(ids), padded_length(ids)), tokenizer.pad_id, np.int32)
     for row, prompt_ids in enumerate(ids):
         tokens[row, : len(prompt_ids)] = prompt_ids
+    images = _images(prompts, config) if any(prompt.images for prompt in prompts) else None
+    return padded_batch(tokens, np.array(list(map(len, ids))), images=images)
+
+
+def _images(prompts: Sequence[Prompt], config: ModelConfig) -> np.ndarray:
+    """Preprocessed images [B, I, h, w, 3] uint8, zeros in unused slots."""
+    tower = config.vision
     count = max(len(prompt.images) for prompt in prompts)
-    images = None
-    if count:
-        images = np.zeros((len(ids), count, tower.image_size, tower.image_size, 3), np.uint8)
-        for row, prompt in enumerate(prompts):
-            for slot, path in enumerate(prompt.images):
-                image = preprocess(load_image(path), tower.image_size, mean_color(tower.mean))
-                images[row, slot] = image
-    return padded_batch(tokens, np.array([len(prompt_ids) for prompt_ids in ids]), images=images)
+    images = np.zeros((len(prompts), count, tower.image_size, tower.image_size, 3), np.uint8)
+    for row, prompt in enumerate(prompts):
+        for slot, path in enumerate(prompt.images):
+            image = preprocess(load_image(path), tower.image_size, mean_color(tower.mean))
+            images[row, slot] = image
+    return images

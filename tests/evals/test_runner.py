@@ -8,6 +8,7 @@ from moddistill import evaluate as command
 from moddistill.convert.resolve import load
 from moddistill.evals import easy_vqa, runner
 from moddistill.evals.runner import TaskRun, evaluate, find_task
+from moddistill.inference import batching
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from tests.evals import counting
@@ -50,7 +51,7 @@ def results(data, tiny_models, tmp_path_factory):
         TaskRun(counting.TASK, data, out / "counting"),
     ]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runner, "BATCH", 2)
+        patched.setattr(batching, "MAX_ROWS", 2)
         scores = evaluate(tiny_models["sparse"], runs)
     return dict(zip(("easy_vqa", "counting"), scores, strict=True)), out
 
@@ -104,9 +105,9 @@ def test_shares_of_the_experts_sum_to_one(results):
 def test_a_model_is_loaded_once_for_all_tasks(data, tiny_models, tmp_path, monkeypatch):
     calls = []
 
-    def counted_load(folder):
+    def counted_load(folder, **options):
         calls.append(folder)
-        return load(folder)
+        return load(folder, **options)
 
     monkeypatch.setattr(runner, "load", counted_load)
     runs = [TaskRun(counting.TASK, data, tmp_path / name) for name in ("first", "second")]

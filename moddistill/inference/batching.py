@@ -1,0 +1,94 @@
+"""Answers to many prompts, in batches as large as the key/value cache allows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.sharding import num_batch_shards
+from moddistill.inference.decode import answer, params_mesh
+from moddistill.inference.prompts import Prompt, encode_prompts, padded_length
+from moddistill.models.decoder import DecoderConfig, init_cache
+from moddistill.models.layers import DType
+from moddistill.models.vlm import Vlm
+
+MAX_ROWS = 256
+# The layer scan reads one cache and writes another; the rest is for activations.
+CACHE_SHARE = 1 / 3
+CPU_BYTES = 6 * 2**30  # free memory assumed for all devices of a CPU, which reports none
+
+
+def answer_in_batches(
+    model: Vlm,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+) -> list[str]:
+    """Returns greedy answers; all batches have the same number of rows.
+
+    Args:
+      params: on one device or sharded over a mesh, whose batch axes the rows are spread over.
+
+    Raises:
+      UserError: if `<image>` does not occur once for every image of a prompt.
+    """
+    if not prompts:
+        return []
+    rows = batch_rows(model, params, tokenizer, prompts, max_new_tokens)
+    texts: list[str] = []
+    for start in tqdm(range(0, len(prompts), rows), desc="answers", unit="batch", mininterval=1.0):
+        part = list(prompts[start : start + rows])
+        filled = part + part[:1] * (rows - len(part))
+        answers = answer(model, params, tokenizer, filled, max_new_tokens=max_new_tokens)
+        texts += [item.text for item in answers[: len(part)]]
+    return texts
+
+
+def batch_rows(
+    model: Vlm,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+) -> int:
+    """Returns the rows of a batch that fit in the memory left by the parameters."""
+    mesh = params_mesh(params)
+    shards, tensor = (num_batch_shards(mesh), mesh.shape["tensor"]) if mesh else (1, 1)
+    length = padded_length(encode_prompts(prompts, model.config, tokenizer))
+    slots = length + max_new_tokens
+    row_bytes = cache_bytes_per_row(model.config.decoder, slots, model.compute.dtype) // tensor
+    devices = mesh.local_devices if mesh else list(jax.tree.leaves(params)[0].devices())
+    budget = min(cache_budget(device.memory_stats()) for device in devices)
+    return fitting_rows(row_bytes, budget, shards, len(prompts))
+
+
+def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
+    """Returns the bytes of keys and values of one row with `slots` positions."""
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).layers))
+    return sum(x.size * x.dtype.itemsize for x in arrays)
+
+
+def cache_budget(memory_stats: dict[str, int] | None) -> int:
+    """Returns the bytes that the cache may take on a device with these statistics."""
+    if memory_stats and "bytes_limit" in memory_stats:
+        free = memory_stats["bytes_limit"] - memory_stats["bytes_in_use"]
+    else:
+        free = CPU_BYTES // jax.local_device_count()
+    return int(free * CACHE_SHARE)
+
+
+def fitting_rows(row_bytes: int, budget: int, shards: int, prompts: int) -> int:
+    """Returns the largest multiple of `shards` within budget, `MAX_ROWS` and the prompts' number.
+
+    Args:
+      row_bytes: cache of one row on one device.
+      budget: bytes for the cache on one device.
+      shards: groups of devices that rows are spread over; each gets at least one row.
+      prompts: number of prompts, rounded up to a multiple of `shards`.
+    """
+    per_shard = min(budget // row_bytes, MAX_ROWS // shards, math.ceil(prompts / shards))
+    return shards * max(per_shard, 1)
