@@ -12,15 +12,16 @@ from moddistill.params import flatten
 
 _EXPERIMENT = ("config", "flagfile")
 _RUN = (*_EXPERIMENT, "workdir", "coordinator", "processes", "process")
+_MODEL = ("model", "dtype", "mesh")
 FLAGS = {
     "train": _RUN,
     "recipe": _RUN,
     "plan": (*_EXPERIMENT, "topology", "json", "fit", "utilisation"),
-    "evaluate": ("model", "task", "data", "out"),
+    "evaluate": (*_MODEL, "task", "data", "out"),
     "generate": (
-        "model", "image", "prompt", "json", "max_new_tokens", "temperature", "top_p", "seed",
+        *_MODEL, "image", "prompt", "json", "max_new_tokens", "temperature", "top_p", "seed",
     ),
-    "chat": ("model", "image", "max_new_tokens"),
+    "chat": (*_MODEL, "image", "max_new_tokens"),
     "convert_weights": (),
 }  # fmt: skip
 
