@@ -1,4 +1,4 @@
-"""What all experiments share: the argument of `get_config`, and records for the smallest size."""
+"""The argument of `get_config`, and the demo and tiny sizes, shared by all experiments."""
 
 import contextlib
 import dataclasses
@@ -17,25 +17,26 @@ from PIL import Image
 from moddistill.config import DataConfig, SourceConfig, TrainConfig
 from moddistill.configdict import to_config_dict
 from moddistill.data.tokenizer import train_bpe
-from moddistill.errors import UserError, nearest
+from moddistill.errors import invalid, not_one_of
 from moddistill.models.presets import preset
 
 SIZES = ("full", "demo", "tiny")
 STUDENT = "qwen1.5-1.8b"  # the pair of the paper's ablations
 TEACHER = "qwen1.5-7b"
 EASY_VQA = "data/easy_vqa"
-DEMO_LENGTH = 70  # tokens of the longest question with its picture and answer
+DEMO_LENGTH = 70  # tokens of the longest question with its image and answer
+_ARGUMENT = "experiment argument"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Models:
-    """The models of a full-size recipe, and the format they are trained in.
+    """Models of a full-size recipe, and the format that they are trained in.
 
     Attributes:
       student: folder or hub name that the first stage starts from.
       teacher: folder or hub name of the teacher.
-      runs: folder with one workdir a stage.
-      has_projector: the student's projector is trained, so that the recipe starts at `d2d`.
+      runs: folder with one workdir per stage.
+      has_projector: the student's projector is trained, so the recipe begins with `d2d`.
       template: conversation format, which must be the teacher's.
       max_length: tokens of a sample, image patches included.
     """
@@ -48,13 +49,13 @@ class Models:
     max_length: int = 2048
 
     def after(self, stage: str) -> str:
-        """The student that `stage` leaves; the published one after an `init` that is not needed."""
+        """Returns the model of `stage`; for an `init` that is not needed, the published student."""
         if stage == "init" and self.has_projector:
             return self.student
         return f"{self.runs}/{stage}/model"
 
     def data(self, file: str) -> DataConfig:
-        """Records of one file in the format of the models."""
+        """Returns the records of one file, in the format of the models."""
         return DataConfig(sources=source(file), template=self.template, max_length=self.max_length)
 
 
@@ -78,21 +79,21 @@ PAIRS = {
 
 
 def parse(arg: str | None) -> tuple[str, Models]:
-    """The size and, for `full`, the models that an experiment argument names.
+    """Parses an experiment argument into a size and the models of the full size.
 
     Args:
       arg: `demo`, `tiny`, `student=PRESET`, `teacher=PRESET` or `pair=NAME`, separated by commas.
 
     Raises:
-      UserError: for anything else, for models of a smaller size, which has its own, or for a pair
-        with another student or teacher.
+      UserError: for anything else, models at a smaller size, which has its own, or a pair together
+        with a student or teacher.
     """
     options: dict[str, str] = {}
     for item in filter(None, (arg or "").split(",")):
         key, _, value = item.partition("=")
         key = "size" if item in SIZES else key
         if key in options:
-            raise UserError(f"experiment argument {arg!r} has two {key}s; accepted: one of each")
+            raise invalid(_ARGUMENT, arg, f"one {key}")
         if item in SIZES:
             options["size"] = item
         elif key in ("student", "teacher") and value:
@@ -102,23 +103,17 @@ def parse(arg: str | None) -> tuple[str, Models]:
             options[key] = _known_pair(value)
         else:
             known = (*SIZES, "student=PRESET", "teacher=PRESET", *(f"pair={x}" for x in PAIRS))
-            raise UserError(
-                f"experiment argument {item!r} is unknown; accepted: {', '.join(known)}"
-                + nearest(item, known)
-            )
+            raise not_one_of(_ARGUMENT, item, known)
     size = options.pop("size", "full")
     if options and size != "full":
-        raise UserError(
-            f"experiment argument {arg!r} sets {' and '.join(sorted(options))}, but {size} has "
-            "its own models; accepted: presets at full size, or the size alone"
-        )
+        raise invalid(_ARGUMENT, arg, f"{size!r} by itself, since it has its own models")
     if "pair" in options:
         return size, _pair(options, arg)
     return size, presets(**options)
 
 
 def presets(student: str = STUDENT, teacher: str = TEACHER) -> Models:
-    """A student imported to `models/`, and a teacher that stage `sft` has trained."""
+    """Returns a student imported to `models/` and a teacher trained by stage `sft`."""
     return Models(
         student=f"models/{student}", teacher=f"runs/{teacher}/sft/model", runs=f"runs/{student}"
     )
@@ -126,59 +121,56 @@ def presets(student: str = STUDENT, teacher: str = TEACHER) -> Models:
 
 def _known_pair(name: str) -> str:
     if name not in PAIRS:
-        raise UserError(
-            f"pair {name!r} is unknown; accepted: {', '.join(PAIRS)}{nearest(name, PAIRS)}"
-        )
+        raise not_one_of(f"{_ARGUMENT} pair", name, PAIRS)
     return name
 
 
 def _pair(options: dict[str, str], arg: str | None) -> Models:
-    if others := sorted(set(options) - {"pair"}):
-        raise UserError(
-            f"experiment argument {arg!r} sets {' and '.join(others)}, but a pair names both "
-            "models; accepted: only pair=NAME, or student= and teacher="
-        )
+    if set(options) != {"pair"}:
+        raise invalid(_ARGUMENT, arg, "a pair by itself, since it names both models")
     return PAIRS[options["pair"]]
 
 
 def choose(
     arg: str | None, *, full: Callable[[Models], Any], **smaller: Callable[[], Any]
 ) -> ml_collections.ConfigDict:
-    """The config of the size that `arg` names; `full` gets the models."""
+    """Returns the config of the size that `arg` names; `full` receives the models."""
     size, models = parse(arg)
     if size == "full":
         return to_config_dict(full(models))
     if size not in smaller:
-        raise UserError(f"there is no size {size!r} here; accepted: full, {', '.join(smaller)}")
+        raise not_one_of(_ARGUMENT, size, ("full", *smaller))
     return to_config_dict(smaller[size]())
 
 
 def source(file: str, images: str = "data/images") -> dict[str, SourceConfig]:
-    """One source of records by the name of its file."""
+    """Returns one source of records, named after its file."""
     return {Path(file).stem: SourceConfig(path=file, images=images)}
 
 
 def easy_vqa(name: str) -> dict[str, SourceConfig]:
-    """Records of the demo, as `python -m tools.easy_vqa` writes them."""
+    """Returns a source of the demo, as `python -m tools.easy_vqa` writes it."""
     return source(f"{EASY_VQA}/{name}.json", f"{EASY_VQA}/images")
 
 
 def tiny_data() -> Path:
-    """A folder with small pictures, records of both kinds and a tokenizer, always the same."""
-    # By content, so that neither another release nor another user's folder is taken for it.
+    """Returns a folder with small images, records of both kinds and a tokenizer.
+
+    The content is always the same; the folder is written once per release and user.
+    """
     digest = hashlib.sha256(Path(__file__).read_bytes() + getpass.getuser().encode()).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"moddistill-tiny-{digest[:8]}"
     if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as aside:
-            made = Path(aside) / "data"
-            write_tiny_data(made)
+        with tempfile.TemporaryDirectory() as tmp_dir:
+            data = Path(tmp_dir) / "data"
+            write_tiny_data(data)
             with contextlib.suppress(OSError):  # another process was first
-                made.rename(folder)
+                data.rename(folder)
     return folder
 
 
 def write_tiny_data(folder: Path) -> None:
-    """Makes the folder; the same bytes each time."""
+    """Writes the folder, with the same bytes each time."""
     folder.mkdir()
     colours = {
         "red": (220, 30, 30),
@@ -205,7 +197,7 @@ def write_tiny_data(folder: Path) -> None:
 
 
 def at_demo_size(config: TrainConfig) -> TrainConfig:
-    """The stage for two CPU cores, with the conversation format of Qwen and float32 throughout."""
+    """Returns the stage for two CPU cores: Qwen's conversation format, float32 throughout."""
     length = min(config.data.max_length, DEMO_LENGTH)
     data = dataclasses.replace(config.data, template="chatml", max_length=length)
     return dataclasses.replace(
@@ -221,7 +213,7 @@ def at_demo_size(config: TrainConfig) -> TrainConfig:
 
 
 def at_tiny_size(config: TrainConfig) -> TrainConfig:
-    """The stage for tests: seconds, with records and models of its own."""
+    """Returns the stage for tests, of a few seconds, with its own records and models."""
     folder = tiny_data()
     kind = "preferences" if config.stage == "preference" else "conversations"
     return dataclasses.replace(

@@ -1,8 +1,8 @@
-"""Dense to dense: the student's language model and projector follow the teacher's distributions.
+"""Dense to dense: distils the teacher into the student's language model and projector.
 
     python -m moddistill.train --config experiments/d2d.py --workdir runs/qwen1.5-1.8b/d2d
 
-With a teacher and a student that can be downloaded, nothing has to be trained before:
+With a teacher and a student that can be downloaded, no earlier stage is needed:
 
     python -m moddistill.train --config experiments/d2d.py:pair=interleave \\
         --workdir runs/llava-interleave-qwen-0.5b-hf/d2d
@@ -12,7 +12,7 @@ and after stage `init` with the same pair:
     python -m moddistill.train --config experiments/d2d.py:pair=long-llava \\
         --workdir runs/long-llava/qwen2-0.5b/d2d
 
-Paper: KL to the teacher alone, 2.4M captions and conversations, batch 256, 2e-5, one epoch. The
+Paper: KL to the teacher only, 2.4M captions and conversations, batch 256, 2e-5, one epoch. The
 reference's script has 128 a step.
 """
 

@@ -1,4 +1,4 @@
-"""Dense to sparse: feed-forward layers become experts, which follow the teacher and the answers.
+"""Dense to sparse: upcycles feed-forward layers to experts; KL to the teacher and cross entropy.
 
     python -m moddistill.train --config experiments/d2s.py --workdir runs/qwen1.5-1.8b/d2s
     python -m moddistill.train --config experiments/d2s.py:pair=interleave \\

@@ -1,4 +1,4 @@
-"""Initialisation: the projector alone learns to speak to the language model, by cross entropy.
+"""Initialisation: trains the projector by cross entropy.
 
     python -m moddistill.train --config experiments/init.py --workdir runs/qwen1.5-1.8b/init
     python -m moddistill.train --config experiments/init.py:pair=long-llava \\
@@ -12,7 +12,7 @@ import ml_collections
 
 from experiments import common
 from moddistill.config import DataConfig, OptimConfig, TrainConfig
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -21,10 +21,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def full(models: common.Models) -> TrainConfig:
     if models.has_projector:
-        raise UserError(
-            f"the projector of {models.student!r} is trained already; accepted: its recipe without "
-            "this stage, which starts at d2d"
-        )
+        expected = "a student without a trained projector (the recipe of this one begins with d2d)"
+        raise invalid("stage init", models.student, expected)
     return TrainConfig(
         stage="init",
         student=models.student,
@@ -36,7 +34,7 @@ def full(models: common.Models) -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """Joins the demo's language model to the teacher's tower."""
+    """Joins the demo's language model and the teacher's vision encoder."""
     return common.at_demo_size(
         TrainConfig(
             stage="init",

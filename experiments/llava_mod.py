@@ -1,9 +1,9 @@
-"""The whole recipe: init, d2d, d2s, preference.
+"""The complete recipe: init, d2d, d2s, preference.
 
     python -m moddistill.recipe --config experiments/llava_mod.py --workdir runs/qwen1.5-1.8b
 
-Full size needs a teacher, `runs/qwen1.5-7b/sft/model`, and a student with a tower,
-`models/qwen1.5-1.8b`. Of a pair with a published teacher (docs/teachers.md), `interleave` needs
+Full size needs a teacher, `runs/qwen1.5-7b/sft/model`, and a student with a vision encoder,
+`models/qwen1.5-1.8b`. Of the pairs with a published teacher (docs/teachers.md), `interleave` needs
 neither and has no `init`; `long-llava` needs the student, `models/qwen2-0.5b`.
 
     python -m moddistill.recipe --config experiments/llava_mod.py:pair=interleave \\
@@ -13,10 +13,10 @@ neither and has no `init`; `long-llava` needs the student, `models/qwen2-0.5b`.
 
     python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
-The demo begins earlier, since it may use nothing but the published pictures and questions of easy-
-VQA. `teacher_language` and `language` train the language models of teacher and student on text, in
-place of a pretrained Qwen; `captions` trains the teacher's tower and projector from scratch,
-before a frozen language model; `teacher` goes on with questions.
+The demo has earlier stages, since its only data is the published images and questions of easy-VQA.
+`teacher_language` and `language` train the language models of teacher and student on text, in place
+of a pretrained Qwen; `captions` trains the teacher's vision encoder and projector from scratch with
+a frozen language model; `teacher` continues with questions.
 """
 
 import dataclasses
@@ -62,10 +62,10 @@ def demo() -> RecipeConfig:
 
 
 def language(student: str, seed: int = 0) -> TrainConfig:
-    """A language model from scratch on the demo's text alone.
+    """Returns the stage that trains a language model from scratch on the demo's text.
 
-    It comes to compare question and caption all at once, sooner or later by `seed`; the seeds here
-    are of those that do so in the first half.
+    The ability to compare question and caption appears suddenly, at a step that depends on `seed`;
+    with the seeds used here, in the first half.
     """
     return common.at_demo_size(
         TrainConfig(
@@ -82,7 +82,10 @@ def language(student: str, seed: int = 0) -> TrainConfig:
 
 
 def captions() -> TrainConfig:
-    """A tower from scratch; captions show it shapes far sooner than questions do."""
+    """Returns the stage that trains a vision encoder from scratch.
+
+    It learns shapes from captions in far fewer steps than from questions.
+    """
     return common.at_demo_size(
         TrainConfig(
             stage="sft",
@@ -97,7 +100,7 @@ def captions() -> TrainConfig:
 
 
 def _recipe(stages: dict[str, TrainConfig], runs: str) -> RecipeConfig:
-    """The stages in this order, with paths below `runs` moved to the recipe's own folder."""
+    """Returns the stages in this order, with paths below `runs` moved to the recipe's folder."""
 
     def moved(path: str) -> str:
         return path.replace(runs, "{workdir}/", 1) if path.startswith(runs) else path

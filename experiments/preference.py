@@ -1,4 +1,4 @@
-"""Preference distillation: the student prefers good answers more clearly than its teacher.
+"""Preference distillation: DPO or KTO on pairs of answers, with the teacher as the reference.
 
     python -m moddistill.train --config experiments/preference.py \\
         --workdir runs/qwen1.5-1.8b/preference

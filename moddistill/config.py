@@ -1,9 +1,9 @@
 """The configuration of one training run, as frozen dataclasses.
 
 A field says everything about itself: type, default, range and one line of description, from which
-`--help` and docs/config.md are made. Experiments are `ml_collections.ConfigDict`s made from these
-dataclasses by `to_config_dict`; `from_config_dict` turns them back at start-up, where an unknown
-key or another type is an error, and `check_values` checks ranges and enumerations.
+`--help` and docs/config.md are generated. An experiment is an `ml_collections.ConfigDict` with the
+fields of these dataclasses (`to_config_dict`); `from_config_dict` turns it back at start-up, where
+an unknown key or another type is an error, and `check_values` checks ranges and enumerations.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Records, and the fixed shapes that they are made into."""
+    """Records, their conversation format, and the limits of a sample."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
     template: Annotated[Template, "conversation format, which must be the teacher's"] = "vicuna"

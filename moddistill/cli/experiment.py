@@ -48,8 +48,18 @@ def read_experiment(path: str, args: Sequence[str]) -> tuple[ConfigDict, list[st
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=args)
         rest = values(args, known_only=True)
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        raise _wrong_value(config, overrides, error) from None
     return values.config, rest[1:]
+
+
+def _wrong_value(config: ConfigDict, overrides: Mapping[str, str], error: flags.Error) -> UserError:
+    """Returns the error for the override whose value absl cannot parse, else absl's message."""
+    for name, value in overrides.items():
+        if str(error).startswith(f"flag --config.{name}={value}: "):
+            part, _, field = name.rpartition(".")
+            kind = (_at(config, part) if part else config).get_type(field)
+            return invalid(f"config.{name}", value, f"a value of type {kind.__name__}")
+    return UserError(str(error))
 
 
 def _load(path: str) -> ConfigDict:

@@ -45,8 +45,22 @@ def test_unknown_override_ends_with_one_line(module, experiment, setting, neares
             "--config: expected an experiment file, got 'experiments/gone.py'",
         ),
         ("experiments/gone.py:tiny", [], "--config: expected an .*, got 'experiments/gone.py'"),
-        ("experiments/d2s.py:demmo", [], "experiment argument 'demmo' is unknown; .*'demo'"),
-        ("experiments/d2s.py", ["--config.steps=many"], "flag --config.steps=many: invalid liter"),
+        ("experiments/d2s.py:demmo", [], "experiment argument: .*'demmo' .*mean 'demo'"),
+        (
+            "experiments/d2s.py",
+            ["--config.steps=many"],
+            "config.steps: expected a value of type int, got 'many'",
+        ),
+        (
+            "experiments/d2s.py",
+            ["--config.optim.lr", "1e-5x"],
+            "config.optim.lr: expected a value of type float, got '1e-5x'",
+        ),
+        (
+            "experiments/d2s.py",
+            ["--config.moe.norm_topk_prob=perhaps"],
+            "config.moe.norm_topk_prob: expected a value of type bool, got 'perhaps'",
+        ),
         ("experiments/d2s.py", ["--config.steps"], "Missing value for flag --config.steps"),
         ("experiments/d2s.py", ["--config.steps.x=1"], "config.steps.x is not a .*'steps'"),
         ("experiments/d2s.py", ["--noconfig.scna"], "config.scna is not a .*'scan'"),
@@ -187,7 +201,9 @@ def test_error_of_an_experiment_is_one_line(tmp_path):
     experiment = "experiments/init.py:pair=interleave"
     done = run("train", "--config", experiment, "--workdir", str(workdir))
     assert done.returncode == 1
-    assert re.fullmatch(r"error: the projector of 'llava-hf/.*; accepted: .*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: stage init: expected a student .*, got 'llava-hf/.*'\n", done.stderr
+    )
     assert not workdir.exists()
 
 
