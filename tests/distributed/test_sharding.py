@@ -177,7 +177,7 @@ def steps(tiny_config, tiny_models, tmp_path_factory):
 
     def run(stage, mesh, **more):
         config = tiny_config(
-            stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, loss={"chunk": 64}, **more
+            stage, remat="none", optim={"eps": 1e-2, "lr": 0.1}, logits_chunk_size=64, **more
         )
         if stage in saved:
             student, teacher = saved[stage]

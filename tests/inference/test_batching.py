@@ -20,7 +20,7 @@ from moddistill.inference.batching import (
     fitting_rows,
 )
 from moddistill.inference.decode import answer, params_mesh
-from moddistill.inference.prompts import Prompt
+from moddistill.inference.prompts import Prompt, encode_prompts, padded_length
 from moddistill.models.presets import preset
 
 NEW = 5

@@ -92,4 +92,4 @@ def test_value_of_another_type_is_named_with_its_file_once(change):
     folder = change(lambda fields: fields["architecture"]["vision"].update(select_layer="x"))
     with pytest.raises(ValueError) as error:
         read_model_config(folder)
-    assert str(error.value).startswith(f"{folder / 'model.json'}.vision.select_layer is 'x'; ")
+    assert str(error.value).startswith(f"{folder / 'model.json'}.vision.select_layer: expected ")

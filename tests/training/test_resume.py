@@ -80,7 +80,7 @@ def steps(workdir):
                 "remat": "full",
                 "donate": False,
                 "log_every": 2,
-                "loss": {"chunk": 64},
+                "logits_chunk_size": 64,
                 "data": {"workers": 2},
                 "expert_transport": "all_to_all",
             },
