@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moddistill.config import Range
 from moddistill.convert.hub import sub_config
 from moddistill.errors import UserError
 from moddistill.models.limits import Spell
@@ -17,6 +18,14 @@ from moddistill.storage.model_folder import preprocessor_config
 
 LOG = logging.getLogger("moddistill")
 GENERATION = "generation_config.json"
+# Sampling settings that `transformers` refuses to load with values outside of these ranges.
+_INTEGERS = {"max_new_tokens": Range(ge=1), "max_length": Range(ge=1), "top_k": Range(ge=0)}
+_NUMBERS = {
+    "temperature": Range(ge=0),
+    "top_p": Range(ge=0, le=1),
+    "min_p": Range(ge=0, le=1),
+    "repetition_penalty": Range(gt=0),
+}
 _MAX_DEPTH = 20  # of lists and objects in a setting; published ones have two
 # Set by the export itself, from the tokenizer, the template and the padded vocabulary.
 _COMPUTED = ("eos_token_id", "pad_token_id", "suppress_tokens")
@@ -49,6 +58,10 @@ def check_generation(fields: Mapping[str, Any], origin: str, spell: Spell = str)
         expected = ""
         if _has_ids(name) and not all(type(x) is int and x >= 0 for x in _as_list(value)):
             expected = "a token id or a list of them, whole numbers from 0"
+        elif name in _INTEGERS and not (type(value) is int and value in _INTEGERS[name]):
+            expected = "" if value is None else f"an integer {_INTEGERS[name]}"
+        elif name in _NUMBERS and not (type(value) in (int, float) and value in _NUMBERS[name]):
+            expected = "" if value is None else f"a number {_NUMBERS[name]}"
         elif not _is_writable({name: value}):
             expected = f"finite numbers and text in UTF-8, nested at most {_MAX_DEPTH} times"
         if expected:

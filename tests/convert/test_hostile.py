@@ -47,7 +47,11 @@ CASES = all_cases()
 HARMLESS = (
     "import llava: config.json: vision_feature_layer is minus one",
     "with tower original: config.json: mm_vision_select_feature is null",
-    "export model: model.json: architecture.vision.class_token is true",
+    "export model: model.json: architecture.vision.pre_norm is true",  # its value already
+    "export model: model.json: source.imported.stored_head is true",
+    "inspect model: model.json: architecture.decoder.moe.moe_intermediate_size is zero",  # default
+    "inspect model: model.json: architecture.decoder.moe.norm_topk_prob is null",  # the default
+    "tokenizer language: tokenizer.json: model.end_of_word_suffix is null",  # its value already
     "import llava: preprocessor_config.json is missing",
     "tokenizer vocabulary: merges.txt is empty",
     "inspect original: pytorch_model.bin is not UTF-8",  # archives are read from their end

@@ -20,7 +20,11 @@ DEEP = "[" * 21 + "]" * 21
 @pytest.mark.parametrize(
     ("text", "field", "shown", "expected"),
     [
-        ('{"temperature": 1e999}', "temperature", "inf", VALUES),
+        ('{"temperature": 1e999}', "temperature", "inf", "a number >= 0"),
+        ('{"temperature": "hot"}', "temperature", "'hot'", "a number >= 0"),
+        ('{"top_p": 1.5}', "top_p", "1.5", "a number >= 0 and <= 1"),
+        ('{"top_k": 2.5}', "top_k", "2.5", "an integer >= 0"),
+        ('{"max_new_tokens": -5}', "max_new_tokens", "-5", "an integer >= 1"),
         ('{"a": NaN}', "a", "nan", VALUES),
         ('{"a": {"b": [0, -Infinity]}}', "a", "{'b': [0, -inf]}", VALUES),
         ('{"a": "\\ud800"}', "a", r"'\ud800'", VALUES),
