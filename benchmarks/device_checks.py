@@ -53,7 +53,7 @@ def check_operations(device: Any, tiny: bool, left: Callable[[], float]) -> dict
     items = [(x.name, functools.partial(_operation, x, device)) for x in operations(tiny)]
     checks = _in_threads(items, left)
     with on(device):
-        experts = grouped_matmul.form()
+        experts = grouped_matmul.kernel_name()
     return _summary(checks) | {"experts": experts, "table": [*_rows(checks), ["experts", experts]]}
 
 

@@ -43,13 +43,13 @@ def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
     import jax.numpy as jnp
 
     from moddistill.models.moe.expert_parallel import mix_experts
-    from moddistill.models.moe.router import choose
+    from moddistill.models.moe.router import top_k_routing
 
     params = {name: jnp.asarray(x) for name, x in arrays().items()}
 
     def loss(params):
         probs = jax.nn.softmax(params["tokens"] @ params["router"])
-        chosen, weights = choose(probs, TOP_K, True)
+        chosen, weights = top_k_routing(probs, TOP_K, True)
         experts = {name: params[name] for name in ("gate", "up", "down")}
         keep = jnp.ones(chosen.shape, bool)
         return jnp.sum(mix_experts(params["tokens"], weights, chosen, keep, experts) ** 2)

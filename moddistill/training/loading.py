@@ -19,7 +19,7 @@ from moddistill.distributed.sharding import param_shardings
 from moddistill.errors import at_field
 from moddistill.losses import Loss
 from moddistill.models.flops import StepFlops, step_flops
-from moddistill.models.moe.grouped_matmul import form
+from moddistill.models.moe.grouped_matmul import kernel_name
 from moddistill.models.upcycle import upcycle
 from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import count
@@ -70,7 +70,7 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         "%s: %s parameters, %s trainable", config.stage, f"{total:,}", f"{count(state.params):,}"
     )
     if target.decoder.moe is not None:
-        LOG.info("experts are computed by %s", form())
+        LOG.info("experts are computed by a %s", kernel_name())
     shared = shares_tower(target, teacher, state.params) and same_tower(
         state.frozen, teacher_params
     )

@@ -101,7 +101,7 @@ def test_two_processes_train_like_one(tmp_path, start):
     written = {path.name for path in (tmp_path / "two" / "model").iterdir()}
     assert written == {path.name for path in (tmp_path / "one" / "model").iterdir()}
     for text in (single, first):
-        assert "experts are computed by a loop over pieces of one expert" in text
+        assert "experts are computed by a loop over blocks of one expert" in text
     assert "experts are computed by" not in second and "step" not in second
 
 

@@ -91,8 +91,8 @@ def test_of_the_kernel_for_tpus(grids, tokens, width, mlp, spread):
     x, experts, inner, scales = inputs(tokens, block, width, mlp, jnp.bfloat16)
 
     def both(x, experts, inner, scales):
-        grouped_matmul.forward_by_kernel(x, experts, blocks)
-        grouped_matmul.backward_by_kernel(x, scales, x, inner, inner, experts, blocks)
+        grouped_matmul.forward_kernel(x, experts, blocks)
+        grouped_matmul.backward_kernel(x, scales, x, inner, inner, experts, blocks)
 
     jax.eval_shape(both, x, experts, inner, scales)
     assert len(grids) == 9
@@ -105,22 +105,22 @@ def test_of_the_kernel_for_tpus(grids, tokens, width, mlp, spread):
 def test_of_the_loop_elsewhere(monkeypatch, tokens, spread):
     """Counted while it runs; narrow, since widths are multiplied as they are."""
     width, mlp = 4, 8
-    done, product = [], grouped_matmul._product
+    done, product = [], grouped_matmul._matmul
 
     def spy(x, kernel, dtype=None):
         operations = 2 * x.shape[0] * x.shape[1] * kernel.shape[1]
         jax.debug.callback(lambda: done.append(operations))
         return product(x, kernel, dtype)
 
-    monkeypatch.setattr(grouped_matmul, "_product", spy)
+    monkeypatch.setattr(grouped_matmul, "_matmul", spy)
     block, blocks = loads(tokens, spread)
     shapes = inputs(tokens, block, width, mlp, jnp.float32)
     x, experts, inner, scales = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
 
     @jax.jit
     def both(blocks):
-        forward = grouped_matmul.forward_by_pieces(x, experts, blocks)
-        backward = grouped_matmul.backward_by_pieces(x, scales, x, inner, inner, experts, blocks)
+        forward = grouped_matmul.forward_loop(x, experts, blocks)
+        backward = grouped_matmul.backward_loop(x, scales, x, inner, inner, experts, blocks)
         return forward, backward
 
     jax.block_until_ready(both(blocks))

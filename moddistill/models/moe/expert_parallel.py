@@ -1,14 +1,19 @@
 """Expert layers over several devices, without dropping a token.
 
-Tokens are spread over the batch axes of the mesh, experts over `expert`, their inner width over
-`tensor`. Rows travel along `expert` by one of three transports with equal results:
+Tokens are sharded over the batch axes of the mesh, experts over `expert`, their intermediate width
+over `tensor`. Tokens reach their experts along `expert` by one of three collectives, with equal
+results:
 
-- `all_gather`: devices gather each other's tokens, each computes the assignments to its own
-  experts, and the sums are scattered back.
-- `all_to_all`: each device is sent the tokens that chose its experts, in buffers for the worst
-  case, that all of them did; so they are as large as what `all_gather` gathers.
-- `ragged`: the same without the empty part of the buffers, where the backend has the instruction
-  (TPU and GPU).
+- `all_gather`: every device gathers all tokens, computes the assignments to its own experts, and
+  the sums are reduce-scattered.
+- `all_to_all`: a device receives the tokens that chose its experts, in buffers for the worst case,
+  in which every token did; they are as large as those of `all_gather`.
+- `ragged`: `all_to_all` without the unused part of the buffers, on backends that have the
+  instruction (TPU and GPU).
+
+In the bodies of `shard_map` below, T is the number of tokens of one device, E its experts, and n
+the size of the axis `expert`. Kernels are sharded over `tensor` along F, so an expert's output is a
+partial sum that `_mix_local` adds up with a psum.
 """
 
 import functools
@@ -19,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.distributed.sharding import BATCH_AXES, is_distributed
-from moddistill.models.moe.dispatch import expert_mixture, sort_rows
+from moddistill.models.moe.dispatch import assign_rows, expert_mixture
 from moddistill.models.moe.grouped_matmul import Experts
 
 _KERNELS = {
@@ -37,7 +42,7 @@ def mix_on_one_device(
     experts: Experts,
 ) -> Float[Array, "T D"]:
     """`sum_j weights[t, j] * expert_{chosen[t, j]}(tokens[t])` over the assignments to keep."""
-    rows = sort_rows(chosen, keep, len(experts["gate"]))
+    rows = assign_rows(chosen, keep, len(experts["gate"]))
     return expert_mixture(tokens, weights, experts, rows)
 
 
@@ -66,8 +71,10 @@ def mix_experts(
 def _by_all_gather(
     tokens: Array, weights: Array, chosen: Array, keep: Array, experts: Experts
 ) -> Array:
+    # [T, D] to [n * T, D] on every device; each computes its experts' part of all n * T sums, and
+    # reduce-scatter adds the n parts and returns to each device its own T.
     gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
-    mixed = _mix_here(*map(gather, (tokens, weights, chosen, keep)), experts)
+    mixed = _mix_local(*map(gather, (tokens, weights, chosen, keep)), experts)
     return jax.lax.psum_scatter(mixed, "expert", tiled=True).astype(tokens.dtype)
 
 
@@ -77,63 +84,87 @@ def _by_all_to_all(
     def exchange(x: Array) -> Array:
         return jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
 
-    wanted = _wanted(chosen, keep, len(experts["gate"]))
-    order = jnp.argsort(~wanted, axis=1, stable=True)
-    sent = (exchange(x[order.reshape(-1)]) for x in (tokens, weights, chosen, keep))
-    computed = exchange(_mix_here(*sent, experts).astype(tokens.dtype))
+    # A buffer of T rows for each device: the tokens that chose its experts first, then the others,
+    # whose assignments `_mix_local` ignores. `rank` inverts that order in the answers.
+    destinations = _destinations(chosen, keep, len(experts["gate"]))
+    order = jnp.argsort(~destinations, axis=1, stable=True)
+    received = (exchange(x[order.reshape(-1)]) for x in (tokens, weights, chosen, keep))
+    computed = exchange(_mix_local(*received, experts).astype(tokens.dtype))
     rank = jnp.argsort(order, axis=1) + jnp.arange(len(order))[:, None] * len(tokens)
-    return _sum_of_devices(computed, rank, wanted)
+    return _sum_over_devices(computed, rank, destinations)
 
 
 def _by_ragged(
     tokens: Array, weights: Array, chosen: Array, keep: Array, experts: Experts
 ) -> Array:
-    wanted = _wanted(chosen, keep, len(experts["gate"]))
-    devices, count = wanted.shape
+    destinations = _destinations(chosen, keep, len(experts["gate"]))
+    devices, count = destinations.shape
     most = count * min(chosen.shape[1], devices)  # rows that can be sent
-    order = jnp.argsort(~wanted.reshape(-1), stable=True)
+    # Pairs (device, token), those to send first and ordered by device, so that the rows for one
+    # device are contiguous.
+    order = jnp.argsort(~destinations.reshape(-1), stable=True)
     token = order[:most] % count
-    # sizes[s, r]: rows that device s sends to device r
-    sizes = jax.lax.all_gather(jnp.sum(wanted, axis=1, dtype=jnp.int32), "expert")
-    behind = jnp.cumsum(sizes, axis=1) - sizes  # where the sender's rows lie
-    before = jnp.cumsum(sizes, axis=0) - sizes  # where the receiver's rows lie
-    me = jax.lax.axis_index("expert")
+    # sizes[s, r]: rows that device s sends to device r. In the send buffer of s they follow those
+    # for devices before r, in the receive buffer of r those from devices before s.
+    sizes = jax.lax.all_gather(jnp.sum(destinations, axis=1, dtype=jnp.int32), "expert")
+    send_offsets = jnp.cumsum(sizes, axis=1) - sizes
+    recv_offsets = jnp.cumsum(sizes, axis=0) - sizes
+    my_index = jax.lax.axis_index("expert")
 
-    def there(x: Array) -> Array:
+    def dispatch(x: Array) -> Array:
         empty = jnp.zeros((devices * count, *x.shape[1:]), x.dtype)
         return jax.lax.ragged_all_to_all(
-            x, empty, behind[me], sizes[me], before[me], sizes[:, me], axis_name="expert"
+            x,
+            empty,
+            input_offsets=send_offsets[my_index],
+            send_sizes=sizes[my_index],
+            output_offsets=recv_offsets[my_index],
+            recv_sizes=sizes[:, my_index],
+            axis_name="expert",
         )
 
-    def back(x: Array) -> Array:
+    # The way back exchanges the roles of the two buffers.
+    def combine(x: Array) -> Array:
         empty = jnp.zeros((most, *x.shape[1:]), x.dtype)
         return jax.lax.ragged_all_to_all(
-            x, empty, before[:, me], sizes[:, me], behind[:, me], sizes[me], axis_name="expert"
+            x,
+            empty,
+            input_offsets=recv_offsets[:, my_index],
+            send_sizes=sizes[:, my_index],
+            output_offsets=send_offsets[:, my_index],
+            recv_sizes=sizes[my_index],
+            axis_name="expert",
         )
 
-    *sent, kept = (there(x[token]) for x in (tokens, weights, chosen, keep.astype(jnp.int32)))
-    computed = back(_mix_here(*sent, kept > 0, experts).astype(tokens.dtype))
-    return _sum_of_devices(computed, jnp.argsort(order).reshape(wanted.shape), wanted)
+    # The instruction has no booleans.
+    inputs = (tokens, weights, chosen, keep.astype(jnp.int32))
+    *received, kept = (dispatch(x[token]) for x in inputs)
+    computed = combine(_mix_local(*received, kept > 0, experts).astype(tokens.dtype))
+    rank = jnp.argsort(order).reshape(destinations.shape)
+    return _sum_over_devices(computed, rank, destinations)
 
 
-def _wanted(chosen: Array, keep: Array, here: int) -> Array:
-    """[devices, T] whether a device has an expert that the token chose."""
+def _destinations(chosen: Array, keep: Array, local_experts: int) -> Array:
+    """bool [n, T]: true where a device has an expert that the token chose."""
     devices = jnp.arange(jax.lax.axis_size("expert"))
-    at = (chosen // here)[None] == devices[:, None, None]
+    at = (chosen // local_experts)[None] == devices[:, None, None]
     return jnp.any(at & keep[None], axis=2)
 
 
-def _mix_here(tokens: Array, weights: Array, chosen: Array, keep: Array, experts: Experts) -> Array:
-    """What this device's experts give for any tokens, float32."""
-    here = len(experts["gate"])
-    chosen = chosen - jax.lax.axis_index("expert") * here
-    keep = keep & (chosen >= 0) & (chosen < here)
-    mixed = mix_on_one_device(tokens, weights, jnp.clip(chosen, 0, here - 1), keep, experts)
+def _mix_local(
+    tokens: Array, weights: Array, chosen: Array, keep: Array, experts: Experts
+) -> Array:
+    """The part of this device's experts in the outputs of any tokens, float32."""
+    local_experts = len(experts["gate"])
+    chosen = chosen - jax.lax.axis_index("expert") * local_experts
+    keep = keep & (chosen >= 0) & (chosen < local_experts)
+    chosen = jnp.clip(chosen, 0, local_experts - 1)
+    mixed = mix_on_one_device(tokens, weights, chosen, keep, experts)
     return jax.lax.psum(mixed.astype(jnp.float32), "tensor")
 
 
-def _sum_of_devices(computed: Array, rank: Array, wanted: Array) -> Array:
-    """Adds up what devices sent back for each token: row `rank[d, t]` where `wanted[d, t]`."""
+def _sum_over_devices(computed: Array, rank: Array, destinations: Array) -> Array:
+    """Sums the answers for each token: row `rank[d, t]` from every device of its destinations."""
     rows = jnp.take(computed, rank, axis=0, mode="fill", fill_value=0)
-    rows = jnp.where(wanted[..., None], rows.astype(jnp.float32), 0.0)
+    rows = jnp.where(destinations[..., None], rows.astype(jnp.float32), 0.0)
     return jnp.sum(rows, axis=0).astype(computed.dtype)

@@ -21,10 +21,10 @@ from moddistill.models.layers import SwiGLU, init_fan_in, init_normal, init_zero
 from moddistill.models.moe.expert_parallel import mix_experts, mix_on_one_device
 from moddistill.models.moe.router import (
     RouterStats,
-    _normalise,
     capacity_slots,
-    choose,
+    normalise,
     router_stats,
+    top_k_routing,
     within_capacity,
 )
 
@@ -79,7 +79,7 @@ class MoE(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         valid, is_image = valid.reshape(-1), is_image.reshape(-1)
         logits = self._router(tokens)
-        experts, weights = choose(
+        experts, weights = top_k_routing(
             jax.nn.softmax(logits),
             config.top_k,
             config.norm_topk_prob and config.dispatch == "dropless",
@@ -91,7 +91,7 @@ class MoE(nn.Module):
             keep = within_capacity(experts, valid, config.num_experts, slots)
             # A lone survivor gets the whole weight, as in the reference.
             weights = weights * keep
-            weights = _normalise(weights) if config.norm_topk_prob else weights
+            weights = normalise(weights) if config.norm_topk_prob else weights
         # The one token of an init cannot be spread over devices.
         mix = functools.partial(mix_experts, transport=self.compute.expert_transport)
         mix = mix_on_one_device if self.is_initializing() else mix

@@ -27,18 +27,18 @@ class RouterStats:
     tokens: Float[Array, "*R"]
 
 
-def choose(
+def top_k_routing(
     probs: Float[Array, "T E"], top_k: int, norm_topk_prob: bool
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    """The `top_k` likeliest experts of each token and their weights, likeliest first.
+    """Each token's `top_k` most probable experts in descending order, and their weights.
 
-    Weights are the probabilities, divided by their sum over the chosen if `norm_topk_prob`.
+    Weights are the probabilities, divided by their sum over these experts if `norm_topk_prob`.
     """
     weights, experts = jax.lax.top_k(probs, top_k)
-    return experts, _normalise(weights) if norm_topk_prob else weights
+    return experts, normalise(weights) if norm_topk_prob else weights
 
 
-def _normalise(weights: Float[Array, "T k"]) -> Float[Array, "T k"]:
+def normalise(weights: Float[Array, "T k"]) -> Float[Array, "T k"]:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.maximum(total, jnp.finfo(weights.dtype).eps)
 
@@ -47,22 +47,23 @@ def capacity_slots(
     tokens: Float[Array, ""], num_experts: int, top_k: int, factor: float
 ) -> Float[Array, ""]:
     """Slots of an expert: `ceil(tokens / num_experts * factor * top_k)` (DeepSpeed 0.9.5)."""
-    # The last factor keeps a product that should be whole from being rounded to just above it.
+    # The last factor undoes rounding above a product that is a whole number.
     return jnp.ceil(tokens * (factor * top_k) / num_experts * (1 - 1e-6))
 
 
 def within_capacity(
     experts: Int[Array, "T k"], valid: Bool[Array, "T"], num_experts: int, slots: Float[Array, ""]
 ) -> Bool[Array, "T k"]:
-    """Which choices find a slot: all first choices come before all second ones, then token order.
+    """Marks the assignments that find a slot: first choices before second ones, in token order.
 
-    An expert that is full stays full: whatever comes later in this order is dropped. Padding
-    (`valid` False) takes no slot.
+    Later assignments to a full expert are dropped. Padding (`valid` False) takes no slot.
     """
-    line = jax.nn.one_hot(experts.T.reshape(-1), num_experts, dtype=jnp.int32)
-    line = line * jnp.tile(valid, experts.shape[1])[:, None]
-    place = jnp.sum((jnp.cumsum(line, axis=0) - 1) * line, axis=-1)
-    fits = slots > place.reshape(experts.shape[1], -1).T
+    # All assignments in the order of priority, [k * T, E], one-hot in their expert. The cumulative
+    # sum counts an expert's assignments so far, so an assignment's position in it is one less.
+    assignments = jax.nn.one_hot(experts.T.reshape(-1), num_experts, dtype=jnp.int32)
+    assignments = assignments * jnp.tile(valid, experts.shape[1])[:, None]
+    position_in_expert = jnp.sum((jnp.cumsum(assignments, axis=0) - 1) * assignments, axis=-1)
+    fits = slots > position_in_expert.reshape(experts.shape[1], -1).T
     return fits & valid[:, None]
 
 
@@ -73,7 +74,7 @@ def router_stats(
     valid: Bool[Array, "T"],
     is_image: Bool[Array, "T"],
 ) -> RouterStats:
-    """Sums of what the balance loss, the z-loss and the report need, over valid tokens."""
+    """Sums over valid tokens for the balance loss, the z-loss and the report."""
     num_experts = logits.shape[-1]
     weight = valid.astype(jnp.float32)
     kept = keep.astype(jnp.float32)

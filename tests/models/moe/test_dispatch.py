@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moddistill.models.moe.dispatch import block_size, expert_mixture, sort_rows
+from moddistill.models.moe.dispatch import assign_rows, block_size, expert_mixture
 from tests.models import draw
 
 WIDTH, MLP = 6, 10
@@ -36,7 +36,7 @@ def routing(tokens, num_experts, top_k, chosen, kept, seed=0):
 def test_every_kept_assignment_has_a_row_of_its_own_in_a_block_of_its_expert(case):
     num_experts = case[1]
     experts, keep = routing(*case)
-    rows = jax.jit(sort_rows, static_argnums=2)(experts, keep, num_experts)
+    rows = jax.jit(assign_rows, static_argnums=2)(experts, keep, num_experts)
     row, source, blocks = (np.asarray(x) for x in rows)
     block = block_size(len(experts) * min(experts.shape[1], num_experts), num_experts)
     flat_row, flat_keep = row.reshape(-1), np.asarray(keep).reshape(-1)
@@ -60,7 +60,7 @@ def test_rows_of_an_expert_keep_the_order_of_the_tokens_and_fill_blocks_from_the
     # 3 tokens, 2 choices, 2 experts: blocks of 8, of which 6 // 8 + 2 = 2 can be in use.
     experts = jnp.array([[1, 0], [0, 1], [1, 0]], jnp.int32)
     keep = jnp.array([[True, True], [True, False], [True, True]])
-    rows = sort_rows(experts, keep, 2)
+    rows = assign_rows(experts, keep, 2)
     # Expert 0 has assignments 1 (token 0), 2 (token 1), 5 (token 2); expert 1 has 0 and 4.
     np.testing.assert_array_equal(rows.row, [[8, 0], [1, 16], [9, 2]])
     np.testing.assert_array_equal(rows.source, [[1, 2, 5] + [6] * 5, [0, 4] + [6] * 6])
@@ -71,7 +71,7 @@ def test_rows_suffice_for_experts_of_which_a_token_has_one_here():
     """Of two choices at most one is kept when there is one expert: half of the rows."""
     experts = jnp.zeros((64, 2), jnp.int32)
     keep = jnp.arange(2)[None] == jnp.arange(64)[:, None] % 2
-    rows = sort_rows(experts, keep, 1)
+    rows = assign_rows(experts, keep, 1)
     assert rows.source.shape == (9, 8)
     np.testing.assert_array_equal(rows.blocks, [8])
 
@@ -123,7 +123,7 @@ def test_outputs_and_gradients_equal_those_of_all_experts_on_all_tokens(case):
     outer = draw.normal(tokens, WIDTH, seed=6)
 
     def by_rows(*inputs):
-        return expert_mixture(*inputs, sort_rows(experts, keep, num_experts))
+        return expert_mixture(*inputs, assign_rows(experts, keep, num_experts))
 
     def by_all(*inputs):
         return dense_mixture(*inputs, experts, keep)
@@ -147,7 +147,7 @@ def test_an_expert_without_tokens_has_no_gradient():
     kernels = {name: draw.normal(3, 4, 4) for name in ("gate", "up", "down")}
 
     def total(kernels):
-        rows = sort_rows(experts, keep, 3)
+        rows = assign_rows(experts, keep, 3)
         return jnp.sum(expert_mixture(draw.normal(2, 4), jnp.ones((2, 1)), kernels, rows))
 
     for gradient in jax.jit(jax.grad(total))(kernels).values():
@@ -162,7 +162,7 @@ def test_half_precision_inputs_give_half_precision_outputs_and_gradients():
     hidden, weights = draw.normal(2, 4).astype(half), jnp.full((2, 2), 0.5)
 
     def total(hidden, weights, kernels):
-        output = expert_mixture(hidden, weights, kernels, sort_rows(experts, keep, 2))
+        output = expert_mixture(hidden, weights, kernels, assign_rows(experts, keep, 2))
         assert output.dtype == half
         return jnp.sum(output.astype(jnp.float32))
 

@@ -46,17 +46,23 @@ def output_and_gradients(mix, trained, chosen, keep):
     return jax.tree.map(np.asarray, (output, gradients))
 
 
-def exchange_as_documented(operand, output, starts, sizes, places, received, *, axis_name):
-    """What `ragged_all_to_all` does, from what all devices have; CPUs do not have it."""
+def exchange_as_documented(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+    """`ragged_all_to_all` by gathering the operands of all devices, since CPUs lack it."""
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
-    operands, starts, sizes, places = map(gather, (operand, starts, sizes, places))
-    me = jax.lax.axis_index(axis_name)
+    operands, starts, sizes, offsets = map(
+        gather, (operand, input_offsets, send_sizes, output_offsets)
+    )
+    my_index = jax.lax.axis_index(axis_name)
     row = jnp.arange(len(output))
     for sender in range(len(operands)):
-        offset = row - places[sender, me]
-        theirs = operands[sender][jnp.clip(starts[sender, me] + offset, 0, len(operand) - 1)]
-        is_theirs = (offset >= 0) & (offset < jnp.minimum(sizes[sender, me], received[sender]))
-        output = jnp.where(is_theirs.reshape(-1, *[1] * (output.ndim - 1)), theirs, output)
+        offset = row - offsets[sender, my_index]
+        source = jnp.clip(starts[sender, my_index] + offset, 0, len(operand) - 1)
+        size = jnp.minimum(sizes[sender, my_index], recv_sizes[sender])
+        is_received = (offset >= 0) & (offset < size)
+        is_received = is_received.reshape(-1, *[1] * (output.ndim - 1))
+        output = jnp.where(is_received, operands[sender][source], output)
     return output
 
 
@@ -79,10 +85,10 @@ def test_only_the_wanted_rows_are_sent(monkeypatch):
     """Twice four devices of six tokens, all for the expert of the first."""
     sent = []
 
-    def spy(operand, output, starts, sizes, *rest, axis_name):
-        me = jax.lax.axis_index(axis_name)
-        jax.debug.callback(lambda me, x: sent.append((int(me), *x.tolist())), me, sizes)
-        return exchange_as_documented(operand, output, starts, sizes, *rest, axis_name=axis_name)
+    def spy(operand, output, *, axis_name, **arguments):
+        my_index, sizes = jax.lax.axis_index(axis_name), arguments["send_sizes"]
+        jax.debug.callback(lambda i, x: sent.append((int(i), *x.tolist())), my_index, sizes)
+        return exchange_as_documented(operand, output, axis_name=axis_name, **arguments)
 
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", spy)
     trained, _, _ = inputs(1, 1.0)
@@ -92,6 +98,6 @@ def test_only_the_wanted_rows_are_sent(monkeypatch):
         keep = jnp.ones((TOKENS, 1), bool)
         jax.block_until_ready(mix(*trained[:2], chosen, keep, trained[2]))
     jax.effects_barrier()
-    there = {(me, 6, 0, 0, 0): 2 * 4 for me in range(4)}  # tokens, weights, chosen, keep
-    back = {(0, 6, 6, 6, 6): 2} | {(me, 0, 0, 0, 0): 2 for me in range(1, 4)}
-    assert Counter(sent) == there | back
+    dispatched = {(i, 6, 0, 0, 0): 2 * 4 for i in range(4)}  # tokens, weights, chosen, keep
+    combined = {(0, 6, 6, 6, 6): 2} | {(i, 0, 0, 0, 0): 2 for i in range(1, 4)}
+    assert Counter(sent) == dispatched | combined

@@ -42,10 +42,10 @@ def plain(tokens, kernels, blocks):
 
 
 FORMS = {
-    "pieces": (grouped_matmul.forward_by_pieces, grouped_matmul.backward_by_pieces),
+    "loop": (grouped_matmul.forward_loop, grouped_matmul.backward_loop),
     "kernel": (
-        functools.partial(grouped_matmul.forward_by_kernel, interpret=True),
-        functools.partial(grouped_matmul.backward_by_kernel, interpret=True),
+        functools.partial(grouped_matmul.forward_kernel, interpret=True),
+        functools.partial(grouped_matmul.backward_kernel, interpret=True),
     ),
     "backend": (grouped_matmul.forward, grouped_matmul.backward),
 }
@@ -90,7 +90,7 @@ def test_an_expert_without_rows_has_no_gradient(form):
         assert jnp.all(gradient[jnp.asarray([0, 2])] == 0)
 
 
-@pytest.mark.parametrize("form", ["pieces", "kernel"])
+@pytest.mark.parametrize("form", ["loop", "kernel"])
 def test_low_precision_keeps_weight_gradients_in_float32(form):
     tokens, scales, outer, kernels, count = inputs((3, 2), 0, jnp.bfloat16)
     forward, backward = FORMS[form]

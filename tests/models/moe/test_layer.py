@@ -7,7 +7,7 @@ import pytest
 from moddistill.config import ExpertConfig
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.moe.layer import MoE, check_moe
-from moddistill.models.moe.router import choose
+from moddistill.models.moe.router import top_k_routing
 from tests.models import draw
 
 MLP = 12
@@ -55,7 +55,7 @@ def expert(x, params, e):
     ],
 )
 def test_weights_are_probabilities_over_their_sum_or_raw(top_k, norm, expected):
-    experts, weights = choose(jnp.array([[0.3, 0.05, 0.5, 0.15]]), top_k, norm)
+    experts, weights = top_k_routing(jnp.array([[0.3, 0.05, 0.5, 0.15]]), top_k, norm)
     np.testing.assert_array_equal(experts[0], [2, 0, 3, 1][:top_k])
     np.testing.assert_allclose(weights[0], expected, atol=1e-6)
 
