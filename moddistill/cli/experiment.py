@@ -43,6 +43,7 @@ def read_experiment(path: str, args: Sequence[str]) -> tuple[ConfigDict, list[st
         _check_setting(config, name)
         _check_part(config, name, value)
     args = [path, *args]  # the first is the name of the program
+    # One flag of absl per override, in a set of their own: absl's global flags stay unparsed.
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=args)
@@ -63,6 +64,7 @@ def _wrong_value(config: ConfigDict, overrides: Mapping[str, str], error: flags.
 
 
 def _load(path: str) -> ConfigDict:
+    # Unlike the loader of ml_collections, errors in the file keep their type and traceback.
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
         raise invalid("--config", file, "an experiment file")
@@ -81,6 +83,7 @@ def _load(path: str) -> ConfigDict:
 
 def _overrides(args: Sequence[str]) -> dict[str, str]:
     """Returns names and values of `--config.NAME=VALUE` and `--config.NAME VALUE`, as typed."""
+    # Without `=`, the value is the next word; only checks of parts and new sources read it.
     found = {}
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         if match := re.fullmatch(r"(?s)--?(?:no)?config\.([^=]+)(?:=(.*))?", arg):

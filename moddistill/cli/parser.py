@@ -91,6 +91,7 @@ class Parser(argparse.ArgumentParser):
             args = flags.FlagValues().read_flags_from_files(args)
         except flags.Error as error:
             self.error(f"--flagfile: {error}")
+        # argparse knows no override; it leaves them in `rest`, with their values, in order.
         parsed, rest = self.parse_known_args(args, namespace)
         with user_errors():
             parsed.config, rest = read_experiment(parsed.config, rest)

@@ -4,6 +4,7 @@ Parameters carry logical names from their initialisation. A name without a rule 
 Flax would silently replicate a misspelt one.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from moddistill.config import MeshConfig
 from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.params import flatten
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 BATCH_AXES = ("data", "fsdp", "expert")  # shard the batch dimension
 
 RULES: dict[str, str | tuple[str, ...] | None] = {

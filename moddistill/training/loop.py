@@ -147,6 +147,7 @@ def start_logging() -> None:
     logging.basicConfig(
         format="%(levelname).1s%(asctime)s %(filename)s:%(lineno)d] %(message)s",
         datefmt="%m%d %H:%M:%S",
+        force=True,  # Orbax has installed a handler of absl
     )
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and grain
     LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)
