@@ -1,12 +1,8 @@
-"""Decoding with an explicit key/value cache.
+"""Decoding with an explicit key/value cache, on one device or sharded over a mesh."""
 
-Prompts of a batch may differ in length.
-"""
-
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.spmd import RulesFallback
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from moddistill.data.conversation import end_token
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.distributed.sharding import RULES, batch_sharding, num_batch_shards
+from moddistill.distributed.sharding import num_batch_shards
+from moddistill.inference.placement import mesh_context, params_mesh, put_rows
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.batch import Batch
@@ -41,9 +37,10 @@ def decode(
     end_id: int,
     sampling: Sampling,
 ) -> Int[Array, "B T"]:
-    """New tokens [B, max_new_tokens] after prompts padded on the right; `end_id` fills up.
+    """Decodes new tokens [B, max_new_tokens], `end_id` from each row's end on.
 
-    The prompt is read once; then one token at a time, until every row has produced `end_id`.
+    One call of the model reads all prompts, padded on the right, into the cache. Then each call
+    reads one token per row, until every row has produced `end_id`.
     """
     rows, length = batch.tokens.shape
     lengths = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
@@ -124,11 +121,11 @@ def answer(
     surplus = -len(prompts) % num_batch_shards(mesh) if mesh else 0
     batch = prompt_batch([*prompts, *prompts[:1] * surplus], model.config, tokenizer)
     end_id = _end_id(model.config.template, tokenizer)
-    with _mesh_context(mesh):
+    with mesh_context(mesh):
         new = decode(
             without_drops(model),
             params,
-            _put_rows(mesh, batch) if mesh else batch,
+            put_rows(mesh, batch),
             jax.random.key(seed),
             max_new_tokens=max_new_tokens,
             end_id=end_id,
@@ -143,31 +140,8 @@ def answer(
     return answers
 
 
-def params_mesh(params: dict[str, Any]) -> Mesh | None:
-    """Returns the mesh that parameters are sharded over; None if they are on one device."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
-
-
-@contextlib.contextmanager
-def _mesh_context(mesh: Mesh | None) -> Iterator[None]:
-    if mesh is None:
-        yield
-        return
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
-        yield
-
-
-def _put_rows(mesh: Mesh, batch: Batch) -> Batch:
-    """Global arrays, sharded by row, from the same numpy arrays in every process."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
-    )
-
-
 def without_drops(model: Vlm) -> Vlm:
-    """The model with experts that compute every assignment, whatever it was trained with."""
+    """Returns the model with experts that compute every assignment, without a capacity."""
     moe = model.config.decoder.moe
     if moe is None or moe.dispatch == "dropless":
         return model
@@ -177,6 +151,6 @@ def without_drops(model: Vlm) -> Vlm:
 
 
 def _end_id(template: str, tokenizer: Tokenizer) -> int:
-    """The id that ends an answer; that of a line break where the template has no end token."""
+    """The id of the template's end token, or of a line break for a template without one."""
     end = end_token(template)
     return tokenizer.encode(end)[-1] if end.isspace() else tokenizer.special(end)
