@@ -208,7 +208,7 @@ def test_predictions_of_all_models_are_in_one_file(finished):
     ]
 
 
-def test_report_is_written(finished):
+def test_the_report_is_titled_by_the_stages(finished):
     page = (finished[1] / "report.html").read_text()
     assert "first → second" in page
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.processes import broadcast_from_main
 from moddistill.distributed.sharding import num_batch_shards
 from moddistill.inference.decode import answer
 from moddistill.inference.placement import params_mesh
@@ -63,7 +64,9 @@ def batch_rows(
     slots = padded_length(encode_prompts(prompts, model.config, tokenizer)) + max_new_tokens
     row_bytes = bytes_per_row(model.config.decoder, slots, model.compute.dtype) // tensor
     budget = min(memory_budget(device.memory_stats()) for device in devices)
-    return fitting_rows(row_bytes, budget, shards, len(prompts))
+    rows = fitting_rows(row_bytes, budget, shards, len(prompts))
+    # Free memory may differ between processes, which must agree on the shape of a batch.
+    return broadcast_from_main(rows) if mesh else rows
 
 
 def bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:

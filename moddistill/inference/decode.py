@@ -42,6 +42,8 @@ def decode(
     One call of the model reads all prompts, padded on the right, into the cache. Then each call
     reads one token per row, until every row has produced `end_id`.
     """
+    # Right padding stays in the cache as empty slots: new tokens go to slots from `length` on, but
+    # continue the positions of their own row from `lengths` on.
     rows, length = batch.tokens.shape
     lengths = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
     slots = length + max_new_tokens
@@ -49,6 +51,7 @@ def decode(
     cache = init_cache(decoder, rows, slots, model.compute.dtype)
     cache = cache.replace(layers=_constrain(cache.layers, CACHE_AXES))
     output = model.apply({"params": params}, batch, cache)
+    # The last token of each prompt predicts the first new one.
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
     def next_token(output: Any, hidden: Array, step: Array) -> Array:
@@ -64,6 +67,7 @@ def decode(
         last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
         inputs = Batch(last, (lengths + step - 1)[:, None], jnp.ones_like(last))
         output = model.apply({"params": params}, inputs, cache)
+        # Rows that have ended go on in step with the others; their tokens are discarded.
         token = jnp.where(done, end_id, next_token(output, output.hidden, step))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, tokens, output.cache, done | (token == end_id)
