@@ -30,6 +30,7 @@ def expert_load(
         lambda params, batch: model.apply({"params": params}, batch).router.load,
         out_shardings=replicated(mesh) if mesh else None,
     )
+    # Loads are counts of assignments, so that batches of any size add up to the same numbers.
     load = 0.0
     for start in range(0, len(prompts), rows):
         part = list(prompts[start : start + rows])

@@ -50,7 +50,7 @@ def find_task(name: str, origin: str = "task") -> Task:
         task = getattr(importlib.import_module(name), "TASK", None)
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
-            raise  # an import inside the module
+            raise  # the module exists, and an import inside it failed
         raise invalid(origin, name, "a module that can be imported") from None
     if not isinstance(task, Task):
         raise invalid(origin, name, "a module that defines TASK, a moddistill.evals.task.Task")
@@ -79,6 +79,7 @@ def evaluate(
     Raises:
       UserError: if data are missing, or a result folder is a model folder.
     """
+    # Errors in folders and data come before the time that loading takes.
     for run in runs:
         check_results_folder(run.out)
     all_questions = [run.task.questions(run.data) for run in runs]

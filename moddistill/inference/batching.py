@@ -44,6 +44,7 @@ def answer_in_batches(
     texts: list[str] = []
     for start in tqdm(range(0, len(prompts), rows), desc="answers", unit="batch", mininterval=1.0):
         part = list(prompts[start : start + rows])
+        # A last batch with fewer rows would compile another program.
         filled = part + part[:1] * (rows - len(part))
         answers = answer(model, params, tokenizer, filled, max_new_tokens=max_new_tokens)
         texts += [item.text for item in answers[: len(part)]]
@@ -103,7 +104,7 @@ def fitting_rows(row_bytes: int, budget: int, shards: int, num_prompts: int) -> 
       row_bytes: memory of one row on one device.
       budget: bytes on one device.
       shards: groups of devices that rows are spread over; each gets at least one row.
-      num_prompts: more rows than these, rounded up to a multiple of `shards`, would be idle.
+      num_prompts: the prompts in total; rows beyond them would be filler.
     """
     per_shard = min(budget // row_bytes, MAX_ROWS // shards, math.ceil(num_prompts / shards))
     return shards * max(per_shard, 1)

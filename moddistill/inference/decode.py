@@ -58,6 +58,7 @@ def decode(
         logits = masked_logits(hidden[:, 0], output.head, decoder.real_ids)
         return choose_token(logits, sampling, jax.random.fold_in(rng, step))
 
+    # carry: step, tokens [B, max_new_tokens] so far, cache, rows that have produced `end_id`.
     def unfinished(carry: Any) -> Bool[Array, ""]:
         step, _, _, done = carry
         return (step < max_new_tokens) & ~jnp.all(done)
@@ -72,6 +73,7 @@ def decode(
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, tokens, output.cache, done | (token == end_id)
 
+    # Step 0 has no new token to read: it follows from the prompts.
     first = next_token(output, hidden, jnp.zeros((), jnp.int32))
     tokens = jnp.full((rows, max_new_tokens), end_id, jnp.int32).at[:, 0].set(first)
     start = (jnp.ones((), jnp.int32), tokens, output.cache, first == end_id)
@@ -135,6 +137,7 @@ def answer(
             end_id=end_id,
             sampling=sampling,
         )
+    # Tokens are replicated, so that each process has all rows.
     answers = []
     for row, ids in enumerate(np.asarray(new)[: len(prompts)]):
         ids = ids.tolist()

@@ -33,6 +33,7 @@ def put_rows(mesh: Mesh | None, batch: Batch) -> Batch:
     if mesh is None:
         return batch
     sharding = batch_sharding(mesh)
+    # Each process supplies the shards of its own devices only.
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
     )

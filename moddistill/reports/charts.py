@@ -57,6 +57,7 @@ def curve(name: str, points: Sequence[tuple[int, float | int]], size: str = "sma
     low, high = min(values), max(values)
 
     def svg_point(step: int, value: float | int) -> str:
+        # SVG's y axis points down; a curve without range is drawn in the middle.
         x = (step - steps[0]) / ((steps[-1] - steps[0]) or 1) * WIDTH
         y = HEIGHT - (value - low) / (high - low) * HEIGHT if high > low else HEIGHT / 2
         return f"{x:.1f} {y:.1f}"
