@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _answer_one(args: argparse.Namespace) -> Answer:
-    sampling = Sampling(args.temperature, args.top_p)
+    sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
     folder = as_model_folder(args.model)
     mesh = args.mesh and make_mesh(args.mesh)
     model, params = load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh)

@@ -91,6 +91,7 @@ def _task_runs(config: RecipeConfig, workdir: Path, stage: str) -> dict[str, Tas
 
 def check_recipe(config: RecipeConfig, workdir: Path) -> None:
     """Raises UserError for mistakes that would stop a later stage, before the first one runs."""
+    # A recipe runs for days; a mistake in its last stage is reported at once.
     for name, stage in config.stages.items():
         with at_field(f"stage {name!r}"):
             check_settings(stage)
@@ -134,6 +135,7 @@ def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> 
     """Compares the stage's template with its teacher's, an earlier stage's model or a folder."""
     if not stage.teacher or stage.teacher.startswith(RANDOM):
         return
+    # The model folder of an earlier stage may not exist yet; its template is in the config.
     folder = Path(stage.teacher).resolve()
     if folder.name == "model" and folder.parent.parent == workdir.resolve():
         teacher_stage = config.stages.get(folder.parent.name)

@@ -10,34 +10,34 @@ from moddistill.inference.prompts import Prompt
 
 
 @pytest.fixture
-def picture(tiny_config):
+def image(tiny_config):
     [source] = tiny_config("sft").data.sources.values()
     return f"{source.images}/0.png"
 
 
-def test_each_answer_sees_the_turns_before_it(tiny_models, picture):
+def test_each_answer_depends_on_the_earlier_turns(tiny_models, image):
     folder = tiny_models["dense"]
     model, params = load(folder)
     tokenizer = load_tokenizer(str(folder))
     asked = iter(["what colour is it?", "is it red?"])
-    first, second = chat.converse(model, params, tokenizer, asked, [picture], 4)
+    first, second = chat.converse(model, params, tokenizer, asked, [image], 4)
     question = "<image>\nwhat colour is it?"
     prompts = [
-        Prompt(question, (picture,)),
-        Prompt("is it red?", (picture,), ((question, first),)),
+        Prompt(question, (image,)),
+        Prompt("is it red?", (image,), ((question, first),)),
     ]
     for reply, prompt in zip((first, second), prompts, strict=True):
         [expected] = answer(model, params, tokenizer, [prompt], max_new_tokens=4)
         assert reply == expected.text
 
 
-def test_an_empty_line_ends_the_conversation(tiny_models, picture, capsys, monkeypatch):
+def test_an_empty_line_ends_the_conversation(tiny_models, image, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\nnever asked\n"))
-    chat.main(["--model", str(tiny_models["dense"]), "--image", picture, "--max_new_tokens", "2"])
+    chat.main(["--model", str(tiny_models["dense"]), "--image", image, "--max_new_tokens", "2"])
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_picture_that_is_missing(tiny_models, capsys):
+def test_a_missing_image_is_an_error(tiny_models, capsys):
     with pytest.raises(SystemExit):
         chat.main(["--model", str(tiny_models["dense"]), "--image", "gone.png"])
     assert (

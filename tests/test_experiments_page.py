@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import common
-from moddistill import convert_weights, plan, recipe, train
+from moddistill import convert_weights, evaluate, plan, recipe, train
 from moddistill.convert.resolve import load
 from moddistill.storage.model_folder import read_model_config, save_model
 
@@ -54,8 +54,12 @@ def command(module):
 
 
 def test_page_has_the_files_and_commands_that_are_tested():
-    assert set(FILES) == {"data/conversations.json", "data/pairs.json", "mine.py"}
-    known = ("tools.convert_weights", *(f"moddistill.{x}" for x in ("plan", "train", "recipe")))
+    records = {f"data/{name}.json" for name in ("conversations", "pairs", "questions")}
+    assert set(FILES) == {*records, "mine.py", "my_task.py"}
+    known = (
+        "tools.convert_weights",
+        *(f"moddistill.{x}" for x in ("plan", "train", "recipe", "evaluate")),
+    )
     assert {name for name, *_ in COMMANDS} == set(known)
 
 
@@ -96,3 +100,15 @@ def test_the_recipe_of_the_page_is_accepted(project, monkeypatch):
     made = {"models/student", *(f"runs/mine/{stage}/model" for stage in config.order)}
     assert all(stage.student in made for stage in config.stages.values())
     assert read_model_config("models/teacher").template == config.stages["d2d"].data.template
+
+
+def test_the_task_of_the_page_is_evaluated(project, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path.cwd())
+    args = [
+        arg.replace("runs/mine/preference/model", "models/student")
+        for arg in command("moddistill.evaluate")
+    ]
+    evaluate.main([*args, "--mesh", "data=8"])
+    assert set(json.loads(capsys.readouterr().out)) == {"accuracy"}
+    rows = Path("runs/mine/my_task/predictions.jsonl").read_text().splitlines()
+    assert [json.loads(row)["id"] for row in rows] == ["a", "b"]

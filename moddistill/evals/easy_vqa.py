@@ -50,6 +50,8 @@ def score(rows: Sequence[Row]) -> dict[str, float | int]:
     Raises:
       UserError: if a rate has no rows.
     """
+    # A model that always answers "yes" gets half of the yes/no questions right, and has a false-yes
+    # rate of 1; hence the separate rates.
     correct = [exact_match(row) for row in rows]
     pairs = [(normalize(row["answers"][0]), normalize(row["prediction"])) for row in rows]
     yes_no = [pair for pair in pairs if pair[0] in YES_NO]

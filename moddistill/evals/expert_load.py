@@ -7,7 +7,10 @@ import jax
 import numpy as np
 
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.sharding import replicated
+from moddistill.inference.batching import batch_rows
 from moddistill.inference.decode import without_drops
+from moddistill.inference.placement import mesh_context, params_mesh, put_rows
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.models.vlm import Vlm
 
@@ -20,10 +23,22 @@ def expert_load(
     Returns:
       `{"layer": index, "image": shares, "text": shares}` for each expert layer; shares add up to 1.
     """
-    batch = prompt_batch(prompts, model.config, tokenizer)
+    mesh = params_mesh(params)
+    rows = batch_rows(model, params, tokenizer, prompts, 0)
     model = without_drops(model)
-    load_of = jax.jit(lambda params, batch: model.apply({"params": params}, batch).router.load)
-    text, image = np.moveaxis(np.asarray(load_of(params, batch)), 1, 0)
+    load_of = jax.jit(
+        lambda params, batch: model.apply({"params": params}, batch).router.load,
+        out_shardings=replicated(mesh) if mesh else None,
+    )
+    # Loads are counts of assignments, so that batches of any size add up to the same numbers.
+    load = 0.0
+    for start in range(0, len(prompts), rows):
+        part = list(prompts[start : start + rows])
+        batch = prompt_batch(part + part[:1] * (rows - len(part)), model.config, tokenizer)
+        batch.segments[len(part) :] = 0  # padding is not routed
+        with mesh_context(mesh):
+            load = load + np.asarray(load_of(params, put_rows(mesh, batch)))
+    text, image = np.moveaxis(load, 1, 0)
     layers = model.config.decoder.moe_layers
     return [
         {"layer": layer, "image": _shares(image[i]), "text": _shares(text[i])}

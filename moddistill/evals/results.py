@@ -23,6 +23,7 @@ def is_evaluated(folder: Path) -> bool:
 
 def write_results(folder: Path, rows: Sequence[Row], scores: dict[str, Any]) -> None:
     """Writes both files, creating the folder."""
+    # Scores come last: after an interruption the evaluation runs again.
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / PREDICTIONS, rows)
     (folder / SCORES).write_text(json.dumps(scores, indent=2) + "\n")

@@ -13,7 +13,7 @@ from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.processes import is_main_process
-from moddistill.errors import UserError, invalid, not_one_of
+from moddistill.errors import UserError, did_you_mean
 from moddistill.evals import easy_vqa
 from moddistill.evals.expert_load import expert_load
 from moddistill.evals.results import check_results_folder, write_results
@@ -44,16 +44,18 @@ def find_task(name: str, origin: str = "task") -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    if "." not in name:
-        raise not_one_of(origin, name, TASKS)
     try:
-        task = getattr(importlib.import_module(name), "TASK", None)
+        task = getattr(importlib.import_module(name), "TASK", None) if name else None
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
-            raise  # an import inside the module
-        raise invalid(origin, name, "a module that can be imported") from None
+            raise  # the module exists, and an import inside it failed
+        task = None
     if not isinstance(task, Task):
-        raise invalid(origin, name, "a module that defines TASK, a moddistill.evals.task.Task")
+        names = ", ".join(map(repr, TASKS))
+        raise UserError(
+            f"{origin}: expected {names} or a module that defines TASK, got {name!r}"
+            + did_you_mean(name, TASKS)
+        )
     return task
 
 
@@ -79,6 +81,7 @@ def evaluate(
     Raises:
       UserError: if data are missing, or a result folder is a model folder.
     """
+    # Errors in folders and data come before the time that loading takes.
     for run in runs:
         check_results_folder(run.out)
     all_questions = [run.task.questions(run.data) for run in runs]

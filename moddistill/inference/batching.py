@@ -5,20 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.processes import broadcast_from_main
 from moddistill.distributed.sharding import num_batch_shards
-from moddistill.inference.decode import answer, params_mesh
+from moddistill.inference.decode import answer
+from moddistill.inference.placement import params_mesh
 from moddistill.inference.prompts import Prompt, encode_prompts, padded_length
 from moddistill.models.decoder import DecoderConfig, init_cache
 from moddistill.models.layers import DType
 from moddistill.models.vlm import Vlm
 
 MAX_ROWS = 256
-# The layer scan reads one cache and writes another; the rest is for activations.
-CACHE_SHARE = 1 / 3
-CPU_BYTES = 6 * 2**30  # free memory assumed for all devices of a CPU, which reports none
+MEMORY_SHARE = 0.8  # of the free memory; the rest is for images, logits and fragmentation
+CPU_BYTES = 4 * 2**30  # free memory assumed for all devices of a CPU, which reports none
 
 
 def answer_in_batches(
@@ -42,6 +44,7 @@ def answer_in_batches(
     texts: list[str] = []
     for start in tqdm(range(0, len(prompts), rows), desc="answers", unit="batch", mininterval=1.0):
         part = list(prompts[start : start + rows])
+        # A last batch with fewer rows would compile another program.
         filled = part + part[:1] * (rows - len(part))
         answers = answer(model, params, tokenizer, filled, max_new_tokens=max_new_tokens)
         texts += [item.text for item in answers[: len(part)]]
@@ -58,12 +61,25 @@ def batch_rows(
     """Returns the rows of a batch that fit in the memory left by the parameters."""
     mesh = params_mesh(params)
     shards, tensor = (num_batch_shards(mesh), mesh.shape["tensor"]) if mesh else (1, 1)
-    length = padded_length(encode_prompts(prompts, model.config, tokenizer))
-    slots = length + max_new_tokens
-    row_bytes = cache_bytes_per_row(model.config.decoder, slots, model.compute.dtype) // tensor
     devices = mesh.local_devices if mesh else list(jax.tree.leaves(params)[0].devices())
-    budget = min(cache_budget(device.memory_stats()) for device in devices)
-    return fitting_rows(row_bytes, budget, shards, len(prompts))
+    slots = padded_length(encode_prompts(prompts, model.config, tokenizer)) + max_new_tokens
+    row_bytes = bytes_per_row(model.config.decoder, slots, model.compute.dtype) // tensor
+    budget = min(memory_budget(device.memory_stats()) for device in devices)
+    rows = fitting_rows(row_bytes, budget, shards, len(prompts))
+    # Free memory may differ between processes, which must agree on the shape of a batch.
+    return broadcast_from_main(rows) if mesh else rows
+
+
+def bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
+    """Returns the bytes of one row with `slots` positions, prompt and answer.
+
+    The cache counts twice, since the layer scan reads one and writes another. The activations are
+    those of one layer at all positions: residual stream, query, key, value and feed-forward.
+    """
+    experts = config.moe.top_k if config.moe else 1
+    values = 8 * config.width + 3 * experts * config.mlp
+    activations = slots * values * jnp.dtype(dtype).itemsize
+    return 2 * cache_bytes_per_row(config, slots, dtype) + activations
 
 
 def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
@@ -72,23 +88,23 @@ def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
-def cache_budget(memory_stats: dict[str, int] | None) -> int:
-    """Returns the bytes that the cache may take on a device with these statistics."""
+def memory_budget(memory_stats: dict[str, int] | None) -> int:
+    """Returns the bytes that rows may take on a device with these statistics."""
     if memory_stats and "bytes_limit" in memory_stats:
         free = memory_stats["bytes_limit"] - memory_stats["bytes_in_use"]
     else:
         free = CPU_BYTES // jax.local_device_count()
-    return int(free * CACHE_SHARE)
+    return int(free * MEMORY_SHARE)
 
 
-def fitting_rows(row_bytes: int, budget: int, shards: int, prompts: int) -> int:
-    """Returns the largest multiple of `shards` within budget, `MAX_ROWS` and the prompts' number.
+def fitting_rows(row_bytes: int, budget: int, shards: int, num_prompts: int) -> int:
+    """Returns the largest multiple of `shards` that fits the budget, at most `MAX_ROWS`.
 
     Args:
-      row_bytes: cache of one row on one device.
-      budget: bytes for the cache on one device.
+      row_bytes: memory of one row on one device.
+      budget: bytes on one device.
       shards: groups of devices that rows are spread over; each gets at least one row.
-      prompts: number of prompts, rounded up to a multiple of `shards`.
+      num_prompts: the prompts in total; rows beyond them would be filler.
     """
-    per_shard = min(budget // row_bytes, MAX_ROWS // shards, math.ceil(prompts / shards))
+    per_shard = min(budget // row_bytes, MAX_ROWS // shards, math.ceil(num_prompts / shards))
     return shards * max(per_shard, 1)

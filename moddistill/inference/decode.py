@@ -1,12 +1,8 @@
-"""Decoding with an explicit key/value cache.
+"""Decoding with an explicit key/value cache, on one device or sharded over a mesh."""
 
-Prompts of a batch may differ in length.
-"""
-
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.spmd import RulesFallback
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from moddistill.data.conversation import end_token
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.distributed.sharding import RULES, batch_sharding, num_batch_shards
+from moddistill.distributed.sharding import num_batch_shards
+from moddistill.inference.placement import mesh_context, params_mesh, put_rows
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.batch import Batch
@@ -41,10 +37,13 @@ def decode(
     end_id: int,
     sampling: Sampling,
 ) -> Int[Array, "B T"]:
-    """New tokens [B, max_new_tokens] after prompts padded on the right; `end_id` fills up.
+    """Decodes new tokens [B, max_new_tokens], `end_id` from each row's end on.
 
-    The prompt is read once; then one token at a time, until every row has produced `end_id`.
+    One call of the model reads all prompts, padded on the right, into the cache. Then each call
+    reads one token per row, until every row has produced `end_id`.
     """
+    # Right padding stays in the cache as empty slots: new tokens go to slots from `length` on, but
+    # continue the positions of their own row from `lengths` on.
     rows, length = batch.tokens.shape
     lengths = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
     slots = length + max_new_tokens
@@ -52,12 +51,14 @@ def decode(
     cache = init_cache(decoder, rows, slots, model.compute.dtype)
     cache = cache.replace(layers=_constrain(cache.layers, CACHE_AXES))
     output = model.apply({"params": params}, batch, cache)
+    # The last token of each prompt predicts the first new one.
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
 
     def next_token(output: Any, hidden: Array, step: Array) -> Array:
         logits = masked_logits(hidden[:, 0], output.head, decoder.real_ids)
         return choose_token(logits, sampling, jax.random.fold_in(rng, step))
 
+    # carry: step, tokens [B, max_new_tokens] so far, cache, rows that have produced `end_id`.
     def unfinished(carry: Any) -> Bool[Array, ""]:
         step, _, _, done = carry
         return (step < max_new_tokens) & ~jnp.all(done)
@@ -67,10 +68,12 @@ def decode(
         last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
         inputs = Batch(last, (lengths + step - 1)[:, None], jnp.ones_like(last))
         output = model.apply({"params": params}, inputs, cache)
+        # Rows that have ended go on in step with the others; their tokens are discarded.
         token = jnp.where(done, end_id, next_token(output, output.hidden, step))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, tokens, output.cache, done | (token == end_id)
 
+    # Step 0 has no new token to read: it follows from the prompts.
     first = next_token(output, hidden, jnp.zeros((), jnp.int32))
     tokens = jnp.full((rows, max_new_tokens), end_id, jnp.int32).at[:, 0].set(first)
     start = (jnp.ones((), jnp.int32), tokens, output.cache, first == end_id)
@@ -124,16 +127,17 @@ def answer(
     surplus = -len(prompts) % num_batch_shards(mesh) if mesh else 0
     batch = prompt_batch([*prompts, *prompts[:1] * surplus], model.config, tokenizer)
     end_id = _end_id(model.config.template, tokenizer)
-    with _mesh_context(mesh):
+    with mesh_context(mesh):
         new = decode(
             without_drops(model),
             params,
-            _put_rows(mesh, batch) if mesh else batch,
+            put_rows(mesh, batch),
             jax.random.key(seed),
             max_new_tokens=max_new_tokens,
             end_id=end_id,
             sampling=sampling,
         )
+    # Tokens are replicated, so that each process has all rows.
     answers = []
     for row, ids in enumerate(np.asarray(new)[: len(prompts)]):
         ids = ids.tolist()
@@ -143,31 +147,8 @@ def answer(
     return answers
 
 
-def params_mesh(params: dict[str, Any]) -> Mesh | None:
-    """Returns the mesh that parameters are sharded over; None if they are on one device."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
-
-
-@contextlib.contextmanager
-def _mesh_context(mesh: Mesh | None) -> Iterator[None]:
-    if mesh is None:
-        yield
-        return
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
-        yield
-
-
-def _put_rows(mesh: Mesh, batch: Batch) -> Batch:
-    """Global arrays, sharded by row, from the same numpy arrays in every process."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
-    )
-
-
 def without_drops(model: Vlm) -> Vlm:
-    """The model with experts that compute every assignment, whatever it was trained with."""
+    """Returns the model with experts that compute every assignment, without a capacity."""
     moe = model.config.decoder.moe
     if moe is None or moe.dispatch == "dropless":
         return model
@@ -177,6 +158,6 @@ def without_drops(model: Vlm) -> Vlm:
 
 
 def _end_id(template: str, tokenizer: Tokenizer) -> int:
-    """The id that ends an answer; that of a line break where the template has no end token."""
+    """The id of the template's end token, or of a line break for a template without one."""
     end = end_token(template)
     return tokenizer.encode(end)[-1] if end.isspace() else tokenizer.special(end)

@@ -61,6 +61,8 @@ def prompt_batch(prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Toke
 
 def _images(prompts: Sequence[Prompt], config: ModelConfig) -> np.ndarray:
     """Preprocessed images [B, I, h, w, 3] uint8, zeros in unused slots."""
+    # One array serves the batch: every row has as many slots as the one with most images. Slots
+    # without an image are encoded too, but no placeholder reads their features.
     tower = config.vision
     count = max(len(prompt.images) for prompt in prompts)
     images = np.zeros((len(prompts), count, tower.image_size, tower.image_size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""The next token of each row: greedy, or sampled with temperature and top-p."""
+"""Greedy and random (temperature, top-p) choice of the next token."""
 
 import dataclasses
 
@@ -6,33 +6,42 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Greedy for temperature 0; otherwise the smallest set of tokens of probability `top_p`."""
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy.
+      top_p: samples from the smallest set of tokens with this probability.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
 
     def __post_init__(self):
         if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; accepted: 0 (greedy) or more")
+            raise invalid("temperature", self.temperature, ">= 0")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; accepted: above 0, at most 1")
+            raise invalid("top_p", self.top_p, "> 0 and <= 1")
 
 
 def choose_token(
     logits: Float[Array, "B V"], sampling: Sampling, rng: jax.Array
 ) -> Int[Array, "B"]:
-    """The next token of each row."""
+    """Returns the next token of each row; equal `rng` and logits give equal tokens."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     ordered = -jnp.sort(-logits, axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-    # The likeliest token always stays, since nothing is before it.
-    floor = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    kept = jnp.where(logits >= floor, logits, -jnp.inf)
-    return jax.random.categorical(rng, kept).astype(jnp.int32)
+    probabilities = jax.nn.softmax(ordered)
+    # Probability of all tokens with larger logits. A token is in the set if this is below top_p;
+    # for the most probable token it is 0, so the set is never empty.
+    cumulative = jnp.cumsum(probabilities, axis=-1) - probabilities
+    in_set = jnp.where(cumulative < sampling.top_p, ordered, jnp.inf)
+    threshold = jnp.min(in_set, axis=-1, keepdims=True)
+    return jax.random.categorical(rng, jnp.where(logits >= threshold, logits, -jnp.inf)).astype(
+        jnp.int32
+    )

@@ -1,6 +1,6 @@
 """Charts of the report as HTML fragments: curves in inline SVG, bars in plain elements.
 
-Curves stretch with the page; labels are HTML beside them, so that text never scales.
+Curves stretch with the page; labels are HTML next to them, so that text never scales.
 """
 
 import math
@@ -10,9 +10,9 @@ from typing import Any
 
 from moddistill.errors import UserError
 
-# Bookkeeping of a metrics row, told in words rather than drawn.
+# Keys of a metrics row that are text of the card, not curves.
 NOT_DRAWN = ("step", "tokens_per_second", "seconds")
-WIDTH, HEIGHT = 300, 100  # of a curve's own coordinates
+WIDTH, HEIGHT = 300, 100  # of a curve, in SVG units
 
 CURVE = """<figure class="{size}">
 <figcaption><b>{name}</b><span>{last}</span></figcaption>
@@ -37,26 +37,27 @@ LOAD_ROW = """<span class="expert">expert {expert}</span>
 
 
 def number(value: float | int) -> str:
-    """A number in three significant digits, as short as it goes."""
+    """Returns a number with three significant digits, without padding zeros."""
     digits, _, exponent = f"{value:.3g}".partition("e")
     return f"{digits}e{int(exponent)}" if exponent else digits
 
 
 def curve(name: str, points: Sequence[tuple[int, float | int]], size: str = "small") -> str:
-    """A line chart of (step, value); `size` is "large" or "small".
+    """Returns a line chart of (step, value); `size` is "large" or "small".
 
     Raises:
-      UserError: there is no point, or a value is not finite.
+      UserError: if there is no point, or a value is not finite.
     """
     if not points:
-        raise UserError(f"curve {name!r} has no points, expected at least one")
+        raise UserError(f"curve {name!r}: expected at least one point, got none")
     for step, value in points:
         if not math.isfinite(value):
-            raise UserError(f"curve {name!r} is {value} at step {step}, expected a finite number")
+            raise UserError(f"curve {name!r}: expected a finite number at step {step}, got {value}")
     steps, values = zip(*points, strict=True)
     low, high = min(values), max(values)
 
-    def place(step: int, value: float | int) -> str:
+    def svg_point(step: int, value: float | int) -> str:
+        # SVG's y axis points down; a curve without range is drawn in the middle.
         x = (step - steps[0]) / ((steps[-1] - steps[0]) or 1) * WIDTH
         y = HEIGHT - (value - low) / (high - low) * HEIGHT if high > low else HEIGHT / 2
         return f"{x:.1f} {y:.1f}"
@@ -71,54 +72,57 @@ def curve(name: str, points: Sequence[tuple[int, float | int]], size: str = "sma
         height=HEIGHT,
         alt=escape(f"{name} from {number(values[0])} to {number(values[-1])}"),
         rules="".join(f"M0 {y}H{WIDTH}" for y in (0, HEIGHT / 2, HEIGHT)),
-        line="M" + "L".join(place(*point) for point in points),
-        dot=f"M{place(*points[-1])}h0",
+        line="M" + "L".join(svg_point(*point) for point in points),
+        dot=f"M{svg_point(*points[-1])}h0",
         first_step=f"{steps[0]:,}",
         last_step=f"{steps[-1]:,}",
     )
 
 
 def stage_card(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The curves of one stage: `loss` large, every other named number small.
+    """Returns the curves of one stage: a large one of `loss`, small ones of all other metrics.
 
     Raises:
-      UserError: no row has a loss, or a value is not finite.
+      UserError: if no row has a loss, or a value is not finite.
     """
     names = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_DRAWN))
     if "loss" not in names:
-        raise UserError(f"stage {name!r} has no 'loss' in its {len(rows)} rows of metrics")
+        raise UserError(
+            f"stage {name!r}: expected 'loss' in a row of metrics, got {len(rows)} rows"
+        )
     curves = {key: [(row["step"], row[key]) for row in rows if key in row] for key in names}
     loss = curve("loss", curves.pop("loss"), "large")
     parts = "".join(curve(key, points) for key, points in curves.items())
-    return STAGE.format(name=escape(name), note=_pace(rows), loss=loss, parts=parts)
+    return STAGE.format(name=escape(name), note=_throughput(rows), loss=loss, parts=parts)
 
 
-def _pace(rows: Sequence[Mapping[str, Any]]) -> str:
+def _throughput(rows: Sequence[Mapping[str, Any]]) -> str:
     words = [f"{rows[-1]['step']:,} steps"]
     if "seconds" in rows[-1]:
         words.append(f"{rows[-1]['seconds']:,.0f} s")
-    paces = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-    if paces:
-        words.append(f"{paces[len(paces) // 2]:,.0f} tokens/s")
+    speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    if speeds:
+        words.append(f"{speeds[len(speeds) // 2]:,.0f} tokens/s")
     return " · ".join(words)
 
 
 def load_card(load: Mapping[str, Any]) -> str:
-    """Share of a layer's image and text tokens that each expert takes, beside the even share.
+    """Returns bars of each expert's share of a layer's image and text tokens.
 
-    `load` has `layer`, `image` and `text`; the last two are one number an expert, in any unit.
+    Args:
+      load: `layer`, and for `image` and `text` one number per expert, in any unit.
 
     Raises:
-      UserError: the two differ in length, or one is negative or adds up to nothing.
+      UserError: if the two differ in length, a number is negative, or a sum is not positive.
     """
     shares = {kind: _shares(load, kind) for kind in ("image", "text")}
     experts = len(shares["image"])
     if len(shares["text"]) != experts:
         raise UserError(
-            f"layer {load['layer']} has loads of {experts} experts for image tokens and of"
-            f" {len(shares['text'])} for text tokens, expected the same number"
+            f"layer {load['layer']}: expected as many text loads as image loads, {experts}, got"
+            f" {len(shares['text'])}"
         )
-    # Twice the even share fills a row, so that layers compare; a more loaded expert stretches it.
+    # A full row is twice the even share, so that layers compare; a larger share stretches it.
     full = max(2 / experts, *shares["image"], *shares["text"])
     rows = [
         LOAD_ROW.format(
@@ -139,6 +143,6 @@ def _shares(load: Mapping[str, Any], kind: str) -> list[float]:
     total = sum(values)
     if not total > 0 or min(values) < 0:
         raise UserError(
-            f"layer {load['layer']}: {kind} loads {values}, expected non-negative ones with a sum"
+            f"layer {load['layer']}: expected {kind} loads >= 0 with a sum > 0, got {values}"
         )
     return [value / total for value in values]

@@ -27,6 +27,7 @@ def evaluation_folder(workdir: Path, stage: str, task: str) -> Path:
 
 def table_columns(config: RecipeConfig) -> tuple[Column, ...]:
     """Returns the model, the columns of each task (prefixed if there are several), and sizes."""
+    # Keys carry the task's name, since two tasks may have scores of one name.
     scores = [
         Column(
             f"{name}/{column.key}",
@@ -88,31 +89,31 @@ def write_summary(config: RecipeConfig, workdir: Path) -> None:
 
 def merged_predictions(config: RecipeConfig, workdir: Path, task: str) -> list[Row]:
     """Returns a row for each question, with the prediction of each evaluated model by stage."""
-    by_stage = [
-        read_predictions(evaluation_folder(workdir, stage, task)) for stage in config.evaluated
-    ]
-    return [
-        {key: rows[0][key] for key in ("id", "question", "images", "answers")}
-        | {"predictions": {s: r["prediction"] for s, r in zip(config.evaluated, rows, strict=True)}}
-        for rows in zip(*by_stage, strict=True)
-    ]
+    by_stage = {
+        stage: read_predictions(evaluation_folder(workdir, stage, task))
+        for stage in config.evaluated
+    }
+    merged = []
+    for rows in zip(*by_stage.values(), strict=True):
+        question = {key: rows[0][key] for key in ("id", "question", "images", "answers")}
+        predictions = [row["prediction"] for row in rows]
+        merged.append(question | {"predictions": dict(zip(by_stage, predictions, strict=True))})
+    return merged
 
 
 def _examples(config: RecipeConfig, task: Task, rows: list[Row]) -> list[dict[str, Any]]:
     """Questions at even distances, as the first and the last evaluated model answered them."""
     stages = dict.fromkeys((config.evaluated[0], config.evaluated[-1]))
     stride = max(1, len(rows) // EXAMPLES)
-    return [
-        row
-        | {
-            "predictions": {
-                stage: (text, task.is_correct(row | {"prediction": text}))
-                for stage, text in row["predictions"].items()
-                if stage in stages
-            }
+    examples = []
+    for row in rows[::stride][:EXAMPLES]:
+        texts = {stage: row["predictions"][stage] for stage in stages}
+        marked = {
+            stage: (text, task.is_correct(row | {"prediction": text}))
+            for stage, text in texts.items()
         }
-        for row in rows[::stride][:EXAMPLES]
-    ]
+        examples.append(row | {"predictions": marked})
+    return examples
 
 
 def _tasks(config: RecipeConfig) -> dict[str, Task]:

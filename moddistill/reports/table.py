@@ -16,6 +16,7 @@ def format_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -
     """
     cells = [tuple(column.title for column in columns), *(_cells(columns, row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # Markdown aligns a column to the right if its rule ends with a colon.
     rules = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
     lines = []
     for first, *rest in [cells[0], rules, *cells[1:]]:

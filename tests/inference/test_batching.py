@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moddistill.config import MeshConfig
+from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.convert.resolve import load
 from moddistill.distributed.sharding import make_mesh
 from moddistill.inference import batching
 from moddistill.inference.batching import (
     answer_in_batches,
     batch_rows,
-    cache_budget,
+    bytes_per_row,
     cache_bytes_per_row,
     fitting_rows,
+    memory_budget,
 )
-from moddistill.inference.decode import answer, params_mesh
+from moddistill.inference.decode import answer
+from moddistill.inference.placement import params_mesh
 from moddistill.inference.prompts import Prompt, encode_prompts, padded_length
 from moddistill.models.presets import preset
 
@@ -55,9 +57,13 @@ def expected(tiny_models, prompts, tokenizer):
     @functools.cache
     def answers(name):
         model = load(tiny_models[name])
-        alone = [answer(*model, tokenizer, [prompt], max_new_tokens=NEW) for prompt in prompts]
-        assert len({tuple(item.token_ids) for [item] in alone}) > 3
-        return [item for [item] in alone]
+        single = [
+            item
+            for prompt in prompts
+            for item in answer(*model, tokenizer, [prompt], max_new_tokens=NEW)
+        ]
+        assert len({tuple(item.token_ids) for item in single}) > 3
+        return single
 
     return answers
 
@@ -106,6 +112,17 @@ def test_cache_bytes_of_the_papers_student_by_hand():
     assert 256 * cache_bytes_per_row(decoder, slots, jnp.float32) == 64_424_509_440
 
 
+def test_bytes_of_a_row_are_two_caches_and_the_activations_of_one_layer(tiny_architecture):
+    decoder = preset("qwen1.5-1.8b").decoder
+    cache = cache_bytes_per_row(decoder, 656, jnp.float32)
+    activations = 656 * (8 * 2048 + 3 * 5504) * 4
+    assert bytes_per_row(decoder, 656, jnp.float32) == 2 * cache + activations
+    dense = tiny_architecture("tiny").decoder
+    sparse = tiny_architecture("tiny", ExpertConfig(top_k=2)).decoder
+    more = 7 * 3 * dense.mlp * 4  # a second expert at seven positions
+    assert bytes_per_row(sparse, 7, jnp.float32) - bytes_per_row(dense, 7, jnp.float32) == more
+
+
 @pytest.mark.parametrize(
     ("row_bytes", "budget", "shards", "prompts", "rows"),
     [
@@ -125,8 +142,8 @@ def test_rows_are_the_largest_multiple_of_the_shards_that_fits(
 
 
 def test_the_budget_is_a_share_of_the_free_memory():
-    assert cache_budget({"bytes_limit": 10_000, "bytes_in_use": 4_000}) == 2_000
-    assert cache_budget(None) == batching.CPU_BYTES // 8 // 3
+    assert memory_budget({"bytes_limit": 10_000, "bytes_in_use": 4_000}) == 4_800
+    assert memory_budget(None) == int(batching.CPU_BYTES // 8 * 0.8)
 
 
 def test_rows_follow_length_dtype_and_tensor_parallelism(
@@ -135,8 +152,8 @@ def test_rows_follow_length_dtype_and_tensor_parallelism(
     config = load(tiny_models["dense"])[0].config
     many = prompts[:1] * 1000
     length = padded_length(encode_prompts(many, config, tokenizer))
-    row = cache_bytes_per_row(config.decoder, length + NEW, jnp.float32)
-    monkeypatch.setattr(batching, "cache_budget", lambda stats: 10 * row)
+    row = bytes_per_row(config.decoder, length + NEW, jnp.float32)
+    monkeypatch.setattr(batching, "memory_budget", lambda stats: 10 * row)
 
     def rows(dtype=jnp.float32, mesh=None, new=NEW):
         model = load(tiny_models["dense"], dtype=dtype, mesh=mesh and make_mesh(mesh))
@@ -163,5 +180,5 @@ def test_bfloat16_keeps_routers_and_norms_in_float32(tiny_models, prompts, token
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_an_error(tiny_models):
-    with pytest.raises(ValueError, match=r"config\.mesh\.tensor is 8"):
+    with pytest.raises(ValueError, match=r"^config\.mesh\.tensor: expected a divisor of 2"):
         load(tiny_models["dense"], mesh=make_mesh(MeshConfig(tensor=8)))

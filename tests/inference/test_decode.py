@@ -25,9 +25,9 @@ def model(request, tiny_models):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    """Writes a small picture and returns its path."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image(tmp_path_factory):
+    """`image(seed)`: the path of a small random image."""
+    folder = tmp_path_factory.mktemp("images")
 
     def write(seed):
         pixels = np.random.default_rng(seed).integers(0, 256, (20, 28, 3), np.uint8)
@@ -38,11 +38,11 @@ def picture(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prompts(picture):
+def prompts(image):
     return [
-        Prompt("<image>\nwhat colour is it?", (picture(0),)),
+        Prompt("<image>\nwhat colour is it?", (image(0),)),
         Prompt("is it red?"),
-        Prompt("<image>\nis it green, or is it rather blue?", (picture(1),), (("hello", "yes"),)),
+        Prompt("<image>\nis it green, or is it rather blue?", (image(1),), (("hello", "yes"),)),
     ]
 
 
@@ -53,7 +53,7 @@ def decoded(model, batch, end_id=-1, sampling=GREEDY, seed=0):
 
 
 def decoded_without_cache(model, batch):
-    """The likeliest token after the whole sequence so far, again and again."""
+    """Greedy decoding that reads the sequence so far in every step."""
     module, params = model
     real = module.config.decoder.real_ids[-1][1]
     lengths = (batch.segments > 0).sum(axis=1)
@@ -73,12 +73,12 @@ def decoded_without_cache(model, batch):
     return np.stack([tokens[i, n : n + NEW] for i, n in enumerate(lengths)])
 
 
-def test_cache_changes_no_token(model, prompts, tokenizer):
+def test_tokens_with_and_without_cache_are_equal(model, prompts, tokenizer):
     batch = prompt_batch(prompts, model[0].config, tokenizer)
     np.testing.assert_array_equal(decoded(model, batch), decoded_without_cache(model, batch))
 
 
-def test_images_are_padded_with_the_mean_of_the_tower(prompts, tiny_architecture, tokenizer):
+def test_images_are_padded_with_the_vision_encoders_mean(prompts, tiny_architecture, tokenizer):
     config = tiny_architecture()
     tower = dataclasses.replace(config.vision, mean=(0.0, 0.0, 0.0))
     black = dataclasses.replace(config, vision=tower)
@@ -88,11 +88,11 @@ def test_images_are_padded_with_the_mean_of_the_tower(prompts, tiny_architecture
 
 
 def test_answer_does_not_depend_on_the_batch(model, prompts, tokenizer):
-    """Rows of one batch equal each prompt alone, padded less and without an image slot."""
+    """Each prompt by itself has less padding and may have no image slot."""
     together = decoded(model, prompt_batch(prompts, model[0].config, tokenizer))
     for row, prompt in zip(together, prompts, strict=True):
-        alone = decoded(model, prompt_batch([prompt], model[0].config, tokenizer))
-        np.testing.assert_array_equal(alone[0], row)
+        [single] = decoded(model, prompt_batch([prompt], model[0].config, tokenizer))
+        np.testing.assert_array_equal(single, row)
 
 
 def test_answer_of_a_model_with_capacity_does_not_depend_on_the_batch(
@@ -103,18 +103,18 @@ def test_answer_of_a_model_with_capacity_does_not_depend_on_the_batch(
     moe = dataclasses.replace(model.config.decoder.moe, dispatch="capacity", capacity_factor=0.1)
     decoder = dataclasses.replace(model.config.decoder, moe=moe)
     model = model.clone(config=dataclasses.replace(model.config, decoder=decoder))
-    [alone] = answer(model, params, tokenizer, prompts[:1], max_new_tokens=NEW)
+    [single] = answer(model, params, tokenizer, prompts[:1], max_new_tokens=NEW)
     for row in answer(model, params, tokenizer, prompts[:1] * 8, max_new_tokens=NEW):
-        assert row.token_ids == alone.token_ids
+        assert row.token_ids == single.token_ids
 
 
-def test_a_caption_that_ends_in_a_full_stop_ends(tiny_models, tokenizer):
+def test_the_plain_template_ends_answers_with_a_line_break(tiny_models, tokenizer):
     """`plain` stops at a line break, which training must show as a token of its own."""
     end = render("plain", [("<image>", "a dog.")])[-1]
     assert tokenizer.encode(end.text) == [_end_id("plain", tokenizer)]
 
 
-def test_end_token_fills_up(tiny_models, prompts, tokenizer):
+def test_rows_are_filled_with_the_end_token(tiny_models, prompts, tokenizer):
     model = load(tiny_models["dense"])
     batch = prompt_batch(prompts, model[0].config, tokenizer)
     free = decoded(model, batch)
@@ -126,7 +126,7 @@ def test_end_token_fills_up(tiny_models, prompts, tokenizer):
     np.testing.assert_array_equal(decoded(model, batch, end_id), expected)
 
 
-def test_compiled_once_a_shape(tiny_models, prompts, tokenizer):
+def test_decode_compiles_once_per_shape(tiny_models, prompts, tokenizer):
     model = load(tiny_models["dense"])
     size = []
     for order in (prompts, prompts[::-1]):
@@ -144,7 +144,7 @@ def frequencies(sampling, draws=4000):
     return np.bincount(np.asarray(tokens), minlength=4) / draws
 
 
-def test_greedy_takes_the_likeliest():
+def test_greedy_decoding_chooses_the_most_probable_token():
     np.testing.assert_array_equal(frequencies(Sampling()), [1, 0, 0, 0])
 
 
@@ -153,13 +153,13 @@ def test_greedy_takes_the_likeliest():
     [
         (Sampling(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
         (Sampling(temperature=1.0, top_p=0.4), [1, 0, 0, 0]),
-        # 0.5 alone does not reach 0.6; 0.5 and 0.3 do, and are 5 / 8 and 3 / 8 of what is kept.
+        # 0.5 does not reach 0.6; 0.5 and 0.3 do, and are 5 / 8 and 3 / 8 of it.
         (Sampling(temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0]),
         # Squared and renormalised by 0.365.
         (Sampling(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
     ],
 )
-def test_sampling(sampling, expected):
+def test_sampling_follows_temperature_and_top_p(sampling, expected):
     # Four standard deviations of 4,000 draws.
     np.testing.assert_allclose(frequencies(sampling), expected, atol=4 * 0.5 / 4000**0.5)
     assert not np.any(frequencies(sampling)[np.asarray(expected) == 0])
@@ -177,12 +177,12 @@ def test_sampling_follows_its_seed(tiny_models, prompts, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -0.1}, r"temperature is -0\.1; accepted: 0"),
-        ({"top_p": 0.0}, r"top_p is 0\.0; accepted: above 0"),
-        ({"top_p": 1.5}, r"top_p is 1\.5"),
+        ({"temperature": -0.1}, r"^temperature: expected >= 0, got -0\.1"),
+        ({"top_p": 0.0}, r"^top_p: expected > 0 and <= 1, got 0\.0"),
+        ({"top_p": 1.5}, r"^top_p: expected > 0 and <= 1, got 1\.5"),
     ],
 )
-def test_bad_sampling(fields, message):
+def test_invalid_sampling_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
 
@@ -192,8 +192,8 @@ def command(tiny_models, *args):
     generate.main([*folder, *args])
 
 
-def test_command_line_prints_one_json_object(tiny_models, picture, prompts, tokenizer, capsys):
-    command(tiny_models, "--prompt", "what colour is it?", "--image", picture(0), "--json")
+def test_generate_prints_one_json_object(tiny_models, image, prompts, tokenizer, capsys):
+    command(tiny_models, "--prompt", "what colour is it?", "--image", image(0), "--json")
     printed = json.loads(capsys.readouterr().out)
     [expected] = answer(*load(tiny_models["dense"]), tokenizer, prompts[:1], max_new_tokens=NEW)
     assert printed == {
@@ -204,7 +204,7 @@ def test_command_line_prints_one_json_object(tiny_models, picture, prompts, toke
     assert tokenizer.decode(printed["token_ids"]).strip() == printed["text"]
 
 
-def test_command_line_prints_the_text_alone(tiny_models, tokenizer, capsys):
+def test_generate_prints_only_the_text(tiny_models, tokenizer, capsys):
     command(tiny_models, "--prompt", "is it red?")
     printed = capsys.readouterr().out
     [expected] = answer(
@@ -213,17 +213,15 @@ def test_command_line_prints_the_text_alone(tiny_models, tokenizer, capsys):
     assert printed == expected.text + "\n"
 
 
-def test_broken_picture_ends_with_one_line(tiny_models, tmp_path):
-    (tmp_path / "a.tiff").write_bytes(b"II*\0 and no picture")
+def test_a_broken_image_ends_with_one_line(tiny_models, tmp_path):
+    (tmp_path / "a.tiff").write_bytes(b"II*\0 and no image")
     args = ["--model", str(tiny_models["dense"]), "--prompt", "q", "--image", f"{tmp_path}/a.tiff"]
     with pytest.raises(SystemExit, match=r"^error: .*a\.tiff: not a readable image"):
         generate.main(args)
 
 
-def test_image_must_be_written_once_for_every_image(tiny_models, picture):
+def test_another_number_of_images_than_placeholders_is_an_error(tiny_models, image):
     with pytest.raises(SystemExit, match=r"number of <image>: expected 2, one per image, got 1"):
-        command(
-            tiny_models, "--prompt", "<image> what?", "--image", picture(0), "--image", picture(1)
-        )
+        command(tiny_models, "--prompt", "<image> what?", "--image", image(0), "--image", image(1))
     with pytest.raises(SystemExit, match=r"number of <image>: expected 0, one per image, got 1"):
         command(tiny_models, "--prompt", "<image> what?")

@@ -71,7 +71,7 @@ def write(tmp_path, parts):
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path, parts):
+def test_the_page_is_well_formed_and_self_contained(tmp_path, parts):
     page = write(tmp_path, parts)
     parsed = Balance(page)
     assert "script" not in parsed.tags
@@ -81,7 +81,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path, parts):
     assert "prefers-color-scheme: dark" in page
 
 
-def test_text_is_escaped(tmp_path, parts):
+def test_text_in_the_page_is_escaped(tmp_path, parts):
     page = write(tmp_path, parts)
     for text in ("A &amp; B", "d2d &lt;x&gt;", "is 1 &lt; 2 &amp; 3?", "&lt;script&gt;no"):
         assert text in page
@@ -95,7 +95,7 @@ def test_answers_are_marked_by_symbol_and_colour(tmp_path, parts):
     assert answers == [("right", "✓"), ("wrong", "✗")]
 
 
-def test_a_stage_tells_its_pace_and_draws_the_rest():
+def test_a_stage_card_shows_throughput_and_curves_of_all_metrics():
     card = charts.stage_card("d2d", METRICS)
     assert "20 steps · 6 s · 1,100 tokens/s" in card
     assert re.findall(r"<b>(\w+)</b><span>([\d.]+)</span>", card) == [
@@ -111,7 +111,7 @@ def test_a_curve_spans_its_own_range():
 
 
 @pytest.mark.parametrize("points", [[(5, 1.0)], [(5, 1.0), (6, 1.0)]])
-def test_a_flat_curve_lies_in_the_middle(points):
+def test_a_flat_curve_is_in_the_middle(points):
     drawn = charts.curve("loss", points)
     assert 'd="M0.0 50.0' in drawn
     assert '<div class="ends up"><span>1</span><span></span></div>' in drawn
@@ -120,11 +120,11 @@ def test_a_flat_curve_lies_in_the_middle(points):
 @pytest.mark.parametrize(
     ("value", "text"), [(0.12345, "0.123"), (6.85e-7, "6.85e-7"), (1.5e10, "1.5e10"), (2.0, "2")]
 )
-def test_numbers_are_short(value, text):
+def test_numbers_have_three_significant_digits(value, text):
     assert charts.number(value) == text
 
 
-def test_loads_become_shares_beside_the_even_one():
+def test_expert_loads_are_shown_as_shares():
     card = charts.load_card({"layer": 2, "image": [3, 1], "text": [0.5, 0.5]})
     assert "Layer 2" in card
     assert re.findall(r"<span>(\d+%)</span>", card) == ["75%", "50%", "25%", "50%"]
@@ -132,7 +132,7 @@ def test_loads_become_shares_beside_the_even_one():
     assert card.count("--even:50.00%") == 2
 
 
-def test_a_load_beyond_twice_the_even_share_stretches_the_scale():
+def test_a_share_above_twice_the_even_one_stretches_the_scale():
     card = charts.load_card({"layer": 0, "image": [8, 1, 1, 0], "text": [1, 1, 1, 1]})
     assert re.findall(r"width:([\d.]+)%", card)[:2] == ["100.00", "31.25"]
     assert card.count("--even:31.25%") == 4
@@ -141,11 +141,14 @@ def test_a_load_beyond_twice_the_even_share_stretches_the_scale():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "stage 'd2d' has no 'loss' in its 0 rows"),
-        ([{"step": 1, "loss": float("nan")}], "curve 'loss' is nan at step 1"),
+        ([], "stage 'd2d': expected 'loss' in a row of metrics, got 0 rows"),
+        (
+            [{"step": 1, "loss": float("nan")}],
+            "curve 'loss': expected a finite number at step 1, got nan",
+        ),
     ],
 )
-def test_stages_that_cannot_be_drawn(rows, message):
+def test_a_stage_without_finite_losses_is_an_error(rows, message):
     with pytest.raises(ValueError, match=message):
         charts.stage_card("d2d", rows)
 
@@ -153,12 +156,12 @@ def test_stages_that_cannot_be_drawn(rows, message):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ([0, 0], r"layer 3: image loads \[0, 0\]"),
-        ([2, -1], r"layer 3: image loads \[2, -1\]"),
-        ([1, 1, 1], "3 experts for image tokens and of 2 for text"),
+        ([0, 0], r"layer 3: expected image loads >= 0 with a sum > 0, got \[0, 0\]"),
+        ([2, -1], r"layer 3: expected image loads >= 0 .*, got \[2, -1\]"),
+        ([1, 1, 1], "layer 3: expected as many text loads as image loads, 3, got 2"),
     ],
 )
-def test_loads_that_cannot_be_drawn(image, message):
+def test_invalid_expert_loads_are_an_error(image, message):
     with pytest.raises(ValueError, match=message):
         charts.load_card({"layer": 3, "image": image, "text": [1, 1]})
 

@@ -27,7 +27,7 @@ ROW = {
 }
 
 
-def test_format_table():
+def test_a_markdown_table_is_aligned_and_formatted_by_its_columns():
     small = ROW | {"model": "student", "parameters": 7, "activated": 7}
     assert format_table(COLUMNS, [ROW, small]).splitlines() == [
         "| Model   | Accuracy | Yes/no | Other | False yes | Parameters | Activated | Seconds |",
