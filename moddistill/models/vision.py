@@ -53,7 +53,7 @@ class VisionConfig:
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise UserError(
-                f"vision.activation is {self.activation!r}; accepted: {', '.join(ACTIVATIONS)}"
+                f"vision.activation is {self.activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
                 + nearest(self.activation, ACTIVATIONS)
             )
         if not -self.layers <= self.select_layer <= -1:
