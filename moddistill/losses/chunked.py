@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moddistill.distributed.sharding import BATCH_AXES, MESH_AXES, is_distributed
+from moddistill.models.vlm import Output
 from moddistill.models.vocabulary import IdRanges, masked_logits
 from moddistill.teachers.targets import NO_TARGETS, Targets
 
@@ -35,6 +36,11 @@ class LogitInputs(NamedTuple):
 
     hidden: Float[Array, "T D"]
     head: Float[Array, "V D"]
+
+
+def logit_inputs(output: Output) -> LogitInputs:
+    """Returns the logit inputs of all `B * T` positions of a model's output."""
+    return LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
 
 
 class _Positions(NamedTuple):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool
 from moddistill.config import DistillationConfig, RouterLossConfig
 from moddistill.errors import invalid
 from moddistill.losses import Denominators, Loss, Metrics
-from moddistill.losses.chunked import LogitInputs, TokenFn, chunked_token_loss
+from moddistill.losses.chunked import TokenFn, chunked_token_loss, logit_inputs
 from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
@@ -45,21 +45,20 @@ def token_loss(
     Raises:
       UserError: the weights of all terms are 0.
     """
-    coefficient = {"kd": config.kd_weight, "ce": config.ce_weight}
-    if not any(coefficient[name] for name in terms):
-        names = " or ".join(f"{name}_weight" for name in terms)
-        raise invalid(f"config.distillation.{names}", 0.0, "> 0")
-    terms = tuple(name for name in terms if coefficient[name])
+    coefficients = _coefficients(config, terms)
+    terms = tuple(coefficients)
     real_ids = student.config.decoder.real_ids
     if "kd" in terms:
         real_ids = common_ids(real_ids, teacher.real_ids)
     token_fn = _token_fn(teacher, terms, real_ids)
 
+    def flat_masks(batch: Batch) -> dict[str, Array]:
+        masks = loss_masks(batch, config, terms)
+        return {name: mask.reshape(-1).astype(jnp.float32) for name, mask in masks.items()}
+
     def denominators_of(batch: Batch) -> Denominators:
-        counts = {
-            name: jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
-            for name, mask in loss_masks(batch, config, terms).items()
-        }
+        masks = flat_masks(batch)
+        counts = {name: jnp.maximum(jnp.sum(mask), 1.0) for name, mask in masks.items()}
         return counts | {"tokens": num_tokens(batch)}
 
     def micro_batch(
@@ -71,20 +70,15 @@ def token_loss(
         _: Array,
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
-        targets = NO_TARGETS
-        if "kd" in terms:
-            targets = teacher.targets(teacher_params, batch, output)
-        masks = {
-            name: mask.reshape(-1).astype(jnp.float32)
-            for name, mask in loss_masks(batch, config, terms).items()
-        }
+        targets = teacher.targets(teacher_params, batch, output) if "kd" in terms else NO_TARGETS
+        masks = flat_masks(batch)
         # Divided by the number of positions in the global batch, not in this part of it.
         weights = {
-            name: mask * (coefficient[name] / denominators[name]) for name, mask in masks.items()
+            name: mask * (coefficients[name] / denominators[name]) for name, mask in masks.items()
         }
         loss, values = chunked_token_loss(
             token_fn,
-            LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head),
+            logit_inputs(output),
             next_token(batch.tokens, batch.loss_mask)[0].reshape(-1),
             weights,
             targets,
@@ -102,6 +96,16 @@ def token_loss(
         return loss, jax.lax.stop_gradient(metrics)
 
     return Loss(denominators_of, micro_batch)
+
+
+def _coefficients(config: DistillationConfig, terms: tuple[str, ...]) -> dict[str, float]:
+    """Returns the weights of terms whose weight is not 0; UserError if there is none."""
+    weights = {"kd": config.kd_weight, "ce": config.ce_weight}
+    nonzero = {name: weights[name] for name in terms if weights[name]}
+    if not nonzero:
+        names = " or ".join(f"{name}_weight" for name in terms)
+        raise invalid(f"config.distillation.{names}", 0.0, "> 0")
+    return nonzero
 
 
 def _token_fn(teacher: Teacher | None, terms: tuple[str, ...], real_ids: IdRanges) -> TokenFn:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConfig
 from moddistill.errors import not_one_of
 from moddistill.losses import Denominators, Loss, Metrics
-from moddistill.losses.chunked import LogitInputs, chunked_token_loss
+from moddistill.losses.chunked import LogitInputs, chunked_token_loss, logit_inputs
 from moddistill.losses.divergences import cross_entropy
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
@@ -117,7 +117,7 @@ def preference_loss(
         token_sum = functools.partial(
             chunked_token_loss, labels=labels.reshape(-1), chunk_size=chunk_size, real_ids=real_ids
         )
-        inputs = LogitInputs(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
+        inputs = logit_inputs(output)
         teacher_logits = functools.partial(teacher.logits, real_ids=real_ids)
         policy, reference = _log_likelihoods(token_sum, teacher_logits, inputs, targets, supervised)
 
