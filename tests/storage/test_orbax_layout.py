@@ -95,7 +95,7 @@ def pinned_metadata(path):
 
 @pytest.mark.parametrize("read", [read_tree, read_slices])
 @pytest.mark.parametrize("write", [write_tree, write_slices])
-def test_what_each_writer_wrote_each_reader_reads(write, read, tmp_path):
+def test_each_reader_reads_what_each_writer_wrote(write, read, tmp_path):
     write(tmp_path / "params", ARRAYS)
     found = read(tmp_path / "params")
     assert found.keys() == ARRAYS.keys()
