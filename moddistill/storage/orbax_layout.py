@@ -173,6 +173,7 @@ class Reader:
             return array[index] if isinstance(array, np.ndarray) else array[index].read().result()
 
     def dtype(self, path: str) -> np.dtype:
+        """Returns the stored dtype of an array."""
         return np.dtype(self.stored[path].dtype)
 
     def check(self, config: ModelConfig) -> None:
