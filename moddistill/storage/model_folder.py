@@ -177,14 +177,14 @@ def load_params(
     expected = flatten(unbox(abstract_params(config)))
     stored = abstract_arrays(path)
     check_same(stored, expected, str(path))
-    if isinstance(dtype, dict):
-        dtypes = flatten(dtype)
-    else:
-        dtypes = {name: dtype or stored[name].dtype for name in expected}
+    # Orbax reads each shard straight onto its device, in the dtype of the target.
     first_device = SingleDeviceSharding(jax.devices()[0])
     sharding = flatten(shardings) if shardings else dict.fromkeys(expected, first_device)
+    dtypes = flatten(dtype) if isinstance(dtype, dict) else dict.fromkeys(expected, dtype)
     target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=sharding[name])
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, dtypes[name] or stored[name].dtype, sharding=sharding[name]
+        )
         for name, leaf in expected.items()
         if not part or name.split("/")[0] == part
     }

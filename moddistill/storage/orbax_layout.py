@@ -35,7 +35,6 @@ from moddistill.storage.digests import verify
 _KNOWN_VERSION = "0.12.8"  # of orbax-checkpoint, whose layout this file describes
 _ITEM = "state"  # the folder in which Orbax stores a checkpoint that is one tree
 _LARGEST_BLOCK = 32 * 2**20  # bytes
-_SMALLEST_BLOCK = 2**20  # bytes
 _IN_FLIGHT = 128 * 2**20  # bytes of slices being written
 _CACHE = 128 * 2**20  # bytes of chunks that several slices share
 
@@ -58,7 +57,8 @@ def block_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     while math.prod(block) * itemsize > _LARGEST_BLOCK:
         axis = int(np.argmax(block))
         block[axis] = next(n for n in range(block[axis] - 1, 0, -1) if shape[axis] % n == 0)
-    too_small = math.prod(block) * itemsize < min(_SMALLEST_BLOCK, _LARGEST_BLOCK // 32)
+    # Blocks below 1 MiB would be thousands, each with its own entry in the key-value store.
+    too_small = math.prod(block) * itemsize < _LARGEST_BLOCK // 32
     return shape if too_small else tuple(block)
 
 
@@ -173,6 +173,7 @@ class Reader:
             return array[index] if isinstance(array, np.ndarray) else array[index].read().result()
 
     def dtype(self, path: str) -> np.dtype:
+        """Returns the stored dtype of an array."""
         return np.dtype(self.stored[path].dtype)
 
     def check(self, config: ModelConfig) -> None:

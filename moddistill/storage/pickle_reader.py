@@ -144,18 +144,21 @@ class _PickleMachine:
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
+        """Returns the items above the last mark, and removes both."""
         items = []
         while (item := self.pop()) is not _MARK:
             items.append(item)
         return items[::-1]
 
     def check_global(self, name: _Name) -> _Name:
+        """Returns a global by its name only, if a dictionary of tensors needs it."""
         if name not in _KNOWN:
             called = f"{name.module:.80}.{name.name:.80}"
             raise _unsupported(self.origin, f"a pickle that would run {called}")
         return name
 
     def storage(self, reference: Any) -> Storage:
+        """Returns the storage of a persistent id `("storage", class, key, device, size)`."""
         if isinstance(reference, tuple) and len(reference) >= 3:
             _, kind, key, *_ = reference
             if isinstance(kind, _Name) and kind.name in STORAGES and isinstance(key, str):
@@ -163,6 +166,7 @@ class _PickleMachine:
         raise _unsupported(self.origin, "a storage of unknown type")
 
     def call(self, function: Any, arguments: Any) -> Any:
+        """Returns the result of one of the three functions that `torch.save` refers to."""
         if function == _ORDERED and arguments == ():
             return {}
         if isinstance(arguments, tuple):
@@ -173,6 +177,7 @@ class _PickleMachine:
         raise _unsupported(self.origin, "a pickle that calls another function")
 
     def view(self, storage: Any, start: Any, shape: Any, stride: Any) -> View:
+        """Checks the arguments of `_rebuild_tensor_v2`."""
         for numbers in ((start,), shape, stride):
             if (
                 not isinstance(numbers, tuple)

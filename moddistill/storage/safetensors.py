@@ -38,6 +38,23 @@ def read_safetensors(file: Path) -> Checkpoint:
     Raises:
       UserError: naming the file and the byte offset of the fault.
     """
+    text = _read_header(file)
+    start = 8 + len(text)
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise UserError(f"expected an object, got {header!r:.80}")
+        header.pop("__metadata__", None)
+        check_count(len(header), str(file))
+        tensors = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: header at offset 8: {error}") from None
+    _check_gapless(file, tensors, start)
+    return tensors
+
+
+def _read_header(file: Path) -> bytes:
+    """Reads the JSON text of the header, whose length is in the first 8 bytes."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -50,18 +67,12 @@ def read_safetensors(file: Path) -> Checkpoint:
             raise UserError(
                 f"{file}: expected a header of at most {LARGEST_HEADER:,} bytes, got {length:,}"
             )
-        text = stream.read(length)
-    try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise UserError(f"expected an object, got {header!r:.80}")
-        header.pop("__metadata__", None)
-        check_count(len(header), str(file))
-        tensors = {name: _tensor(file, 8 + length, name, x) for name, x in header.items()}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: header at offset 8: {error}") from None
-    # Sorted by offset, each tensor has to begin where the one before ends.
-    end = 8 + length
+        return stream.read(length)
+
+
+def _check_gapless(file: Path, tensors: Checkpoint, start: int) -> None:
+    """Checks that tensors follow one another from byte `start` to the end of the file."""
+    size, end = file.stat().st_size, start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
             raise UserError(f"{file}: {name:.80}: expected offset {end}, got {tensor.offset}")
@@ -70,7 +81,6 @@ def read_safetensors(file: Path) -> Checkpoint:
             raise UserError(f"{file} is truncated: expected {end} bytes for {name:.80}, got {size}")
     if end != size:
         raise UserError(f"{file}: expected the end of the file at offset {end}, got {size}")
-    return tensors
 
 
 def _tensor(file: Path, start: int, name: str, entry: Any) -> Tensor:

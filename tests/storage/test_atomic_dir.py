@@ -28,7 +28,7 @@ def test_two_writers_do_not_share_a_folder(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_the_last_of_two_that_overwrite_stays(tmp_path):
+def test_last_of_two_overwriting_writers_wins(tmp_path):
     out = tmp_path / "out"
     with write_folder(out, "import", overwrite=True) as slow:
         (slow / "file").write_text("slow")
@@ -38,7 +38,7 @@ def test_the_last_of_two_that_overwrite_stays(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_half_an_exchange_is_undone(tmp_path):
+def test_interrupted_replacement_is_undone(tmp_path):
     """The state a process leaves that is killed between its two renames."""
     out, new, old = (
         tmp_path / name for name in ("out", ".out.0123abcd.partial", ".out.0123abcd.old")
@@ -57,7 +57,7 @@ def test_half_an_exchange_is_undone(tmp_path):
 
 
 @pytest.mark.parametrize("neighbour", [".out.old", ".out.0123abcd.old", ".out.partial"])
-def test_hidden_neighbours_are_left_alone(tmp_path, neighbour):
+def test_hidden_neighbours_are_not_touched(tmp_path, neighbour):
     """Only what a killed command left in pairs is touched."""
     (tmp_path / neighbour).mkdir()
     for text in ("first", "second"):
@@ -65,7 +65,7 @@ def test_hidden_neighbours_are_left_alone(tmp_path, neighbour):
     assert names(tmp_path) == [neighbour, "out"]
 
 
-def test_link_is_followed(tmp_path):
+def test_symbolic_link_is_followed(tmp_path):
     place = tmp_path / "disk" / "models"
     write(place, "before")
     (tmp_path / "link").symlink_to(place)
@@ -75,7 +75,7 @@ def test_link_is_followed(tmp_path):
     assert names(place.parent) == ["models"]
 
 
-def test_what_is_read_is_not_replaced(tmp_path):
+def test_inputs_are_not_replaced(tmp_path):
     out = tmp_path / "out"
     write(out, "read")
     for source in (out, out / "file"):
@@ -151,22 +151,22 @@ def file(folder):
     ],
 )
 @pytest.mark.parametrize("linked", [False, True])
-def test_overwrite_keeps_what_the_command_did_not_write(tmp_path, make, linked):
+def test_overwrite_refuses_folders_that_the_command_did_not_write(tmp_path, make, linked):
     message = make(tmp_path / "out")
-    given = tmp_path / "out"
+    target = tmp_path / "out"
     if linked:
-        given = tmp_path / "link"
-        given.symlink_to(tmp_path / "out")
+        target = tmp_path / "link"
+        target.symlink_to(tmp_path / "out")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(
         ValueError, match=f"/out'?: expected a new folder, or --overwrite.*, got .*{message}"
     ):
-        write(given, "exported")
+        write(target, "exported")
     assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
 
 @pytest.mark.parametrize("folder", [".", ".."])
-def test_overwrite_of_the_working_directory_or_above_it(tmp_path, folder):
+def test_overwrite_of_the_working_directory_or_a_parent_is_refused(tmp_path, folder):
     """Even if the command wrote it, since the shell would be left in a folder that is gone."""
     with write_folder(tmp_path / "out", "import", overwrite=False) as tmp_dir:
         (tmp_dir / "below").mkdir()
@@ -178,7 +178,7 @@ def test_overwrite_of_the_working_directory_or_above_it(tmp_path, folder):
     assert names(tmp_path / "out") == ["below", NAME, "file"]
 
 
-def test_overwrite_of_the_home_directory_or_above_it(tmp_path, monkeypatch):
+def test_overwrite_of_the_home_directory_or_a_parent_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "home", "before")
     for home in (tmp_path / "home", tmp_path / "home" / "me"):
         monkeypatch.setenv("HOME", str(home))
@@ -189,13 +189,13 @@ def test_overwrite_of_the_home_directory_or_above_it(tmp_path, monkeypatch):
     assert (tmp_path / "home" / "file").read_text() == "before"
 
 
-def test_root_directory():
+def test_overwrite_of_the_root_directory_is_refused():
     """Only the check is called: nothing is written if it fails."""
     with pytest.raises(ValueError, match=r"'/': expected a new .* that contains the working dir"):
         _check_free(Path("/"), "import", overwrite=True)
 
 
-def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
+def test_folder_that_changes_during_a_write_is_not_replaced(tmp_path):
     write(tmp_path / "out", "before")
     with pytest.raises(ValueError, match=r"note\.txt is not in digests\.json"):  # noqa: SIM117
         with write_folder(tmp_path / "out", "import", overwrite=True):
@@ -204,7 +204,7 @@ def test_folder_that_gets_a_note_while_it_is_replaced(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_folder_of_a_stage_is_replaced_by_a_stage_alone(tmp_path):
+def test_shared_folder_of_a_stage_is_replaced_only_by_a_stage(tmp_path):
     (tmp_path / ".model.0123abcd.partial").mkdir()  # of a run that was killed
     for text in ("first", "second"):
         with write_shared_folder(tmp_path / "model", "train") as tmp_dir:

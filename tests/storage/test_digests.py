@@ -78,24 +78,24 @@ def check_each_flip_is_named(folder, load, trials):
     load()
 
 
-def test_bit_flipped_anywhere_in_a_model_folder(model):
+def test_flipped_bit_in_a_model_folder_is_found(model):
     check_each_flip_is_named(model, lambda: moddistill.load(model), trials=300)
 
 
-def test_bit_flipped_anywhere_in_a_checkpoint(run):
+def test_flipped_bit_in_a_checkpoint_is_found(run):
     folder, resume = run
     check_each_flip_is_named(folder / "2", resume, trials=300)
 
 
-def test_bit_flipped_in_the_digests_themselves(folder):
+def test_flipped_bit_in_the_digests_is_found(folder):
     """One in every byte."""
-    whole = (folder / NAME).read_bytes()
-    for byte in range(len(whole)):
+    content = (folder / NAME).read_bytes()
+    for byte in range(len(content)):
         number = 8 * byte + byte % 8
         flip(folder / NAME, number)
         with pytest.raises(ValueError, match=r"got one whose digests\.json has another sha256"):
             verify(folder)
-        (folder / NAME).write_bytes(whole)
+        (folder / NAME).write_bytes(content)
     verify(folder)
 
 
@@ -117,7 +117,7 @@ def test_tokenizer_of_a_model_folder_is_checked(model):
         load_tokenizer(str(model))
 
 
-def test_files_that_are_missing_added_or_cut(folder):
+def test_missing_added_and_truncated_files_are_found(folder):
     (folder / "a").unlink()
     (folder / "below" / "b").write_bytes(bytes(999))
     (folder / "c").touch()
@@ -145,7 +145,7 @@ def test_only_the_files_that_are_read_are_compared(folder):
         verify(folder, ["c"])
 
 
-def test_folder_without_digests(model):
+def test_folder_without_digests_is_refused(model):
     (model / NAME).unlink()
     with pytest.raises(
         ValueError, match=r"/model: expected an undamaged folder, got one without digests\.json"
@@ -156,13 +156,13 @@ def test_folder_without_digests(model):
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"written_by": "import", "files": 3}', "[" * 9999]
 )
-def test_digests_of_another_kind(folder, content):
+def test_malformed_digests_are_refused(folder, content):
     (folder / NAME).write_text(content)
     with pytest.raises(ValueError, match=r"digests\.json has another sha256"):
         read_digests(folder)
 
 
-def test_device_in_place_of_a_file(folder):
+def test_link_to_a_device_is_not_read(folder):
     """Reading it would not end."""
     (folder / "a").unlink()
     (folder / "a").symlink_to("/dev/zero")
@@ -201,7 +201,7 @@ def test_nothing_is_written_below_a_folder_with_digests(folder):
             digests.check_outside(inside, "--out")
 
 
-def test_fingerprint_is_of_the_content(folder, tmp_path):
+def test_fingerprint_depends_only_on_the_content(folder, tmp_path):
     before = digests.fingerprint(folder)
     assert digests.fingerprint(shutil.copytree(folder, tmp_path / "copy")) == before
     (folder / "a").write_text("second")

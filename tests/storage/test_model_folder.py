@@ -40,13 +40,13 @@ def test_round_trip_keeps_bits_and_dtypes(folder, sparse):
     assert jax.tree.map(lambda x: x.dtype, loaded) == jax.tree.map(lambda x: x.dtype, params)
 
 
-def test_load_gives_a_model_in_float32(folder, sparse):
+def test_load_returns_parameters_in_float32(folder, sparse):
     model, params = moddistill.load(folder)
     assert model == Vlm(sparse[0])
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_folder_holds_what_the_model_needs_elsewhere(folder, tokenizer):
+def test_folder_has_layer_plan_source_tokenizer_and_image_settings(folder, tokenizer):
     description = json.loads((folder / "model.json").read_text())
     assert description["layer_plan"] == [
         {"pattern": [True], "repeats": 1},
@@ -59,7 +59,7 @@ def test_folder_holds_what_the_model_needs_elsewhere(folder, tokenizer):
     assert settings["size"] == {"shortest_edge": 28}
 
 
-def test_image_settings_are_those_of_the_tower(sparse, tokenizer, tmp_path):
+def test_image_settings_are_those_of_the_vision_encoder(sparse, tokenizer, tmp_path):
     config, params = sparse
     tower = dataclasses.replace(config.vision, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     config = dataclasses.replace(config, vision=tower)
@@ -70,7 +70,7 @@ def test_image_settings_are_those_of_the_tower(sparse, tokenizer, tmp_path):
     assert read_model_config(tmp_path / "model") == config
 
 
-def test_one_part_alone(folder, sparse):
+def test_one_component_can_be_loaded(folder, sparse):
     loaded = load_params(folder, sparse[0], part="projector")
     assert list(loaded) == ["projector"]
     jax.tree.map(np.testing.assert_array_equal, loaded["projector"], sparse[1]["projector"])
@@ -89,12 +89,12 @@ def test_interrupted_write_leaves_no_folder(sparse, tokenizer, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_not_a_model_folder(tmp_path):
+def test_other_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is not a model folder: it has no model\.json; expect"):
         moddistill.load(tmp_path)
 
 
-def test_folder_of_another_version(folder, tmp_path):
+def test_folder_of_another_version_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "model.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
@@ -102,7 +102,7 @@ def test_folder_of_another_version(folder, tmp_path):
         moddistill.load(tmp_path / "model")
 
 
-def test_all_parameters_that_do_not_fit_are_named_at_once(sparse, tokenizer, tmp_path):
+def test_all_mismatched_parameters_are_named_at_once(sparse, tokenizer, tmp_path):
     config, params = sparse
     flat = flatten(params)
     del flat["decoder/norm/scale"]
@@ -118,12 +118,12 @@ def test_all_parameters_that_do_not_fit_are_named_at_once(sparse, tokenizer, tmp
     ]
 
 
-def test_parameter_counts(tiny_architecture):
+def test_parameter_counts_are_those_worked_by_hand(tiny_architecture):
     """Width 16, feed-forward 32, 4 layers with 4 heads and 2 for keys and values, 320 rows."""
     norm, expert = 16, 3 * 16 * 32
     attention = 2 * 16 * 16 + 2 * 16 * 8 + 16 + 2 * 8
     decoder = 320 * 16 + 4 * (attention + expert + 2 * norm) + norm
-    # 2 x 2 patches of 14 x 14 x 3 and a layer; the norm behind it is never computed.
+    # 2 x 2 patches of 14 x 14 x 3 and a layer; the final norm is never computed.
     block = 4 * (16 * 16 + 16) + 16 * 32 + 32 + 32 * 16 + 16 + 4 * 16
     vision = 14 * 14 * 3 * 16 + 16 + 5 * 16 + 2 * 16 + block
     projector = 2 * (16 * 16 + 16)
@@ -132,8 +132,8 @@ def test_parameter_counts(tiny_architecture):
     # Two more layers above the selected one.
     config = tiny_architecture()
     tower = dataclasses.replace(config.vision, layers=3, select_layer=-3)
-    whole = dense + 2 * block + 2 * 16
-    assert parameter_counts(dataclasses.replace(config, vision=tower)) == (whole, dense)
+    total = dense + 2 * block + 2 * 16
+    assert parameter_counts(dataclasses.replace(config, vision=tower)) == (total, dense)
     # Layers 0 and 2 have four experts and a router of 16 x 4; a token uses two experts.
     sparse = dense + 2 * (3 * expert + 16 * 4)
     assert parameter_counts(tiny_architecture("tiny", ExpertConfig())) == (

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
 
 from moddistill.params import flatten, unflatten
 from moddistill.storage import orbax_layout
@@ -95,7 +96,7 @@ def pinned_metadata(path):
 
 @pytest.mark.parametrize("read", [read_tree, read_slices])
 @pytest.mark.parametrize("write", [write_tree, write_slices])
-def test_what_each_writer_wrote_each_reader_reads(write, read, tmp_path):
+def test_each_reader_reads_what_each_writer_wrote(write, read, tmp_path):
     write(tmp_path / "params", ARRAYS)
     found = read(tmp_path / "params")
     assert found.keys() == ARRAYS.keys()
@@ -179,6 +180,18 @@ def test_orbax_of_another_layout_is_refused(tmp_path, monkeypatch):
     message = rf"orbax-checkpoint {version}: expected the layout of 0\.12\.8, .*, got .*sharding_in"
     with pytest.raises(ValueError, match=message):
         write_slices(tmp_path / "params", ARRAYS)
+
+
+def test_parameters_of_another_layout_are_refused_by_the_reader(tmp_path):
+    """A checkpoint that Orbax reads, but without the key-value store."""
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    with context:
+        ocp.save(tmp_path / "params", {"head": jnp.zeros((2, 3))})
+    write_digests(tmp_path, "train")
+    reader = Reader(tmp_path / "params")
+    with pytest.raises(ValueError, match=r"/params: head: expected arrays as a stage .*, got "):
+        reader.read("head")
 
 
 def test_array_in_chunks_as_long_as_itself_is_read_once(tmp_path):

@@ -52,7 +52,7 @@ def change(model):
         ("replaced", "abc", "a list of texts"),
     ],
 )
-def test_record_of_another_kind_is_refused(field, value, expected, change):
+def test_import_record_of_another_type_is_refused(field, value, expected, change):
     folder = change(lambda fields: fields["source"].update(imported={field: value}))
     with pytest.raises(ValueError) as error:
         read_source(folder)
@@ -61,7 +61,7 @@ def test_record_of_another_kind_is_refused(field, value, expected, change):
     )
 
 
-def test_record_of_an_import_is_read(change):
+def test_import_record_is_read(change):
     imported = {
         "from": ["hf"],
         "new": ["projector/linear_0/kernel"],
@@ -81,7 +81,7 @@ def test_record_of_an_import_is_read(change):
         ("activation", "gel", "vision.activation is 'gel'; accepted: "),
     ],
 )
-def test_setting_that_no_tower_has_is_named_with_its_file(field, value, message, change):
+def test_vision_setting_out_of_range_is_named_with_its_file(field, value, message, change):
     folder = change(lambda fields: fields["architecture"]["vision"].update({field: value}))
     with pytest.raises(ValueError) as error:
         read_model_config(folder)
