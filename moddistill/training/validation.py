@@ -13,34 +13,43 @@ from moddistill.training.stages import STAGES, stage_of
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Raises UserError for an unknown stage, numbers without a meaning, or settings not used."""
+    """Raises UserError for settings out of range, that contradict each other, or are never read."""
     check_values(config)
-    stage = stage_of(config)
-    for name, default in (("moe", ExpertConfig()), ("upcycle", UpcycleConfig())):
-        value = getattr(config, name)
-        if not stage.sparse and value != default:
-            expected = f"its defaults, since stage {config.stage!r} makes no experts"
-            raise invalid(f"config.{name}", value, expected)
-    heldout, steps = config.data.heldout.path, config.heldout_steps
-    if steps and not heldout:
-        expected = f"a file, since heldout_steps is {steps}"
-        raise invalid("config.data.heldout.path", heldout, expected)
-    if heldout and not steps:
-        expected = f">= 1, since data.heldout.path is {heldout!r}"
-        raise invalid("config.heldout_steps", steps, expected)
+    _check_stage(config)
+    _check_heldout(config)
     _check_read(config)
     _check_losses(config)
     profiled = config.profile_steps
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
         expected = f"() or (first, last) with 1 <= first <= last <= {config.steps}"
         raise invalid("config.profile_steps", profiled, expected)
+    if config.batch_size % config.accumulate:
+        expected = f"a multiple of accumulate ({config.accumulate})"
+        raise invalid("config.batch_size", config.batch_size, expected)
+
+
+def _check_stage(config: TrainConfig) -> None:
+    """Raises UserError for settings of experts or of a teacher that the stage does not have."""
+    stage = stage_of(config)
+    for name, default in (("moe", ExpertConfig()), ("upcycle", UpcycleConfig())):
+        value = getattr(config, name)
+        if not stage.sparse and value != default:
+            expected = f"its defaults, since stage {config.stage!r} makes no experts"
+            raise invalid(f"config.{name}", value, expected)
     for name, default in (("teacher_weights", "dtype"), ("teacher_memory", "device")):
         value = getattr(config, name)
         if not config.teacher and value != default:
             raise invalid(f"config.{name}", value, f"{default!r}, since config.teacher is empty")
-    if config.batch_size % config.accumulate:
-        expected = f"a multiple of accumulate ({config.accumulate})"
-        raise invalid("config.batch_size", config.batch_size, expected)
+
+
+def _check_heldout(config: TrainConfig) -> None:
+    """Raises UserError for held-out records without steps, or steps without records."""
+    path, steps = config.data.heldout.path, config.heldout_steps
+    if steps and not path:
+        raise invalid("config.data.heldout.path", path, f"a file, since heldout_steps is {steps}")
+    if path and not steps:
+        expected = f">= 1, since data.heldout.path is {path!r}"
+        raise invalid("config.heldout_steps", steps, expected)
 
 
 def _check_read(config: TrainConfig) -> None:

@@ -13,8 +13,7 @@ from moddistill.storage.digests import check_outside
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
-    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory",
-    "logits_chunk_size",
+    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory", "logits_chunk_size",
     "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
     "log_every", "save_every", "profile_steps",
 )  # fmt: skip
