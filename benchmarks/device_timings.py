@@ -212,7 +212,7 @@ def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     with on(device):
         x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
         flags = (jnp.ones((1, tokens), bool), jnp.zeros((1, tokens), bool))
-        sparse = MoE(config, mlp, ComputeConfig(dtype=jnp.bfloat16))
+        sparse = MoE(config=config, width=mlp, compute=ComputeConfig(dtype=jnp.bfloat16))
         dense = SwiGLU(config.top_k * mlp, jnp.bfloat16)
         seconds = {}
         for name, layer, rest in (("experts", sparse, flags), ("dense", dense, ())):

@@ -40,8 +40,14 @@ class Attention(nn.Module, kw_only=True):
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         def project(name: str, heads: int, axis: str) -> Linear:
-            features, axes = (heads, self.head_dim), (axis, "head_dim")
-            return Linear(features, ("embed",), axes, self.qkv_bias, self.dtype, name=name)
+            return Linear(
+                features=(heads, self.head_dim),
+                inputs=("embed",),
+                outputs=(axis, "head_dim"),
+                use_bias=self.qkv_bias,
+                dtype=self.dtype,
+                name=name,
+            )
 
         query = project("query", self.heads, "heads")(hidden)
         key = project("key", self.kv_heads, "kv_heads")(hidden)
@@ -58,11 +64,11 @@ class Attention(nn.Module, kw_only=True):
             cache = {"key": key, "value": value}
         mixed = attend(query, key, value, structure)
         out = Linear(
-            hidden.shape[-1:],
-            ("heads", "head_dim"),
-            ("embed",),
-            self.out_bias,
-            self.dtype,
+            features=hidden.shape[-1:],
+            inputs=("heads", "head_dim"),
+            outputs=("embed",),
+            use_bias=self.out_bias,
+            dtype=self.dtype,
             name="out",
         )
         return out(mixed), cache

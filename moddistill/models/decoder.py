@@ -1,8 +1,8 @@
 """The Qwen1.5 / Qwen2 / Qwen3 decoder, dense or with expert layers.
 
-Pre-norm blocks with RMSNorm, rotary grouped-query attention and SwiGLU, scanned over the segments
-of the layer plan. Qwen3 has norms of query and key in place of their biases. Image positions take
-their embedding from outside.
+Pre-norm layers with RMSNorm, rotary grouped-query attention and SwiGLU, scanned over the segments
+of the layer plan. Qwen3 normalises query and key heads in place of their biases. At image positions
+projected vision features replace the embeddings.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from moddistill.models.layer_plan import Plan, make_plan, moe_layers
 from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
 from moddistill.models.moe.layer import MoE
 from moddistill.models.moe.router import RouterStats
-from moddistill.models.quantization import unpack
+from moddistill.models.quantization import dequantize
 from moddistill.models.vocabulary import IdRanges
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder. `vocab_size` counts embedding rows; `real_ids` are those of tokens."""
+    """Architecture of the decoder; `vocab_size` counts embedding rows, `real_ids` are tokens."""
 
     vocab_size: int
     real_ids: IdRanges
@@ -59,7 +59,12 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class Context:
-    """What every layer sees unchanged."""
+    """Inputs that are the same for every layer.
+
+    Attributes:
+      valid: false at padding, which experts neither compute nor count.
+      is_image: true at image positions, for the experts' statistics.
+    """
 
     positions: Int[Array, "B T"]
     structure: Structure
@@ -67,8 +72,8 @@ class Context:
     is_image: Bool[Array, "B T"]
 
 
-class Block(nn.Module):
-    """Attention, then a feed-forward layer or experts, each behind a norm and added."""
+class DecoderLayer(nn.Module, kw_only=True):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, where the MLP may be experts."""
 
     config: DecoderConfig
     has_experts: bool
@@ -94,15 +99,15 @@ class Block(nn.Module):
         hidden = hidden + mixed
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(hidden)
         if self.has_experts:
-            experts = MoE(config.moe, config.mlp, self.compute, name="moe")
+            experts = MoE(config=config.moe, width=config.mlp, compute=self.compute, name="moe")
             mixed, stats = experts(normed, context.valid, context.is_image)
         else:
             mixed, stats = SwiGLU(config.mlp, self.compute.dtype, name="mlp")(normed), None
         return hidden + mixed, stats, cache
 
 
-class Period(nn.Module):
-    """One period of a segment, the body of its scan."""
+class LayerGroup(nn.Module):
+    """The layers of one repeat of a segment: the body of its scan."""
 
     config: DecoderConfig
     pattern: tuple[bool, ...]
@@ -114,15 +119,17 @@ class Period(nn.Module):
         all_stats = []
         new_caches = []
         for j, has_experts in enumerate(self.pattern):
-            block = Block(self.config, has_experts, self.compute, name=f"block_{j}")
-            hidden, stats, cache = block(hidden, context, caches[j] if caches else None)
+            layer = DecoderLayer(
+                config=self.config, has_experts=has_experts, compute=self.compute, name=f"block_{j}"
+            )
+            hidden, stats, cache = layer(hidden, context, caches[j] if caches else None)
             all_stats += [stats] if has_experts else []
             new_caches.append(cache)
         return hidden, (all_stats, new_caches if caches else None)
 
 
 class Decoder(nn.Module):
-    """Tokens and image features in, final hidden states and the head's matrix out."""
+    """From tokens and projected image features to final hidden states and the head's matrix."""
 
     config: DecoderConfig
     compute: ComputeConfig
@@ -147,7 +154,7 @@ class Decoder(nn.Module):
         new_cache = []
         for i, segment in enumerate(config.plan):
             scan = nn.scan(
-                self._period(),
+                self._layer_group(),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
@@ -169,17 +176,17 @@ class Decoder(nn.Module):
         router = jax.tree.map(lambda *x: jnp.concatenate(x), *stats) if stats else None
         return hidden, head.astype(self.compute.dtype), router, new_cache if cache else None
 
-    def _period(self) -> Any:
-        """The body of a scan, which unpacks its parameters if they are packed."""
-        period = Period
+    def _layer_group(self) -> Any:
+        """The body of a scan; it dequantizes its own parameters, so that one layer's are in use."""
+        group = LayerGroup
         if self.compute.quantized_layers:
-            ready = functools.partial(unpack, dtype=self.compute.dtype)
-            period = nn.map_variables(period, "params", trans_in_fn=ready)
-        return rematerialised(period, self.compute.remat)
+            ready = functools.partial(dequantize, dtype=self.compute.dtype)
+            group = nn.map_variables(group, "params", trans_in_fn=ready)
+        return rematerialised(group, self.compute.remat)
 
 
 def _layer_major(stats: list[RouterStats]) -> RouterStats:
-    """Statistics [R, ...] of each expert block of a period as one [layers, ...] in layer order."""
+    """Interleaves statistics [R, ...] of a group's expert layers to layer order [layers, ...]."""
 
     def interleave(*leaves):
         return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])

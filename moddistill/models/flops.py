@@ -1,7 +1,7 @@
-"""Floating-point operations that a step needs, counted from the architecture.
+"""FLOPs of a step, counted from the architecture.
 
-Those of matrix products alone, a multiplication and an addition each; recomputation and padding do
-not count. Compilers count a loop's body once, so their figure is no use.
+Only matmuls count, with two FLOPs per multiply-add; recomputation and padding do not count. XLA's
+cost analysis counts the body of a loop once, so it cannot be used for scanned layers.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from moddistill.params import flatten, in_group, is_computed
 
 
 class StepFlops(NamedTuple):
-    """Operations of one step whose rows are all full.
+    """FLOPs of one step whose rows have no padding.
 
     Attributes:
       student: forward and backward.
       teacher: forward; 0 without one.
-      positions: that these operations serve.
+      positions: tokens of the step, images included.
     """
 
     student: float
@@ -28,7 +28,7 @@ class StepFlops(NamedTuple):
 
 
 class StepSize(NamedTuple):
-    """What one step reads: rows, their length, pictures, and positions that meet the vocabulary."""
+    """Rows of a step, tokens of a row, images, and supervised positions, where logits exist."""
 
     rows: int
     length: int
@@ -52,39 +52,39 @@ def step_flops(
     teacher_flops = 0.0
     if teacher is not None:
         teacher_flops = forward_flops(teacher, size)
-        teacher_flops -= size.images * tower_flops(teacher.vision) if shared_tower else 0.0
+        teacher_flops -= size.images * vision_flops(teacher.vision) if shared_tower else 0.0
     return StepFlops(training_flops(student, size, trained), teacher_flops, size.rows * size.length)
 
 
 def forward_flops(config: ModelConfig, size: StepSize) -> float:
-    """Of one pass through tower, projector, decoder and, at supervised positions, the head."""
+    """FLOPs of one forward pass; the head is counted at supervised positions only."""
     seen = size.rows * size.length
     total = seen * decoder_flops(config.decoder, size.length)
     total += size.supervised * 2.0 * config.decoder.width * config.decoder.vocab_size
     if config.vision is not None:
         patches = config.vision.patches
-        total += size.images * (tower_flops(config.vision) + patches * _projector_flops(config))
+        total += size.images * (vision_flops(config.vision) + patches * _projector_flops(config))
     return total
 
 
 def training_flops(config: ModelConfig, size: StepSize, trained: set[str]) -> float:
-    """Of a student's forward and backward pass, in which only `trained` paths get a gradient.
+    """FLOPs of a student's forward and backward pass with gradients of the `trained` paths.
 
-    The gradient of activations costs as much as the forward pass wherever something below trains,
-    that of weights as much again where they train. Attention multiplies activations with each
-    other, whose gradients are two. A frozen tower is below everything.
+    Forward F; gradients of activations F, wherever an earlier layer trains; gradients of weights F
+    for weights that train. Both operands of attention's matmuls are activations, so their backward
+    pass takes 2 F. The vision encoder comes first: if it is frozen, it has no backward pass.
     """
     share = _trained_share(config, trained)
-    tower_trains = any(path.startswith("vision/") for path in trained)
-    tower = size.images * tower_flops(config.vision) if config.vision else 0.0
+    vision_trains = any(path.startswith("vision/") for path in trained)
+    vision = size.images * vision_flops(config.vision) if config.vision else 0.0
     decoder = config.decoder
     scores = size.rows * size.length * decoder.layers * _score_flops(decoder, size.length)
-    rest = forward_flops(config, size) - tower - scores
-    return tower * (3.0 if tower_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
+    rest = forward_flops(config, size) - vision - scores
+    return vision * (3.0 if vision_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
 
 
 def decoder_flops(decoder: DecoderConfig, length: int) -> float:
-    """Of all layers, for one token of a sequence of that length."""
+    """FLOPs of all layers for one token of a sequence of `length`."""
     heads = decoder.heads * decoder.head_dim
     projections = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim)
     attention = 2.0 * projections + _score_flops(decoder, length)
@@ -100,12 +100,12 @@ def decoder_flops(decoder: DecoderConfig, length: int) -> float:
 
 
 def _score_flops(decoder: DecoderConfig, length: int) -> float:
-    """Of one layer's queries with keys and weights with values, for one token."""
+    """FLOPs of one layer's scores and weighted values, for one token."""
     return 4.0 * length * decoder.heads * decoder.head_dim
 
 
-def tower_flops(vision: VisionConfig) -> float:
-    """Of the layers up to the selected one, for one picture."""
+def vision_flops(vision: VisionConfig) -> float:
+    """FLOPs of the vision encoder up to the selected layer, for one image."""
     length = vision.patches + vision.class_token
     layer = 8.0 * vision.width**2 + 4.0 * vision.width * vision.mlp + 4.0 * length * vision.width
     patch = 2.0 * 3 * vision.patch_size**2 * vision.width
@@ -113,7 +113,7 @@ def tower_flops(vision: VisionConfig) -> float:
 
 
 def _projector_flops(config: ModelConfig) -> float:
-    """For one patch."""
+    """FLOPs of one patch."""
     kernels = [
         leaf.size
         for path, leaf in flatten(unbox(abstract_params(config))).items()
@@ -123,7 +123,7 @@ def _projector_flops(config: ModelConfig) -> float:
 
 
 def _trained_share(config: ModelConfig, trained: set[str]) -> float:
-    """Of the weights that a token meets outside the tower, those that train."""
+    """Share of trained weights among those a token uses outside the vision encoder."""
     moe = config.decoder.moe
     active = {}
     for path, leaf in flatten(unbox(abstract_params(config))).items():
@@ -134,9 +134,9 @@ def _trained_share(config: ModelConfig, trained: set[str]) -> float:
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """Parameters stored, and those that one token uses.
+    """Numbers of parameters stored and used by one token.
 
-    Of the experts these are the `top_k` chosen ones, of the tower those up to the selected layer.
+    Used are `top_k` experts of each layer, and the vision encoder up to the selected layer.
     """
     flat = flatten(unbox(abstract_params(config)))
     total = sum(leaf.size for leaf in flat.values())

@@ -1,9 +1,12 @@
-"""How a stack of dense and expert layers is cut into scanned segments.
+"""The split of a stack of dense and expert layers into scanned segments.
 
 A plan is a tuple of segments; a segment is a pattern of layer kinds (True for an expert layer) and
-how often it repeats. Every layer of a segment's period has its own stacked parameters with the
-repeats in front, so no layer carries parameters of a kind it is not. This file owns all stacking
-and unstacking.
+its number of repeats. Each layer of the pattern has its own stacked parameters, with the repeats as
+first axis, so no layer carries parameters of the other kind. This module owns stacking and
+unstacking.
+
+    6 layers, experts in 0, 2 and 4: kinds 101010, one segment of pattern (True, False), 3 repeats
+    6 layers, experts in 3, 4 and 5: kinds 000111, two segments of (False,) and (True,), 3 repeats
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moddistill.errors import UserError, nearest
+from moddistill.errors import UserError, did_you_mean, invalid
 
 Placement = str | Sequence[int]
 _LONGEST_PERIOD = 4
@@ -21,6 +24,8 @@ _LONGEST_PERIOD = 4
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
+    """A pattern of layer kinds (True for an expert layer) and its number of repeats."""
+
     pattern: tuple[bool, ...]
     repeats: int
 
@@ -32,27 +37,25 @@ def moe_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
     """Indices of the expert layers: every second one from 0, all, a half, or those listed.
 
     Raises:
-      UserError: for an unknown placement, or indices that repeat or lie outside the stack.
+      UserError: an unknown placement, or indices that repeat or are outside the stack.
     """
     half = num_layers // 2
     named = {
         "sparse": range(0, num_layers, 2),
-        "dense": range(num_layers),
+        "every_layer": range(num_layers),
+        "dense": range(num_layers),  # alias, as the reference spells it
         "first_half": range(half),
         "second_half": range(half, num_layers),
     }
     if isinstance(placement, str) and placement not in named:
-        raise UserError(
-            f"moe.placement is {placement!r:.200}; accepted: {', '.join(named)}, or indices"
-            + nearest(placement, named)
-        )
+        expected = f"one of {', '.join(map(repr, named))} or layer indices"
+        error = invalid("moe.placement", placement, expected)
+        raise UserError(f"{error}{did_you_mean(placement, named)}")
     indices = tuple(named[placement] if isinstance(placement, str) else sorted(placement))
     inside = indices and indices[0] >= 0 and indices[-1] < num_layers
     if not inside or len(set(indices)) < len(indices):
-        raise UserError(
-            f"moe.placement is {placement!r:.200}, which is layers {indices!r:.200}; accepted: at "
-            f"least one, different ones, from 0 to {num_layers - 1}"
-        )
+        expected = f"one or more distinct layers from 0 to {num_layers - 1}"
+        raise invalid("moe.placement", placement, expected)
     return indices
 
 
@@ -81,7 +84,7 @@ def _longest_segment(kinds: tuple[bool, ...]) -> tuple[tuple[bool, ...], int]:
 
 
 def layer_index(plan: Plan, segment: int, block: int) -> tuple[int, int]:
-    """The layer number of a segment's block in its first repeat, and the step between repeats."""
+    """The layer index of a segment's block in its first repeat, and the step between repeats."""
     before = sum(len(part.pattern) * part.repeats for part in plan[:segment])
     return before + block, len(plan[segment].pattern)
 

@@ -12,24 +12,24 @@ from jaxtyping import Array, Float, Int
 
 DType = Any
 
-PRODUCT = "product"  # results that `rematerialised` can tell from others
+PRODUCT = "product"  # name of matmul results, which `remat="products"` saves
 
-_KEPT = {
+_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
 def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
-    """A layer to be scanned that keeps only part of what its gradient needs, and makes the rest.
+    """A layer that saves part of its activations for the gradient, and recomputes the others.
 
     Args:
-      remat: `full` keeps the layer's inputs, `products` also the results of its matrix products
-        with parameters, `none` everything.
+      remat: `full` saves the layer's inputs, `products` also the results of its matmuls with
+        parameters, `none` everything.
     """
     if remat == "none":
         return layer
-    return nn.remat(layer, prevent_cse=False, policy=_KEPT[remat])
+    return nn.remat(layer, prevent_cse=False, policy=_POLICIES[remat])
 
 
 def init_normal(*axes: str, std: float = 0.02) -> Callable:
@@ -93,7 +93,7 @@ def _like(vector: Array, x: Array) -> Array:
     return jnp.expand_dims(vector.astype(x.dtype), range(x.ndim - 1))
 
 
-class Linear(nn.Module):
+class Linear(nn.Module, kw_only=True):
     """Dense layer over the last `len(axes[0])` dimensions, computed in `dtype`.
 
     `inputs` and `outputs` name the logical axes of the kernel's input and output dimensions.
@@ -112,7 +112,7 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", init_fan_in(self.inputs, self.outputs), shape, jnp.float32
         ).astype(self.dtype)
-        # As one matrix product, whose gradient takes far less time on CPU than a batched one.
+        # One matmul of two matrices: on CPUs its gradient is much faster than a batched one's.
         width = math.prod(shape[:n])
         y = x.astype(self.dtype).reshape(-1, width) @ kernel.reshape(width, -1)
         y = checkpoint_name(y, PRODUCT)
@@ -126,7 +126,7 @@ class Linear(nn.Module):
 def rotary(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T N H"]:
-    """Rotary position embedding with the two halves of a head as pairs (Su et al. 2021)."""
+    """Rotary position embedding (Su et al. 2021); dimension i is paired with i + H / 2."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
@@ -144,7 +144,14 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         def linear(name: str, features: int, inputs: str, outputs: str) -> Linear:
-            return Linear((features,), (inputs,), (outputs,), False, self.dtype, name=name)
+            return Linear(
+                features=(features,),
+                inputs=(inputs,),
+                outputs=(outputs,),
+                use_bias=False,
+                dtype=self.dtype,
+                name=name,
+            )
 
         gate = linear("gate", self.width, "embed", "mlp")(hidden)
         up = linear("up", self.width, "embed", "mlp")(hidden)

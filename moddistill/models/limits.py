@@ -1,14 +1,13 @@
-"""Ranges of a model's sizes, checked before anything of these sizes is built.
+"""Ranges of a model's sizes, checked before arrays of these sizes are allocated.
 
-The largest values are far above those of published models: they keep an absurd number in a file
-from filling memory.
+Upper bounds are far above published models: they keep a corrupt file from exhausting memory.
 """
 
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.moe.layer import MAX_EXPERTS, check_moe
 from moddistill.models.projector import projector_depth
@@ -41,20 +40,20 @@ LARGEST_ID = 10_000_000
 _PATCHES = 100_000
 _SMALLEST_STD = 1e-6
 _EXPERTS_OF_ALL_LAYERS = 50_000
-_SEGMENTS = 100  # each is traced and compiled by itself
+_SEGMENTS = 100  # each is traced and compiled separately
 
 Spell = Callable[[str], str]
 
 
 def spelt(limits: Mapping[str, int | float], names: Mapping[str, str]) -> dict[str, int | float]:
-    """Limits by the names that a config has for these numbers."""
-    return {theirs: limits[ours] for ours, theirs in names.items()}
+    """Limits by the names of a config's fields; `names` maps ours to those."""
+    return {field: limits[name] for name, field in names.items()}
 
 
 def check_numbers(
     values: Mapping[str, Any], limits: Mapping[str, int | float], origin: str, spell: Spell = str
 ) -> None:
-    """Raises UserError for values that are no numbers above 0 and up to their limit.
+    """Raises UserError for values that are not numbers > 0 and <= their limit.
 
     Args:
       spell: from a name in `limits` to that of the field in `origin`.
@@ -63,11 +62,8 @@ def check_numbers(
         value = values.get(name)
         accepted = (int, float) if isinstance(largest, float) else (int,)
         if type(value) not in accepted or not 0 < value <= largest:
-            kind = "a" if float in accepted else "a whole"
-            raise UserError(
-                f"{origin}: {spell(name)} is {value!r:.80}; accepted: {kind} number above 0, at "
-                f"most {largest:,}"
-            )
+            kind = "a number" if float in accepted else "an integer"
+            raise invalid(f"{origin}: {spell(name)}", value, f"{kind} > 0 and <= {largest:,}")
 
 
 def check_architecture(config: ModelConfig, origin: str) -> None:
@@ -79,13 +75,9 @@ def check_architecture(config: ModelConfig, origin: str) -> None:
     if config.vision is not None:
         check_vision(config.vision, origin, "vision.{}".format)
     if not 0 <= config.image_token <= LARGEST_ID:
-        raise UserError(
-            f"{origin}: image_token is {config.image_token!r:.80}; accepted: 0 to {LARGEST_ID:,}"
-        )
+        raise invalid(f"{origin}: image_token", config.image_token, f"0 to {LARGEST_ID:,}")
     if any(start <= config.image_token < stop for start, stop in config.decoder.real_ids):
-        raise UserError(
-            f"{origin}: image_token is {config.image_token}; accepted: an id that is in no real_ids"
-        )
+        raise invalid(f"{origin}: image_token", config.image_token, "an id outside real_ids")
     _with_origin(origin, projector_depth, config.projector)
 
 
@@ -94,10 +86,8 @@ def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> Non
     check_numbers(vars(config), DECODER, origin, spell)
     _check_divides("kv_heads", "heads", config, origin, spell)
     if config.head_dim % 2:
-        raise UserError(
-            f"{origin}: {spell('head_dim')} is {config.head_dim}; accepted: an even number, for "
-            "rotary positions turn pairs"
-        )
+        expected = "an even number, since rotary positions rotate pairs"
+        raise invalid(f"{origin}: {spell('head_dim')}", config.head_dim, expected)
     _check_ids(config, f"{origin}: {spell('real_ids')}")
     if config.moe is not None:
         _check_experts(config, origin)
@@ -108,10 +98,8 @@ def _check_divides(
 ) -> None:
     divisor, number = getattr(config, part), getattr(config, whole)
     if number % divisor:
-        raise UserError(
-            f"{origin}: {spell(part)} is {divisor}; accepted: a number that divides "
-            f"{spell(whole)}, {number}"
-        )
+        expected = f"a divisor of {spell(whole)}, {number}"
+        raise invalid(f"{origin}: {spell(part)}", divisor, expected)
 
 
 def _check_ids(config: DecoderConfig, field: str) -> None:
@@ -121,10 +109,11 @@ def _check_ids(config: DecoderConfig, field: str) -> None:
     if not (edges and is_whole and edges[0] >= 0 and edges[-1] <= config.vocab_size) or any(
         first >= second for first, second in itertools.pairwise(edges)
     ):
-        raise UserError(
-            f"{field} is {config.real_ids!r:.80}; accepted: ranges (first, last + 1) in ascending "
-            f"order, apart from each other, within 0 to vocab_size, {config.vocab_size}"
+        expected = (
+            "ranges (first, last + 1) in ascending order, not adjacent, within 0 to vocab_size, "
+            f"{config.vocab_size}"
         )
+        raise invalid(field, config.real_ids, expected)
 
 
 def _check_experts(config: DecoderConfig, origin: str) -> None:
@@ -132,22 +121,16 @@ def _check_experts(config: DecoderConfig, origin: str) -> None:
     limits = {name: EXPERTS[name] for name in EXPERTS if name != "moe_intermediate_size"}
     check_numbers(vars(moe), limits, origin, "moe.{}".format)
     if not 0 <= moe.moe_intermediate_size <= EXPERTS["moe_intermediate_size"]:
-        raise UserError(
-            f"{origin}: moe.moe_intermediate_size is {moe.moe_intermediate_size!r:.80}; accepted: "
-            f"0 to {EXPERTS['moe_intermediate_size']:,}"
-        )
+        expected = f"0 to {EXPERTS['moe_intermediate_size']:,}"
+        raise invalid(f"{origin}: moe.moe_intermediate_size", moe.moe_intermediate_size, expected)
     _with_origin(origin, check_moe, moe)
     count = moe.num_experts * len(_with_origin(origin, lambda: config.moe_layers))
     if count > _EXPERTS_OF_ALL_LAYERS:
-        raise UserError(
-            f"{origin}: moe.num_experts is {moe.num_experts}, {count:,} in all layers; accepted: "
-            f"at most {_EXPERTS_OF_ALL_LAYERS:,} in all"
-        )
+        expected = f"at most {_EXPERTS_OF_ALL_LAYERS:,} experts in all layers, not {count:,}"
+        raise invalid(f"{origin}: moe.num_experts", moe.num_experts, expected)
     if len(config.plan) > _SEGMENTS:
-        raise UserError(
-            f"{origin}: moe.placement makes {len(config.plan)} segments of equal layers; accepted: "
-            f"at most {_SEGMENTS}"
-        )
+        expected = f"at most {_SEGMENTS} segments of equal layers, not {len(config.plan)}"
+        raise invalid(f"{origin}: moe.placement", moe.placement, expected)
 
 
 def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
@@ -155,20 +138,21 @@ def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
     check_numbers(vars(config), VISION, origin, spell)
     _check_divides("heads", "width", config, origin, spell)
     if not 0 < config.patches <= _PATCHES:
-        raise UserError(
-            f"{origin}: {spell('patch_size')} is {config.patch_size} for images of "
-            f"{config.image_size} pixels, {config.patches:,} patches; accepted: 1 to {_PATCHES:,}"
+        expected = (
+            f"1 to {_PATCHES:,} patches of images of {config.image_size} pixels, not "
+            f"{config.patches:,}"
         )
+        raise invalid(f"{origin}: {spell('patch_size')}", config.patch_size, expected)
     check_pixels(config.mean, f"{origin}: {spell('mean')}")
     check_pixels(config.std, f"{origin}: {spell('std')}", above_zero=True)
 
 
 def check_pixels(values: Any, field: str, above_zero: bool = False) -> None:
     """Raises UserError unless there are three numbers from 0 to 1, one for each channel."""
-    least, kind = (_SMALLEST_STD, "above 0, at most 1") if above_zero else (0.0, "from 0 to 1")
+    least, kind = (_SMALLEST_STD, "> 0 and <= 1") if above_zero else (0.0, "from 0 to 1")
     is_right = isinstance(values, list | tuple) and len(values) == 3
     if not is_right or any(type(x) not in (int, float) or not least <= x <= 1 for x in values):
-        raise UserError(f"{field} is {values!r:.80}; accepted: three numbers {kind}")
+        raise invalid(field, values, f"three numbers {kind}")
 
 
 def _with_origin(origin: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Named architectures: published Qwens with CLIP ViT-L/14-336, whole LLaVAs, tests and demo.
+"""Named architectures: published Qwens with CLIP ViT-L/14-336, LLaVA models, tests and demo.
 
 A published decoder has more embedding rows than its tokenizer has tokens; `<image>` is the first id
 after them.
@@ -6,7 +6,7 @@ after them.
 
 import dataclasses
 
-from moddistill.errors import UserError, nearest
+from moddistill.errors import invalid, not_one_of
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
@@ -63,14 +63,14 @@ def _qwen(
 
 
 def _qwen3(*sizes: int, tied_head: bool) -> ModelConfig:
-    """As `_qwen`, with heads of one width and their norms in place of biases."""
+    """A `_qwen` with heads of width 128 and norms of query and key in place of biases."""
     config = _qwen(*sizes, tied_head=tied_head, tokens=QWEN3_VOCAB)
     decoder = dataclasses.replace(config.decoder, head_dim=128, qkv_bias=False, qk_norm=True)
     return dataclasses.replace(config, decoder=decoder)
 
 
 def _llava(language: ModelConfig, vision: VisionConfig = CLIP_L_336) -> ModelConfig:
-    """A published LLaVA: a Qwen with another tower, and the conversation format of Qwen."""
+    """A published LLaVA: a Qwen with this vision encoder and Qwen's conversation format."""
     return dataclasses.replace(language, vision=vision, template="chatml")
 
 
@@ -134,11 +134,9 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture of that name; UserError with the known names otherwise."""
+    """The architecture of that name; UserError for an unknown name."""
     if name not in PRESETS:
-        raise UserError(
-            f"preset {name!r} is unknown; accepted: {', '.join(PRESETS)}{nearest(name, PRESETS)}"
-        )
+        raise not_one_of("preset", name, PRESETS)
     return PRESETS[name]
 
 
@@ -146,9 +144,7 @@ def with_vocabulary(config: ModelConfig, real_ids: IdRanges, image_token: int) -
     """The architecture fitted to a tokenizer; UserError if one of its ids has no embedding row."""
     ids = real_ids[-1][1]
     if ids > config.decoder.vocab_size:
-        raise UserError(
-            f"the tokenizer has {ids} ids, the model's embedding "
-            f"{config.decoder.vocab_size} rows; accepted: no more ids than rows"
-        )
+        expected = f"at most {config.decoder.vocab_size} ids, the rows of the model's embedding"
+        raise invalid("tokenizer", ids, expected)
     decoder = dataclasses.replace(config.decoder, real_ids=real_ids)
     return dataclasses.replace(config, decoder=decoder, image_token=image_token)

@@ -5,7 +5,7 @@ import re
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from moddistill.errors import UserError
+from moddistill.errors import invalid
 from moddistill.models.layers import DType, Linear, exact_gelu
 
 
@@ -15,9 +15,7 @@ def projector_depth(kind: str) -> int:
         return 1
     match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if not match:
-        raise UserError(
-            f"projector is {kind!r:.80}; accepted: linear, or mlpNx_gelu such as mlp2x_gelu"
-        )
+        raise invalid("projector", kind, "'linear' or 'mlpNx_gelu', such as 'mlp2x_gelu'")
     return int(match[1])
 
 
@@ -34,5 +32,13 @@ class Projector(nn.Module):
         for i in range(projector_depth(self.kind)):
             x = exact_gelu(x) if i else x
             axes = ("mlp",) if i else ("vision",)
-            x = Linear((self.width,), axes, ("embed",), True, self.dtype, name=f"linear_{i}")(x)
+            linear = Linear(
+                features=(self.width,),
+                inputs=axes,
+                outputs=("embed",),
+                use_bias=True,
+                dtype=self.dtype,
+                name=f"linear_{i}",
+            )
+            x = linear(x)
         return x

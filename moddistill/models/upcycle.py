@@ -1,12 +1,13 @@
-"""Dense to sparse: expert layers made of copies of the trained feed-forward layer.
+"""Upcycling: expert layers initialised as copies of a trained feed-forward layer.
 
-With weights renormalised over the chosen experts, as is usual for top_k >= 2, the sparse model
-computes what the dense one did, to rounding, whatever its routers say (Komatsuzaki et al. 2022).
+With router weights that sum to one over the top k, as is usual for top_k >= 2, the sparse model
+equals the dense one to rounding, independent of its routers (Komatsuzaki et al. 2022).
 
-With `moe_intermediate_size`, a copy is cut into n narrower experts (He et al. 2024,
+With `moe_intermediate_size`, a copy is sliced into n narrower experts (He et al. 2024,
 arXiv 2410.07524). The slices of a copy have equal columns of the router, so that top_k, a multiple
-of n, picks whole copies; as a slice then has 1 / n of its copy's weight, its output is scaled by n.
-`noise` and `drop` make copies differ, and give this equality up.
+of n, selects complete copies. Each slice then has 1 / n of its copy's weight, so its `down` is
+scaled by n: sum_i (w / n) * n * y_i = w * sum_i y_i, the output of the dense layer. `noise` and
+`drop` make copies differ, and the models are no longer equal.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ _MAX_NOISE = 1e4  # in float16, a draw beyond six standard deviations is still f
 
 
 def upcycle_config(config: ModelConfig, moe: ExpertConfig) -> ModelConfig:
-    """The sparse architecture; UserError if the model is sparse or `moe` makes no sense."""
+    """The sparse architecture; UserError if the model is sparse already or `moe` is invalid."""
     if config.decoder.moe is not None:
         raise UserError(
-            f"the model already has {config.decoder.moe.num_experts} experts in layers "
-            f"{config.decoder.moe_layers}; only a dense model can be upcycled"
+            f"expected a dense model to upcycle, got one with {config.decoder.moe.num_experts} "
+            f"experts in layers {config.decoder.moe_layers}"
         )
     decoder = dataclasses.replace(config.decoder, moe=check_moe(moe))
     _check_slices(decoder.moe, decoder.mlp)
@@ -60,9 +61,9 @@ def upcycle(
     rng: jax.Array,
     how: UpcycleConfig = COPY,
 ) -> dict[str, Any]:
-    """Parameters for the sparse `config` from those of the dense model it was made from.
+    """Parameters of the sparse `config` from those of its dense model.
 
-    Layer by layer as `upcycle_layer`; all else is left alone.
+    Expert layers are made by `upcycle_layer`; all other parameters are unchanged.
     """
     decoder = config.decoder
     dense_plan = dataclasses.replace(decoder, moe=None).plan
@@ -87,11 +88,11 @@ def upcycle_layer(
     Args:
       layer: of a dense model, not stacked.
       moe: checked by `upcycle_config`.
-      rng: decides everything that is drawn.
+      rng: for the router, noise and dropped dimensions.
       how: checked by `check_upcycle`.
     """
     mlp = layer["mlp"]
-    # One after the other, so that each is computed as it is alone, to the bit.
+    # A map, not a vmap: batched operations could differ in the last bit from one expert's.
     experts = jax.lax.map(
         lambda number: upcycle_expert(mlp, moe, how, rng, number), jnp.arange(moe.num_experts)
     )
@@ -115,13 +116,13 @@ def upcycle_expert(
     size = dense // slices
     start = (number % slices) * size
 
-    def cut(name: str) -> Array:
+    def slice_of(name: str) -> Array:
         kernel = mlp[name]["kernel"]
         if name == "down":
             return slices * jax.lax.dynamic_slice(kernel, (start, 0), (size, width))
         return jax.lax.dynamic_slice(kernel, (0, start), (width, size))
 
-    expert = {name: cut(name) for name in _KERNELS}
+    expert = {name: slice_of(name) for name in _KERNELS}
     change_rng = jax.random.fold_in(jax.random.fold_in(rng, 1), number)
     if how.method == "noise":
         expert = _add_noise(expert, how.noise_std, change_rng)
@@ -131,10 +132,10 @@ def upcycle_expert(
 
 
 def upcycle_router(mlp: dict[str, Any], moe: ExpertConfig, rng: jax.Array) -> dict[str, Any]:
-    """What an expert layer has beside its experts.
+    """Parameters of an expert layer other than its experts'.
 
-    Routers are float32, normal with deviation 0.02; a residual layer is the original one with an
-    even blend.
+    Routers are float32, normal with standard deviation 0.02; a residual layer is the original one,
+    blended equally.
     """
     width, dense = mlp["gate"]["kernel"].shape
     slices = _slices(moe, dense)
@@ -148,31 +149,30 @@ def upcycle_router(mlp: dict[str, Any], moe: ExpertConfig, rng: jax.Array) -> di
 
 
 def _slices(moe: ExpertConfig, dense: int) -> int:
-    """How many experts one copy of a layer of width `dense` is cut into."""
+    """Number of experts that one copy of a layer of width `dense` is sliced into."""
     return dense // (moe.moe_intermediate_size or dense)
 
 
 def _check_slices(moe: ExpertConfig, dense: int) -> None:
-    """Raises UserError unless experts make up whole copies of a layer of width `dense`."""
+    """Raises UserError unless experts add up to complete copies of a layer of width `dense`."""
     size = moe.moe_intermediate_size or dense
     if dense % size:
-        raise UserError(
-            f"moe.moe_intermediate_size is {size}; accepted: 0, or a width that divides the dense "
-            f"layer's, {dense}"
-        )
+        expected = f"0, or a divisor of the dense layer's width, {dense}"
+        raise invalid("moe.moe_intermediate_size", size, expected)
     slices = _slices(moe, dense)
     for name in ("num_experts", "top_k"):
         if getattr(moe, name) % slices:
-            raise UserError(
-                f"moe.{name} is {getattr(moe, name)}, but moe.moe_intermediate_size {size} cuts a "
-                f"layer of width {dense} into {slices} experts; accepted: a multiple of {slices}"
+            expected = (
+                f"a multiple of {slices}, since moe.moe_intermediate_size {size} slices a layer "
+                f"of width {dense} into {slices} experts"
             )
+            raise invalid(f"moe.{name}", getattr(moe, name), expected)
     if slices > 1 and not moe.norm_topk_prob:
-        raise UserError(
-            f"moe.norm_topk_prob is {moe.norm_topk_prob}, but moe.moe_intermediate_size {size} "
-            f"cuts a layer of width {dense} into {slices} experts, whose weights must add up to "
-            "one; accepted: True"
+        expected = (
+            f"True, since moe.moe_intermediate_size {size} slices a layer of width {dense} into "
+            f"{slices} experts, whose weights must sum to one"
         )
+        raise invalid("moe.norm_topk_prob", moe.norm_topk_prob, expected)
 
 
 def _add_noise(expert: dict[str, Array], std: float, rng: jax.Array) -> dict[str, Array]:
@@ -186,21 +186,21 @@ def _add_noise(expert: dict[str, Array], std: float, rng: jax.Array) -> dict[str
 
 
 def _drop(expert: dict[str, Array], fraction: float, rng: jax.Array) -> dict[str, Array]:
-    """One expert with a share of its feed-forward dimensions drawn anew (Nakamura et al. 2025).
+    """One expert with a fraction of its dimensions re-initialised (Nakamura et al. 2025).
 
-    The new entries of a kernel are normal, with the mean and deviation of those they replace.
+    New entries of a kernel are normal, with the mean and standard deviation of those replaced.
     """
     width = len(expert["down"])
     which, *rngs = jax.random.split(rng, 1 + len(_KERNELS))
     dropped = jax.random.permutation(which, width)[: round(fraction * width)]
 
-    def redrawn(kernel: Array, rng: jax.Array) -> Array:
+    def reinitialised(kernel: Array, rng: jax.Array) -> Array:
         old = kernel[dropped].astype(jnp.float32)
         new = jnp.mean(old) + jnp.std(old) * jax.random.normal(rng, old.shape)
         return kernel.at[dropped].set(new.astype(kernel.dtype))
 
     return {
-        "gate": redrawn(expert["gate"].T, rngs[0]).T,
-        "up": redrawn(expert["up"].T, rngs[1]).T,
-        "down": redrawn(expert["down"], rngs[2]),
+        "gate": reinitialised(expert["gate"].T, rngs[0]).T,
+        "up": reinitialised(expert["up"].T, rngs[1]).T,
+        "down": reinitialised(expert["down"], rngs[2]),
     }

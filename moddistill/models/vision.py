@@ -1,4 +1,4 @@
-"""The vision tower, CLIP's or SigLIP's: patches in, features of one of its layers out."""
+"""The vision encoder of CLIP or SigLIP, up to the layer whose features a model uses."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from moddistill.distributed.sharding import constrain_to_batch_sharding
-from moddistill.errors import UserError, nearest
+from moddistill.errors import invalid, not_one_of
 from moddistill.models.attention import Attention
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.layers import (
@@ -26,13 +26,13 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu, "gelu_tanh": tanh_g
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the tower; `select_layer` counts hidden states from the end, as LLaVA does.
+    """Architecture of the encoder; `select_layer` counts hidden states from the end, as LLaVA does.
 
     The defaults are CLIP's. SigLIP has no class token and no norm before the layers, biased
-    patches, `gelu_tanh`, `norm_eps` 1e-6, and 0.5 for every mean and deviation.
+    patches, `gelu_tanh`, `norm_eps` 1e-6, and 0.5 for every mean and standard deviation.
 
     Raises:
-      UserError: for an unknown activation, or a `select_layer` outside the tower.
+      UserError: for an unknown activation, or a `select_layer` outside the encoder.
     """
 
     image_size: int
@@ -52,28 +52,25 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"vision.activation is {self.activation!r:.80}; accepted: {', '.join(ACTIVATIONS)}"
-                + nearest(self.activation, ACTIVATIONS)
-            )
+            raise not_one_of("vision.activation", self.activation, ACTIVATIONS)
         if not -self.layers <= self.select_layer <= -1:
-            raise UserError(
-                f"vision.select_layer is {self.select_layer}; accepted: {-self.layers} (above the "
-                f"first of {self.layers} layers) to -1 (above the last)"
-            )
+            expected = f"{-self.layers} to -1, a hidden state after one of {self.layers} layers"
+            raise invalid("vision.select_layer", self.select_layer, expected)
 
     @property
     def patches(self) -> int:
-        """Feature vectors, and so decoder positions, of one image; a rest of pixels has none."""
+        """Feature vectors, and decoder positions, of one image; partial patches have none."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def used_layers(self) -> int:
-        """Layers below the selected hidden state; those above are never computed."""
+        """Number of layers up to the selected hidden state; later ones are never computed."""
         return self.layers + 1 + self.select_layer
 
 
-class VisionBlock(nn.Module):
+class VisionLayer(nn.Module):
+    """A pre-norm layer of full attention and an MLP, with biases everywhere."""
+
     config: VisionConfig
     dtype: DType
 
@@ -95,10 +92,19 @@ class VisionBlock(nn.Module):
         mixed, _ = attention(LayerNorm(config.norm_eps, name="attention_norm")(hidden))
         hidden = hidden + mixed
         x = LayerNorm(config.norm_eps, name="mlp_norm")(hidden)
-        x = Linear((config.mlp,), ("embed",), ("mlp",), True, self.dtype, name="up")(x)
+        x = self._linear("up", config.mlp, "embed", "mlp")(x)
         x = ACTIVATIONS[config.activation](x)
-        x = Linear((config.width,), ("mlp",), ("embed",), True, self.dtype, name="down")(x)
-        return hidden + x, None
+        return hidden + self._linear("down", config.width, "mlp", "embed")(x), None
+
+    def _linear(self, name: str, features: int, inputs: str, outputs: str) -> Linear:
+        return Linear(
+            features=(features,),
+            inputs=(inputs,),
+            outputs=(outputs,),
+            use_bias=True,
+            dtype=self.dtype,
+            name=name,
+        )
 
 
 class Vision(nn.Module):
@@ -118,15 +124,15 @@ class Vision(nn.Module):
         return x[:, 1:] if config.class_token else x
 
     def _embed(self, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B T D"]:
-        """Patches in their places, behind the class token if there is one."""
+        """Embedded patches with positions, after the class token if there is one."""
         config = self.config
         x = patchify(normalise(images, config), config.patch_size)
         patch = Linear(
-            (config.width,),
-            ("patch",),
-            ("embed",),
-            config.patch_bias,
-            self.compute.dtype,
+            features=(config.width,),
+            inputs=("patch",),
+            outputs=("embed",),
+            use_bias=config.patch_bias,
+            dtype=self.compute.dtype,
             name="patch",
         )
         x = patch(x)
@@ -145,7 +151,7 @@ class Vision(nn.Module):
 
     def _layers(self, length: int, name: str) -> nn.Module:
         layers = nn.scan(
-            rematerialised(VisionBlock, self.compute.remat),
+            rematerialised(VisionLayer, self.compute.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=length,
@@ -155,10 +161,10 @@ class Vision(nn.Module):
         return layers(self.config, self.compute.dtype, name=name)
 
     def _init_never_computed(self, x: Float[Array, "B T D"]) -> None:
-        """Makes the layers above the selected one and their norm, `params.NEVER_COMPUTED`.
+        """Initialises the layers after the selected one and the final norm, `NEVER_COMPUTED`.
 
-        A tower is stored whole, so that it can be given back as it was published. `init` alone
-        makes these parameters; `apply` takes them and spends no time on them.
+        An encoder is stored with all its parameters, so that it can be exported as published. Only
+        `init` uses these; `apply` accepts them and does not compute them.
         """
         if not self.is_initializing():
             return
@@ -170,7 +176,7 @@ class Vision(nn.Module):
 
 
 def normalise(images: UInt8[Array, "B h w 3"], config: VisionConfig) -> Float[Array, "B h w 3"]:
-    """Pixels scaled to [0, 1], then by the tower's mean and deviation, float32."""
+    """Pixels scaled to [0, 1], then standardised by the encoder's mean and standard deviation."""
     mean = jnp.asarray(config.mean, jnp.float32)[None, None, None]
     std = jnp.asarray(config.std, jnp.float32)[None, None, None]
     return (images.astype(jnp.float32) / 255 - mean) / std
@@ -179,7 +185,7 @@ def normalise(images: UInt8[Array, "B h w 3"], config: VisionConfig) -> Float[Ar
 def patchify(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B P Z"]:
     """Square patches in reading order, each flattened as (row, column, channel).
 
-    Pixels at the right and the bottom that fill no patch are left out.
+    Pixels at the right and bottom edge that fill no patch are dropped.
     """
     batch, height, width, channels = images.shape
     rows, columns = height // size, width // size

@@ -1,10 +1,11 @@
-"""The multimodal model: tower, projector, decoder.
+"""The multimodal model: vision encoder, projector, decoder.
 
     output = model.apply({"params": params}, batch)  # a moddistill.models.batch.Batch
 
-Images may be fewer than rows of tokens; then they serve these rows in turn. Image placeholders are
-already repeated once per patch, so splicing is a gather and a `where`. The model returns hidden
-states and the head's matrix, not logits: losses contract them in chunks.
+The two sides of a preference pair share images, so there may be fewer rows of images than of
+tokens. Image placeholders are already repeated once per patch, so splicing is a gather and a
+`where`. The model returns hidden states and the head's matrix, not logits: losses contract them in
+chunks.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from moddistill.params import check_groups, flatten
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and conversation format; `vision` is None for a language model alone."""
+    """Architecture and conversation format; `vision` is None for a language model."""
 
     decoder: DecoderConfig
     vision: VisionConfig | None
@@ -40,7 +41,7 @@ class ModelConfig:
 
 @flax.struct.dataclass
 class Output:
-    """Final hidden states and the head; `features` are those of the tower, if it saw images."""
+    """Final hidden states, the head, and the vision encoder's features (None without images)."""
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "V D"]
@@ -50,7 +51,7 @@ class Output:
 
 
 class Vlm(nn.Module):
-    """A causal multimodal language model: what it is, and how it is run."""
+    """A causal multimodal language model: its architecture, and how it is computed."""
 
     config: ModelConfig
     compute: ComputeConfig = ComputeConfig()
@@ -69,13 +70,13 @@ class Vlm(nn.Module):
         context = Context(batch.positions, structure, valid, is_image)
         features = batch.features
         if config.vision is not None and batch.images is not None:
-            features = self._see(batch.images)
+            features = self._encode_images(batch.images)
         image_hidden = None
         if features is not None:
             width = config.decoder.width
             projector = Projector(config.projector, width, self.compute.dtype, name="projector")
             patches = projector(features)
-            # The rows of a preference pair share their images, which are read once.
+            # Row i of the images belongs to rows i, i + U, ... of the tokens.
             patches = jnp.tile(patches, (len(batch.tokens) // len(patches), 1, 1))
             image_hidden = splice(patches, is_image)
         decoder = Decoder(config.decoder, self.compute, name="decoder")
@@ -84,18 +85,18 @@ class Vlm(nn.Module):
         cache = cache.replace(layers=layers) if cache else None
         return Output(hidden, head, router, cache, features)
 
-    def _see(self, images: Array) -> Float[Array, "U X W"]:
-        """The tower's features of all images of each sample, one after the other."""
+    def _encode_images(self, images: Array) -> Float[Array, "U X W"]:
+        """Vision features of all images of each sample, concatenated along patches."""
         flat = images.reshape(-1, *images.shape[2:])
-        tower = Vision(self.config.vision, self.compute, name="vision")
-        features = tower(flat)
+        encoder = Vision(self.config.vision, self.compute, name="vision")
+        features = encoder(flat)
         return features.reshape(len(images), -1, features.shape[-1])
 
     @staticmethod
     def logits(output: Output) -> Float[Array, "B T V"]:
-        """All logits in float32, those of padded vocabulary rows included.
+        """All logits in float32, including those of padded vocabulary rows.
 
-        For tests and single positions: they take B * T * V floats.
+        For tests and single positions: this is B * T * V floats.
         """
         return jnp.einsum(
             "BTD,VD->BTV", output.hidden, output.head, preferred_element_type=jnp.float32
@@ -103,7 +104,7 @@ class Vlm(nn.Module):
 
 
 def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The n-th patch at the n-th image position of each sample; elsewhere an arbitrary one."""
+    """The n-th patch at the n-th image position of each sample; elsewhere an arbitrary patch."""
     index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
     return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(patches, index)
 
@@ -114,7 +115,7 @@ def dummy_batch(config: ModelConfig) -> Batch:
     return make_batch(jnp.ones, rows=1, length=1, images=images)
 
 
-@functools.cache  # tracing a model takes part of a second, and many ask
+@functools.cache  # tracing takes a fraction of a second, and this is called many times
 def abstract_params(config: ModelConfig) -> Any:
     """Shapes of all parameters, as a nested dict whose leaves carry logical axis names."""
     model = Vlm(config)

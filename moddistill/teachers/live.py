@@ -15,7 +15,7 @@ from moddistill.convert.resolve import ResolvedModel, random_params
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import Batch
-from moddistill.models.quantization import pack_all, unpacked_shapes
+from moddistill.models.quantization import loading_shapes, quantize_all
 from moddistill.models.vlm import ModelConfig, Output, Vlm
 from moddistill.models.vocabulary import IdRanges, masked_logits
 from moddistill.params import Flat, cast_frozen, flatten
@@ -101,8 +101,8 @@ def load_teacher(
     dtype = jnp.dtype(config.dtype)
     if folder is None:
         params = random_params(teacher, mesh, jax.random.key(config.seed + 1))
-        return pack_all(cast_frozen(params, dtype), shapes)
-    read = unpacked_shapes(shapes, dtype)
+        return quantize_all(cast_frozen(params, dtype), shapes)
+    read = loading_shapes(shapes, dtype)
     with at_field("config.teacher"):
         params = load_params(
             folder,
@@ -110,7 +110,7 @@ def load_teacher(
             dtype=jax.tree.map(lambda x: x.dtype, read),
             shardings=jax.tree.map(lambda x: x.sharding, read),
         )
-    return pack_all(params, shapes)
+    return quantize_all(params, shapes)
 
 
 def shares_tower(

@@ -17,7 +17,7 @@ from moddistill.errors import invalid
 from moddistill.losses import Loss
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.flops import StepSize
-from moddistill.models.quantization import packed_shapes
+from moddistill.models.quantization import stored_shapes
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params
 from moddistill.params import cast_frozen, flatten
 from moddistill.teachers.live import LiveTeacher
@@ -131,7 +131,7 @@ def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> di
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
     shapes = with_shardings(shapes, sharding.param_shardings(mesh, boxed))
-    return packed_shapes(shapes, config.teacher_weights, config.teacher_memory)
+    return stored_shapes(shapes, config.teacher_weights, config.teacher_memory)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from moddistill.config import ExpertConfig
 from moddistill.models.attention_kernels import causal
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.decoder import Block, Context, Decoder, DecoderConfig
+from moddistill.models.decoder import Context, Decoder, DecoderConfig, DecoderLayer
 from moddistill.models.layer_plan import unstack
 from moddistill.models.moe.layer import check_moe
 from tests.models import draw
@@ -49,7 +49,9 @@ def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
 
     x, all_stats = params["embedding"][batch.tokens], []
     for i, layer in enumerate(unstack(params, config.plan)):
-        block = Block(config, i in config.moe_layers, ComputeConfig())
+        block = DecoderLayer(
+            config=config, has_experts=i in config.moe_layers, compute=ComputeConfig()
+        )
         x, stats, _ = draw.apply(block, layer, x, context(batch), None)
         all_stats += [stats] if i in config.moe_layers else []
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True)

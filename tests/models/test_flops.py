@@ -12,8 +12,8 @@ from moddistill.models.flops import (
     StepSize,
     decoder_flops,
     forward_flops,
-    tower_flops,
     training_flops,
+    vision_flops,
 )
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
@@ -76,7 +76,7 @@ def test_only_the_chosen_experts_count():
 def test_published_tower():
     """ViT-L/14 at 336 pixels takes 191 G multiply-adds with its 24 layers, of which 23 are run."""
     tower = preset("qwen2-0.5b").vision
-    assert tower_flops(tower) * 24 / 23 == pytest.approx(2 * 191e9, rel=0.02)
+    assert vision_flops(tower) * 24 / 23 == pytest.approx(2 * 191e9, rel=0.02)
 
 
 def test_frozen_weights_cost_no_gradient():

@@ -28,8 +28,11 @@ def test_placements_name_the_expert_layers(placement, num_layers, expected):
 @pytest.mark.parametrize(
     ("placement", "named"),
     [
-        ("spares", "'spares'; accepted: sparse, dense, first_half, second_half, or indices"),
-        ((0, 4), r"\(0, 4\); accepted: at least one, different ones, from 0 to 3"),
+        (
+            "spares",
+            "'sparse', 'every_layer', 'dense', .* or layer indices, got 'spares' .*mean 'sparse'",
+        ),
+        ((0, 4), r"one or more distinct layers from 0 to 3, got \(0, 4\)"),
         ((-1, 2), r"\(-1, 2\)"),
         ((1, 1), r"\(1, 1\)"),
         ((), r"\(\)"),

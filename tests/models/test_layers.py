@@ -89,7 +89,9 @@ def test_rotary_leaves_position_zero_and_lengths_alone():
 def test_linear_contracts_its_inputs_and_adds_its_bias(shape, features, formula, use_bias):
     inputs = ("a", "b") if len(shape) == 4 else ("a",)
     outputs = ("c", "d")[: len(features)]
-    linear = Linear(features, inputs, outputs, use_bias, jnp.float32)
+    linear = Linear(
+        features=features, inputs=inputs, outputs=outputs, use_bias=use_bias, dtype=jnp.float32
+    )
     x = draw.normal(*shape)
     params = draw.params(linear, x)
     expected = np.einsum(formula, np.asarray(x), np.asarray(params["kernel"]))
@@ -100,7 +102,13 @@ def test_linear_contracts_its_inputs_and_adds_its_bias(shape, features, formula,
 
 
 def test_parameters_start_with_the_variance_of_their_fan_in():
-    linear = Linear((40, 10), ("embed",), ("heads", "head_dim"), True, jnp.float32)
+    linear = Linear(
+        features=(40, 10),
+        inputs=("embed",),
+        outputs=("heads", "head_dim"),
+        use_bias=True,
+        dtype=jnp.float32,
+    )
     params = jax.jit(linear.init)(jax.random.key(0), jnp.ones((1, 100)))["params"]
     kernel, bias = params["kernel"].value, params["bias"].value
     np.testing.assert_allclose(kernel.std(), 0.1, rtol=0.02)

@@ -9,7 +9,13 @@ from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
 from moddistill.models.batch import padded_batch
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.quantization import pack, pack_all, packed_shapes, unpack, unpacked_shapes
+from moddistill.models.quantization import (
+    dequantize,
+    loading_shapes,
+    quantize,
+    quantize_all,
+    stored_shapes,
+)
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
 from tests.models import draw
@@ -17,18 +23,18 @@ from tests.models import draw
 
 def test_a_value_is_off_by_half_a_step_at_most():
     kernels = draw.normal(3, 40, 7)
-    packed = pack(kernels, axis=1)
-    assert packed["int8"].dtype == jnp.int8 and packed["step"].shape == (3, 1, 7)
+    quantized = quantize(kernels, axis=1)
+    assert quantized["int8"].dtype == jnp.int8 and quantized["step"].shape == (3, 1, 7)
     np.testing.assert_allclose(
-        packed["step"][:, 0], np.max(np.abs(kernels), axis=1) / 127, rtol=1e-6
+        quantized["step"][:, 0], np.max(np.abs(kernels), axis=1) / 127, rtol=1e-6
     )
-    error = np.abs(unpack(packed, jnp.float32) - kernels)
-    assert np.all(error <= packed["step"] * 0.5001)
+    error = np.abs(dequantize(quantized, jnp.float32) - kernels)
+    assert np.all(error <= quantized["step"] * 0.5001)
 
 
 def test_a_line_of_zeros_stays_zero():
     kernels = jnp.zeros((1, 4, 2)).at[0, 0, 0].set(2.0)
-    np.testing.assert_array_equal(unpack(pack(kernels, 1), jnp.float32), kernels)
+    np.testing.assert_array_equal(dequantize(quantize(kernels, 1), jnp.float32), kernels)
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +47,26 @@ def shapes(tiny_architecture, init):
     )
 
 
-def test_matrices_of_the_layers_are_packed_and_nothing_else(shapes):
+def test_matrices_of_the_layers_are_quantized_and_nothing_else(shapes):
     params, plain = shapes
-    kept = packed_shapes(plain, "int8", "device")
-    packed = {path.removesuffix("/int8") for path in flatten(kept) if path.endswith("/int8")}
+    kept = stored_shapes(plain, "int8", "device")
+    quantized = {path.removesuffix("/int8") for path in flatten(kept) if path.endswith("/int8")}
     expected = {
         path
         for path, x in flatten(params).items()
         if path.startswith("decoder/segment") and path.endswith("/kernel")
     }
-    assert packed == expected
-    read = unpacked_shapes(kept, jnp.float32)
+    assert quantized == expected
+    read = loading_shapes(kept, jnp.float32)
     chex.assert_trees_all_equal_shapes_and_dtypes(read, plain)
     on_host = {p for p, x in flatten(read).items() if x.sharding.memory_kind == "pinned_host"}
-    assert on_host == packed, "what will be packed is read into host memory"
+    assert on_host == quantized, "what will be quantized is read into host memory"
 
 
 def test_matrices_of_layers_go_to_the_host_and_the_rest_stays(shapes):
     params, plain = shapes
-    kept = packed_shapes(plain, "dtype", "host")
-    placed = flatten(pack_all(jax.tree.map(jnp.copy, params), kept))
+    kept = stored_shapes(plain, "dtype", "host")
+    placed = flatten(quantize_all(jax.tree.map(jnp.copy, params), kept))
     for path, x in placed.items():
         large = path.startswith("decoder/segment_") and path.endswith("/kernel")
         assert (x.sharding.memory_kind == "pinned_host") == large, path
@@ -70,17 +76,17 @@ def test_matrices_of_layers_go_to_the_host_and_the_rest_stays(shapes):
 @pytest.mark.parametrize("memory", ["device", "host"])
 @pytest.mark.parametrize("weights", ["int8", "dtype"])
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_packed_model_computes_with_its_unpacked_kernels(
+def test_a_quantized_model_computes_with_its_dequantized_kernels(
     tiny_architecture, shapes, weights, memory, remat
 ):
     params, plain = shapes
     config = tiny_architecture("tiny-teacher")
-    kept = pack_all(jax.tree.map(jnp.copy, params), packed_shapes(plain, weights, memory))
-    unpacked = unpack(kept, jnp.float32)
+    kept = quantize_all(jax.tree.map(jnp.copy, params), stored_shapes(plain, weights, memory))
+    dequantized = dequantize(kept, jnp.float32)
     batch = padded_batch(np.arange(12, dtype=np.int32)[None], np.array([12]))
     compute = ComputeConfig(remat=remat, quantized_layers=True)
     got = jax.jit(Vlm(config, compute).apply)({"params": kept}, batch)
-    expected = jax.jit(Vlm(config).apply)({"params": unpacked}, batch)
+    expected = jax.jit(Vlm(config).apply)({"params": dequantized}, batch)
     np.testing.assert_allclose(got.hidden, expected.hidden, atol=1e-5)
     if weights == "int8":
         exact = jax.jit(Vlm(config).apply)({"params": params}, batch).hidden

@@ -128,23 +128,28 @@ def test_routers_are_small_float32_and_differ_between_layers():
 
 
 def test_a_sparse_model_is_not_upcycled_again():
-    with pytest.raises(ValueError, match=r"already has 4 experts in layers \(0, 2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"expected a dense model .*, got one with 4 experts in layers \(0, 2, 4\)"
+    ):
         upcycle_config(upcycle_config(DENSE, ExpertConfig()), ExpertConfig())
 
 
 @pytest.mark.parametrize(
     ("moe", "named"),
     [
-        (ExpertConfig(2, 3), "top_k is 3"),
-        (ExpertConfig(10**9), "moe.num_experts is 1000000000; accepted: 1 to 1,000"),
+        (ExpertConfig(2, 3), "top_k: .*, got 3"),
+        (ExpertConfig(10**9), "moe.num_experts: expected 1 to 1,000, got 1000000000"),
         (ExpertConfig(placement=(5,)), "from 0 to 4"),
-        (ExpertConfig(moe_intermediate_size=5), "size is 5; accepted: 0, or .* layer's, 12"),
-        (ExpertConfig(moe_intermediate_size=24), "size is 24; accepted: 0, or .* layer's, 12"),
-        (ExpertConfig(4, 3, moe_intermediate_size=4), "num_experts is 4, .* 3 experts; .* of 3"),
-        (ExpertConfig(6, 2, moe_intermediate_size=4), "top_k is 2, .* 3 experts; .* of 3"),
+        (ExpertConfig(moe_intermediate_size=5), "size: expected 0, or .* layer's width, 12, got 5"),
+        (
+            ExpertConfig(moe_intermediate_size=24),
+            "size: expected 0, or .* layer's width, 12, got 24",
+        ),
+        (ExpertConfig(4, 3, moe_intermediate_size=4), "num_experts: .* of 3, .* 3 experts, got 4"),
+        (ExpertConfig(6, 2, moe_intermediate_size=4), "top_k: .* of 3, .* 3 experts, got 2"),
         (
             ExpertConfig(4, 2, norm_topk_prob=False, moe_intermediate_size=6),
-            "norm_topk_prob is False, .*_size 6 cuts .* 12 into 2 experts.*; accepted: True",
+            "norm_topk_prob: expected True, .*_size 6 .* 12 into 2 experts.*, got False",
         ),
     ],
 )

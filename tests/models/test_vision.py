@@ -103,9 +103,9 @@ def test_pixels_beyond_the_last_whole_patch_are_not_seen():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"activation": "quick_gelo"}, r"'quick_gelo'; accepted: .*gelu_tanh; did you .*'quick_ge"),
-        ({"select_layer": -4}, r"select_layer is -4; accepted: -3 .* of 3 layers. to -1"),
-        ({"select_layer": 0}, r"select_layer is 0"),
+        ({"activation": "quick_gelo"}, r"'gelu_tanh', got 'quick_gelo' .*did you .*'quick_ge"),
+        ({"select_layer": -4}, r"select_layer: expected -3 to -1, .* of 3 layers, got -4"),
+        ({"select_layer": 0}, r"select_layer: .*, got 0"),
     ],
 )
 def test_settings_without_a_meaning_are_named(changes, named):

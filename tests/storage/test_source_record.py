@@ -77,8 +77,8 @@ def test_import_record_is_read(change):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("select_layer", -9, "vision.select_layer is -9; accepted: -"),
-        ("activation", "gel", "vision.activation is 'gel'; accepted: "),
+        ("select_layer", -9, "vision.select_layer: expected -.*, got -9"),
+        ("activation", "gel", "vision.activation: expected one of .*, got 'gel'"),
     ],
 )
 def test_vision_setting_out_of_range_is_named_with_its_file(field, value, message, change):

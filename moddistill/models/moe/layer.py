@@ -1,8 +1,8 @@
-"""Mixture of experts: routing, capacity, statistics, and the layer.
+"""The mixture-of-experts layer.
 
 Routing follows LLaVA-MoD (softmax over all experts, top k) without the noise on the second choice
-that its DeepSpeed router adds even at inference. By default nothing is dropped, so a token's
-output never depends on the other tokens of the batch.
+that its DeepSpeed router adds even at inference. By default no assignment is dropped, so that a
+token's output does not depend on the other tokens of the batch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from moddistill.config import Dispatch, ExpertConfig
-from moddistill.errors import UserError, nearest
+from moddistill.errors import invalid, not_one_of
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.layers import SwiGLU, init_fan_in, init_normal, init_zeros
 from moddistill.models.moe.expert_parallel import mix_experts, mix_on_one_device
@@ -33,35 +33,36 @@ MAX_EXPERTS = 1_000
 
 
 def check_moe(config: ExpertConfig) -> ExpertConfig:
-    """The config with `norm_topk_prob` decided; raises UserError for values without a meaning."""
+    """The config with `norm_topk_prob` resolved.
+
+    Raises:
+      UserError: a value out of range or outside an enumeration.
+    """
     if not 1 <= config.num_experts <= MAX_EXPERTS:
-        raise UserError(f"moe.num_experts is {config.num_experts}; accepted: 1 to {MAX_EXPERTS:,}")
+        raise invalid("moe.num_experts", config.num_experts, f"1 to {MAX_EXPERTS:,}")
     if not 1 <= config.top_k <= config.num_experts:
-        raise UserError(
-            f"moe.top_k is {config.top_k}; accepted: 1 to moe.num_experts ({config.num_experts})"
-        )
+        expected = f"1 to moe.num_experts ({config.num_experts})"
+        raise invalid("moe.top_k", config.top_k, expected)
     if config.dispatch not in DISPATCHES:
-        raise UserError(
-            f"moe.dispatch is {config.dispatch!r}; accepted: {', '.join(DISPATCHES)}"
-            + nearest(config.dispatch, DISPATCHES)
-        )
+        raise not_one_of("moe.dispatch", config.dispatch, DISPATCHES)
     if not 0 < config.capacity_factor <= 1e6:
-        raise UserError(
-            f"moe.capacity_factor is {config.capacity_factor}; accepted: above 0, at most 1,000,000"
-        )
+        raise invalid("moe.capacity_factor", config.capacity_factor, "> 0 and <= 1,000,000")
     if config.moe_intermediate_size < 0:
-        raise UserError(
-            f"moe.moe_intermediate_size is {config.moe_intermediate_size}; accepted: the width of "
-            "an expert, or 0 for the dense layer's"
-        )
+        expected = "the width of an expert, or 0 for the dense layer's"
+        raise invalid("moe.moe_intermediate_size", config.moe_intermediate_size, expected)
     norm = config.top_k >= 2 if config.norm_topk_prob is None else config.norm_topk_prob
     return dataclasses.replace(config, norm_topk_prob=norm)
 
 
-class MoE(nn.Module):
-    """A router and `num_experts` gated feed-forward layers, in place of one.
+class MoE(nn.Module, kw_only=True):
+    """A router and `num_experts` gated feed-forward layers in place of a dense one.
 
-    `width` is the feed-forward width of a dense layer, and of the experts unless they have another.
+    `width` is the intermediate width of the dense layer, and of experts without one of their own.
+
+    1. Router logits [T, E] in float32 and their softmax.
+    2. The top k experts of each token, with weights [T, k].
+    3. With `dispatch="capacity"`, assignments beyond an expert's slots are dropped.
+    4. `sum_j weights[t, j] * expert_{e(t, j)}(x_t)`, computed where the experts are.
     """
 
     config: ExpertConfig
@@ -89,10 +90,10 @@ class MoE(nn.Module):
             count = jnp.sum(valid.astype(jnp.float32))
             slots = capacity_slots(count, config.num_experts, config.top_k, config.capacity_factor)
             keep = within_capacity(experts, valid, config.num_experts, slots)
-            # A lone survivor gets the whole weight, as in the reference.
+            # Weights are normalised over the assignments that are left, as in the reference.
             weights = weights * keep
             weights = normalise(weights) if config.norm_topk_prob else weights
-        # The one token of an init cannot be spread over devices.
+        # The single token of an initialisation cannot be sharded over devices.
         mix = functools.partial(mix_experts, transport=self.compute.expert_transport)
         mix = mix_on_one_device if self.is_initializing() else mix
         mixed = mix(

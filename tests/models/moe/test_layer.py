@@ -17,7 +17,7 @@ def moe(hidden, config, valid=None, is_image=None, params=None, dtype=jnp.float3
     """The layer on [B, T, D], its statistics and its parameters."""
     valid = jnp.ones(hidden.shape[:2], bool) if valid is None else valid
     is_image = jnp.zeros(hidden.shape[:2], bool) if is_image is None else is_image
-    layer = MoE(check_moe(config), MLP, ComputeConfig(dtype=dtype))
+    layer = MoE(config=check_moe(config), width=MLP, compute=ComputeConfig(dtype=dtype))
     if params is None:
         params = draw.params(layer, hidden, valid, is_image)
     output, stats = draw.apply(layer, params, hidden, valid, is_image)
@@ -27,7 +27,7 @@ def moe(hidden, config, valid=None, is_image=None, params=None, dtype=jnp.float3
 def moe_on_logits(logits, config, **kwargs):
     """The layer where hidden states are the router's logits, as its kernel is the identity."""
     hidden = jnp.asarray(logits, jnp.float32)
-    layer = MoE(check_moe(config), MLP, ComputeConfig())
+    layer = MoE(config=check_moe(config), width=MLP, compute=ComputeConfig())
     flags = jnp.ones(hidden.shape[:2], bool)
     params = draw.params(layer, hidden, flags, flags) | {"router": jnp.eye(hidden.shape[-1])}
     return moe(hidden, config, params=params, **kwargs)
@@ -192,15 +192,15 @@ def test_weights_are_renormalised_by_default_for_two_choices_or_more(top_k, give
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"top_k": 5}, "top_k is 5; accepted: 1 to moe.num_experts .4"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"num_experts": 0}, "moe.num_experts is 0; accepted: 1 to 1,000"),
-        ({"num_experts": 10**9}, "moe.num_experts is 1000000000; accepted: 1 to 1,000"),
-        ({"top_k": 10**9}, "moe.top_k is 1000000000; accepted: 1 to moe.num_experts .4"),
-        ({"capacity_factor": 0.0}, "moe.capacity_factor is 0.0; accepted: above 0, at most 1,0"),
-        ({"capacity_factor": 1e7}, "moe.capacity_factor is 10000000.0; accepted: above 0"),
+        ({"top_k": 5}, "top_k: expected 1 to moe.num_experts .4., got 5"),
+        ({"top_k": 0}, "top_k: .*, got 0"),
+        ({"num_experts": 0}, "moe.num_experts: expected 1 to 1,000, got 0"),
+        ({"num_experts": 10**9}, "moe.num_experts: expected 1 to 1,000, got 1000000000"),
+        ({"top_k": 10**9}, "moe.top_k: expected 1 to moe.num_experts .4., got 1000000000"),
+        ({"capacity_factor": 0.0}, "moe.capacity_factor: expected > 0 and <= 1,000,000, got 0.0"),
+        ({"capacity_factor": 1e7}, "moe.capacity_factor: expected > 0 .*, got 10000000.0"),
         ({"dispatch": "capcity"}, "'capcity'.*did you mean 'capacity'"),
-        ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; accepted: the width"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size: expected the width .*, got -1"),
     ],
 )
 def test_settings_without_a_meaning_are_named(changes, named):
