@@ -95,6 +95,7 @@ def visible(
     query_segments: Int[Array, "B T"], slots: Int[Array, "T"], key_segments: Int[Array, "B S"]
 ) -> Bool[Array, "B T S"]:
     """The mask of some queries, which are at `slots` of their rows."""
+    # Slots in the row or cache, not positions, which restart with every sample of a packed row.
     keys = jnp.arange(key_segments.shape[1])
     own = slots[:, None] == keys[None]
     earlier = slots[:, None] >= keys[None]
@@ -103,8 +104,10 @@ def visible(
 
 
 def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | None) -> Array:
-    """Scores [B, N, T, S] of a large teacher would be several times its activations; a block of
-    512 queries has a fraction of them at a time, and makes them again for the gradient.
+    """Attention in XLA, one block of queries at a time.
+
+    Scores [B, N, T, S] of a large teacher would be several times its activations. Only those of 512
+    queries exist at a time, and the backward pass recomputes them.
     """
     if structure is None:
         return jax.nn.dot_product_attention(query, key, value)
@@ -126,13 +129,18 @@ def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | No
         x = x.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
+    # The checkpoint saves each block's inputs instead of its scores and softmax. Filled-up queries
+    # are padding of segment 0, cut off below, so no gradient passes through them.
     parts = split(query, 1), split(segments, 1), split(slots, 0)
     mixed = jax.lax.map(jax.checkpoint(lambda part: block(*part)), parts)
     return jnp.moveaxis(mixed, 0, 1).reshape(len(query), -1, *query.shape[2:])[:, :length]
 
 
 def _by_cudnn(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
-    """Odd lengths are filled up by one position that `lengths` leave out: cuDNN needs even ones."""
+    """cuDNN's flash attention, by the length of each row.
+
+    Odd lengths are padded by one position that `lengths` exclude, since cuDNN needs even ones.
+    """
     fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     length = query.shape[1]
     if segments is None and length % 2 == 0:
@@ -154,7 +162,11 @@ def _by_cudnn(query: Array, key: Array, value: Array, segments: Array | None) ->
 def _by_splash(
     query: Array, key: Array, value: Array, segments: Array, interpret: bool = False
 ) -> Array:
-    """`interpret` runs the kernel without a TPU, for tests."""
+    """Splash attention with segment ids; `interpret` runs it without a TPU, for tests.
+
+    Padding forms a segment of its own: causal within it, every query sees itself at least.
+    """
+    # The kernel does not scale scores. It takes one row, heads first; vmap adds the batch axis.
     scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (scaled, key, value))
     ids = _splash().SegmentIds(segments, segments)
@@ -163,7 +175,7 @@ def _by_splash(
 
 
 def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
-    """Blocks above the diagonal are skipped; forward and backward have blocks of one size."""
+    """The kernel of one row; blocks above the diagonal are skipped, in both passes."""
     kernels, block = _splash(), max(x for x in (512, 256, 128) if length % x == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     return kernels.make_splash_mha_single_device(
@@ -189,6 +201,7 @@ def _over_mesh(
         return compute(query, key, value, segments)
     mesh = jax.sharding.get_abstract_mesh()
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    # Query head n and key head n * K // N are on the same device, since `tensor` divides K.
     rows = BATCH_AXES if len(query) % shards == 0 else None
     heads = PartitionSpec(rows, None, "tensor")
     sharded = jax.shard_map(

@@ -1,4 +1,4 @@
-"""The batch, from the data pipeline to the loss: this module alone spells out its fields.
+"""The batch, from the data pipeline to the loss: the only description of its fields.
 
 Its types are pytrees for jax and grain. Nothing here imports jax, since data workers use this
 module; arrays are those of numpy in the pipeline and those of jax in a step.
@@ -65,6 +65,7 @@ def padded_batch(
     images: UInt8[Array, "U I h w 3"] | None = None,
 ) -> Batch:
     """Rows of one sample each, `lengths` tokens and then padding; also a row without axis B."""
+    # Right-padded rows count positions through their padding, which no token attends to.
     positions = np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape)
     segments = (positions < lengths[..., None]).astype(np.int32)
     return Batch(tokens, positions, segments, loss_mask, images)

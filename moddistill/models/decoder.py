@@ -115,6 +115,7 @@ class LayerGroup(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, context, caches):
+        # Inside the scan, where XLA would otherwise choose a sharding for the carry.
         hidden = constrain_to_batch_sharding(hidden)
         all_stats = []
         new_caches = []
@@ -153,6 +154,8 @@ class Decoder(nn.Module):
         stats = []
         new_cache = []
         for i, segment in enumerate(config.plan):
+            # Parameters and cache are stacked along axis 0 and sliced by the scan; the context is
+            # the same for all repeats.
             scan = nn.scan(
                 self._layer_group(),
                 variable_axes={"params": 0},
@@ -179,6 +182,7 @@ class Decoder(nn.Module):
     def _layer_group(self) -> Any:
         """The body of a scan; it dequantizes its own parameters, so that one layer's are in use."""
         group = LayerGroup
+        # Inside remat, so that dequantized kernels are recomputed rather than saved.
         if self.compute.quantized_layers:
             ready = functools.partial(dequantize, dtype=self.compute.dtype)
             group = nn.map_variables(group, "params", trans_in_fn=ready)

@@ -128,6 +128,7 @@ def _trained_share(config: ModelConfig, trained: set[str]) -> float:
     active = {}
     for path, leaf in flatten(unbox(abstract_params(config))).items():
         if not path.startswith("vision/") and path != "decoder/embedding":
+            # A token uses top_k of num_experts experts.
             idle = in_group(path, "experts") and moe is not None
             active[path] = leaf.size * (moe.top_k / moe.num_experts if idle else 1.0)
     return sum(size for path, size in active.items() if path in trained) / sum(active.values())

@@ -71,6 +71,8 @@ def make_plan(kinds: Sequence[bool]) -> Plan:
 
 
 def _longest_segment(kinds: tuple[bool, ...]) -> tuple[tuple[bool, ...], int]:
+    # The longest segment wins; of equal ones that of the shorter period, which compiles less code.
+    # A pattern of several layers must repeat, or the scan would only unroll them.
     best = (kinds[:1], 1)
     for period in range(1, min(_LONGEST_PERIOD, len(kinds)) + 1):
         pattern = kinds[:period]

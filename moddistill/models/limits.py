@@ -14,7 +14,7 @@ from moddistill.models.projector import projector_depth
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 
-# Upper bounds. Values must be above 0, and whole numbers unless the bound is a float.
+# Upper bounds. Values must be > 0, and integers unless the bound is a float.
 DECODER = {
     "vocab_size": 10_000_000,
     "width": 100_000,
@@ -46,7 +46,7 @@ Spell = Callable[[str], str]
 
 
 def spelt(limits: Mapping[str, int | float], names: Mapping[str, str]) -> dict[str, int | float]:
-    """Limits by the names of a config's fields; `names` maps ours to those."""
+    """Limits by the names of a config's fields; `names` maps limits to fields."""
     return {field: limits[name] for name, field in names.items()}
 
 

@@ -85,6 +85,7 @@ def quantize_all(params: dict[str, Any], stored: dict[str, Any]) -> dict[str, An
         if path in by_path:
             flat[path] = jax.device_put(flat[path], by_path[path].sharding)
             continue
+        # Donation cannot alias float and int8 buffers, so the original is deleted explicitly.
         kernels = flat.pop(path)
         kernels = jax.device_put(kernels, kernels.sharding.with_memory_kind("device"))
         quantized = jax.jit(functools.partial(quantize, axis=_input_axis(path)))(kernels)
@@ -106,6 +107,7 @@ def _input_axis(path: str) -> int:
 
 
 def _quantized_shape(path: str, x: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
+    # Steps are sharded like their kernel, but for the axis of inputs, along which they have size 1.
     axis = _input_axis(path)
     names = list(x.sharding.spec) + [None] * (len(x.shape) - len(x.sharding.spec))
     step_spec = PartitionSpec(*(None if i == axis else name for i, name in enumerate(names)))

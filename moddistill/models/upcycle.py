@@ -114,7 +114,7 @@ def upcycle_expert(
     width, dense = mlp["gate"]["kernel"].shape
     slices = _slices(moe, dense)
     size = dense // slices
-    start = (number % slices) * size
+    start = (number % slices) * size  # expert number is slice number % slices of its copy
 
     def slice_of(name: str) -> Array:
         kernel = mlp[name]["kernel"]
@@ -137,6 +137,7 @@ def upcycle_router(mlp: dict[str, Any], moe: ExpertConfig, rng: jax.Array) -> di
     Routers are float32, normal with standard deviation 0.02; a residual layer is the original one,
     blended equally.
     """
+    # One column per copy, repeated for its slices: equal logits, so top k selects them together.
     width, dense = mlp["gate"]["kernel"].shape
     slices = _slices(moe, dense)
     router = 0.02 * jax.random.normal(rng, (width, moe.num_experts // slices), jnp.float32)
@@ -167,6 +168,7 @@ def _check_slices(moe: ExpertConfig, dense: int) -> None:
                 f"of width {dense} into {slices} experts"
             )
             raise invalid(f"moe.{name}", getattr(moe, name), expected)
+    # Otherwise the weights of the selected slices, and so of their copies, do not sum to one.
     if slices > 1 and not moe.norm_topk_prob:
         expected = (
             f"True, since moe.moe_intermediate_size {size} slices a layer of width {dense} into "

@@ -121,6 +121,7 @@ class Vision(nn.Module):
             x = LayerNorm(config.norm_eps, name="pre_norm")(x)
         x, _ = self._layers(config.used_layers, "layers")(x, None)
         self._init_never_computed(x)
+        # LLaVA's `patch` feature: patches attend to the class token, which is then dropped.
         return x[:, 1:] if config.class_token else x
 
     def _embed(self, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B T D"]:

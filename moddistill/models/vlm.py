@@ -105,6 +105,7 @@ class Vlm(nn.Module):
 
 def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
     """The n-th patch at the n-th image position of each sample; elsewhere an arbitrary patch."""
+    # The n-th image position counts n image positions up to itself.
     index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
     return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(patches, index)
 
