@@ -77,8 +77,8 @@ def kernel_name(query: Any, key: Any, structure: Structure | None) -> str:
     """The kernel of `attend` for arrays or shapes: "cudnn", "splash" or "blocks".
 
     cuDNN has no kernel for float32 and none for heads above 128 before Hopper. Its packed layout is
-    not used: it is private in JAX, needs Hopper and a static number of segments, and its offsets
-    of keys assume as many heads as those of queries. Splash attention needs whole blocks of lanes.
+    not used: it is private in JAX, needs Hopper and a static number of segments, and before JAX
+    0.12 its key offsets are wrong for grouped heads. Splash attention needs whole blocks of lanes.
     """
     length, head_dim = query.shape[1], query.shape[-1]
     if length != key.shape[1]:  # decoding with a cache
