@@ -5,6 +5,7 @@ import typing
 import pytest
 
 from moddistill.cli.experiment import read_experiment
+from moddistill.cli.fields import sections
 from moddistill.config import (
     DataConfig,
     OptimConfig,
@@ -14,7 +15,7 @@ from moddistill.config import (
     StageName,
     TrainConfig,
 )
-from moddistill.configdict import check_values, from_config_dict, sections, to_config_dict
+from moddistill.configdict import check_values, from_config_dict, to_config_dict
 from moddistill.errors import UserError, nearest
 from moddistill.training.stages import STAGES
 

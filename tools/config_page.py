@@ -5,8 +5,8 @@ python -m tools.config_page > docs/config.md
 
 from collections.abc import Iterator
 
+from moddistill.cli.fields import Field, Section, sections, type_name
 from moddistill.config import RecipeConfig, TrainConfig
-from moddistill.configdict import Field, Section, sections, type_name
 
 _TOP = """\
 # Config fields

@@ -17,8 +17,8 @@ from typing import Any
 from absl import flags
 
 from moddistill.cli.experiment import read_experiment
+from moddistill.cli.fields import Field, sections, type_name
 from moddistill.config import Range
-from moddistill.configdict import Field, sections, type_name
 from moddistill.errors import UserError, did_you_mean
 
 _INDENT = " " * 24  # column of descriptions, as in argparse
