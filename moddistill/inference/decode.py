@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen.spmd import RulesFallback
 from jaxtyping import Array, Bool, Int
 
 from moddistill.data.conversation import end_token
@@ -22,8 +21,6 @@ from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import masked_logits
-
-CACHE_AXES = ("layers", "act_batch", "act_seq", "kv_heads", "head_dim")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_id", "sampling"))
@@ -49,7 +46,6 @@ def decode(
     slots = length + max_new_tokens
     decoder = model.config.decoder
     cache = init_cache(decoder, rows, slots, model.compute.dtype)
-    cache = cache.replace(layers=_constrain(cache.layers, CACHE_AXES))
     output = model.apply({"params": params}, batch, cache)
     # The last token of each prompt predicts the first new one.
     hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
@@ -77,21 +73,10 @@ def decode(
     first = next_token(output, hidden, jnp.zeros((), jnp.int32))
     tokens = jnp.full((rows, max_new_tokens), end_id, jnp.int32).at[:, 0].set(first)
     start = (jnp.ones((), jnp.int32), tokens, output.cache, first == end_id)
-    # Replicated, so that every process can read all answers.
-    return _constrain(jax.lax.while_loop(unfinished, body, start)[1], (None, None))
-
-
-def _constrain(tree: Any, axes: tuple[str | None, ...]) -> Any:
-    """Constrains arrays to the sharding of logical axes; without a mesh, returns them as they are.
-
-    Without this, XLA may replicate the cache, the largest array of decoding.
-    """
-    constrain = functools.partial(
-        nn.with_logical_constraint,
-        logical_axis_resources=axes,
-        fallback=RulesFallback.RAISE_ERROR,
-    )
-    return jax.tree.map(constrain, tree)
+    tokens = jax.lax.while_loop(unfinished, body, start)[1]
+    # Replicated, so that every process can read all rows. The cache needs no constraint: XLA gives
+    # it the sharding of the inputs of the layers.
+    return nn.with_logical_constraint(tokens, (None, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +122,6 @@ def answer(
             end_id=end_id,
             sampling=sampling,
         )
-    # Tokens are replicated, so that each process has all rows.
     answers = []
     for row, ids in enumerate(np.asarray(new)[: len(prompts)]):
         ids = ids.tolist()

@@ -20,9 +20,10 @@ from moddistill.inference.batching import (
     fitting_rows,
     memory_budget,
 )
-from moddistill.inference.decode import answer
-from moddistill.inference.placement import params_mesh
-from moddistill.inference.prompts import Prompt, encode_prompts, padded_length
+from moddistill.inference.decode import answer, decode
+from moddistill.inference.placement import mesh_context, params_mesh, put_rows
+from moddistill.inference.prompts import Prompt, encode_prompts, padded_length, prompt_batch
+from moddistill.inference.sampling import Sampling
 from moddistill.models.presets import preset
 
 NEW = 5
@@ -97,6 +98,21 @@ def test_answers_do_not_depend_on_the_batch_size(
     model, params = load(tiny_models["dense"], mesh=mesh and make_mesh(mesh))
     texts = answer_in_batches(model, params, tokenizer, prompts, NEW)
     assert texts == [item.text for item in expected("dense")]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8)])
+def test_the_cache_is_sharded_over_the_devices(tiny_models, prompts, tokenizer, mesh):
+    """Eight devices with one row each need a fraction of the memory of one device with all."""
+
+    def temporary_bytes(mesh):
+        model, params = load(tiny_models["dense"], mesh=mesh)
+        rows = put_rows(mesh, prompt_batch(prompts[:8], model.config, tokenizer))
+        options = {"max_new_tokens": 2000, "end_id": 2, "sampling": Sampling()}
+        with mesh_context(mesh):
+            lowered = decode.lower(model, params, rows, jax.random.key(0), **options)
+            return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(make_mesh(mesh)) < temporary_bytes(None) / 4
 
 
 def test_no_prompts_have_no_answers(tiny_models, tokenizer):
