@@ -20,8 +20,8 @@ from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
+from moddistill.models.logits import masked_logits
 from moddistill.models.vlm import Vlm
-from moddistill.models.vocabulary import masked_logits
 
 CACHE_AXES = ("layers", "act_batch", "act_seq", "kv_heads", "head_dim")
 
