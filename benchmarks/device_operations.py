@@ -21,8 +21,8 @@ from moddistill.losses.divergences import cross_entropy, forward_kl
 from moddistill.losses.preference import preference_losses
 from moddistill.models import attention_kernels
 from moddistill.models.compute import ComputeConfig
+from moddistill.models.logits import masked_logits
 from moddistill.models.moe.layer import MoE, check_moe
-from moddistill.models.vocabulary import masked_logits
 from moddistill.teachers.targets import Targets
 
 Arrays = dict[str, Any]

@@ -44,7 +44,7 @@ def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
 
     from moddistill.losses.chunked import LogitInputs, chunked_token_loss
     from moddistill.losses.divergences import cross_entropy, forward_kl
-    from moddistill.models.vocabulary import masked_logits
+    from moddistill.models.logits import masked_logits
     from moddistill.teachers.targets import Targets
 
     *matrices, labels, supervised = arrays()

@@ -19,8 +19,8 @@ from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
+from moddistill.models.logits import masked_logits
 from moddistill.models.vlm import Vlm
-from moddistill.models.vocabulary import masked_logits
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_id", "sampling"))

@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moddistill.distributed.sharding import BATCH_AXES, MESH_AXES, is_distributed
+from moddistill.models.logits import masked_logits
 from moddistill.models.vlm import Output
-from moddistill.models.vocabulary import IdRanges, masked_logits
+from moddistill.models.vocabulary import IdRanges
 from moddistill.teachers.targets import NO_TARGETS, Targets
 
 TokenFn = Callable[[Array, Targets, Array], dict[str, Array]]

@@ -6,11 +6,7 @@ produce, anywhere among the others. Losses and decoding mask every id outside th
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-
-_MASKED = -1e30
 
 IdRanges = tuple[tuple[int, int], ...]
 
@@ -40,14 +36,3 @@ def token_mask(ranges: IdRanges, rows: int) -> np.ndarray:
     for start, stop in ranges:
         mask[start:stop] = True
     return mask
-
-
-def masked_logits(
-    hidden: Float[Array, "*T D"], head: Float[Array, "V D"], real_ids: IdRanges
-) -> Float[Array, "*T V"]:
-    """float32 logits; those outside `real_ids` are -1e30, so that their probability is 0.
-
-    The value is finite because of KL terms `p * log p`: 0 * -1e30 is 0, while 0 * -inf is NaN.
-    """
-    logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-    return jnp.where(token_mask(real_ids, logits.shape[-1]), logits, _MASKED)

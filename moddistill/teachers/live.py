@@ -15,9 +15,10 @@ from moddistill.convert.resolve import ResolvedModel, random_params
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import Batch
+from moddistill.models.logits import masked_logits
 from moddistill.models.quantization import loading_shapes, quantize_all
 from moddistill.models.vlm import ModelConfig, Output, Vlm
-from moddistill.models.vocabulary import IdRanges, masked_logits
+from moddistill.models.vocabulary import IdRanges
 from moddistill.params import Flat, cast_frozen, flatten
 from moddistill.storage.model_folder import load_params
 from moddistill.teachers.alignment import check_template, shared_ids

@@ -13,7 +13,8 @@ from moddistill.config import MeshConfig, TrainConfig
 from moddistill.distributed.sharding import BATCH_AXES, make_mesh
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.divergences import cross_entropy, forward_kl
-from moddistill.models.vocabulary import masked_logits, token_mask
+from moddistill.models.logits import masked_logits
+from moddistill.models.vocabulary import token_mask
 from moddistill.teachers.targets import NO_TARGETS, Targets
 
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCAB, TEACHER_VOCAB = 37, 8, 12, 22, 25
