@@ -44,11 +44,11 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     decoder = DecoderConfig(
         vocab_size=151_936,
         real_ids=tokenizer.real_ids,
-        width=2048,
-        mlp=5504,
-        layers=layers,
-        heads=16,
-        kv_heads=16,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_layers=layers,
+        num_heads=16,
+        num_kv_heads=16,
         head_dim=128,
     )
     fields = qwen.text_config(decoder)

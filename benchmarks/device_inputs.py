@@ -108,7 +108,7 @@ def _rows(
     patches = student.vision.patches if student.vision else 0
     answer = round(length * SUPERVISED_SHARE)
     tokens = rng.integers(0, student.decoder.real_ids[-1][1], (rows, length), np.int32)
-    tokens[:, 1 : 1 + patches] = student.image_token
+    tokens[:, 1 : 1 + patches] = student.image_token_id
     shortest = length if full else 1 + patches + answer
     ends = rng.integers(shortest, length + 1, (rows, 1))
     place = np.arange(length)[None]

@@ -261,7 +261,7 @@ def expert_layer(dispatch: str, tokens: int, width: int, mlp: int) -> Operation:
     def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:
         params = {name: x for name, x in inputs.items() if name != "hidden"}
         hidden, valid = inputs["hidden"].astype(dtype)[None], constants["valid"][None]
-        layer = MoE(config=config, width=mlp, compute=ComputeConfig(dtype=dtype))
+        layer = MoE(config=config, intermediate_size=mlp, compute=ComputeConfig(dtype=dtype))
         mixed, _ = layer.apply({"params": params}, hidden, valid, jnp.zeros_like(valid))
         return mixed[0].astype(jnp.float32)
 

@@ -208,11 +208,13 @@ def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     """Times the student's expert layer against a dense layer of the same FLOPs, with gradients."""
     config = check_moe(ExpertConfig())
     decoder = preset(_TINY.student if tiny else PAIRS[0].student).decoder
-    width, mlp, tokens = decoder.width, decoder.mlp, 256 if tiny else 16_384
+    width, mlp, tokens = decoder.hidden_size, decoder.intermediate_size, 256 if tiny else 16_384
     with on(device):
         x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
         flags = (jnp.ones((1, tokens), bool), jnp.zeros((1, tokens), bool))
-        sparse = MoE(config=config, width=mlp, compute=ComputeConfig(dtype=jnp.bfloat16))
+        sparse = MoE(
+            config=config, intermediate_size=mlp, compute=ComputeConfig(dtype=jnp.bfloat16)
+        )
         dense = SwiGLU(config.top_k * mlp, jnp.bfloat16)
         seconds = {}
         for name, layer, rest in (("experts", sparse, flags), ("dense", dense, ())):

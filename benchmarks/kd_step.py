@@ -38,11 +38,17 @@ def architectures():
     def decoder(width: int, mlp: int, tied: bool) -> DecoderConfig:
         heads = width // 64
         return DecoderConfig(
-            VOCABULARY, REAL_IDS, width, mlp, 8, heads, heads // 4, 64, tied_head=tied
+            VOCABULARY, REAL_IDS, width, mlp, 8, heads, heads // 4, 64, tie_word_embeddings=tied
         )
 
     tower = VisionConfig(
-        image_size=112, patch_size=14, width=256, mlp=1024, layers=6, heads=4, select_layer=-2
+        image_size=112,
+        patch_size=14,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_layers=6,
+        num_heads=4,
+        select_layer=-2,
     )
     teacher = ModelConfig(decoder(1024, 2816, False), tower, "mlp2x_gelu", "chatml", IMAGE)
     dense = dataclasses.replace(teacher, decoder=decoder(512, 1408, True))

@@ -62,7 +62,7 @@ def prepare_torch(folder: Path) -> Callable[[], dict[str, float]]:
     import torch
 
     tower = models.load_in_torch(folder, "model").model.vision_tower.eval()
-    del tower.encoder.layers[-1]
+    del tower.encoder.num_layers[-1]
     images = random_images()
 
     def run() -> dict[str, float]:

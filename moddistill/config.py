@@ -192,7 +192,7 @@ class TrainConfig:
     ] = "paper"
     steps: Annotated[int, Range(ge=1), "optimizer steps"] = 1000
     batch_size: Annotated[int, Range(ge=1), "samples of a step, over all devices"] = 256
-    accumulate: Annotated[int, Range(ge=1), "micro-batches of a step"] = 1
+    grad_accum_steps: Annotated[int, Range(ge=1), "micro-batches of a step"] = 1
     seed: Annotated[
         int, Range(ge=0, le=2**32 - 1), "seed of new weights and of the order of records"
     ] = 0
@@ -214,12 +214,12 @@ class TrainConfig:
     expert_transport: Annotated[
         ExpertTransport, "collective that moves tokens to their experts; ragged: no CPU"
     ] = "all_gather"
-    teacher_weights: Annotated[
-        Literal["dtype", "int8"], "of the teacher's layers; int8 halves their memory"
-    ] = "dtype"
-    teacher_memory: Annotated[
-        Literal["device", "host"], "where the teacher's layers are; host for those that fit nowhere"
-    ] = "device"
+    teacher_quantization: Annotated[
+        Literal["none", "int8"], "of the teacher's layers; int8 halves their memory"
+    ] = "none"
+    teacher_offload: Annotated[
+        bool, "keep the teacher's layers in host memory, for teachers that fit nowhere else"
+    ] = False
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()

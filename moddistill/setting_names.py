@@ -14,7 +14,7 @@ _OTHER_NAMES = {
     "steps": "max_steps num_steps train_steps num_train_steps total_steps "
     "epochs num_epochs num_train_epochs",
     "batch_size": "batch bs global_batch_size train_batch_size per_device_train_batch_size",
-    "accumulate": "gradient_accumulation_steps grad_accum_steps accum_steps accumulation_steps",
+    "grad_accum_steps": "accumulate gradient_accumulation_steps accum_steps accumulation_steps",
     "log_every": "logging_steps log_interval log_freq",
     "save_every": "save_steps save_interval checkpoint_every checkpoint_steps",
     "dtype": "precision mixed_precision compute_dtype bf16 fp16",

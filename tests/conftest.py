@@ -132,7 +132,7 @@ def random_batch():
         rng = np.random.default_rng(seed)
         patches = config.vision.patches if config.vision else 0
         tokens = rng.integers(0, config.decoder.real_ids[-1][1], (rows, length), np.int32)
-        tokens[:, 1 : 1 + patches] = config.image_token
+        tokens[:, 1 : 1 + patches] = config.image_token_id
         real = rng.integers(patches + 4, length + 1, (rows, 1))
         answers = rng.integers(1, 4, (rows, 1)) + (np.arange(rows) % 2)[:, None] * 2
         place = np.arange(length)[None]

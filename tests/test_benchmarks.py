@@ -55,7 +55,7 @@ def test_checkpoint_of_convert_benchmark_is_readable(tmp_path):
     """One layer, since a checkpoint is never smaller than its embedding."""
     largest = convert.make_checkpoint(tmp_path / "hf", gigabytes=0.1, shards=2)
     source = open_source(tmp_path / "hf")
-    assert source.decoder.layers == 1
+    assert source.decoder.num_layers == 1
     assert sum(x.nbytes for x in source.checkpoint.values()) > largest > 600 * 10**6
 
 

@@ -57,8 +57,8 @@ def test_configs_are_frozen():
         ({"steps": 1.5}, r"^config\.steps: .*int, got 1\.5"),
         ({"steps": True}, r"^config\.steps: .*int, got True"),
         (
-            {"teacher_weights": "int4"},
-            r"teacher_weights: expected one of 'dtype', 'int8', got 'int4' .did .* 'int8'",
+            {"teacher_quantization": "int4"},
+            r"teacher_quantization: expected one of 'none', 'int8', got 'int4' .did .* 'int8'",
         ),
         ({"stage": "d2x"}, r"^config\.stage: expected one of 'sft', 'init', .*did you mean 'd2"),
         ({"remat": True}, r"^config\.remat: expected one of 'none', 'products', 'full', got True"),

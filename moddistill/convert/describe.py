@@ -114,10 +114,23 @@ def _config(source: Source) -> ModelConfig:
         [first] = [rule.name for rule in source.rules if rule.path == "projector/linear_0/kernel"]
         width = source.checkpoint[first].shape[-1] if first in source.checkpoint else 8
         vision = VisionConfig(
-            image_size=1, patch_size=1, width=width, mlp=1, layers=1, heads=1, select_layer=-1
+            image_size=1,
+            patch_size=1,
+            hidden_size=width,
+            intermediate_size=1,
+            num_layers=1,
+            num_heads=1,
+            select_layer=-1,
         )
     decoder = source.decoder or DecoderConfig(
-        vocab_size=1, real_ids=((0, 1),), width=2, mlp=1, layers=1, heads=1, kv_heads=1, head_dim=2
+        vocab_size=1,
+        real_ids=((0, 1),),
+        hidden_size=2,
+        intermediate_size=1,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
     )
     image = source.tokenizer.image_id if source.tokenizer else 0
     return ModelConfig(
@@ -125,7 +138,7 @@ def _config(source: Source) -> ModelConfig:
         vision=vision,
         projector=source.projector or "linear",
         template=source.template,
-        image_token=image,
+        image_token_id=image,
     )
 
 
@@ -180,8 +193,8 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     decoder, vision = config.decoder, config.vision
     facts: dict[str, Any] = {
         "template": config.template,
-        "layers": decoder.layers,
-        "width": decoder.width,
+        "layers": decoder.num_layers,
+        "width": decoder.hidden_size,
         "plan": [_format_segment(segment) for segment in decoder.plan],
     }
     if decoder.moe is not None:

@@ -42,7 +42,7 @@ def import_record(
         "new": list(new),
         "context": model.context,
         # A tied head that the checkpoint stores too.
-        "stored_head": config.decoder.tied_head and model.tied in model.checkpoint,
+        "stored_head": config.decoder.tie_word_embeddings and model.tied in model.checkpoint,
         "generation": generation,
         "replaced": replaced,
     }

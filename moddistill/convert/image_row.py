@@ -35,9 +35,9 @@ class PaddedRows(Tensor):
 def with_image_row(config: ModelConfig) -> ModelConfig:
     """Adds an embedding row for `<image>` to a multimodal architecture without one."""
     decoder = config.decoder
-    if config.vision is None or config.image_token < decoder.vocab_size:
+    if config.vision is None or config.image_token_id < decoder.vocab_size:
         return config
-    rows = -(-(config.image_token + 1) // _MULTIPLE) * _MULTIPLE
+    rows = -(-(config.image_token_id + 1) // _MULTIPLE) * _MULTIPLE
     return dataclasses.replace(config, decoder=dataclasses.replace(decoder, vocab_size=rows))
 
 

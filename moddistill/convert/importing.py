@@ -119,7 +119,7 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
             vision=vision,
             projector=kind,
             template=template or language.template,
-            image_token=language.tokenizer.image_id,
+            image_token_id=language.tokenizer.image_id,
         )
     )
 

@@ -77,14 +77,14 @@ def bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
     those of one layer at all positions: residual stream, query, key, value and feed-forward.
     """
     experts = config.moe.top_k if config.moe else 1
-    values = 8 * config.width + 3 * experts * config.mlp
+    values = 8 * config.hidden_size + 3 * experts * config.intermediate_size
     activations = slots * values * jnp.dtype(dtype).itemsize
     return 2 * cache_bytes_per_row(config, slots, dtype) + activations
 
 
 def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
     """Returns the bytes of keys and values of one row with `slots` positions."""
-    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).layers))
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).num_layers))
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 

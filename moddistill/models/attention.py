@@ -22,8 +22,8 @@ class Attention(nn.Module, kw_only=True):
       qk_norm_eps: RMS-normalises each query and key head before RoPE (Qwen3), unless None.
     """
 
-    heads: int
-    kv_heads: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     dtype: DType
     rope_theta: float | None = None
@@ -49,9 +49,9 @@ class Attention(nn.Module, kw_only=True):
                 name=name,
             )
 
-        query = project("query", self.heads, "heads")(hidden)
-        key = project("key", self.kv_heads, "kv_heads")(hidden)
-        value = project("value", self.kv_heads, "kv_heads")(hidden)
+        query = project("query", self.num_heads, "heads")(hidden)
+        key = project("key", self.num_kv_heads, "kv_heads")(hidden)
+        value = project("value", self.num_kv_heads, "kv_heads")(hidden)
         if self.qk_norm_eps is not None:
             query = RMSNorm(self.qk_norm_eps, "head_dim", name="query_norm")(query)
             key = RMSNorm(self.qk_norm_eps, "head_dim", name="key_norm")(key)

@@ -34,15 +34,15 @@ class DecoderConfig:
 
     vocab_size: int
     real_ids: IdRanges
-    width: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
-    tied_head: bool = True
+    tie_word_embeddings: bool = True
     qkv_bias: bool = True
     qk_norm: bool = False
     moe: ExpertConfig | None = None
@@ -50,11 +50,11 @@ class DecoderConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the expert layers."""
-        return moe_layers(self.moe.placement, self.layers) if self.moe else ()
+        return moe_layers(self.moe.placement, self.num_layers) if self.moe else ()
 
     @property
     def plan(self) -> Plan:
-        return make_plan([i in self.moe_layers for i in range(self.layers)])
+        return make_plan([i in self.moe_layers for i in range(self.num_layers)])
 
 
 @flax.struct.dataclass
@@ -85,8 +85,8 @@ class DecoderLayer(nn.Module, kw_only=True):
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValues | None]:
         config = self.config
         attention = Attention(
-            heads=config.heads,
-            kv_heads=config.kv_heads,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             rope_theta=config.rope_theta,
             qkv_bias=config.qkv_bias,
@@ -99,10 +99,18 @@ class DecoderLayer(nn.Module, kw_only=True):
         hidden = hidden + mixed
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(hidden)
         if self.has_experts:
-            experts = MoE(config=config.moe, width=config.mlp, compute=self.compute, name="moe")
+            experts = MoE(
+                config=config.moe,
+                intermediate_size=config.intermediate_size,
+                compute=self.compute,
+                name="moe",
+            )
             mixed, stats = experts(normed, context.valid, context.is_image)
         else:
-            mixed, stats = SwiGLU(config.mlp, self.compute.dtype, name="mlp")(normed), None
+            mixed, stats = (
+                SwiGLU(config.intermediate_size, self.compute.dtype, name="mlp")(normed),
+                None,
+            )
         return hidden + mixed, stats, cache
 
 
@@ -146,7 +154,7 @@ class Decoder(nn.Module):
         Float[Array, "B T D"], Float[Array, "V D"], RouterStats | None, list[list[KeyValues]] | None
     ]:
         config = self.config
-        shape = (config.vocab_size, config.width)
+        shape = (config.vocab_size, config.hidden_size)
         table = self.param("embedding", init_normal("vocab", "embed"), shape, jnp.float32)
         hidden = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
         if image_hidden is not None:
@@ -172,7 +180,7 @@ class Decoder(nn.Module):
             stats += [_layer_major(segment_stats)] if segment_stats else []
             new_cache.append(segment_cache)
         hidden = RMSNorm(config.norm_eps, name="norm")(hidden)
-        if config.tied_head:
+        if config.tie_word_embeddings:
             head = table
         else:
             head = self.param("head", init_normal("vocab", "embed"), shape, jnp.float32)
@@ -208,7 +216,7 @@ class KVCache:
       length: number of slots written; the next token's slot.
     """
 
-    layers: list[list[KeyValues]]
+    num_layers: list[list[KeyValues]]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
 
@@ -222,7 +230,7 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DType) -> K
     """An empty cache of `batch` rows."""
 
     def empty(repeats: int) -> KeyValues:
-        shape = (repeats, batch, slots, config.kv_heads, config.head_dim)
+        shape = (repeats, batch, slots, config.num_kv_heads, config.head_dim)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
     layers = [[empty(segment.repeats) for _ in segment.pattern] for segment in config.plan]

@@ -60,7 +60,7 @@ def forward_flops(config: ModelConfig, size: StepSize) -> float:
     """FLOPs of one forward pass; the head is counted at supervised positions only."""
     seen = size.rows * size.length
     total = seen * decoder_flops(config.decoder, size.length)
-    total += size.supervised * 2.0 * config.decoder.width * config.decoder.vocab_size
+    total += size.supervised * 2.0 * config.decoder.hidden_size * config.decoder.vocab_size
     if config.vision is not None:
         patches = config.vision.patches
         total += size.images * (vision_flops(config.vision) + patches * _projector_flops(config))
@@ -78,37 +78,43 @@ def training_flops(config: ModelConfig, size: StepSize, trained: set[str]) -> fl
     vision_trains = any(path.startswith("vision/") for path in trained)
     vision = size.images * vision_flops(config.vision) if config.vision else 0.0
     decoder = config.decoder
-    scores = size.rows * size.length * decoder.layers * _score_flops(decoder, size.length)
+    scores = size.rows * size.length * decoder.num_layers * _score_flops(decoder, size.length)
     rest = forward_flops(config, size) - vision - scores
     return vision * (3.0 if vision_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
 
 
 def decoder_flops(decoder: DecoderConfig, length: int) -> float:
     """FLOPs of all layers for one token of a sequence of `length`."""
-    heads = decoder.heads * decoder.head_dim
-    projections = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim)
+    heads = decoder.num_heads * decoder.head_dim
+    projections = decoder.hidden_size * (2 * heads + 2 * decoder.num_kv_heads * decoder.head_dim)
     attention = 2.0 * projections + _score_flops(decoder, length)
-    dense = 6.0 * decoder.width * decoder.mlp
+    dense = 6.0 * decoder.hidden_size * decoder.intermediate_size
     sparse = dense
     if decoder.moe is not None:
-        width = decoder.moe.moe_intermediate_size or decoder.mlp
-        sparse = 6.0 * decoder.width * width * decoder.moe.top_k
-        sparse += 2.0 * decoder.width * decoder.moe.num_experts
+        width = decoder.moe.moe_intermediate_size or decoder.intermediate_size
+        sparse = 6.0 * decoder.hidden_size * width * decoder.moe.top_k
+        sparse += 2.0 * decoder.hidden_size * decoder.moe.num_experts
         sparse += dense if decoder.moe.residual else 0.0
     experts = len(decoder.moe_layers)
-    return decoder.layers * attention + experts * sparse + (decoder.layers - experts) * dense
+    return (
+        decoder.num_layers * attention + experts * sparse + (decoder.num_layers - experts) * dense
+    )
 
 
 def _score_flops(decoder: DecoderConfig, length: int) -> float:
     """FLOPs of one layer's scores and weighted values, for one token."""
-    return 4.0 * length * decoder.heads * decoder.head_dim
+    return 4.0 * length * decoder.num_heads * decoder.head_dim
 
 
 def vision_flops(vision: VisionConfig) -> float:
     """FLOPs of the vision encoder up to the selected layer, for one image."""
     length = vision.patches + vision.class_token
-    layer = 8.0 * vision.width**2 + 4.0 * vision.width * vision.mlp + 4.0 * length * vision.width
-    patch = 2.0 * 3 * vision.patch_size**2 * vision.width
+    layer = (
+        8.0 * vision.hidden_size**2
+        + 4.0 * vision.hidden_size * vision.intermediate_size
+        + 4.0 * length * vision.hidden_size
+    )
+    patch = 2.0 * 3 * vision.patch_size**2 * vision.hidden_size
     return length * vision.used_layers * layer + vision.patches * patch
 
 

@@ -138,7 +138,7 @@ def rotary(
 class SwiGLU(nn.Module):
     """Gated feed-forward layer, `down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
 
-    width: int
+    intermediate_size: int
     dtype: DType
 
     @nn.compact
@@ -153,8 +153,8 @@ class SwiGLU(nn.Module):
                 name=name,
             )
 
-        gate = linear("gate", self.width, "embed", "mlp")(hidden)
-        up = linear("up", self.width, "embed", "mlp")(hidden)
+        gate = linear("gate", self.intermediate_size, "embed", "mlp")(hidden)
+        up = linear("up", self.intermediate_size, "embed", "mlp")(hidden)
         return linear("down", hidden.shape[-1], "mlp", "embed")(nn.silu(gate) * up)
 
 

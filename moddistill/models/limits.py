@@ -17,11 +17,11 @@ from moddistill.models.vlm import ModelConfig
 # Upper bounds. Values must be > 0, and integers unless the bound is a float.
 DECODER = {
     "vocab_size": 10_000_000,
-    "width": 100_000,
-    "mlp": 1_000_000,
-    "layers": 1_000,
-    "heads": 10_000,
-    "kv_heads": 10_000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "num_layers": 1_000,
+    "num_heads": 10_000,
+    "num_kv_heads": 10_000,
     "head_dim": 10_000,
     "rope_theta": 1e12,
     "norm_eps": 1.0,
@@ -30,10 +30,10 @@ EXPERTS = {"num_experts": MAX_EXPERTS, "top_k": MAX_EXPERTS, "moe_intermediate_s
 VISION = {
     "image_size": 10_000,
     "patch_size": 1_000,
-    "width": 100_000,
-    "mlp": 1_000_000,
-    "layers": 1_000,
-    "heads": 10_000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "num_layers": 1_000,
+    "num_heads": 10_000,
     "norm_eps": 1.0,
 }
 LARGEST_ID = 10_000_000
@@ -74,17 +74,17 @@ def check_architecture(config: ModelConfig, origin: str) -> None:
     check_decoder(config.decoder, origin, "decoder.{}".format)
     if config.vision is not None:
         check_vision(config.vision, origin, "vision.{}".format)
-    if not 0 <= config.image_token <= LARGEST_ID:
-        raise invalid(f"{origin}: image_token", config.image_token, f"0 to {LARGEST_ID:,}")
-    if any(start <= config.image_token < stop for start, stop in config.decoder.real_ids):
-        raise invalid(f"{origin}: image_token", config.image_token, "an id outside real_ids")
+    if not 0 <= config.image_token_id <= LARGEST_ID:
+        raise invalid(f"{origin}: image_token_id", config.image_token_id, f"0 to {LARGEST_ID:,}")
+    if any(start <= config.image_token_id < stop for start, stop in config.decoder.real_ids):
+        raise invalid(f"{origin}: image_token_id", config.image_token_id, "an id outside real_ids")
     _with_origin(origin, projector_depth, config.projector)
 
 
 def check_decoder(config: DecoderConfig, origin: str, spell: Spell = str) -> None:
     """Raises UserError for sizes of a decoder; see `check_architecture`."""
     check_numbers(vars(config), DECODER, origin, spell)
-    _check_divides("kv_heads", "heads", config, origin, spell)
+    _check_divides("num_kv_heads", "num_heads", config, origin, spell)
     if config.head_dim % 2:
         expected = "an even number, since rotary positions rotate pairs"
         raise invalid(f"{origin}: {spell('head_dim')}", config.head_dim, expected)
@@ -136,7 +136,7 @@ def _check_experts(config: DecoderConfig, origin: str) -> None:
 def check_vision(config: VisionConfig, origin: str, spell: Spell = str) -> None:
     """Raises UserError for sizes of a vision encoder; see `check_architecture`."""
     check_numbers(vars(config), VISION, origin, spell)
-    _check_divides("heads", "width", config, origin, spell)
+    _check_divides("num_heads", "hidden_size", config, origin, spell)
     if not 0 < config.patches <= _PATCHES:
         expected = (
             f"1 to {_PATCHES:,} patches of images of {config.image_size} pixels, not "

@@ -23,7 +23,7 @@ class Projector(nn.Module):
     """Linear layers with exact GELU between them, biases everywhere."""
 
     kind: str
-    width: int
+    hidden_size: int
     dtype: DType
 
     @nn.compact
@@ -33,7 +33,7 @@ class Projector(nn.Module):
             x = exact_gelu(x) if i else x
             axes = ("mlp",) if i else ("vision",)
             linear = Linear(
-                features=(self.width,),
+                features=(self.hidden_size,),
                 inputs=axes,
                 outputs=("embed",),
                 use_bias=True,

@@ -42,22 +42,22 @@ def dequantize(params: Any, dtype: Any) -> Any:
     return jax.tree.map(ready, params, is_leaf=is_quantized)
 
 
-def stored_shapes(shapes: dict[str, Any], weights: str, memory: str) -> dict[str, Any]:
+def stored_shapes(shapes: dict[str, Any], quantization: str, offload: bool) -> dict[str, Any]:
     """Shapes and shardings of stored parameters.
 
     Args:
       shapes: of all parameters, unquantized, on the device.
-      weights: `int8` quantizes the matrices of the decoder's layers; others are unchanged.
-      memory: `host` or `device` for these matrices. Vectors stay on the device: they are small, and
-        the TPU compiler rejects some slices of vectors in host memory.
+      quantization: `int8` quantizes the matrices of the decoder's layers; others are unchanged.
+      offload: whether these matrices are in host memory. Vectors stay on the device: they are
+        small, and the TPU compiler rejects some slices of vectors in host memory.
     """
     flat = flatten(shapes)
-    if weights == "int8":
+    if quantization == "int8":
         quantized = {
             path: _quantized_shape(path, x) for path, x in flat.items() if _is_kernel(path)
         }
         flat = flatten(unflatten(flat | quantized))
-    if memory == "host":
+    if offload:
         flat |= {p: _on_host(x) for p, x in flat.items() if _is_kernel(p.removesuffix("/int8"))}
     return unflatten(flat)
 

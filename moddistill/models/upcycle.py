@@ -36,7 +36,7 @@ def upcycle_config(config: ModelConfig, moe: ExpertConfig) -> ModelConfig:
             f"experts in layers {config.decoder.moe_layers}"
         )
     decoder = dataclasses.replace(config.decoder, moe=check_moe(moe))
-    _check_slices(decoder.moe, decoder.mlp)
+    _check_slices(decoder.moe, decoder.intermediate_size)
     decoder.plan  # noqa: B018  raises for a placement that does not fit
     return dataclasses.replace(config, decoder=decoder)
 

@@ -37,10 +37,10 @@ class VisionConfig:
 
     image_size: int
     patch_size: int
-    width: int
-    mlp: int
-    layers: int
-    heads: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
     select_layer: int = -2
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
@@ -53,8 +53,10 @@ class VisionConfig:
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise not_one_of("vision.activation", self.activation, ACTIVATIONS)
-        if not -self.layers <= self.select_layer <= -1:
-            expected = f"{-self.layers} to -1, a hidden state after one of {self.layers} layers"
+        if not -self.num_layers <= self.select_layer <= -1:
+            expected = (
+                f"{-self.num_layers} to -1, a hidden state after one of {self.num_layers} layers"
+            )
             raise invalid("vision.select_layer", self.select_layer, expected)
 
     @property
@@ -65,7 +67,7 @@ class VisionConfig:
     @property
     def used_layers(self) -> int:
         """Number of layers up to the selected hidden state; later ones are never computed."""
-        return self.layers + 1 + self.select_layer
+        return self.num_layers + 1 + self.select_layer
 
 
 class VisionLayer(nn.Module):
@@ -80,10 +82,10 @@ class VisionLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], None]:
         config = self.config
         hidden = constrain_to_batch_sharding(hidden)
-        head_dim = config.width // config.heads
+        head_dim = config.hidden_size // config.num_heads
         attention = Attention(
-            heads=config.heads,
-            kv_heads=config.heads,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_heads,
             head_dim=head_dim,
             out_bias=True,
             dtype=self.dtype,
@@ -92,9 +94,9 @@ class VisionLayer(nn.Module):
         mixed, _ = attention(LayerNorm(config.norm_eps, name="attention_norm")(hidden))
         hidden = hidden + mixed
         x = LayerNorm(config.norm_eps, name="mlp_norm")(hidden)
-        x = self._linear("up", config.mlp, "embed", "mlp")(x)
+        x = self._linear("up", config.intermediate_size, "embed", "mlp")(x)
         x = ACTIVATIONS[config.activation](x)
-        return hidden + self._linear("down", config.width, "mlp", "embed")(x), None
+        return hidden + self._linear("down", config.hidden_size, "mlp", "embed")(x), None
 
     def _linear(self, name: str, features: int, inputs: str, outputs: str) -> Linear:
         return Linear(
@@ -129,7 +131,7 @@ class Vision(nn.Module):
         config = self.config
         x = patchify(normalise(images, config), config.patch_size)
         patch = Linear(
-            features=(config.width,),
+            features=(config.hidden_size,),
             inputs=("patch",),
             outputs=("embed",),
             use_bias=config.patch_bias,
@@ -137,14 +139,14 @@ class Vision(nn.Module):
             name="patch",
         )
         x = patch(x)
-        std = config.width**-0.5
+        std = config.hidden_size**-0.5
         if config.class_token:
             class_token = self.param(
-                "class_token", init_normal("embed", std=std), (config.width,), jnp.float32
+                "class_token", init_normal("embed", std=std), (config.hidden_size,), jnp.float32
             )
-            first = jnp.broadcast_to(class_token, (len(x), 1, config.width)).astype(x.dtype)
+            first = jnp.broadcast_to(class_token, (len(x), 1, config.hidden_size)).astype(x.dtype)
             x = jnp.concatenate([first, x], axis=1)
-        shape = (config.patches + config.class_token, config.width)
+        shape = (config.patches + config.class_token, config.hidden_size)
         table = self.param(
             "positions", init_normal("patches", "embed", std=std), shape, jnp.float32
         )
@@ -170,7 +172,7 @@ class Vision(nn.Module):
         if not self.is_initializing():
             return
         config = self.config
-        unused = config.layers - config.used_layers
+        unused = config.num_layers - config.used_layers
         if unused:
             self._layers(unused, "unused")(x, None)
         LayerNorm(config.norm_eps, name="post_norm")(x)

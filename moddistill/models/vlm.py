@@ -36,7 +36,7 @@ class ModelConfig:
     vision: VisionConfig | None
     projector: str
     template: str
-    image_token: int
+    image_token_id: int
 
 
 @flax.struct.dataclass
@@ -61,7 +61,7 @@ class Vlm(nn.Module):
         """Hidden states [B, T, D] of a batch; with `cache`, its tokens continue those in there."""
         config = self.config
         valid = batch.segments > 0
-        is_image = (batch.tokens == config.image_token) & valid
+        is_image = (batch.tokens == config.image_token_id) & valid
         if cache is None:
             structure = causal(batch.segments, self.compute.one_segment)
         else:
@@ -73,7 +73,7 @@ class Vlm(nn.Module):
             features = self._encode_images(batch.images)
         image_hidden = None
         if features is not None:
-            width = config.decoder.width
+            width = config.decoder.hidden_size
             projector = Projector(config.projector, width, self.compute.dtype, name="projector")
             patches = projector(features)
             # Row i of the images belongs to rows i, i + U, ... of the tokens.
@@ -82,7 +82,7 @@ class Vlm(nn.Module):
         decoder = Decoder(config.decoder, self.compute, name="decoder")
         layers = cache.layers if cache else None
         hidden, head, router, layers = decoder(batch.tokens, image_hidden, context, layers)
-        cache = cache.replace(layers=layers) if cache else None
+        cache = cache.replace(num_layers=layers) if cache else None
         return Output(hidden, head, router, cache, features)
 
     def _encode_images(self, images: Array) -> Float[Array, "U X W"]:

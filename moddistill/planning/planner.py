@@ -68,7 +68,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "topology": topology,
         "chips": len(devices) // cores,
         "shared_tower": shared,
-        "micro_batch": config.batch_size // config.accumulate,
+        "micro_batch": config.batch_size // config.grad_accum_steps,
         "steps": config.steps,
         "samples": config.steps * config.batch_size,
         **_memory(compiled, topology),
@@ -96,8 +96,8 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
     shards = sharding.num_batch_shards(mesh)
     size = config.batch_size
     counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % shards == 0]
-    for accumulate in counts or [1]:
-        candidate = dataclasses.replace(config, accumulate=accumulate)
+    for steps in counts or [1]:
+        candidate = dataclasses.replace(config, grad_accum_steps=steps)
         report = plan(candidate, topology, utilisation)
         if report["fits"]:
             break
@@ -147,9 +147,9 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> Any
 
 def _check_memory(config: TrainConfig, topology: str) -> None:
     name, _ = accelerators.parse_topology(topology)
-    if config.teacher_memory == "host" and name in accelerators.GPUS:
-        expected = f"'device' for {topology!r}: without the device, only TPUs have host memory"
-        raise invalid("config.teacher_memory", config.teacher_memory, expected)
+    if config.teacher_offload and name in accelerators.GPUS:
+        expected = f"False for {topology!r}: without the device, only TPUs have host memory"
+        raise invalid("config.teacher_offload", config.teacher_offload, expected)
 
 
 def _memory(compiled: Any, topology: str) -> dict[str, int | None]:

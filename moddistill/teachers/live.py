@@ -79,7 +79,7 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, origin: str) -> No
     Args:
       origin: name of the teacher, for the message.
     """
-    pairs = {"image token": (teacher.image_token, student.image_token)}
+    pairs = {"image token": (teacher.image_token_id, student.image_token_id)}
     if student.vision is not None:
         if teacher.vision is None:
             raise UserError(

@@ -100,10 +100,10 @@ def trained_architecture(
             raise invalid("config.vision", config.vision, "a model with a vision encoder")
         is_new = config.student.startswith(RANDOM)
         rows = base.decoder.vocab_size
-        if not is_new and base.image_token >= rows:
+        if not is_new and base.image_token_id >= rows:
             expected = (
                 f"a student imported with --vision, which adds an embedding row for <image> (id "
-                f"{base.image_token}, {rows} rows)"
+                f"{base.image_token_id}, {rows} rows)"
             )
             raise invalid("config.student", config.student, expected)
         target = dataclasses.replace(target, vision=tower.vision)

@@ -25,7 +25,7 @@ def evaluate_heldout(
     rng = jax.random.key(config.seed)
     metrics = []
     for _ in range(config.heldout_steps):
-        for part in _micro_batches(next(records), config.accumulate):
+        for part in _micro_batches(next(records), config.grad_accum_steps):
             batch = sharding.put_batch(mesh, part)
             metrics.append(loss(state.params, state.frozen, run.teacher, batch, rng)[1])
     means = weighted_means(jax.device_get(metrics))

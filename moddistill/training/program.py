@@ -88,14 +88,14 @@ def make_program(
     param_shardings = flatten(sharding.param_shardings(mesh, boxed))
     shardings = make_state_shardings(state, param_shardings, optimizer, replicated)
     # Layers in host memory are fetched like quantized ones: one at a time, inside the scan.
-    by_layer = (config.teacher_weights, config.teacher_memory) != ("dtype", "device")
+    by_layer = config.teacher_quantization != "none" or config.teacher_offload
     compute = dataclasses.replace(compute, quantized_layers=by_layer)
     live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
     loss = stage_of(config).loss(config, model, live_teacher)
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
     # parameters and moments exist once. The teacher is an argument of its own and stays.
     step = jax.jit(
-        make_step(loss, optimizer, config.accumulate, config.seed),
+        make_step(loss, optimizer, config.grad_accum_steps, config.seed),
         donate_argnums=(0,) if config.donate else (),
         out_shardings=(shardings, replicated),
     )
@@ -131,7 +131,7 @@ def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> di
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))
     shapes = with_shardings(shapes, sharding.param_shardings(mesh, boxed))
-    return stored_shapes(shapes, config.teacher_weights, config.teacher_memory)
+    return stored_shapes(shapes, config.teacher_quantization, config.teacher_offload)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

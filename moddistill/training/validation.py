@@ -23,8 +23,8 @@ def check_settings(config: TrainConfig) -> None:
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
         expected = f"() or (first, last) with 1 <= first <= last <= {config.steps}"
         raise invalid("config.profile_steps", profiled, expected)
-    if config.batch_size % config.accumulate:
-        expected = f"a multiple of accumulate ({config.accumulate})"
+    if config.batch_size % config.grad_accum_steps:
+        expected = f"a multiple of grad_accum_steps ({config.grad_accum_steps})"
         raise invalid("config.batch_size", config.batch_size, expected)
 
 
@@ -36,7 +36,7 @@ def _check_stage(config: TrainConfig) -> None:
         if not stage.sparse and value != default:
             expected = f"its defaults, since stage {config.stage!r} makes no experts"
             raise invalid(f"config.{name}", value, expected)
-    for name, default in (("teacher_weights", "dtype"), ("teacher_memory", "device")):
+    for name, default in (("teacher_quantization", "none"), ("teacher_offload", False)):
         value = getattr(config, name)
         if not config.teacher and value != default:
             raise invalid(f"config.{name}", value, f"{default!r}, since config.teacher is empty")
@@ -95,11 +95,11 @@ def _check_losses(config: TrainConfig) -> None:
 def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless samples and positions can be sharded evenly over the mesh."""
     _check_processes(mesh)
-    shards, micro_batch = num_batch_shards(mesh), config.batch_size // config.accumulate
+    shards, micro_batch = num_batch_shards(mesh), config.batch_size // config.grad_accum_steps
     if micro_batch % shards:
         axes = " * ".join(BATCH_AXES)
         expected = f"a multiple of the mesh's {axes} ({shards})"
-        raise invalid("config.batch_size / config.accumulate", micro_batch, expected)
+        raise invalid("config.batch_size / config.grad_accum_steps", micro_batch, expected)
     if config.data.max_length % mesh.shape["tensor"]:
         expected = f"a multiple of mesh.tensor ({mesh.shape['tensor']}), which shards positions"
         raise invalid("config.data.max_length", config.data.max_length, expected)

@@ -13,7 +13,7 @@ from moddistill.storage.digests import check_outside
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
-    "steps", "accumulate", "remat", "scan", "donate", "teacher_memory", "logits_chunk_size",
+    "steps", "grad_accum_steps", "remat", "scan", "donate", "teacher_offload", "logits_chunk_size",
     "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
     "log_every", "save_every", "profile_steps",
 )  # fmt: skip
@@ -21,7 +21,7 @@ _FREE = (
 # Side effects of changing a setting, for the log.
 _EFFECTS = {
     "steps": "warm-up and decay are those of the new number from here on",
-    "accumulate": "the balance loss of experts, their capacity and kto_pair's KL are per "
+    "grad_accum_steps": "the balance loss of experts, their capacity and kto_pair's KL are per "
     "micro-batch, so that losses differ slightly from here on",
 }
 

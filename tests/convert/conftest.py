@@ -71,7 +71,7 @@ def random_inputs():
         tokens = rng.integers(0, config.decoder.real_ids[-1][1], (2, length), np.int32)
         if config.vision is None:
             return tokens, None
-        patches = np.full((2, config.vision.patches), config.image_token, np.int32)
+        patches = np.full((2, config.vision.patches), config.image_token_id, np.int32)
         size = config.vision.image_size
         images = rng.integers(0, 256, (2, 1, size, size, 3), np.uint8)
         return np.concatenate([tokens[:, :3], patches, tokens[:, 3:]], axis=1), images
@@ -102,7 +102,7 @@ def sparse(tmp_path_factory, small_tokenizer):
         if name not in made:
             root = tmp_path_factory.mktemp("sparse")
             # A head of its own, since one that is the embedding repeats the last token.
-            text = hf.Text(layers=4, tied=False, head_dim=16 if "Qwen3" in name else 0)
+            text = hf.Text(num_layers=4, tied=False, head_dim=16 if "Qwen3" in name else 0)
             vision = hf.siglip_config() if "SigLIP" in name else hf.clip_config()
             model = hf.llava(text.config(), vision, small_tokenizer.image_id)
             source = hf.save(model, root / "hf", small_tokenizer)

@@ -34,11 +34,11 @@ def random_model(kind, config, seed=0):
 class Text:
     """Sizes of a language model; `head_dim` is only set for Qwen3."""
 
-    width: int = 32
-    mlp: int = 48
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
+    hidden_size: int = 32
+    intermediate_size: int = 48
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
     head_dim: int = 0
     tied: bool = True
     rows: int = 320
@@ -49,11 +49,11 @@ class Text:
             more["head_dim"] = self.head_dim
         return kind(
             vocab_size=self.rows,
-            hidden_size=self.width,
-            intermediate_size=self.mlp,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
             tie_word_embeddings=self.tied,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             **more,
@@ -66,12 +66,14 @@ class Text:
 
 QWEN2 = {
     "two queries a key": Text(),
-    "seven queries a key": Text(width=56, heads=14, kv_heads=2),
-    "three heads, untied": Text(width=24, heads=3, kv_heads=3, tied=False),
+    "seven queries a key": Text(hidden_size=56, num_heads=14, num_kv_heads=2),
+    "three heads, untied": Text(hidden_size=24, num_heads=3, num_kv_heads=3, tied=False),
 }
 QWEN3 = {
     "wide heads": Text(head_dim=16),
-    "five heads, untied": Text(width=40, heads=5, kv_heads=1, head_dim=12, tied=False),
+    "five heads, untied": Text(
+        hidden_size=40, num_heads=5, num_kv_heads=1, head_dim=12, tied=False
+    ),
 }
 
 
@@ -116,9 +118,9 @@ def multimodal(name, image_token):
     """The LLaVA that a name such as `SigLIP and Qwen2, three heads` describes."""
     sizes = {}
     if "seven queries" in name:
-        sizes = {"width": 56, "heads": 14}
+        sizes = {"hidden_size": 56, "num_heads": 14}
     if "three heads" in name:
-        sizes = {"width": 24, "heads": 3, "kv_heads": 3}
+        sizes = {"hidden_size": 24, "num_heads": 3, "num_kv_heads": 3}
     text = Text(tied="untied" not in name, head_dim=16 if "Qwen3" in name else 0, **sizes)
     vision = clip_config()
     if "SigLIP" in name:
@@ -136,7 +138,7 @@ def sparse_text(text: Text, **changes):
         },
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=text.mlp,
+        moe_intermediate_size=text.intermediate_size,
         shared_expert_intermediate_size=8,
         mlp_only_layers=[1],
         norm_topk_prob=True,

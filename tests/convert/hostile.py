@@ -56,16 +56,18 @@ ORIGINAL = [
     "num_key_value_heads", "num_hidden_layers", "num_attention_heads",
 ]
 DECODER = [
-    "vocab_size", "real_ids", "width", "mlp", "layers", "heads", "kv_heads", "head_dim",
-    "rope_theta", "norm_eps", "tied_head", "qkv_bias", "qk_norm", "moe",
+    "vocab_size", "real_ids", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+    "num_kv_heads", "head_dim", "rope_theta", "norm_eps", "tie_word_embeddings", "qkv_bias",
+    "qk_norm", "moe",
 ]
 EXPERTS = [
     "num_experts", "top_k", "placement", "norm_topk_prob", "dispatch", "capacity_factor",
     "residual", "moe_intermediate_size",
 ]
 VISION = [
-    "image_size", "patch_size", "width", "mlp", "layers", "heads", "select_layer", "activation",
-    "norm_eps", "class_token", "pre_norm", "patch_bias", "mean", "std",
+    "image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers",
+    "num_heads", "select_layer", "activation", "norm_eps", "class_token", "pre_norm",
+    "patch_bias", "mean", "std",
 ]
 TOKENIZER = ["normalizer", "pre_tokenizer", "decoder", "post_processor"]
 BPE = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"]
@@ -150,7 +152,7 @@ def model_cases(rng: random.Random, share: float) -> Iterator[Case]:
         (DECODER, ("architecture", "decoder")),
         (EXPERTS, ("architecture", "decoder", "moe")),
         (VISION, ("architecture", "vision")),
-        (("decoder", "vision", "projector", "template", "image_token"), ("architecture",)),
+        (("decoder", "vision", "projector", "template", "image_token_id"), ("architecture",)),
         (("version", "architecture", "source"), ()),
         (SOURCE, ("source", "imported")),
     )

@@ -47,7 +47,7 @@ def make_folders(root: Path) -> None:
     """Writes each kind of folder and file that is read, intact and tiny, below `root`."""
     tokenizer = train_bpe(TEXTS, 300)
     dense = with_vocabulary(preset("tiny"), tokenizer.real_ids, tokenizer.image_id)
-    tower = dataclasses.replace(dense.vision, layers=2, select_layer=-2)
+    tower = dataclasses.replace(dense.vision, num_layers=2, select_layer=-2)
     dense = dataclasses.replace(dense, vision=tower)
     sparse = upcycle_config(dense, ExpertConfig(num_experts=2, top_k=2))
     text = dataclasses.replace(dense, vision=None)

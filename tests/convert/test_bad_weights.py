@@ -21,7 +21,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def language(tmp_path, small_tokenizer):
-    return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
+    return hf.save(hf.Text(num_layers=2).model(), tmp_path / "hf", small_tokenizer)
 
 
 def test_all_mismatched_tensors_are_listed(language, tmp_path):

@@ -118,7 +118,7 @@ def test_batched_answers_of_a_language_model_equal_single_ones(
     moe, tmp_path, tiny_architecture, init, small_tokenizer
 ):
     config = tiny_architecture("tiny", moe) if moe else tiny_architecture("tiny")
-    decoder = dataclasses.replace(config.decoder, tied_head=False)
+    decoder = dataclasses.replace(config.decoder, tie_word_embeddings=False)
     config = dataclasses.replace(config, vision=None, decoder=decoder, template="chatml")
     save_model(tmp_path / "model", config, init(config), small_tokenizer, {})
     export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)

@@ -21,7 +21,7 @@ DEEP = "[" * 100_000
 def made(tmp_path_factory, small_tokenizer):
     """A language model, a tower, and a model folder of the first."""
     root = tmp_path_factory.mktemp("made")
-    hf.save(hf.Text(layers=1).model(), root / "hf", small_tokenizer)
+    hf.save(hf.Text(num_layers=1).model(), root / "hf", small_tokenizer)
     hf.save(hf.clip_tower(), root / "vision")
     import_model(str(root / "hf"), root / "model")
     return root

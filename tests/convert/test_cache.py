@@ -52,7 +52,7 @@ def test_generate_accepts_a_hugging_face_folder(llava, capsys, tmp_path, tiny_co
     )
     answer = json.loads(capsys.readouterr().out)
     config = read_model_config(as_model_folder(llava))
-    assert answer["prompt_ids"].count(config.image_token) == 4
+    assert answer["prompt_ids"].count(config.image_token_id) == 4
     assert len(answer["token_ids"]) <= 2
 
 
@@ -60,7 +60,7 @@ def test_student_and_teacher_of_a_stage_may_be_hugging_face_folders(
     llava, tiny_config, tmp_path, tokenizer
 ):
     teacher = hf.llava(
-        hf.Text(width=56, heads=14, kv_heads=2, tied=False).config(),
+        hf.Text(hidden_size=56, num_heads=14, num_kv_heads=2, tied=False).config(),
         hf.clip_config(),
         tokenizer.image_id,
     )
@@ -74,7 +74,7 @@ def test_student_and_teacher_of_a_stage_may_be_hugging_face_folders(
         data={"template": "chatml"},
     )
     folder = loop.train(dataclasses.replace(config, save_every=1), tmp_path / "run")
-    assert read_model_config(folder).decoder.width == 32
+    assert read_model_config(folder).decoder.hidden_size == 32
 
 
 def test_name_that_is_neither_folder_nor_hub_name_is_an_error(tmp_path):

@@ -58,7 +58,7 @@ def test_inspect_of_a_projector_file(tmp_path):
 
 @pytest.fixture
 def llava(tmp_path, small_tokenizer):
-    model = hf.llava(hf.Text(layers=1).config(), hf.clip_config(), small_tokenizer.image_id)
+    model = hf.llava(hf.Text(num_layers=1).config(), hf.clip_config(), small_tokenizer.image_id)
     return hf.save(model, tmp_path / "hf", small_tokenizer)
 
 

@@ -140,7 +140,10 @@ def test_large_matrices_of_a_stage_are_read_in_blocks(
     """With blocks of 1 MiB, embedding and head have several chunks and are never one array."""
     monkeypatch.setattr(orbax_layout, "_LARGEST_BLOCK", 2**20)
     decoder = dataclasses.replace(
-        tiny_architecture().decoder, vocab_size=49_152, tied_head=False, real_ids=((0, 296),)
+        tiny_architecture().decoder,
+        vocab_size=49_152,
+        tie_word_embeddings=False,
+        real_ids=((0, 296),),
     )
     config = dataclasses.replace(tiny_architecture(), decoder=decoder, vision=None)
     params = init(config)
@@ -242,7 +245,7 @@ def test_image_token_without_a_row_is_not_in_the_exported_tokenizer(
 ):
     """Text that contains `<image>` has the same ids in both tokenizers, all with a row."""
     rows = small_tokenizer.image_id
-    source = hf.save(hf.Text(layers=1, rows=rows).model(), tmp_path / "hf", small_tokenizer)
+    source = hf.save(hf.Text(num_layers=1, rows=rows).model(), tmp_path / "hf", small_tokenizer)
     import_model(str(source), tmp_path / "model")
     export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

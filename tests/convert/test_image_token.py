@@ -57,8 +57,8 @@ def models(request, small_tokenizer, tmp_path_factory):
     tokenizer = with_image_at(small_tokenizer, request.param)
     made = []
     for name, text in {
-        "student": hf.Text(layers=2, tied=False),
-        "teacher": hf.Text(width=40, heads=5, kv_heads=5, layers=2, tied=False),
+        "student": hf.Text(num_layers=2, tied=False),
+        "teacher": hf.Text(hidden_size=40, num_heads=5, num_kv_heads=5, num_layers=2, tied=False),
     }.items():
         model = hf.llava(text.config(), hf.clip_config(), tokenizer.image_id)
         source = hf.save(model, root / f"hf-{name}", tokenizer)
@@ -189,7 +189,7 @@ def test_embedding_without_a_row_for_the_image_token_is_padded(
 ):
     """The new rows are zero and masked; the other logits equal those of the source."""
     rows = small_tokenizer.image_id
-    language = hf.Text(layers=1, tied=False, rows=rows).model()
+    language = hf.Text(num_layers=1, tied=False, rows=rows).model()
     source = hf.save(language, tmp_path / "hf", small_tokenizer)
     tower = hf.save(hf.clip_tower(), tmp_path / "tower")
     config = import_model(str(source), tmp_path / "model", vision=str(tower))

@@ -83,7 +83,9 @@ def test_stored_tied_head_is_exported_again(is_llava, tmp_path, small_tokenizer)
 
 def test_default_head_dim_of_qwen3_is_128(tmp_path, small_tokenizer):
     source = hf.save(
-        hf.Text(width=32, layers=1, head_dim=128).model(), tmp_path / "hf", small_tokenizer
+        hf.Text(hidden_size=32, num_layers=1, head_dim=128).model(),
+        tmp_path / "hf",
+        small_tokenizer,
     )
     fields = json.loads((source / "config.json").read_text())
     del fields["head_dim"]
@@ -172,7 +174,7 @@ def test_large_matrices_are_converted_in_blocks(
     model = hf.Text(tied=tied).model()
     source = hf.save(model, tmp_path / "hf", small_tokenizer)
     config = import_model(str(source), tmp_path / "model")
-    _, cuts = orbax_layout.blocks((config.decoder.vocab_size, config.decoder.width), 4)
+    _, cuts = orbax_layout.blocks((config.decoder.vocab_size, config.decoder.hidden_size), 4)
     assert len(cuts) == 40
     tokens, _ = random_inputs(config)
     expected = torch_logits(model, tokens)

@@ -8,7 +8,7 @@ from tests.convert import hf_folders as hf
 
 @pytest.fixture
 def source(tmp_path, small_tokenizer):
-    return hf.save(hf.Text(layers=1).model(), tmp_path / "hf", small_tokenizer)
+    return hf.save(hf.Text(num_layers=1).model(), tmp_path / "hf", small_tokenizer)
 
 
 def test_command_replaces_its_own_output(source, tmp_path):
@@ -38,7 +38,7 @@ def test_command_does_not_replace_the_output_of_another(source, tmp_path):
 def test_folder_without_digests_is_not_replaced(source, tmp_path):
     """A folder with the file names of an export is not enough."""
     import_model(str(source), tmp_path / "out")
-    other = hf.save(hf.Text(layers=1).model(), tmp_path / "other")
+    other = hf.save(hf.Text(num_layers=1).model(), tmp_path / "other")
     with pytest.raises(
         ValueError, match=r"/other: expected a new folder, or .*, got one without dig"
     ):

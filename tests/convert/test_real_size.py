@@ -20,19 +20,19 @@ def llava(tmp_path):
     decoder, tower = preset("qwen2-0.5b").decoder, preset("qwen2-0.5b").vision
     text = Qwen2Config(
         vocab_size=decoder.vocab_size,
-        hidden_size=decoder.width,
-        intermediate_size=decoder.mlp,
-        num_hidden_layers=decoder.layers,
-        num_attention_heads=decoder.heads,
-        num_key_value_heads=decoder.kv_heads,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.num_layers,
+        num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_kv_heads,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta},
     )
     vision = CLIPVisionConfig(
-        hidden_size=tower.width,
-        intermediate_size=tower.mlp,
-        num_hidden_layers=tower.layers,
-        num_attention_heads=tower.heads,
+        hidden_size=tower.hidden_size,
+        intermediate_size=tower.intermediate_size,
+        num_hidden_layers=tower.num_layers,
+        num_attention_heads=tower.num_heads,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
     )

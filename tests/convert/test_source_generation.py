@@ -65,7 +65,7 @@ def test_generation_settings_of_published_models_are_read_unchanged(tmp_path):
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory, small_tokenizer):
-    model = hf.Text(layers=1).model()
+    model = hf.Text(num_layers=1).model()
     return hf.save(model, tmp_path_factory.mktemp("language") / "hf", small_tokenizer)
 
 

@@ -60,7 +60,7 @@ def hub(tmp_path_factory, qwen_tokenizer):
 def student_of(hub, tmp_path_factory, qwen_tokenizer):
     """Returns the first student of a pair: model folder and Hugging Face folder."""
     root = tmp_path_factory.mktemp("students")
-    text = hf.Text(width=16, layers=4, rows=151_936)
+    text = hf.Text(hidden_size=16, num_layers=4, rows=151_936)
     language = hf.save(text.model(), root / "qwen2-0.5b", qwen_tokenizer)
     tower = hf.random_model(CLIPVisionModel, hf.clip_config(image_size=28, patch_size=14))
     import_model(str(language), root / "model", vision=str(hf.save(tower, root / "clip")))

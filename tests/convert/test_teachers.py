@@ -29,7 +29,7 @@ def test_published_config_equals_the_preset_and_all_tensors_have_rules(
     )
     assert config == preset(name.split("/")[-1])
     assert config.decoder.vocab_size in (152_000, 152_064)
-    assert config.image_token == 151_646
+    assert config.image_token_id == 151_646
     facts = describe(str(folder))
     assert facts["uses"] == ["import", "train", "generate", "evaluate"]
     assert sum(facts["dtypes"].values()) == facts["parameters"]

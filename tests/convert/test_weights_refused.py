@@ -16,7 +16,7 @@ from tests.convert.hf_folders import change_config, change_weights
 
 @pytest.fixture
 def language(tmp_path, small_tokenizer):
-    return hf.save(hf.Text(layers=2).model(), tmp_path / "hf", small_tokenizer)
+    return hf.save(hf.Text(num_layers=2).model(), tmp_path / "hf", small_tokenizer)
 
 
 def test_nonfinite_weights_are_listed_and_refused(language, tmp_path):

@@ -128,7 +128,14 @@ def test_batch_is_sharded_over_all_devices():
 
 def test_vision_encoder_gathers_its_kernels_and_no_activations():
     """64 samples on 8 devices: activations are larger than any kernel."""
-    config = VisionConfig(image_size=56, patch_size=14, width=64, mlp=128, layers=3, heads=2)
+    config = VisionConfig(
+        image_size=56,
+        patch_size=14,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=3,
+        num_heads=2,
+    )
     encoder = Vision(config, ComputeConfig(remat="full"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     images = jax.ShapeDtypeStruct((64, 56, 56, 3), jnp.uint8, sharding=batch_sharding(mesh))
@@ -228,7 +235,7 @@ def test_steps_are_invariant_to_the_mesh(steps, one_device, stage, mesh):
 
 
 def test_mesh_invariance_with_accumulation_int8_teacher_and_all_to_all(steps):
-    more = {"accumulate": 2, "teacher_weights": "int8"}
+    more = {"grad_accum_steps": 2, "teacher_quantization": "int8"}
     got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), expert_transport="all_to_all", **more)
     expected, _ = steps("d2s", one_device_mesh(), **more)
     assert_close(got, expected)

@@ -135,7 +135,7 @@ def test_bytes_of_a_row_are_two_caches_and_the_activations_of_one_layer(tiny_arc
     assert bytes_per_row(decoder, 656, jnp.float32) == 2 * cache + activations
     dense = tiny_architecture("tiny").decoder
     sparse = tiny_architecture("tiny", ExpertConfig(top_k=2)).decoder
-    more = 7 * 3 * dense.mlp * 4  # a second expert at seven positions
+    more = 7 * 3 * dense.intermediate_size * 4  # a second expert at seven positions
     assert bytes_per_row(sparse, 7, jnp.float32) - bytes_per_row(dense, 7, jnp.float32) == more
 
 

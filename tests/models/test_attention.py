@@ -29,8 +29,8 @@ def test_positions_see_earlier_ones_of_their_segment_and_padding_sees_itself(seg
 
 def attention(heads, kv_heads, theta=None):
     module = Attention(
-        heads=heads,
-        kv_heads=kv_heads,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=4,
         rope_theta=theta,
         out_bias=True,
@@ -122,8 +122,8 @@ def test_a_cache_keeps_its_dtype():
 
 def normed_attention(heads, kv_heads, eps):
     module = Attention(
-        heads=heads,
-        kv_heads=kv_heads,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=4,
         rope_theta=100.0,
         qkv_bias=False,

@@ -15,7 +15,14 @@ from moddistill.models.moe.layer import check_moe
 from tests.models import draw
 
 DENSE = DecoderConfig(
-    vocab_size=23, real_ids=((0, 20),), width=8, mlp=12, layers=4, heads=2, kv_heads=1, head_dim=4
+    vocab_size=23,
+    real_ids=((0, 20),),
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
 )
 STACKS = {
     "dense": (None, 4),
@@ -27,7 +34,7 @@ STACKS = {
 
 def decoder_config(placement, layers):
     moe = None if placement is None else check_moe(ExpertConfig(3, 2, placement))
-    return dataclasses.replace(DENSE, layers=layers, moe=moe)
+    return dataclasses.replace(DENSE, num_layers=layers, moe=moe)
 
 
 def context(batch):
@@ -110,7 +117,7 @@ def test_what_is_computed_again_for_the_gradient(placement):
 
 
 def test_an_untied_head_is_a_parameter_of_its_own():
-    config = dataclasses.replace(DENSE, tied_head=False)
+    config = dataclasses.replace(DENSE, tie_word_embeddings=False)
     batch = draw.text(config, 1, 2)
     inputs = (batch.tokens, None, context(batch), None)
     decoder = Decoder(config, ComputeConfig())

@@ -27,7 +27,13 @@ def one_layer(moe=None):
     """Wide enough for matrix products to be nearly all the work; one layer, as loops count once."""
     config = dataclasses.replace(preset("tiny"), vision=None)
     decoder = dataclasses.replace(
-        config.decoder, width=256, mlp=512, layers=1, heads=8, kv_heads=2, head_dim=32
+        config.decoder,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=1,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
     )
     config = dataclasses.replace(config, decoder=decoder)
     return config if moe is None else upcycle_config(config, moe)

@@ -27,11 +27,11 @@ def test_all_presets_are_within_the_limits():
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("decoder", {"layers": 0}, r"decoder\.layers: expected an integer > 0 .*, got 0"),
-        ("decoder", {"layers": 10**9}, r"decoder\.layers: .* <= 1,000, got 1000000000$"),
+        ("decoder", {"num_layers": 0}, r"decoder\.num_layers: expected an integer > 0 .*, got 0"),
+        ("decoder", {"num_layers": 10**9}, r"decoder\.num_layers: .* <= 1,000, got 1000000000$"),
         ("decoder", {"rope_theta": float("inf")}, r"decoder\.rope_theta: expected .* got inf"),
         ("decoder", {"norm_eps": float("nan")}, r"decoder\.norm_eps: expected .* got nan"),
-        ("decoder", {"kv_heads": 3}, r"kv_heads: .* divisor of decoder\.heads, 4, got 3"),
+        ("decoder", {"num_kv_heads": 3}, r"kv_heads: .* divisor of decoder\.num_heads, 4, got 3"),
         ("decoder", {"head_dim": 5}, r"head_dim: expected an even number, .* got 5"),
         ("decoder", {"real_ids": ((0, 321),)}, r"real_ids: .* within 0 to .*, 320, got .*321"),
         ("decoder", {"real_ids": ()}, r"decoder\.real_ids: expected ranges .* got \(\)"),
@@ -46,13 +46,17 @@ def test_all_presets_are_within_the_limits():
         ),
         ("moe", {"placement": (7,)}, r"moe\.placement: .* got \(7,\)"),
         ("moe", {"capacity_factor": float("nan")}, r"moe\.capacity_factor: .* got nan"),
-        ("vision", {"heads": 3}, r"vision\.heads: .* divisor of vision\.width, 16, got 3"),
+        (
+            "vision",
+            {"num_heads": 3},
+            r"vision\.num_heads: .* divisor of vision\.hidden_size, 16, got 3",
+        ),
         ("vision", {"patch_size": 29}, r"vision\.patch_size: .* not 0, got 29"),
         ("vision", {"image_size": 10_000}, r"patch_size: .* 100,000 .* not 509,796, got 14"),
         ("vision", {"std": (0.5, 0.0, 0.5)}, r"vision\.std: .* > 0 and <= 1"),
         ("vision", {"mean": (0.5, 0.5, float("nan"))}, r"vision\.mean: .* from 0 to 1"),
-        ("", {"image_token": -1}, r"image_token: expected 0 to .*, got -1"),
-        ("", {"image_token": 5}, r"image_token: expected an id outside real_ids, got 5"),
+        ("", {"image_token_id": -1}, r"image_token: expected 0 to .*, got -1"),
+        ("", {"image_token_id": 5}, r"image_token: expected an id outside real_ids, got 5"),
         (
             "",
             {"projector": "mlp1000x_gelu"},
@@ -66,7 +70,7 @@ def test_size_that_makes_no_sense_is_named(part, fields, message):
 
 
 def test_experts_of_all_layers_together_are_bounded():
-    config = changed("decoder", layers=1000)
+    config = changed("decoder", num_layers=1000)
     moe = dataclasses.replace(config.decoder.moe, num_experts=1000, placement="every_layer")
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, moe=moe))
     with pytest.raises(

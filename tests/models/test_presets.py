@@ -99,7 +99,7 @@ def test_interleave_images_are_729_patches_of_all_layers():
 def test_an_image_is_the_first_id_after_those_of_the_published_tokenizer(family, ids):
     configs = [config for name, config in PRESETS.items() if name.split("-")[0] == family]
     assert configs
-    assert {(config.decoder.real_ids, config.image_token) for config in configs} == {
+    assert {(config.decoder.real_ids, config.image_token_id) for config in configs} == {
         (((0, ids),), ids)
     }
 
@@ -114,7 +114,7 @@ def test_qwen3_has_norms_of_query_and_key_in_place_of_biases():
 @pytest.mark.parametrize("name", ["tiny", "tiny-teacher", "demo-teacher"])
 def test_towers_of_tests_and_demo_compute_all_their_layers(name):
     tower = preset(name).vision
-    assert tower.used_layers == tower.layers == (3 if name.startswith("demo") else 1)
+    assert tower.used_layers == tower.num_layers == (3 if name.startswith("demo") else 1)
 
 
 def test_the_tower_of_the_paper_gives_576_patches():
@@ -125,11 +125,11 @@ def test_the_tower_of_the_paper_gives_576_patches():
 def test_sizes_of_a_preset_fit_each_other(name):
     config = preset(name)
     decoder, tower = config.decoder, config.vision
-    assert decoder.head_dim == (128 if decoder.qk_norm else decoder.width / decoder.heads)
-    assert decoder.heads % decoder.kv_heads == 0
+    assert decoder.head_dim == (128 if decoder.qk_norm else decoder.hidden_size / decoder.num_heads)
+    assert decoder.num_heads % decoder.num_kv_heads == 0
     assert decoder.real_ids[-1][1] <= decoder.vocab_size
     if tower is not None:
-        assert tower.width % tower.heads == 0
+        assert tower.hidden_size % tower.num_heads == 0
         # Of SigLIP's 384 pixels the last 6 fill no patch.
         assert tower.image_size % tower.patch_size == (6 if tower.image_size == 384 else 0)
 
@@ -145,7 +145,7 @@ def test_a_vocabulary_is_that_of_the_tokenizer():
     ids = ((0, 3), (4, 300))
     config = with_vocabulary(preset("tiny"), ids, 3)
     assert (config.decoder.real_ids, config.decoder.vocab_size) == (ids, 320)
-    assert config.image_token == 3
+    assert config.image_token_id == 3
     full = ((0, 320),)
     assert with_vocabulary(preset("tiny"), full, 320).decoder.real_ids == full
 

@@ -49,7 +49,7 @@ def shapes(tiny_architecture, init):
 
 def test_matrices_of_the_layers_are_quantized_and_nothing_else(shapes):
     params, plain = shapes
-    kept = stored_shapes(plain, "int8", "device")
+    kept = stored_shapes(plain, "int8", False)
     quantized = {path.removesuffix("/int8") for path in flatten(kept) if path.endswith("/int8")}
     expected = {
         path
@@ -65,7 +65,7 @@ def test_matrices_of_the_layers_are_quantized_and_nothing_else(shapes):
 
 def test_matrices_of_layers_go_to_the_host_and_the_rest_stays(shapes):
     params, plain = shapes
-    kept = stored_shapes(plain, "dtype", "host")
+    kept = stored_shapes(plain, "none", True)
     placed = flatten(quantize_all(jax.tree.map(jnp.copy, params), kept))
     for path, x in placed.items():
         large = path.startswith("decoder/segment_") and path.endswith("/kernel")
@@ -73,22 +73,22 @@ def test_matrices_of_layers_go_to_the_host_and_the_rest_stays(shapes):
         np.testing.assert_array_equal(x, flatten(params)[path])
 
 
-@pytest.mark.parametrize("memory", ["device", "host"])
-@pytest.mark.parametrize("weights", ["int8", "dtype"])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("quantization", ["int8", "none"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_quantized_model_computes_with_its_dequantized_kernels(
-    tiny_architecture, shapes, weights, memory, remat
+    tiny_architecture, shapes, quantization, offload, remat
 ):
     params, plain = shapes
     config = tiny_architecture("tiny-teacher")
-    kept = quantize_all(jax.tree.map(jnp.copy, params), stored_shapes(plain, weights, memory))
+    kept = quantize_all(jax.tree.map(jnp.copy, params), stored_shapes(plain, quantization, offload))
     dequantized = dequantize(kept, jnp.float32)
     batch = padded_batch(np.arange(12, dtype=np.int32)[None], np.array([12]))
     compute = ComputeConfig(remat=remat, quantized_layers=True)
     got = jax.jit(Vlm(config, compute).apply)({"params": kept}, batch)
     expected = jax.jit(Vlm(config).apply)({"params": dequantized}, batch)
     np.testing.assert_allclose(got.hidden, expected.hidden, atol=1e-5)
-    if weights == "int8":
+    if quantization == "int8":
         exact = jax.jit(Vlm(config).apply)({"params": params}, batch).hidden
         assert np.any(got.hidden != exact)
         np.testing.assert_allclose(got.hidden, exact, atol=0.2)

@@ -16,10 +16,19 @@ from moddistill.models.vlm import ModelConfig, Vlm, dummy_batch
 from tests.models import draw
 
 DECODER = DecoderConfig(
-    vocab_size=23, real_ids=((0, 20),), width=8, mlp=12, layers=5, heads=2, kv_heads=1, head_dim=4
+    vocab_size=23,
+    real_ids=((0, 20),),
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=5,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
 )
-TOWER = VisionConfig(image_size=8, patch_size=4, width=6, mlp=8, layers=2, heads=2)
-DENSE = ModelConfig(DECODER, TOWER, "linear", "vicuna", image_token=20)
+TOWER = VisionConfig(
+    image_size=8, patch_size=4, hidden_size=6, intermediate_size=8, num_layers=2, num_heads=2
+)
+DENSE = ModelConfig(DECODER, TOWER, "linear", "vicuna", image_token_id=20)
 PARAMS = draw.params(Vlm(DENSE), dummy_batch(DENSE))
 
 
@@ -74,8 +83,8 @@ def test_the_sparse_student_starts_with_the_logits_of_the_dense_one(dense_logits
 
 def test_a_single_raw_weight_scales_the_feed_forward_layer_by_the_largest_probability():
     # One token and one layer, so that the dense feed-forward's share of the output is known.
-    decoder = dataclasses.replace(DECODER, layers=1)
-    dense = ModelConfig(decoder, None, "linear", "vicuna", image_token=20)
+    decoder = dataclasses.replace(DECODER, num_layers=1)
+    dense = ModelConfig(decoder, None, "linear", "vicuna", image_token_id=20)
     params = draw.params(Vlm(dense), dummy_batch(dense))
     sparse = upcycle_config(dense, ExpertConfig(4, 1))
     upcycled = upcycle(params, sparse, jax.random.key(0))

@@ -11,7 +11,9 @@ from moddistill.models.vision import Vision, VisionConfig, normalise, patchify
 from tests.models import draw
 
 NEVER_COMPUTED = ("unused", "post_norm")
-CONFIG = VisionConfig(image_size=12, patch_size=4, width=8, mlp=12, layers=3, heads=2)
+CONFIG = VisionConfig(
+    image_size=12, patch_size=4, hidden_size=8, intermediate_size=12, num_layers=3, num_heads=2
+)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def tower(config, remat="none"):
     ("layers", "select", "used"), [(24, -2, 23), (3, -1, 3), (3, -2, 2), (5, -3, 3)]
 )
 def test_layers_above_the_selected_hidden_state_are_kept_apart(layers, select, used):
-    config = dataclasses.replace(CONFIG, layers=layers, select_layer=select)
+    config = dataclasses.replace(CONFIG, num_layers=layers, select_layer=select)
     assert config.used_layers == used
     params = tower(config)[1]
     chex.assert_tree_shape_prefix(params["layers"], (used,))
@@ -114,11 +116,11 @@ def test_settings_without_a_meaning_are_named(changes, named):
 
 
 def test_features_are_those_below_the_selected_layer():
-    vision, params = tower(dataclasses.replace(CONFIG, layers=4, select_layer=-3))
-    shorter = Vision(dataclasses.replace(CONFIG, layers=2, select_layer=-1), ComputeConfig())
+    vision, params = tower(dataclasses.replace(CONFIG, num_layers=4, select_layer=-3))
+    shorter = Vision(dataclasses.replace(CONFIG, num_layers=2, select_layer=-1), ComputeConfig())
     images = draw.pixels(2, 12, 12, 3)
     ours, expected = (draw.apply(v, params, images) for v in (vision, shorter))
-    chex.assert_shape(ours, (2, CONFIG.patches, CONFIG.width))
+    chex.assert_shape(ours, (2, CONFIG.patches, CONFIG.hidden_size))
     np.testing.assert_array_equal(ours, expected)
 
 

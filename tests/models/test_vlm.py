@@ -18,9 +18,18 @@ from tests.models import draw
 
 IMAGE = 20
 DECODER = DecoderConfig(
-    vocab_size=23, real_ids=((0, 20),), width=8, mlp=12, layers=3, heads=2, kv_heads=1, head_dim=4
+    vocab_size=23,
+    real_ids=((0, 20),),
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
 )
-TOWER = VisionConfig(image_size=8, patch_size=4, width=6, mlp=8, layers=2, heads=2)
+TOWER = VisionConfig(
+    image_size=8, patch_size=4, hidden_size=6, intermediate_size=8, num_layers=2, num_heads=2
+)
 DENSE = ModelConfig(DECODER, TOWER, "mlp2x_gelu", "vicuna", IMAGE)
 SPARSE = upcycle_config(DENSE, ExpertConfig(num_experts=3, top_k=2))
 BOTH = pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
@@ -78,7 +87,7 @@ def run(config, batch, params=None, dtype=jnp.float32):
 
 def test_image_positions_hold_projected_features_and_others_the_embedding():
     # Without layers the hidden states are the normalised inputs of the decoder.
-    config = dataclasses.replace(DENSE, decoder=dataclasses.replace(DECODER, layers=0))
+    config = dataclasses.replace(DENSE, decoder=dataclasses.replace(DECODER, num_layers=0))
     batch = image_batch()
     _, output, params = run(config, batch)
 

@@ -64,13 +64,13 @@ def model_params(state, config: ModelConfig):
 
 
 def decoder_params(state, heads, config: DecoderConfig):
-    layers = [_decoder_layer(part(state, f"layers.{i}."), config) for i in range(config.layers)]
+    layers = [_decoder_layer(part(state, f"layers.{i}."), config) for i in range(config.num_layers)]
     params = {
         "embedding": jnp.asarray(state["embed_tokens.weight"]),
         "norm": {"scale": jnp.asarray(state["norm.weight"])},
         **stack(layers, config.plan),
     }
-    if not config.tied_head:
+    if not config.tie_word_embeddings:
         params["head"] = jnp.asarray(heads["lm_head.weight"])
     return params
 
@@ -97,16 +97,18 @@ def vision_params(state, config: VisionConfig):
     """Of CLIP or SigLIP, whichever has the parameters that `config` asks for."""
     patch = state["embeddings.patch_embedding.weight"]  # [D, 3, row, column]
     layers = [
-        _vision_layer(part(state, f"encoder.layers.{i}."), config.width // config.heads)
-        for i in range(config.layers)
+        _vision_layer(part(state, f"encoder.layers.{i}."), config.hidden_size // config.num_heads)
+        for i in range(config.num_layers)
     ]
     params = {
-        "patch": {"kernel": jnp.asarray(patch.transpose(2, 3, 1, 0).reshape(-1, config.width))},
+        "patch": {
+            "kernel": jnp.asarray(patch.transpose(2, 3, 1, 0).reshape(-1, config.hidden_size))
+        },
         "positions": jnp.asarray(state["embeddings.position_embedding.weight"]),
         "layers": _stacked(layers[: config.used_layers]),
         "post_norm": _norm(state, "post_layernorm"),
     }
-    if config.used_layers < config.layers:
+    if config.used_layers < config.num_layers:
         params["unused"] = _stacked(layers[config.used_layers :])
     if config.patch_bias:
         params["patch"]["bias"] = jnp.asarray(state["embeddings.patch_embedding.bias"])

@@ -14,26 +14,28 @@ from moddistill.params import count
 from tests import torch_or_skip as torch
 from tests.parity.convert import numpy_state, pixel_values, randomise, vision_params
 
-TWO_BY_TWO = VisionConfig(image_size=28, patch_size=14, width=32, mlp=64, layers=3, heads=4)
+TWO_BY_TWO = VisionConfig(
+    image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4
+)
 TOWERS = {
     "two by two patches": TWO_BY_TWO,
     "five by five patches": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=6),
     "four by four patches and a rest": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=7),
     "one patch": dataclasses.replace(TWO_BY_TWO, image_size=14),
-    "odd heads": dataclasses.replace(TWO_BY_TWO, width=21, heads=3),
-    "one head": dataclasses.replace(TWO_BY_TWO, heads=1, layers=2),
+    "odd heads": dataclasses.replace(TWO_BY_TWO, hidden_size=21, num_heads=3),
+    "one head": dataclasses.replace(TWO_BY_TWO, num_heads=1, num_layers=2),
     "exact gelu": dataclasses.replace(TWO_BY_TWO, activation="gelu"),
     "last layer": dataclasses.replace(TWO_BY_TWO, select_layer=-1),
-    "third layer from the end": dataclasses.replace(TWO_BY_TWO, select_layer=-3, layers=5),
+    "third layer from the end": dataclasses.replace(TWO_BY_TWO, select_layer=-3, num_layers=5),
 }
 
 
 def clip_config(config):
     return CLIPVisionConfig(
-        hidden_size=config.width,
-        intermediate_size=config.mlp,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
         image_size=config.image_size,
         patch_size=config.patch_size,
         hidden_act=config.activation,

@@ -17,12 +17,27 @@ from tests.parity.test_siglip import TWO_BY_TWO, siglip_config
 
 IMAGE = 96
 PATCHES = 4
-CLIP = VisionConfig(image_size=12, patch_size=6, width=24, mlp=48, layers=3, heads=3)
+CLIP = VisionConfig(
+    image_size=12, patch_size=6, hidden_size=24, intermediate_size=48, num_layers=3, num_heads=3
+)
 SIGLIP = dataclasses.replace(
-    TWO_BY_TWO, image_size=13, patch_size=6, width=24, mlp=48, layers=3, heads=3
+    TWO_BY_TWO,
+    image_size=13,
+    patch_size=6,
+    hidden_size=24,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=3,
 )
 DECODER = DecoderConfig(
-    vocab_size=97, real_ids=((0, 96),), width=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8
+    vocab_size=97,
+    real_ids=((0, 96),),
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
 )
 
 
@@ -37,7 +52,7 @@ MODELS = {
 def models(request):
     """A torch LLaVA and ours with the same weights, and their tower's config."""
     tower, tied_head = request.param
-    decoder = dataclasses.replace(DECODER, tied_head=tied_head)
+    decoder = dataclasses.replace(DECODER, tie_word_embeddings=tied_head)
     config = ModelConfig(decoder, tower, "mlp2x_gelu", "vicuna", IMAGE)
     llava = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -46,7 +61,7 @@ def models(request):
             image_token_index=IMAGE,
             vision_feature_layer=tower.select_layer,
             vision_feature_select_strategy="default" if tower.class_token else "full",
-            tie_word_embeddings=decoder.tied_head,
+            tie_word_embeddings=decoder.tie_word_embeddings,
         )
     )
     randomise(llava)

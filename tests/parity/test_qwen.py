@@ -12,18 +12,27 @@ from tests import torch_or_skip as torch
 from tests.parity.convert import model_params, numpy_state, randomise
 
 BASE = DecoderConfig(
-    vocab_size=97, real_ids=((0, 90),), width=32, mlp=48, layers=3, heads=4, kv_heads=4, head_dim=8
+    vocab_size=97,
+    real_ids=((0, 90),),
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
 )
 DECODERS = {
     "every head its own keys": BASE,
-    "two queries a key": dataclasses.replace(BASE, kv_heads=2),
-    "seven queries a key": dataclasses.replace(BASE, width=56, heads=14, kv_heads=2, head_dim=4),
-    "three heads": dataclasses.replace(BASE, width=24, heads=3, kv_heads=3),
-    "nine heads on three keys": dataclasses.replace(
-        BASE, width=36, heads=9, kv_heads=3, head_dim=4
+    "two queries a key": dataclasses.replace(BASE, num_kv_heads=2),
+    "seven queries a key": dataclasses.replace(
+        BASE, hidden_size=56, num_heads=14, num_kv_heads=2, head_dim=4
     ),
-    "one layer": dataclasses.replace(BASE, layers=1),
-    "untied head": dataclasses.replace(BASE, kv_heads=2, tied_head=False),
+    "three heads": dataclasses.replace(BASE, hidden_size=24, num_heads=3, num_kv_heads=3),
+    "nine heads on three keys": dataclasses.replace(
+        BASE, hidden_size=36, num_heads=9, num_kv_heads=3, head_dim=4
+    ),
+    "one layer": dataclasses.replace(BASE, num_layers=1),
+    "untied head": dataclasses.replace(BASE, num_kv_heads=2, tie_word_embeddings=False),
     "short rotary period": dataclasses.replace(BASE, rope_theta=1e4),
     "large norm epsilon": dataclasses.replace(BASE, norm_eps=1e-2),
 }
@@ -31,13 +40,15 @@ DECODERS = {
 NORMED = dataclasses.replace(BASE, qkv_bias=False, qk_norm=True)
 DECODERS_3 = {
     "heads as wide as the layer in all": NORMED,
-    "wider heads": dataclasses.replace(NORMED, kv_heads=2, head_dim=20),
+    "wider heads": dataclasses.replace(NORMED, num_kv_heads=2, head_dim=20),
     "narrower heads": dataclasses.replace(NORMED, head_dim=4),
-    "three wider heads": dataclasses.replace(NORMED, width=20, heads=3, kv_heads=3, head_dim=10),
-    "nine heads on three keys": dataclasses.replace(
-        NORMED, width=32, heads=9, kv_heads=3, head_dim=6
+    "three wider heads": dataclasses.replace(
+        NORMED, hidden_size=20, num_heads=3, num_kv_heads=3, head_dim=10
     ),
-    "untied head": dataclasses.replace(NORMED, kv_heads=1, tied_head=False),
+    "nine heads on three keys": dataclasses.replace(
+        NORMED, hidden_size=32, num_heads=9, num_kv_heads=3, head_dim=6
+    ),
+    "untied head": dataclasses.replace(NORMED, num_kv_heads=1, tie_word_embeddings=False),
     "large norm epsilon": dataclasses.replace(NORMED, norm_eps=1e-2),
 }
 
@@ -53,13 +64,13 @@ def qwen3_config(config):
 def _sizes(config):
     return {
         "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied_head,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
 
@@ -82,7 +93,7 @@ def check_logits(model, config):
             input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(valid).long()
         ).logits.numpy()
 
-    vlm = ModelConfig(config, None, "linear", "vicuna", image_token=config.vocab_size)
+    vlm = ModelConfig(config, None, "linear", "vicuna", image_token_id=config.vocab_size)
     batch = padded_batch(tokens, valid.sum(axis=1))
     output = jax.jit(Vlm(vlm).apply)({"params": model_params(numpy_state(model), vlm)}, batch)
     ours = np.asarray(Vlm.logits(output))

@@ -70,7 +70,7 @@ def test_experts_equal_those_of_qwen2_moe(num_experts, top_k, norm_topk_prob):
     config = ExpertConfig(num_experts, top_k, norm_topk_prob=norm_topk_prob)
     params = converted(numpy_state(block))
     valid = jnp.ones((2, 13), bool)
-    layer = MoE(config=config, width=MLP, compute=ComputeConfig())
+    layer = MoE(config=config, intermediate_size=MLP, compute=ComputeConfig())
     ours, _ = jax.jit(layer.apply)({"params": params}, jnp.asarray(hidden), valid, ~valid)
 
     assert theirs.std() > 0.1

@@ -17,10 +17,10 @@ from tests.parity.convert import numpy_state, pixel_values, randomise, vision_pa
 TWO_BY_TWO = VisionConfig(
     image_size=28,
     patch_size=14,
-    width=32,
-    mlp=64,
-    layers=3,
-    heads=4,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=3,
+    num_heads=4,
     select_layer=-1,
     activation="gelu_tanh",
     norm_eps=1e-6,
@@ -35,20 +35,20 @@ TOWERS = {
     "four by four patches and a rest": dataclasses.replace(TWO_BY_TWO, image_size=30, patch_size=7),
     "a rest of one row": dataclasses.replace(TWO_BY_TWO, image_size=29),
     "one patch": dataclasses.replace(TWO_BY_TWO, image_size=14),
-    "odd heads": dataclasses.replace(TWO_BY_TWO, width=21, heads=3),
-    "one layer": dataclasses.replace(TWO_BY_TWO, layers=1),
+    "odd heads": dataclasses.replace(TWO_BY_TWO, hidden_size=21, num_heads=3),
+    "one layer": dataclasses.replace(TWO_BY_TWO, num_layers=1),
     "last but one layer": dataclasses.replace(TWO_BY_TWO, select_layer=-2),
-    "first of five layers": dataclasses.replace(TWO_BY_TWO, select_layer=-5, layers=5),
+    "first of five layers": dataclasses.replace(TWO_BY_TWO, select_layer=-5, num_layers=5),
     "large norm epsilon": dataclasses.replace(TWO_BY_TWO, norm_eps=1e-2),
 }
 
 
 def siglip_config(config):
     return SiglipVisionConfig(
-        hidden_size=config.width,
-        intermediate_size=config.mlp,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
         image_size=config.image_size,
         patch_size=config.patch_size,
         layer_norm_eps=config.norm_eps,

@@ -81,8 +81,8 @@ def test_missing_models_are_planned_as_the_preset_in_their_path(tiny_config):
         tiny_config("d2s"), student="runs/qwen2-0.5b/d2d/model", teacher="runs/qwen2-7b/sft/model"
     )
     student, teacher = planner.architectures(config)
-    assert (student.decoder.width, student.decoder.moe.num_experts) == (896, 4)
-    assert teacher.decoder.width == 3584
+    assert (student.decoder.hidden_size, student.decoder.moe.num_experts) == (896, 4)
+    assert teacher.decoder.hidden_size == 3584
     with pytest.raises(
         ValueError,
         match=r"^model: expected .* folder, .*, got 'runs/x/model' with none",
@@ -99,8 +99,8 @@ def test_fit_plans_the_largest_micro_batch_that_fits(tiny_config, monkeypatch, f
     tried = []
 
     def fake_plan(candidate, *_):
-        tried.append(candidate.accumulate)
-        return {"fits": candidate.accumulate >= fits_from}
+        tried.append(candidate.grad_accum_steps)
+        return {"fits": candidate.grad_accum_steps >= fits_from}
 
     monkeypatch.setattr(planner, "plan", fake_plan)
     monkeypatch.setattr(planner.accelerators, "topology_devices", lambda _: jax.devices())
@@ -115,8 +115,8 @@ def test_fit_on_a_topology_of_unknown_memory_is_an_error(tiny_config):
 
 def test_teacher_in_host_memory_of_a_planned_gpu_is_an_error(tiny_config, monkeypatch):
     monkeypatch.setattr(planner.accelerators, "topology_devices", lambda _: jax.devices())
-    with pytest.raises(ValueError, match=r"_memory: expected 'device' for 'h100:8'.* got 'host'"):
-        planner.plan(tiny_config("d2s", teacher_memory="host"), "h100:8")
+    with pytest.raises(ValueError, match=r"_offload: expected False for 'h100:8'.* got True"):
+        planner.plan(tiny_config("d2s", teacher_offload=True), "h100:8")
 
 
 def test_teacher_that_does_not_match_the_student_is_an_error(tiny_config):

@@ -131,7 +131,7 @@ def test_parameter_counts_are_those_worked_by_hand(tiny_architecture):
     assert parameter_counts(tiny_architecture()) == (dense + 2 * 16, dense)
     # Two more layers above the selected one.
     config = tiny_architecture()
-    tower = dataclasses.replace(config.vision, layers=3, select_layer=-3)
+    tower = dataclasses.replace(config.vision, num_layers=3, select_layer=-3)
     total = dense + 2 * block + 2 * 16
     assert parameter_counts(dataclasses.replace(config, vision=tower)) == (total, dense)
     # Layers 0 and 2 have four experts and a router of 16 x 4; a token uses two experts.

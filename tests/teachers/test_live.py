@@ -33,7 +33,7 @@ def changed(config, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_token": 5}, "image token of 'runs/t': expected 300 as in the student, got 5"),
+        ({"image_token_id": 5}, "image token of 'runs/t': expected 300 as in the student, got 5"),
         (
             {"patch_size": 7},
             "positions per image of 'runs/t': expected 4 as in the student, got 16",
@@ -78,7 +78,7 @@ def test_teacher_is_quantized_and_offloaded(
     source, tiny_config, tiny_architecture, tiny_models, tokenizer, mesh
 ):
     folder = {"folder": str(tiny_models["teacher"]), "random": "random:tiny-teacher"}[source]
-    fields = {"teacher_weights": "int8", "teacher_memory": "host"}
+    fields = {"teacher_quantization": "int8", "teacher_offload": True}
     config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
     student = tiny_architecture()
     model = resolve(config.teacher, tokenizer)

@@ -225,7 +225,7 @@ def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
             sizes.append(batch["x"].shape)
             return 0.0, {"x": (batch["x"].sum(), batch["x"].size)}
 
-    config = tiny_config("sft", batch_size=16, accumulate=2, heldout_steps=2)
+    config = tiny_config("sft", batch_size=16, grad_accum_steps=2, heldout_steps=2)
     state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
     records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
     run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)

@@ -61,7 +61,7 @@ def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
         ),
         (
             {"tensor": 2},
-            {"mlp": 33},
+            {"intermediate_size": 33},
             r"mesh\.tensor: expected a divisor of 33, the mlp of .* got 2",
         ),
         (
@@ -71,7 +71,7 @@ def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
         ),
         (
             {"fsdp": 4, "expert": 2},
-            {"width": 20},
+            {"hidden_size": 20},
             r"mesh\.fsdp \* config\.mesh\.expert: .* divisor of 20, the embed of .* got 8",
         ),
     ],

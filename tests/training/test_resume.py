@@ -72,7 +72,7 @@ def steps(workdir):
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("d2d", {"accumulate": 2, "teacher_memory": "host"}),
+        ("d2d", {"grad_accum_steps": 2, "teacher_offload": True}),
         ("d2s", {"scan": False, "mesh": {"data": 1, "fsdp": 2, "expert": 4}}),
         (
             "d2s",
@@ -112,7 +112,7 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
         ({"seed": 1}, r"seed 1 instead of 0"),
         ({"batch_size": 32}, r"batch_size 32 instead of 16"),
         ({"optim": {"lr": 0.5}}, r"optim\.lr 0\.5 instead of 0\.001"),
-        ({"teacher_weights": "int8"}, r"teacher_weights 'int8' instead of 'dtype'"),
+        ({"teacher_quantization": "int8"}, r"teacher_quantization 'int8' instead of 'none'"),
     ],
 )
 def test_settings_that_change_the_result_may_not_change_on_resume(changes, message, halfway):

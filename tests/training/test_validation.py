@@ -68,14 +68,14 @@ def test_settings_out_of_range_or_never_read_are_refused(tiny_config, stage, fie
 @pytest.mark.parametrize(
     ("stage", "fields", "message"),
     [
-        ("sft", {"accumulate": 0}, r"config\.accumulate: expected >= 1, got 0"),
+        ("sft", {"grad_accum_steps": 0}, r"config\.grad_accum_steps: expected >= 1, got 0"),
         ("sft", {"log_every": 0}, r"config\.log_every: expected >= 1, got 0"),
         ("sft", {"steps": -1}, r"config\.steps: expected >= 1, got -1"),
         ("sft", {"logits_chunk_size": 0}, r"config\.logits_chunk_size: expected >= 1, got 0"),
         (
             "sft",
-            {"accumulate": 3},
-            r"config\.batch_size: expected a multiple of accumulate \(3\), got 8$",
+            {"grad_accum_steps": 3},
+            r"config\.batch_size: expected a multiple of grad_accum_steps \(3\), got 8$",
         ),
         (
             "d2d",
@@ -155,8 +155,8 @@ def test_settings_out_of_range_or_never_read_are_refused(tiny_config, stage, fie
         ("sft", {"profile_steps": (3, 9)}, r"<= last <= 4, got \(3, 9\)$"),
         (
             "sft",
-            {"teacher_memory": "host"},
-            r"teacher_memory: expected 'device', .* empty, got 'host'$",
+            {"teacher_offload": True},
+            r"teacher_offload: expected False, .* empty, got True$",
         ),
         (
             "sft",

@@ -12,10 +12,10 @@ from moddistill.models.vision import VisionConfig
 SIZES = {
     "image_size": "image_size",
     "patch_size": "patch_size",
-    "width": "hidden_size",
-    "mlp": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
     "norm_eps": "layer_norm_eps",
 }
 # The fields that are read, with the largest value of numbers.
@@ -104,10 +104,10 @@ def hf_config(vision: VisionConfig) -> dict[str, Any]:
         "model_type": "clip_vision_model",
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
         "hidden_act": vision.activation,
         "layer_norm_eps": vision.norm_eps,
     }

@@ -173,20 +173,20 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     if config.projector != "mlp2x_gelu":
         expected = "'mlp2x_gelu', the one of LlavaForConditionalGeneration"
         raise invalid("projector", config.projector, expected)
-    if config.image_token >= config.decoder.vocab_size:
+    if config.image_token_id >= config.decoder.vocab_size:
         expected = f"an id below {config.decoder.vocab_size}, the rows of the embedding"
-        raise invalid("image_token", config.image_token, expected)
+        raise invalid("image_token_id", config.image_token_id, expected)
     vision = config.vision
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "image_token_index": config.image_token,
+        "image_token_index": config.image_token_id,
         "image_seq_length": vision.patches,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": vision.select_layer,
         "vision_feature_select_strategy": "default" if vision.class_token else "full",
-        "tie_word_embeddings": config.decoder.tied_head,
+        "tie_word_embeddings": config.decoder.tie_word_embeddings,
         "text_config": qwen.text_config(config.decoder),
         "vision_config": tower_family(vision).hf_config(vision),
     }

@@ -90,11 +90,11 @@ SHARED_WIDTH = 64
 # Names of sizes in `DecoderConfig`, and in a config of `transformers`.
 _SIZES = {
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "mlp": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
@@ -146,7 +146,7 @@ def decoder_config(hf: Mapping[str, Any], real_ids: IdRanges, origin: str) -> De
     decoder = DecoderConfig(
         real_ids=real_ids,
         **sizes,
-        tied_head=bool(hf["tie_word_embeddings"]),
+        tie_word_embeddings=bool(hf["tie_word_embeddings"]),
         # Not in the config: `transformers` hard-codes both in the model class.
         qkv_bias=kind in ("qwen2", "qwen2_moe"),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
@@ -177,12 +177,13 @@ def _decoder_sizes(
     """Returns the sizes of a `DecoderConfig`, within their limits."""
     sizes = {name: hf.get(hf_name) for name, hf_name in _SIZES.items()}
     sizes |= {"rope_theta": rope.get("rope_theta")}
-    sizes["kv_heads"] = sizes["heads"] if sizes["kv_heads"] is None else sizes["kv_heads"]
+    if sizes["num_kv_heads"] is None:
+        sizes["num_kv_heads"] = sizes["num_heads"]
     # `head_dim` is checked after its default, which is computed from other sizes.
     others = {name: most for name, most in limits.DECODER.items() if name != "head_dim"}
     limits.check_numbers(sizes, others, origin, _hf_name)
     if sizes["head_dim"] is None:
-        sizes["head_dim"] = sizes["width"] // sizes["heads"]
+        sizes["head_dim"] = sizes["hidden_size"] // sizes["num_heads"]
     limits.check_numbers(sizes, {"head_dim": limits.DECODER["head_dim"]}, origin, _hf_name)
     return sizes | {name: float(sizes[name]) for name in ("rope_theta", "norm_eps")}
 
@@ -225,17 +226,17 @@ def text_config(decoder: DecoderConfig) -> dict[str, Any]:
         "model_type": kind,
         "architectures": ["Qwen3ForCausalLM" if decoder.qk_norm else "Qwen2ForCausalLM"],
         "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
         "head_dim": decoder.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": decoder.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
         "rope_theta": decoder.rope_theta,  # the name in releases before 5
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
     }
@@ -249,10 +250,10 @@ def _sparse_fields(decoder: DecoderConfig, kind: str) -> dict[str, Any]:
         "architectures": ["Qwen3MoeForCausalLM" if decoder.qk_norm else "Qwen2MoeForCausalLM"],
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.moe_intermediate_size or decoder.mlp,
+        "moe_intermediate_size": moe.moe_intermediate_size or decoder.intermediate_size,
         "norm_topk_prob": moe.norm_topk_prob,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(decoder.layers) if i not in decoder.moe_layers],
+        "mlp_only_layers": [i for i in range(decoder.num_layers) if i not in decoder.moe_layers],
         "output_router_logits": False,
     }
     if not decoder.qk_norm:
@@ -265,10 +266,10 @@ def shared_expert(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
     if decoder.qk_norm or decoder.moe is None:
         return {}
     shapes = {
-        "shared_expert.gate_proj": (SHARED_WIDTH, decoder.width),
-        "shared_expert.up_proj": (SHARED_WIDTH, decoder.width),
-        "shared_expert.down_proj": (decoder.width, SHARED_WIDTH),
-        "shared_expert_gate": (1, decoder.width),
+        "shared_expert.gate_proj": (SHARED_WIDTH, decoder.hidden_size),
+        "shared_expert.up_proj": (SHARED_WIDTH, decoder.hidden_size),
+        "shared_expert.down_proj": (decoder.hidden_size, SHARED_WIDTH),
+        "shared_expert_gate": (1, decoder.hidden_size),
     }
     return {
         f"layers.{layer}.mlp.{name}.weight": shape

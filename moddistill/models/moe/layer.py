@@ -66,7 +66,7 @@ class MoE(nn.Module, kw_only=True):
     """
 
     config: ExpertConfig
-    width: int
+    intermediate_size: int
     compute: ComputeConfig
 
     @nn.compact
@@ -113,7 +113,7 @@ class MoE(nn.Module, kw_only=True):
     def _experts(self, tokens: Float[Array, "T D"]) -> dict[str, Array]:
         config = self.config
         num, width = config.num_experts, tokens.shape[-1]
-        mlp = config.moe_intermediate_size or self.width
+        mlp = config.moe_intermediate_size or self.intermediate_size
         shapes = {
             "gate": ((num, width, mlp), ("embed",), ("mlp",)),
             "up": ((num, width, mlp), ("embed",), ("mlp",)),
@@ -136,5 +136,5 @@ class MoE(nn.Module, kw_only=True):
         share = jax.nn.softmax(logits + bias.astype(jnp.float32)[None, None]).astype(
             self.compute.dtype
         )
-        dense = SwiGLU(self.width, self.compute.dtype, name="residual")(hidden)
+        dense = SwiGLU(self.intermediate_size, self.compute.dtype, name="residual")(hidden)
         return share[..., :1] * mixed + share[..., 1:] * dense

@@ -17,7 +17,7 @@ def moe(hidden, config, valid=None, is_image=None, params=None, dtype=jnp.float3
     """The layer on [B, T, D], its statistics and its parameters."""
     valid = jnp.ones(hidden.shape[:2], bool) if valid is None else valid
     is_image = jnp.zeros(hidden.shape[:2], bool) if is_image is None else is_image
-    layer = MoE(config=check_moe(config), width=MLP, compute=ComputeConfig(dtype=dtype))
+    layer = MoE(config=check_moe(config), intermediate_size=MLP, compute=ComputeConfig(dtype=dtype))
     if params is None:
         params = draw.params(layer, hidden, valid, is_image)
     output, stats = draw.apply(layer, params, hidden, valid, is_image)
@@ -27,7 +27,7 @@ def moe(hidden, config, valid=None, is_image=None, params=None, dtype=jnp.float3
 def moe_on_logits(logits, config, **kwargs):
     """The layer where hidden states are the router's logits, as its kernel is the identity."""
     hidden = jnp.asarray(logits, jnp.float32)
-    layer = MoE(config=check_moe(config), width=MLP, compute=ComputeConfig())
+    layer = MoE(config=check_moe(config), intermediate_size=MLP, compute=ComputeConfig())
     flags = jnp.ones(hidden.shape[:2], bool)
     params = draw.params(layer, hidden, flags, flags) | {"router": jnp.eye(hidden.shape[-1])}
     return moe(hidden, config, params=params, **kwargs)
