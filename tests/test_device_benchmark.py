@@ -148,7 +148,7 @@ def test_exit_code_is_that_of_the_checks(status, code, monkeypatch, tmp_path):
 def test_check_without_time_is_skipped_and_not_passed():
     section = device_checks.check_operations(jax.devices()[0], True, lambda: 0.0)
     assert section["status"] == "incomplete"
-    assert len(section["table"]) == 7
+    assert len(section["table"]) == 9
     assert section["table"][0][1] == "skipped, out of time"
 
 
