@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moddistill.convert.chat_template import FILE, chat_template, read_chat_template, stop_token
 from moddistill.convert.extras import POOLING
 from moddistill.convert.families import llava, qwen
 from moddistill.convert.finite import FiniteCheck
+from moddistill.convert.jinja_template import FILE, chat_template, read_chat_template, stop_token
 from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import MappedTensor, Rules, mapped_tensors, prefixed
 from moddistill.convert.source_settings import check_generation, merge_generation
-from moddistill.data.conversation import end_token
+from moddistill.data.chat_template import end_token
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import invalid, not_one_of

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.convert.chat_template import FILE, read_chat_template
+from moddistill.convert.jinja_template import FILE, read_chat_template
 from moddistill.convert.source_settings import read_generation, replaced_image_settings
 from moddistill.convert.sources import Source
 from moddistill.models.vlm import ModelConfig

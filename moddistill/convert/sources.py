@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moddistill.convert.chat_template import detect_template
 from moddistill.convert.families import deepspeed, llava, qwen
 from moddistill.convert.hub import check_not_quantized, sub_config, with_defaults
+from moddistill.convert.jinja_template import detect_template
 from moddistill.convert.rules import Rules, prefixed
 from moddistill.convert.source_settings import image_processor
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer

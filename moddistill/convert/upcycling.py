@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from moddistill.config import ExpertConfig, UpcycleConfig
-from moddistill.convert.chat_template import FILE
 from moddistill.convert.extras import POOLING
 from moddistill.convert.finite import FiniteCheck
 from moddistill.convert.importing import array_specs
+from moddistill.convert.jinja_template import FILE
 from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import Slot, slots
 from moddistill.data.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moddistill.data.conversation import Piece, prompt, render
+from moddistill.data.chat_template import Piece, prompt, render
 from moddistill.data.images import PAD_COLOR, load_image, preprocess
 from moddistill.data.records import IMAGE, PreferencePair, Record
 from moddistill.data.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moddistill.data.conversation import END_OF_TEXT, IM_END, IM_START
+from moddistill.data.chat_template import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer_file import (
     COMPONENTS,

@@ -84,7 +84,7 @@ def bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
 
 def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
     """Returns the bytes of keys and values of one row with `slots` positions."""
-    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).num_layers))
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).layers))
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 

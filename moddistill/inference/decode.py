@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Int
 
-from moddistill.data.conversation import end_token
+from moddistill.data.chat_template import end_token
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.sharding import num_batch_shards
 from moddistill.inference.placement import mesh_context, params_mesh, put_rows

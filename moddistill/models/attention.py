@@ -1,13 +1,11 @@
 """Multi-head attention with grouped keys and values, and an explicit cache for decoding."""
 
-import jax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from moddistill.models.attention_kernels import Structure, attend
+from moddistill.models.kv_cache import KeyValues, write_slots
 from moddistill.models.layers import DType, Linear, RMSNorm, rotary
-
-KeyValues = dict[str, Array]  # key and value of one layer, each [B, S, K, H]
 
 
 class Attention(nn.Module, kw_only=True):
@@ -17,7 +15,7 @@ class Attention(nn.Module, kw_only=True):
     queries attend to all slots that the structure lets them see.
 
     Attributes:
-      heads: of the query; `kv_heads` divides it.
+      num_heads: of the query; `num_kv_heads` divides it.
       rope_theta: base of the rotary frequencies; None without rotary positions.
       qk_norm_eps: RMS-normalises each query and key head before RoPE (Qwen3), unless None.
     """
@@ -72,8 +70,3 @@ class Attention(nn.Module, kw_only=True):
             name="out",
         )
         return out(mixed), cache
-
-
-def write_slots(slots: Array, new: Array, start: Array) -> Array:
-    """`slots` [B, S, ...] with `new` [B, T, ...] from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)

@@ -17,11 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import constrain_to_batch_sharding
-from moddistill.models.attention import Attention, KeyValues, write_slots
+from moddistill.models.attention import Attention
 from moddistill.models.attention_kernels import Structure
 from moddistill.models.compute import ComputeConfig
+from moddistill.models.kv_cache import KeyValues, KVCache
 from moddistill.models.layer_plan import Plan, make_plan, moe_layers
-from moddistill.models.layers import DType, RMSNorm, SwiGLU, init_normal, rematerialised
+from moddistill.models.layers import (
+    DType,
+    RMSNorm,
+    SwiGLU,
+    init_normal,
+    rematerialised,
+)
 from moddistill.models.moe.layer import MoE
 from moddistill.models.moe.router import RouterStats
 from moddistill.models.quantization import dequantize
@@ -204,26 +211,6 @@ def _layer_major(stats: list[RouterStats]) -> RouterStats:
         return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
 
     return jax.tree.map(interleave, *stats)
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the tokens so far, for decoding.
-
-    Attributes:
-      layers: for every block of every segment, keys and values [repeats, B, S, K, H].
-      segments: of the token in each slot; 0 in slots that are empty or hold padding.
-      length: number of slots written; the next token's slot.
-    """
-
-    num_layers: list[list[KeyValues]]
-    segments: Int[Array, "B S"]
-    length: Int[Array, ""]
-
-    def extend(self, segments: Int[Array, "B T"]) -> "KVCache":
-        """The cache with the next T slots assigned to tokens of these segments."""
-        slots = write_slots(self.segments, segments, self.length)
-        return self.replace(segments=slots, length=self.length + segments.shape[1])
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DType) -> KVCache:

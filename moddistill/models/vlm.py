@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float
 from moddistill.models.attention_kernels import Structure, causal
 from moddistill.models.batch import Batch, make_batch
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.decoder import Context, Decoder, DecoderConfig, KVCache
+from moddistill.models.decoder import Context, Decoder, DecoderConfig
+from moddistill.models.kv_cache import KVCache
 from moddistill.models.moe.router import RouterStats
 from moddistill.models.projector import Projector
 from moddistill.models.vision import Vision, VisionConfig
@@ -82,7 +83,7 @@ class Vlm(nn.Module):
         decoder = Decoder(config.decoder, self.compute, name="decoder")
         layers = cache.layers if cache else None
         hidden, head, router, layers = decoder(batch.tokens, image_hidden, context, layers)
-        cache = cache.replace(num_layers=layers) if cache else None
+        cache = cache.replace(layers=layers) if cache else None
         return Output(hidden, head, router, cache, features)
 
     def _encode_images(self, images: Array) -> Float[Array, "U X W"]:

@@ -26,15 +26,10 @@ from moddistill.training.loading import Run, prepare
 from moddistill.training.metrics import MetricsLog
 from moddistill.training.optim import schedule
 from moddistill.training.provenance import check_models, write_models
+from moddistill.training.resume import check_is_workdir, check_workdir, last_step, write_settings
 from moddistill.training.state import State
 from moddistill.training.streams import Streams, open_streams, remove_lists, warn_of_records
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
-from moddistill.training.workdir import (
-    check_is_workdir,
-    check_workdir,
-    last_step,
-    write_settings,
-)
 
 LOG = logging.getLogger("moddistill")
 

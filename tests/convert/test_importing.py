@@ -6,9 +6,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from moddistill.config import ExpertConfig
-from moddistill.convert.chat_template import chat_template
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.convert.jinja_template import chat_template
 from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.params import flatten

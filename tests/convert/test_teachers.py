@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from moddistill.convert.chat_template import read_chat_template
 from moddistill.convert.describe import describe
 from moddistill.convert.importing import import_model
+from moddistill.convert.jinja_template import read_chat_template
 from moddistill.convert.sources import open_source
 from moddistill.data.examples import encode_prompt
 from moddistill.models.presets import preset

@@ -9,7 +9,7 @@ from PIL import Image
 
 from moddistill import generate
 from moddistill.convert.resolve import load
-from moddistill.data.conversation import render
+from moddistill.data.chat_template import render
 from moddistill.inference.decode import _end_id, answer, decode
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token

@@ -19,7 +19,7 @@ from moddistill.training import loop
 from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
 from moddistill.training.provenance import write_models
-from moddistill.training.workdir import write_settings
+from moddistill.training.resume import write_settings
 
 
 def with_fields(config, **changes):

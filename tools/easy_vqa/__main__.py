@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from moddistill.cli.parser import Parser, user_errors
-from moddistill.data import conversation, tokenizer
+from moddistill.data import chat_template, tokenizer
 from moddistill.errors import invalid
 from tools.easy_vqa import images, published, records
 
@@ -93,7 +93,7 @@ def train_tokenizer(files: dict[str, list[dict]]) -> tokenizer.Tokenizer:
     train_files = [rows for name, rows in files.items() if "test" not in name]
     texts = [text for rows in train_files for text in records.texts(rows)]
     for template in ("vicuna", "chatml"):
-        pieces = conversation.render(template, [("", "")])
+        pieces = chat_template.render(template, [("", "")])
         texts += [piece.text for piece in pieces if not piece.special]
     return tokenizer.train_bpe(texts, vocab_size=VOCAB_SIZE)
 

@@ -23,6 +23,7 @@ from moddistill.models.moe.router import (
     RouterStats,
     capacity_slots,
     normalise,
+    router_logits,
     router_stats,
     top_k_routing,
     within_capacity,
@@ -57,7 +58,7 @@ def check_moe(config: ExpertConfig) -> ExpertConfig:
 class MoE(nn.Module, kw_only=True):
     """A router and `num_experts` gated feed-forward layers in place of a dense one.
 
-    `width` is the intermediate width of the dense layer, and of experts without one of their own.
+    `intermediate_size` is that of the dense layer, and of experts without one of their own.
 
     1. Router logits [T, E] in float32 and their softmax.
     2. The top k experts of each token, with weights [T, k].
@@ -79,7 +80,9 @@ class MoE(nn.Module, kw_only=True):
         config = check_moe(self.config)
         tokens = hidden.reshape(-1, hidden.shape[-1])
         valid, is_image = valid.reshape(-1), is_image.reshape(-1)
-        logits = self._router(tokens)
+        shape = (tokens.shape[-1], config.num_experts)
+        kernel = self.param("router", init_normal("embed", "router"), shape, jnp.float32)
+        logits = router_logits(tokens, kernel)
         experts, weights = top_k_routing(
             jax.nn.softmax(logits),
             config.top_k,
@@ -103,12 +106,6 @@ class MoE(nn.Module, kw_only=True):
         if config.residual:
             mixed = self._add_residual(hidden, mixed)
         return mixed, router_stats(logits, experts, keep, valid, is_image)
-
-    def _router(self, tokens: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        """Router logits; float32 throughout, since bfloat16 flips near ties."""
-        shape = (tokens.shape[-1], self.config.num_experts)
-        kernel = self.param("router", init_normal("embed", "router"), shape, jnp.float32)
-        return jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), kernel.astype(jnp.float32))
 
     def _experts(self, tokens: Float[Array, "T D"]) -> dict[str, Array]:
         config = self.config

@@ -1,4 +1,4 @@
-"""Routing: top-k choice, capacity and statistics."""
+"""The router: logits, top-k choice of experts, capacity and statistics."""
 
 import flax
 import jax
@@ -25,6 +25,11 @@ class RouterStats:
     load: Float[Array, "*R M E"]
     dropped: Float[Array, "*R"]
     tokens: Float[Array, "*R"]
+
+
+def router_logits(tokens: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """Logits of all experts for each token; float32 throughout, since bfloat16 flips near ties."""
+    return jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), kernel.astype(jnp.float32))
 
 
 def top_k_routing(

@@ -1,6 +1,6 @@
 """Conversation templates as Jinja, for `apply_chat_template` of `transformers`.
 
-They render the text that training used: `data/conversation.py` in another language.
+They render the text that training used: `data/chat_template.py` in Jinja.
 """
 
 import logging
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from moddistill.config import TEMPLATES
-from moddistill.data.conversation import CHATML_SYSTEM, IM_START, VICUNA_SYSTEM, end_token
+from moddistill.data.chat_template import CHATML_SYSTEM, IM_START, VICUNA_SYSTEM, end_token
 from moddistill.errors import UserError
 from moddistill.storage.json_file import read_json, read_text
 

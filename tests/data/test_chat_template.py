@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from moddistill.data.conversation import Piece, end_token, prompt, render
+from moddistill.data.chat_template import Piece, end_token, prompt, render
 from tests.data import qwen_ranks
 
 SYSTEM = (

@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from moddistill.config import TEMPLATES
-from moddistill.convert.chat_template import chat_template, detect_template
-from moddistill.data.conversation import prompt, render
+from moddistill.convert.jinja_template import chat_template, detect_template
+from moddistill.data.chat_template import prompt, render
 from moddistill.data.examples import ExampleSpec, make_example
 from moddistill.data.records import Record
 from moddistill.data.tokenizer import load_tokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moddistill.training.workdir import check_is_workdir
+from moddistill.training.resume import check_is_workdir
 
 
 @pytest.mark.parametrize(
