@@ -64,6 +64,7 @@ def _fields(config: Any) -> Any:
     fields = {name: _fields(value) for name, value in vars(config).items()}
     for name, kind in typing.get_type_hints(type(config)).items():
         if fields[name] is None:
+            # absl refuses to override a field that is None, since its type is unknown.
             [other] = set(typing.get_args(kind)) - {types.NoneType}
             fields[name] = ml_collections.config_dict.placeholder(other)
     return fields
@@ -138,6 +139,8 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
                 inner = typing.get_args(option)[1]
                 return {key: _convert(inner, x, f"{origin}.{key}") for key, x in value.items()}
     if tuple in by_class:
+        # Where an experiment has text, such as a named placement, absl parses the override as text
+        # too, even if it is a tuple.
         if isinstance(value, str) and value.startswith("("):
             value = _typed_tuple(value, origin)
         if isinstance(value, list | tuple):
@@ -146,6 +149,7 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
     if Literal in by_class:
         _check_choice(by_class[Literal], value, origin)
         return value
+    # Integers widen to float; bools, a subclass of int, do not.
     if float in by_class and type(value) is int:
         return float(value)
     if not isinstance(value, tuple(by_class)) or (isinstance(value, bool) and bool not in by_class):

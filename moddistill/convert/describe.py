@@ -87,6 +87,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
     config = _config(source)
     facts = _tensors("Hugging Face folder", source.checkpoint)
     facts |= {"holds": list(source.parts)} | _sizes(config, source.parts)
+    # A language model, or one with both vision tower and projector.
     is_complete = source.decoder is not None and (source.vision is None) == (
         source.projector is None
     )

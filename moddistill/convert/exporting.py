@@ -74,6 +74,7 @@ def export_model(
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
     with write_folder(out, "export", overwrite, inputs=(original, model)) as tmp_dir:
+        # Files get their full size first, so that a full disk is found before the conversion.
         tensors = create_shards(tmp_dir, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(mapped, tensors, reader)
         for name, tensor in pooling.items():

@@ -1,4 +1,4 @@
-"""Resolves what a setting names as a model.
+"""Resolution of the models that settings name.
 
 A spec is a model folder, a Hugging Face folder, a hub name, or `random:PRESET` for new weights.
 """
@@ -58,7 +58,7 @@ def resolve(spec: str, tokenizer: Tokenizer | None = None) -> ResolvedModel:
 
 
 def as_model_folder(name: str | Path) -> Path:
-    """A model folder for anything that names a model.
+    """Returns the model folder of anything that names a model.
 
     A model folder is returned as it is. A Hugging Face folder or hub name is imported once into
     `$XDG_CACHE_HOME/moddistill` (or `~/.cache/moddistill`), and again when its files have changed.
@@ -96,6 +96,7 @@ def load(
     if mesh is not None:
         check_divisible(mesh, boxed, "model")
         shardings = param_shardings(mesh, boxed)
+    # Evaluated on shapes, `cast_frozen` gives the dtype of each array before any is read.
     shapes = jax.eval_shape(lambda params: cast_frozen(params, dtype), unbox(boxed))
     dtypes = jax.tree.map(lambda x: x.dtype, shapes)
     return Vlm(config, ComputeConfig(dtype=dtype)), load_params(
@@ -118,4 +119,5 @@ def random_params(config: ModelConfig, mesh: Mesh, rng: jax.Array) -> dict[str, 
     def init(rng: jax.Array) -> dict[str, Any]:
         return unbox(Vlm(config).init(rng, dummy_batch(config)))["params"]
 
+    # With `out_shardings`, no device ever holds an array in full.
     return jax.jit(init, out_shardings=shardings)(rng)

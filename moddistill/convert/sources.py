@@ -232,6 +232,7 @@ def _original(folder: Path, fields: dict[str, Any], select_layer: int | None) ->
     if layer is not None and (type(layer) is not int or not -1000 <= layer < 0):
         raise invalid(f"{origin}: mm_vision_select_layer", layer, "a whole number below 0")
     projector = fields.get("image_projector_type") or fields.get("mm_projector_type") or "linear"
+    # Code derived from MoE-LLaVA nests the projector in one more module.
     inner = "image_spatial_proj."
     spatial = any(inner in name for name in checkpoint)
     prefix = "model.mm_projector." + (inner if spatial else "")

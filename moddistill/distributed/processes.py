@@ -82,6 +82,7 @@ def check_equal_on_all_processes(name: str, text: str) -> None:
     """
     if jax.process_count() == 1:
         return
+    # A digest, since the collective needs arrays of equal shapes, and texts may differ in length.
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     digests = multihost_utils.process_allgather(digest)
     different = [i for i, other in enumerate(digests) if np.any(other != digests[0])]

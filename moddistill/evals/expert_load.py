@@ -25,6 +25,7 @@ def expert_load(
     """
     mesh = params_mesh(params)
     rows = batch_rows(model, params, tokenizer, prompts, 0)
+    # `load` counts computed assignments only: with drops, overfull experts would look balanced.
     model = without_drops(model)
     load_of = jax.jit(
         lambda params, batch: model.apply({"params": params}, batch).router.load,
@@ -38,6 +39,7 @@ def expert_load(
         batch.segments[len(part) :] = 0  # padding is not routed
         with mesh_context(mesh):
             load = load + np.asarray(load_of(params, put_rows(mesh, batch)))
+    # [layers, modality, experts] to [modality, layers, experts].
     text, image = np.moveaxis(load, 1, 0)
     layers = model.config.decoder.moe_layers
     return [

@@ -43,7 +43,7 @@ class Task:
       questions: reads the questions from the task's data folder.
       score: scores by name for all rows; a name without a column appears in scores.json only.
       is_correct: marks one row as right or wrong in the report.
-      max_new_tokens: length at which an answer is cut off.
+      max_new_tokens: length at which an answer is truncated.
       columns: the scores that tables show, in this order.
       note: one sentence for the report that explains the columns.
     """

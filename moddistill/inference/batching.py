@@ -63,7 +63,9 @@ def batch_rows(
     shards, tensor = (num_batch_shards(mesh), mesh.shape["tensor"]) if mesh else (1, 1)
     devices = mesh.local_devices if mesh else list(jax.tree.leaves(params)[0].devices())
     slots = padded_length(encode_prompts(prompts, model.config, tokenizer)) + max_new_tokens
+    # Heads and intermediate widths are sharded over `tensor`, rows over all other axes.
     row_bytes = bytes_per_row(model.config.decoder, slots, model.compute.dtype) // tensor
+    # Shards are equal, so the device with the least free memory decides.
     budget = min(memory_budget(device.memory_stats()) for device in devices)
     rows = fitting_rows(row_bytes, budget, shards, len(prompts))
     # Free memory may differ between processes, which must agree on the shape of a batch.
@@ -77,6 +79,7 @@ def bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
     those of one layer at all positions: residual stream, query, key, value and feed-forward.
     """
     experts = config.moe.top_k if config.moe else 1
+    # The factor 3 is `gate`, `up` and their product, once for each expert of a token.
     values = 8 * config.hidden_size + 3 * experts * config.intermediate_size
     activations = slots * values * jnp.dtype(dtype).itemsize
     return 2 * cache_bytes_per_row(config, slots, dtype) + activations

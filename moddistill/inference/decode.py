@@ -62,6 +62,8 @@ def decode(
     def body(carry: Any) -> Any:
         step, tokens, cache, done = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
+        # Rows share the cache slot `length + step - 1`, but each continues its own positions, so
+        # that rotary embeddings are those of a prompt without padding.
         inputs = Batch(last, (lengths + step - 1)[:, None], jnp.ones_like(last))
         output = model.apply({"params": params}, inputs, cache)
         # Rows that have ended go on in step with the others; their tokens are discarded.
@@ -136,6 +138,7 @@ def without_drops(model: Vlm) -> Vlm:
     moe = model.config.decoder.moe
     if moe is None or moe.dispatch == "dropless":
         return model
+    # All rows of a batch share an expert's capacity, so a drop in one depends on the others.
     moe = dataclasses.replace(moe, dispatch="dropless")
     decoder = dataclasses.replace(model.config.decoder, moe=moe)
     return model.clone(config=dataclasses.replace(model.config, decoder=decoder))

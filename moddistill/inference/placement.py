@@ -1,4 +1,4 @@
-"""Where inference runs: on one device, or on the mesh that the parameters are sharded over."""
+"""Placement of inference: one device, or the mesh that the parameters are sharded over."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ def params_mesh(params: dict[str, Any]) -> Mesh | None:
 def mesh_context(mesh: Mesh | None) -> Iterator[None]:
     """Sets the mesh and the logical axis rules; without a mesh, does nothing."""
     if mesh is None:
+        # Without axis rules, Flax's logical constraints are no-ops.
         yield
         return
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):

@@ -11,7 +11,7 @@ from moddistill.errors import invalid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings of the choice of the next token.
 
     Attributes:
       temperature: divides the logits; 0 is greedy.
@@ -42,6 +42,7 @@ def choose_token(
     cumulative = jnp.cumsum(probabilities, axis=-1) - probabilities
     in_set = jnp.where(cumulative < sampling.top_p, ordered, jnp.inf)
     threshold = jnp.min(in_set, axis=-1, keepdims=True)
+    # By value instead of rank, which needs no inverse of the sort; ties with the threshold stay in.
     return jax.random.categorical(rng, jnp.where(logits >= threshold, logits, -jnp.inf)).astype(
         jnp.int32
     )

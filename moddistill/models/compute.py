@@ -1,4 +1,4 @@
-"""How a model is run: settings that change speed, memory and rounding, not the architecture."""
+"""Settings that change a model's speed, memory and rounding, but not its architecture."""
 
 import dataclasses
 from typing import Any

@@ -163,6 +163,7 @@ class Decoder(nn.Module):
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
         table = self.param("embedding", init_normal("vocab", "embed"), shape, jnp.float32)
+        # `clip`, since the id of <image> may be beyond the table. Its row is replaced below.
         hidden = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
         if image_hidden is not None:
             hidden = jnp.where(context.is_image[..., None], image_hidden, hidden)
@@ -208,6 +209,7 @@ def _layer_major(stats: list[RouterStats]) -> RouterStats:
     """Interleaves statistics [R, ...] of a group's expert layers to layer order [layers, ...]."""
 
     def interleave(*leaves):
+        # [R, n, ...] to [R * n, ...] for n expert layers in the pattern, as layers repeat it.
         return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
 
     return jax.tree.map(interleave, *stats)

@@ -80,19 +80,23 @@ def training_flops(config: ModelConfig, size: StepSize, trained: set[str]) -> fl
     decoder = config.decoder
     scores = size.rows * size.length * decoder.num_layers * _score_flops(decoder, size.length)
     rest = forward_flops(config, size) - vision - scores
+    # rest: F forward, F for activations, share * F for weights. scores: F forward, 2 F backward.
     return vision * (3.0 if vision_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
 
 
 def decoder_flops(decoder: DecoderConfig, length: int) -> float:
     """FLOPs of all layers for one token of a sequence of `length`."""
     heads = decoder.num_heads * decoder.head_dim
+    # Query and output have all heads, key and value only `num_kv_heads`.
     projections = decoder.hidden_size * (2 * heads + 2 * decoder.num_kv_heads * decoder.head_dim)
     attention = 2.0 * projections + _score_flops(decoder, length)
+    # `gate`, `up` and `down`: 3 matmuls of 2 D F each.
     dense = 6.0 * decoder.hidden_size * decoder.intermediate_size
     sparse = dense
     if decoder.moe is not None:
         width = decoder.moe.moe_intermediate_size or decoder.intermediate_size
         sparse = 6.0 * decoder.hidden_size * width * decoder.moe.top_k
+        # The router, one matmul [D, E].
         sparse += 2.0 * decoder.hidden_size * decoder.moe.num_experts
         sparse += dense if decoder.moe.residual else 0.0
     experts = len(decoder.moe_layers)
@@ -103,12 +107,15 @@ def decoder_flops(decoder: DecoderConfig, length: int) -> float:
 
 def _score_flops(decoder: DecoderConfig, length: int) -> float:
     """FLOPs of one layer's scores and weighted values, for one token."""
+    # Q K^T and its product with V, 2 T H each for every head. The causal mask is not deducted, as
+    # in PaLM's MFU (Chowdhery et al. 2022).
     return 4.0 * length * decoder.num_heads * decoder.head_dim
 
 
 def vision_flops(vision: VisionConfig) -> float:
     """FLOPs of the vision encoder up to the selected layer, for one image."""
     length = vision.patches + vision.class_token
+    # Four projections (8 D^2), two matmuls of the MLP (4 D F), scores and weighted values (4 T D).
     layer = (
         8.0 * vision.hidden_size**2
         + 4.0 * vision.hidden_size * vision.intermediate_size
@@ -133,6 +140,7 @@ def _trained_share(config: ModelConfig, trained: set[str]) -> float:
     moe = config.decoder.moe
     active = {}
     for path, leaf in flatten(unbox(abstract_params(config))).items():
+        # The embedding is a lookup. As a tied head it counts with the share of all others.
         if not path.startswith("vision/") and path != "decoder/embedding":
             # A token uses top_k of num_experts experts.
             idle = in_group(path, "experts") and moe is not None

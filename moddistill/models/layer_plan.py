@@ -64,6 +64,8 @@ def make_plan(kinds: Sequence[bool]) -> Plan:
     segments = []
     position = 0
     while position < len(kinds):
+        # Greedy from the front, so not always the fewest segments: 00101 becomes 00, 1, 0 and 1
+        # rather than 0 and two repeats of 01.
         pattern, repeats = _longest_segment(tuple(kinds[position:]))
         segments.append(Segment(pattern, repeats))
         position += len(pattern) * repeats
@@ -96,6 +98,7 @@ def unstack(params: dict[str, Any], plan: Plan) -> list[dict[str, Any]]:
     layers = []
     for i, segment in enumerate(plan):
         blocks = [params[f"segment_{i}"][f"block_{j}"] for j in range(len(segment.pattern))]
+        # Layer order is repeat-major: all blocks of one repeat, then those of the next.
         for repeat in range(segment.repeats):
             layers += [jax.tree.map(lambda x, r=repeat: x[r], block) for block in blocks]
     return layers
@@ -108,6 +111,7 @@ def stack(layers: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     for i, segment in enumerate(plan):
         period = len(segment.pattern)
         end = position + period * segment.repeats
+        # Block j is every `period`-th layer of the segment, from its j-th on.
         params[f"segment_{i}"] = {
             f"block_{j}": jax.tree.map(
                 lambda *x: jnp.stack(x), *layers[position + j : end : period]

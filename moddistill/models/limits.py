@@ -38,7 +38,7 @@ VISION = {
 }
 LARGEST_ID = 10_000_000
 _PATCHES = 100_000
-_SMALLEST_STD = 1e-6
+_SMALLEST_STD = 1e-6  # pixels are divided by it
 _EXPERTS_OF_ALL_LAYERS = 50_000
 _SEGMENTS = 100  # each is traced and compiled separately
 
@@ -61,6 +61,7 @@ def check_numbers(
     for name, largest in limits.items():
         value = values.get(name)
         accepted = (int, float) if isinstance(largest, float) else (int,)
+        # `type`, since bool is a subclass of int. NaN fails the comparison.
         if type(value) not in accepted or not 0 < value <= largest:
             kind = "a number" if float in accepted else "an integer"
             raise invalid(f"{origin}: {spell(name)}", value, f"{kind} > 0 and <= {largest:,}")
@@ -69,7 +70,7 @@ def check_numbers(
 def check_architecture(config: ModelConfig, origin: str) -> None:
     """Raises UserError for sizes that are out of range or do not fit each other.
 
-    Fields are named as in `config`, such as `decoder.layers`.
+    Fields are named as in `config`, such as `decoder.num_layers`.
     """
     check_decoder(config.decoder, origin, "decoder.{}".format)
     if config.vision is not None:
@@ -106,6 +107,7 @@ def _check_ids(config: DecoderConfig, field: str) -> None:
     """Raises UserError unless `real_ids` are ranges in ascending order, each id with a row."""
     edges = [edge for pair in config.real_ids for edge in pair]
     is_whole = all(type(edge) is int for edge in edges) and len(edges) == 2 * len(config.real_ids)
+    # Strictly increasing edges: ranges are not empty, in order, and neither overlap nor touch.
     if not (edges and is_whole and edges[0] >= 0 and edges[-1] <= config.vocab_size) or any(
         first >= second for first, second in itertools.pairwise(edges)
     ):
@@ -118,6 +120,7 @@ def _check_ids(config: DecoderConfig, field: str) -> None:
 
 def _check_experts(config: DecoderConfig, origin: str) -> None:
     moe = config.moe
+    # A `moe_intermediate_size` of 0 means that of the dense layers, hence its own range.
     limits = {name: EXPERTS[name] for name in EXPERTS if name != "moe_intermediate_size"}
     check_numbers(vars(moe), limits, origin, "moe.{}".format)
     if not 0 <= moe.moe_intermediate_size <= EXPERTS["moe_intermediate_size"]:

@@ -119,6 +119,8 @@ _DEMO_TOWER = VisionConfig(
 )
 
 PRESETS: dict[str, ModelConfig] = {
+    # Hidden size, intermediate size, layers, heads, key/value heads. Embeddings have 151,936 rows,
+    # those of Qwen2-7B and Qwen2.5-7B 152,064.
     "qwen1.5-0.5b": _qwen(1024, 2816, 24, 16, 16, tie_word_embeddings=True),
     "qwen1.5-1.8b": _qwen(2048, 5504, 24, 16, 16, tie_word_embeddings=False),
     "qwen1.5-4b": _qwen(2560, 6912, 40, 20, 20, tie_word_embeddings=False, rope_theta=5e6),

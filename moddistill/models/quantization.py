@@ -20,6 +20,8 @@ from moddistill.params import DECODER_LAYERS, flatten, in_group, unflatten
 
 def quantize(kernels: Float[Array, "..."], axis: int) -> dict[str, Array]:
     """Kernels as int8 and steps, symmetric along `axis`; errors are at most half a step."""
+    # kernel / step is within [-127, 127], symmetric without -128, and 0 stays exactly 0. A channel
+    # of zeros gets step 1 in place of 0 / 0.
     largest = jnp.max(jnp.abs(kernels.astype(jnp.float32)), axis=axis, keepdims=True)
     step = jnp.where(largest == 0, 1.0, largest / 127)
     rounded = jnp.round(kernels.astype(jnp.float32) / step)
@@ -34,9 +36,11 @@ def dequantize(params: Any, dtype: Any) -> Any:
     """Parameters on the device, quantized kernels in `dtype`."""
 
     def ready(leaf: Any) -> Array:
+        # Inside jit: XLA schedules the copy from host memory; leaves on the device stay there.
         leaf = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), leaf)
         if not is_quantized(leaf):
             return leaf
+        # In float32, so that the only rounding is that of the cast.
         return (leaf["int8"].astype(jnp.float32) * leaf["step"]).astype(dtype)
 
     return jax.tree.map(ready, params, is_leaf=is_quantized)
@@ -56,6 +60,7 @@ def stored_shapes(shapes: dict[str, Any], quantization: str, offload: bool) -> d
         quantized = {
             path: _quantized_shape(path, x) for path, x in flat.items() if _is_kernel(path)
         }
+        # Flattened again, so that `kernel` becomes `kernel/int8` and `kernel/step`.
         flat = flatten(unflatten(flat | quantized))
     if offload:
         flat |= {p: _on_host(x) for p, x in flat.items() if _is_kernel(p.removesuffix("/int8"))}

@@ -109,7 +109,7 @@ def upcycle_expert(
 ) -> dict[str, Array]:
     """The kernels of one expert, in the dtype of the feed-forward layer `mlp`.
 
-    A copy of the layer or of a slice of it, changed as `how` says.
+    A copy of the layer or of a slice of it, changed by the method of `how`.
     """
     width, dense = mlp["gate"]["kernel"].shape
     slices = _slices(moe, dense)
@@ -119,10 +119,12 @@ def upcycle_expert(
     def slice_of(name: str) -> Array:
         kernel = mlp[name]["kernel"]
         if name == "down":
+            # Scaled by n, since each slice has 1 / n of its copy's router weight.
             return slices * jax.lax.dynamic_slice(kernel, (start, 0), (size, width))
         return jax.lax.dynamic_slice(kernel, (0, start), (width, size))
 
     expert = {name: slice_of(name) for name in _KERNELS}
+    # The router is drawn from `rng` itself, so changes need a key derived from it.
     change_rng = jax.random.fold_in(jax.random.fold_in(rng, 1), number)
     if how.method == "noise":
         expert = _add_noise(expert, how.noise_std, change_rng)
@@ -144,6 +146,7 @@ def upcycle_router(mlp: dict[str, Any], moe: ExpertConfig, rng: jax.Array) -> di
     params: dict[str, Any] = {"router": jnp.repeat(router, slices, axis=1)}
     if moe.residual:
         params["residual"] = mlp
+        # softmax(0) = (1/2, 1/2): experts and the dense layer are equal, and so is their mean.
         params["blend"] = jnp.zeros((width, 2), jnp.float32)
         params["blend_bias"] = jnp.zeros(2, jnp.float32)
     return params
@@ -202,6 +205,7 @@ def _drop(expert: dict[str, Array], fraction: float, rng: jax.Array) -> dict[str
         return kernel.at[dropped].set(new.astype(kernel.dtype))
 
     return {
+        # A dimension is a column of `gate` and `up` and a row of `down`; transposed, all are rows.
         "gate": reinitialised(expert["gate"].T, rngs[0]).T,
         "up": reinitialised(expert["up"].T, rngs[1]).T,
         "down": reinitialised(expert["down"], rngs[2]),

@@ -67,6 +67,8 @@ class VisionConfig:
     @property
     def used_layers(self) -> int:
         """Number of layers up to the selected hidden state; later ones are never computed."""
+        # Hidden states are numbered from 0 (embeddings) to num_layers, so -1 is num_layers. State n
+        # is the output of n layers.
         return self.num_layers + 1 + self.select_layer
 
 
@@ -129,6 +131,7 @@ class Vision(nn.Module):
     def _embed(self, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B T D"]:
         """Embedded patches with positions, after the class token if there is one."""
         config = self.config
+        # The stride of the patch convolution is its size, so it is one matmul of flattened patches.
         x = patchify(normalise(images, config), config.patch_size)
         patch = Linear(
             features=(config.hidden_size,),
@@ -193,5 +196,6 @@ def patchify(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B P Z"
     batch, height, width, channels = images.shape
     rows, columns = height // size, width // size
     x = images[:, : rows * size, : columns * size]
+    # [B, rows, size, columns, size, 3] to [B, rows, columns, size, size, 3].
     x = x.reshape(batch, rows, size, columns, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)

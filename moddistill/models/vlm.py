@@ -66,6 +66,7 @@ class Vlm(nn.Module):
         if cache is None:
             structure = causal(batch.segments, self.compute.one_segment)
         else:
+            # The slot of the first of these tokens: `length` before it is extended by them.
             offset, cache = cache.length, cache.extend(batch.segments)
             structure = Structure(batch.segments, cache.segments, offset)
         context = Context(batch.positions, structure, valid, is_image)
@@ -88,6 +89,8 @@ class Vlm(nn.Module):
 
     def _encode_images(self, images: Array) -> Float[Array, "U X W"]:
         """Vision features of all images of each sample, concatenated along patches."""
+        # [U, I, h, w, 3] to [U * I, h, w, 3]. Shapes are static, so unused slots are encoded too;
+        # no placeholder refers to them.
         flat = images.reshape(-1, *images.shape[2:])
         encoder = Vision(self.config.vision, self.compute, name="vision")
         features = encoder(flat)

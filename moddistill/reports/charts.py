@@ -62,6 +62,8 @@ def curve(name: str, points: Sequence[tuple[int, float | int]], size: str = "sma
         y = HEIGHT - (value - low) / (high - low) * HEIGHT if high > low else HEIGHT / 2
         return f"{x:.1f} {y:.1f}"
 
+    # The dot is a path of length zero with round caps: unlike a circle, it is not stretched with
+    # the axes.
     return CURVE.format(
         size=size,
         name=escape(name),
@@ -100,6 +102,7 @@ def _throughput(rows: Sequence[Mapping[str, Any]]) -> str:
     words = [f"{rows[-1]['step']:,} steps"]
     if "seconds" in rows[-1]:
         words.append(f"{rows[-1]['seconds']:,.0f} s")
+    # The median, since the first interval includes compilation.
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     if speeds:
         words.append(f"{speeds[len(speeds) // 2]:,.0f} tokens/s")

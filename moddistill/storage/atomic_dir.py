@@ -112,6 +112,7 @@ def _renamed_when_complete(
 
 def _replace(new: Path, folder: Path, written_by: str, overwrite: bool) -> None:
     """Renames `new` to `folder`, which is at no time visible in part."""
+    # Checked again, since another process may have created `folder` in the meantime.
     _check_free(folder, written_by, overwrite)
     old = new.with_suffix(_REPLACED)
     if folder.exists():
@@ -160,6 +161,7 @@ def _check_free(
     expected = (
         expected or f"a new folder, or --overwrite of an unchanged one that {written_by} wrote"
     )
+    # A mistyped path must never remove these, whatever their digests say.
     for name, path in (("working", Path.cwd()), ("home", Path.home())):
         if path.is_relative_to(folder):
             raise UserError(

@@ -38,6 +38,7 @@ class Digests(NamedTuple):
 def write_digests(folder: Path, written_by: str) -> None:
     """Writes `digests.json` of all files below a folder, after forcing them to the disk."""
     names = _list_files(folder)
+    # fsync comes first: after a power failure, no digest may vouch for a file that the disk lacks.
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda name: _sha256(folder / name, sync=True), names)
         digests = Digests(written_by, dict(zip(names, hashes, strict=True)))
@@ -90,6 +91,7 @@ def _parse(content: bytes) -> Digests | None:
     try:
         fields = json.loads(content)
         digests = Digests(fields["written_by"], dict(fields["files"]))
+        # `_render` is deterministic, so comparing bytes also checks the digest of the file itself.
         intact = _render(digests).encode() == content
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -143,6 +145,7 @@ def _find_damaged(folder: Path, names: Sequence[str], digests: Digests, shared: 
         differs = pool.map(lambda name: _differs(folder / name, digests.files.get(name)), local)
         damaged[index::count] = list(differs)
     if shared:
+        # One collective for all files; a process that has read none must join it too.
         damaged = any_process(damaged)
     return [name for name, is_damaged in zip(names, damaged, strict=True) if is_damaged]
 

@@ -32,6 +32,7 @@ def read_text(file: Path, largest: int = _LARGEST_FILE) -> str:
         raise UserError(f"{file}: expected a file, got {kind}")
     try:
         with file.open("rb") as stream:
+            # One byte beyond the bound suffices to detect a larger file, whatever its stated size.
             data = stream.read(largest + 1)
     except OSError as error:
         raise UserError(f"{file}: expected a readable file, got {error.strerror!r}") from None
@@ -46,6 +47,7 @@ def read_text(file: Path, largest: int = _LARGEST_FILE) -> str:
 def parse(text: str | bytes, origin: str) -> Any:
     """Parses a JSON text; UserError naming `origin` if it is invalid."""
     try:
+        # Deeply nested values exceed Python's recursion limit.
         return json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: expected JSON, got invalid text ({error})") from None

@@ -145,6 +145,7 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
     for part in ("architecture", "source"):
         if not isinstance(description.get(part), dict):
             raise invalid(f"{file}: {part}", description.get(part), "an object")
+    # Only this file: arrays are verified when they are loaded.
     verify(file.parent, [file.name])
     return description
 
@@ -200,6 +201,7 @@ def preprocessor_config(
     """
     return {
         "image_processor_type": "LlavaImageProcessor",
+        # Padded to a square first, so that the resize gives `size` x `size`, which the crop keeps.
         "do_pad": True,
         "do_convert_rgb": True,
         "do_resize": True,

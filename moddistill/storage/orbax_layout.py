@@ -1,6 +1,6 @@
 """The arrays of a model folder on disk: `params/`, an Orbax checkpoint.
 
-Orbax writes and reads whole trees of sharded arrays. The converter moves slices, since a stack of
+Orbax writes and reads entire trees of sharded arrays. The converter moves slices, since a stack of
 layers is as large as all weight files of a checkpoint together. Both use the same layout, which no
 other file knows:
 
@@ -71,7 +71,7 @@ def chunk_shape(path: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, 
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> tuple[int, list[slice]]:
-    """Returns the longest axis of an array and its slices, each of which holds whole blocks."""
+    """Returns the longest axis of an array and its slices, which consist of complete blocks."""
     axis = int(np.argmax(shape))
     step = block_shape(shape, itemsize)[axis]
     return axis, [slice(i, i + step) for i in range(0, shape[axis], step)]

@@ -88,6 +88,7 @@ def read_pickle(data: bytes, origin: str) -> Any:
                 return machine.pop()
             machine.step(operation.name, argument)
     except (IndexError, KeyError, ValueError) as error:
+        # An empty stack, an unknown memo entry, or bytes that `genops` cannot parse.
         if isinstance(error, UnsupportedError):
             raise
         raise _unsupported(origin, f"a broken pickle ({error!r:.200})") from None
@@ -109,6 +110,8 @@ class _PickleMachine:
 
     def step(self, name: str, argument: Any) -> None:
         """Executes one opcode."""
+        # The opcodes of protocol 2 that torch writes. All others are errors, among them those that
+        # import or instantiate in other ways: STACK_GLOBAL, INST, OBJ and NEWOBJ.
         if name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in _VALUES:
@@ -136,6 +139,7 @@ class _PickleMachine:
             self.extend(self.stack[-1], items)
         elif name == "BUILD":
             self.pop()  # attributes of an OrderedDict, such as `_metadata` of a module
+            # Without items, this only checks that the target is a dictionary.
             self.set_items(self.stack[-1], [])
         elif name != "PROTO":
             raise _unsupported(self.origin, f"a pickle with opcode {name}")
@@ -167,6 +171,7 @@ class _PickleMachine:
 
     def call(self, function: Any, arguments: Any) -> Any:
         """Returns the result of one of the three functions that `torch.save` refers to."""
+        # Functions are only names: none is called, and their results are constructed here.
         if function == _ORDERED and arguments == ():
             return {}
         if isinstance(arguments, tuple):
@@ -182,6 +187,7 @@ class _PickleMachine:
             if (
                 not isinstance(numbers, tuple)
                 or len(numbers) > _MOST_AXES
+                # `type`, since bool is a subclass of int.
                 or any(type(x) is not int or not 0 <= x <= _LARGEST for x in numbers)
             ):
                 raise _unsupported(self.origin, f"start, shape or stride {numbers!r:.80}")

@@ -27,6 +27,7 @@ class _Transposed(Tensor):
     num_rows: int
 
     def map(self, mode: Literal["r", "r+"]) -> np.ndarray:
+        # The file has the transpose [columns, num_rows] in row-major order; `.T` is a view of it.
         stored = Tensor(self.file, self.offset, self.dtype, (self.shape[1], self.num_rows))
         return stored.map(mode).T[self.first : self.first + self.shape[0]]
 
@@ -81,6 +82,7 @@ def _tensor(file: Path, archive: zipfile.ZipFile, root: str, name: str, view: Vi
         )
     dtype = DTYPES[STORAGES[storage.kind]]
     first = start * dtype.itemsize
+    # The extent of a contiguous tensor; others are refused below.
     if first + math.prod(shape) * dtype.itemsize > entry.file_size:
         raise UnsupportedError(
             f"{file}: {name:.80}: expected a tensor within its storage of "
@@ -110,6 +112,7 @@ def _data_offset(file: Path, entry: zipfile.ZipInfo) -> int:
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        # The stride of an axis of size 1 is never used, so any is accepted.
         if size != 1 and step != expected:
             return False
         expected *= size

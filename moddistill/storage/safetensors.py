@@ -73,6 +73,7 @@ def _read_header(file: Path) -> bytes:
 def _check_gapless(file: Path, tensors: Checkpoint, start: int) -> None:
     """Checks that tensors follow one another from byte `start` to the end of the file."""
     size, end = file.stat().st_size, start
+    # In the order of offsets, a gap and an overlap both begin elsewhere than the last tensor ended.
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
             raise UserError(f"{file}: {name:.80}: expected offset {end}, got {tensor.offset}")
@@ -146,6 +147,7 @@ def create_file(file: Path, tensors: Sequence[TensorSpec]) -> dict[str, Tensor]:
         }
         position = end
     text = json.dumps(header).encode()
+    # Spaces align the data to 8 bytes, so that tensors can be mapped in place.
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     with file.open("wb") as stream:

@@ -66,6 +66,7 @@ class Tensor:
                 f"{self.file} is truncated: expected {self.nbytes} bytes at offset {self.offset}, "
                 f"got a file of {size}"
             )
+        # Mapped as bytes, since an offset need not be a multiple of the dtype's size.
         data = np.memmap(self.file, np.uint8, mode, self.offset, (self.nbytes,))
         return np.asarray(data).view(self.dtype).reshape(self.shape)
 

@@ -29,8 +29,8 @@ from moddistill.teachers.targets import Targets
 class LiveTeacher:
     """A `Teacher` that computes its targets: final hidden states, and its head as what is shared.
 
-    Hidden states are smaller than logits by `width / vocab_size`, 3,584 / 152,064 for Qwen 7B;
-    logits are computed from them chunk by chunk.
+    Hidden states are smaller than logits by `hidden_size / vocab_size`, 3,584 / 152,064 for
+    Qwen2-7B; logits are computed from them chunk by chunk.
     """
 
     model: Vlm

@@ -56,6 +56,7 @@ def resolve_models(config: TrainConfig) -> Models:
     if config.teacher:
         with at_field("config.teacher"):
             teacher = resolve(config.teacher, tokenizer)
+            # Compared with `target`, since a text-only student gets its encoder in this stage.
             teacher_config = teacher_architecture(config, teacher, target, tokenizer)
     _warn_of_template(config, student)
     return Models(tokenizer, student, vision, teacher, target, teacher_config)

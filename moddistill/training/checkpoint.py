@@ -50,6 +50,7 @@ def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
     All processes call this, and agree on the newest step. Unfinished checkpoints are removed.
     """
     directory = folder.resolve()
+    # The broadcast carries an int32, in which -1 means no checkpoint.
     latest = -1
     if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,8 @@ def save(checkpoints: Checkpoints, state: State, position: Any) -> None:
     _wait(checkpoints)
     step = int(state.step)
     unfinished = checkpoints.directory / f".{step}.partial"
+    # Returns once all arrays are copied to the host, so the next step may donate `state`; only the
+    # write to disk is asynchronous.
     response = ocp.save_checkpointables_async(
         unfinished, {"state": _saved(state), "data": position}
     )
@@ -124,13 +127,14 @@ def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
 
 
 def _way_out(folder: Path) -> str:
-    """Returns the way out of a damaged checkpoint, for its error."""
+    """Returns the expectation in the error for a damaged checkpoint."""
     before = [step for step in _steps(folder.parent) if step < int(folder.name)]
     start = f"resume from step {before[-1]}" if before else "start from step 0"
     return f"an undamaged copy, or to remove this folder and {start}"
 
 
 def _check_processes(folder: Path) -> None:
+    # grain writes the position of each process to `process_I-of-N.json`.
     names = (re.search(r"-of-(\d+)", file.name) for file in (folder / "data").iterdir())
     counts = {int(name[1]) for name in names if name}
     if counts - {jax.process_count()}:

@@ -25,6 +25,7 @@ def evaluate_heldout(
     rng = jax.random.key(config.seed)
     metrics = []
     for _ in range(config.heldout_steps):
+        # Metrics are sums and weights, so that micro-batches add up to their batch.
         for part in _micro_batches(next(records), config.grad_accum_steps):
             batch = sharding.put_batch(mesh, part)
             metrics.append(loss(state.params, state.frozen, run.teacher, batch, rng)[1])

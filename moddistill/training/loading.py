@@ -71,6 +71,8 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     )
     if target.decoder.moe is not None:
         LOG.info("experts are computed by a %s", kernel_name())
+    # With one frozen encoder in both models, its features are computed once per step, and the
+    # teacher's copy of its weights is freed.
     shared = shares_tower(target, teacher, state.params) and same_tower(
         state.frozen, teacher_params
     )
@@ -92,17 +94,20 @@ def _first_state(program: Program, params: dict[str, Any]) -> State:
 
 def student_params(config: TrainConfig, models: Models, mesh: Mesh) -> dict[str, Any]:
     """The student's parameters before the first step, deterministic in `config.seed`."""
+    # A key for each part, so that no part's weights depend on whether the others are initialised.
     init_rng, tower_rng, router_rng = jax.random.split(jax.random.key(config.seed), 3)
     base, target = models.student.config, models.student_config
     with at_field("config.student"):
         params = load_or_init(models.student, mesh, init_rng)
     if models.vision is not None:
+        # A projector's input has the encoder's width, so a new encoder needs a new projector too.
         new = random_params(dataclasses.replace(base, vision=target.vision), mesh, tower_rng)
         params |= {"vision": new["vision"], "projector": new["projector"]}
         if models.vision.folder is not None:
             with at_field("config.vision"):
                 params |= _vision_params(models.vision, mesh)
     if target.decoder.moe != base.decoder.moe:
+        # Jitted with `out_shardings`, so that copies of experts are created in their shards.
         make = jax.jit(
             lambda params: upcycle(params, target, router_rng, config.upcycle),
             out_shardings=param_shardings(mesh, abstract_params(target)),

@@ -82,12 +82,15 @@ class MetricsLog:
         Raises:
           DivergedError: if a metric of one of these steps is not finite; nothing is written.
         """
+        # One transfer for all steps since the last report: until here steps are dispatched without
+        # waiting for their results.
         rows = jax.device_get(self.pending)
         self.pending = []
         for number, row in enumerate(rows, start=step - len(rows) + 1):
             check_finite(row, number, last_good)
         means = weighted_means(rows)
         now = time.monotonic()
+        # `tokens` has weight 1 in each step, so its mean is tokens per step.
         means |= self._throughput(means.pop("tokens") * len(rows) / (now - self.last))
         row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
         row["seconds"] = self.before + now - self.began
@@ -150,7 +153,7 @@ def read_metrics(path: Path) -> list[Row]:
     A last line without a line break is incomplete, since the run was interrupted, and is left out.
 
     Raises:
-      UserError: for another line that is no row.
+      UserError: for any other line that is not a row.
     """
     if not path.is_file():
         return []

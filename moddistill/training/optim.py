@@ -9,6 +9,7 @@ from moddistill.params import DECAYED_GROUPS, Flat, in_group
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Linear from 0 to `lr` over `warmup_ratio` of the steps, then a cosine to 0."""
     warmup = round(config.warmup_ratio * steps)
+    # optax requires at least one step of decay, also for a run that is all warm-up.
     return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(steps, warmup + 1))
 
 
@@ -29,4 +30,5 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     )
     if config.clip_norm == 0:
         return adamw
+    # Clipping comes first: moments are those of clipped gradients, and weight decay is not clipped.
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

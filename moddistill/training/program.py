@@ -31,6 +31,7 @@ SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
 
 def step_size(config: TrainConfig, student: ModelConfig) -> StepSize:
     """Size of one step of a stage whose rows are all full, for counting its FLOPs."""
+    # A preference pair is two rows, which share their images.
     rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
     length = config.data.max_length
     images = config.batch_size * config.data.max_images if student.vision else 0

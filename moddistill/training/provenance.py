@@ -40,6 +40,7 @@ def check_models(models: Models, workdir: Path) -> None:
 def write_models(models: Models, workdir: Path) -> None:
     """Records the models that a run begins with."""
     if is_main_process():
+        # Renamed when complete: an interrupted write leaves no record.
         partial = workdir / f".{_NAME}.partial"
         partial.write_text(json.dumps(_fingerprints(models), indent=2) + "\n")
         partial.replace(workdir / _NAME)
@@ -65,5 +66,6 @@ def _fingerprint(folder: Path, config: ModelConfig) -> str:
     weights = read_source(folder).get("imported", {}).get("weights")
     if weights is None:
         return fingerprint(folder)
+    # The architecture too: import flags such as `--select_layer` change it, but not the weights.
     identity = json.dumps([dataclasses.asdict(config), weights])
     return hashlib.sha256(identity.encode()).hexdigest()

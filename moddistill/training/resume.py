@@ -94,6 +94,7 @@ def last_step(workdir: Path) -> int | None:
 
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
     """Settings by their dotted names, with the value in `config.json` and the one in `config`."""
+    # Both sides went through JSON, in which tuples are lists.
     then = flatten(json.loads(file.read_text()))
     now = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
     pairs = {key: (then.get(key), now.get(key)) for key in now | then}

@@ -13,10 +13,10 @@ from moddistill.params import Flat, cast_frozen, flatten, split, unflatten
 class State:
     """Training state.
 
-    Leaves are arrays; of an abstract state their shapes, of its shardings those.
+    Leaves are arrays, `ShapeDtypeStruct`s (an abstract state) or shardings.
 
     Attributes:
-      step: number of steps made, int32.
+      step: number of completed steps, int32.
       params: trainable parameters by path, float32.
       frozen: all other parameters by path; they have no moments.
       opt_state: moments of `params`, and counters.
@@ -33,6 +33,7 @@ def make_state(
 ) -> State:
     """The state before the first step: trained parameters in float32, frozen ones in `dtype`."""
     trained, frozen = split(params, trainable)
+    # bfloat16 has 8 significant bits: an update below 2^-9 of a weight would round to no change.
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     frozen = flatten(cast_frozen(unflatten(frozen), dtype))
     return State(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
@@ -52,6 +53,8 @@ def make_state_shardings(
         step=replicated,
         params=trained,
         frozen={path: param_shardings[path] for path in state.frozen},
+        # `map_params` finds the subtrees with the structure of `params` (the moments); all other
+        # leaves are counters.
         opt_state=optax.tree.map_params(
             optimizer,
             lambda _, sharding: sharding,

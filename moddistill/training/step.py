@@ -34,6 +34,7 @@ def make_step(
             grads, metrics = gradients(batch, rng)
         else:
             grads, metrics = _accumulate(gradients, accumulate, batch, rng)
+        # The optimizer clips the sum over micro-batches; `grad_norm` is that before clipping.
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones((), jnp.float32)
@@ -52,6 +53,7 @@ def _accumulate(
 
     Each takes every `accumulate`-th sample, so that samples stay on the devices they are on.
     """
+    # [B, ...] to [B / A, A, ...] to [A, B / A, ...]: sample i is in micro-batch i % A.
     micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def run(index: jax.Array, part: Any) -> tuple[Any, Metrics]:
@@ -60,6 +62,8 @@ def _accumulate(
     def body(total: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, run(*inputs)), None
 
+    # Metrics are (sum, weight) pairs, which add up like gradients; the host divides them. The carry
+    # needs the structure of both before the first micro-batch has run, hence `eval_shape`.
     inputs = (jnp.arange(accumulate), micro)
     shapes = jax.eval_shape(run, *jax.tree.map(lambda x: x[0], inputs))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

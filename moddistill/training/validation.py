@@ -57,6 +57,7 @@ def _check_read(config: TrainConfig) -> None:
     settings = dict.fromkeys(name for row in STAGES.values() for name in row.reads)
     for name in (name for name in settings if name not in STAGES[config.stage].reads):
         value, default = (operator.attrgetter(name)(c) for c in (config, TrainConfig()))
+        # Silently ignoring a setting, such as a distillation weight in `sft`, would hide a mistake.
         if value != default:
             readers = ", ".join(stage for stage, row in STAGES.items() if name in row.reads)
             raise invalid(
@@ -95,6 +96,7 @@ def _check_losses(config: TrainConfig) -> None:
 def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless samples and positions can be sharded evenly over the mesh."""
     _check_processes(mesh)
+    # A step shards micro-batches, not the batch that they are slices of.
     shards, micro_batch = num_batch_shards(mesh), config.batch_size // config.grad_accum_steps
     if micro_batch % shards:
         axes = " * ".join(BATCH_AXES)
