@@ -295,8 +295,6 @@ def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
 
 
 def _describe_decoding(key: str, figures: dict[str, Any]) -> list[str]:
-    return [
-        f"decoding, {key}, {figures['prompt_tokens']} prompt tokens each",
-        f"prefill {1000 * figures['prefill_seconds']:.1f} ms; "
-        f"{figures['tokens_per_second']:,.1f} tokens/s",
-    ]
+    prefill = f"prefill {1000 * figures['prefill_seconds']:.1f} ms"
+    what = f"decoding, {key}, {figures['prompt_tokens']} prompt tokens each"
+    return [what, f"{prefill}; {figures['tokens_per_second']:,.1f} tokens/s"]
