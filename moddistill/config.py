@@ -69,9 +69,11 @@ class DataConfig:
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
     template: Annotated[Template, "conversation format, which must be the teacher's"] = "vicuna"
-    max_length: Annotated[int, Range(ge=1), "tokens of a sample, image patches included"] = 2048
-    max_images: Annotated[int, Range(ge=1), "images of a sample"] = 1
-    workers: Annotated[int, Range(ge=0), "worker processes; 0 reads in threads"] = 0
+    max_length: Annotated[
+        int, Range(ge=1, le=10**6), "tokens of a sample, image patches included"
+    ] = 2048
+    max_images: Annotated[int, Range(ge=1, le=1000), "images of a sample"] = 1
+    workers: Annotated[int, Range(ge=0, le=1000), "worker processes; 0 reads in threads"] = 0
     # Evaluated at the end, for `heldout_steps` batches.
     heldout: SourceConfig = SourceConfig()
 
@@ -190,8 +192,8 @@ class TrainConfig:
     trainable: Annotated[
         str | tuple[str, ...], "`paper`, `reference`, or a tuple of patterns of parameter paths"
     ] = "paper"
-    steps: Annotated[int, Range(ge=1), "optimizer steps"] = 1000
-    batch_size: Annotated[int, Range(ge=1), "samples of a step, over all devices"] = 256
+    steps: Annotated[int, Range(ge=1, le=10**9), "optimizer steps"] = 1000
+    batch_size: Annotated[int, Range(ge=1, le=2**20), "samples of a step, over all devices"] = 256
     grad_accum_steps: Annotated[int, Range(ge=1), "micro-batches of a step"] = 1
     seed: Annotated[
         int, Range(ge=0, le=2**32 - 1), "seed of new weights and of the order of records"

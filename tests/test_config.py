@@ -110,7 +110,7 @@ def test_ranges(accepted, inside, outside, text):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "config.steps: expected >= 1, got 0"),
+        ({"steps": 0}, "config.steps: expected >= 1 and <= 1000000000, got 0"),
         ({"optim": OptimConfig(lr=-1.0)}, "config.optim.lr: expected >= 0, got -1.0"),
         (
             {"optim": OptimConfig(lr=math.inf)},
