@@ -55,7 +55,8 @@ def moe_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
     inside = indices and indices[0] >= 0 and indices[-1] < num_layers
     if not inside or len(set(indices)) < len(indices):
         expected = f"one or more distinct layers from 0 to {num_layers - 1}"
-        raise invalid("moe.placement", placement, expected)
+        error = invalid("moe.placement", placement, expected)
+        raise UserError(f"{error}, which is layers {indices!r:.200}")
     return indices
 
 

@@ -101,8 +101,16 @@ def _storage_options(path: tuple[Any, ...], array: jax.Array) -> Any:
 
 def abstract_arrays(folder: Path) -> Flat:
     """Returns `{path: leaf}` with the shape and dtype of each stored array."""
+    # Not by Orbax, whose background tasks outlive the error when a file is damaged.
     with _readable(str(folder)):
-        return flatten(ocp.metadata(folder.resolve()).metadata)
+        store = ts.KvStore.open({"driver": "ocdbt", "base": _base(folder)}).result()
+        keys = sorted(key.decode() for key in store.list().result())
+        names = [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]
+        stored = {path: _open(folder, path) for path in (name.replace(".", "/") for name in names)}
+    return {
+        path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+        for path, array in stored.items()
+    }
 
 
 def read_arrays(folder: Path, abstract: dict[str, Any], partial: bool = False) -> dict[str, Any]:

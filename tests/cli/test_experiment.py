@@ -64,7 +64,11 @@ def test_unknown_override_ends_with_one_line(module, experiment, setting, neares
         ("experiments/d2s.py", ["--config.steps"], "Missing value for flag --config.steps"),
         ("experiments/d2s.py", ["--config.steps.x=1"], "config.steps.x is not a .*'steps'"),
         ("experiments/d2s.py", ["--noconfig.scna"], "config.scna is not a .*'scan'"),
-        ("experiments/d2s.py", ["--config.xyz", "1"], "config.xyz is not a .*; expected .* accumu"),
+        (
+            "experiments/d2s.py",
+            ["--config.xyz", "1"],
+            "config.xyz is not a .*; expected .* donate",
+        ),
         (
             "experiments/d2s.py",
             ["--config.data.sources.mine.images=x"],

@@ -44,7 +44,7 @@ def test_placements_that_do_not_fit_are_named(placement, named):
 
 
 def test_a_half_of_one_layer_is_no_expert_layer():
-    with pytest.raises(ValueError, match="'first_half', which is layers \\(\\)"):
+    with pytest.raises(ValueError, match=r"got 'first_half', which is layers \(\)"):
         moe_layers("first_half", 1)
 
 

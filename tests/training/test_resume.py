@@ -118,7 +118,8 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
 def test_settings_that_change_the_result_may_not_change_on_resume(changes, message, halfway):
     config, workdir = halfway("d2d")
     said = (
-        rf"^--workdir: expected the settings .* of which steps, accum.* may change, got {message}$"
+        "^--workdir: expected the settings .* of which steps, grad_accum_steps.* may change, "
+        rf"got {message}$"
     )
     with pytest.raises(ValueError, match=said):
         loop.train(with_fields(config, **changes), workdir)
