@@ -1,4 +1,4 @@
-# make demo   the whole recipe on real pictures, about ten minutes on two CPU cores
+# make demo   the whole recipe on real images, about nine minutes on two CPU cores
 # make test   all tests
 # make lint   style, format and the order of imports
 # make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint tpu clean
 
-# Huge pages spare a quarter of the time on Linux, where each step allocates its buffers anew.
+# Huge pages spare a quarter of the time on Linux, where each step allocates its buffers again.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m tools.easy_vqa --out data/easy_vqa

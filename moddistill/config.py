@@ -139,7 +139,7 @@ class RouterLossConfig:
 class ExpertConfig:
     """The expert layers of a sparse model."""
 
-    num_experts: Annotated[int, Range(ge=1), "experts of a layer"] = 4
+    num_experts: Annotated[int, Range(ge=1, le=1000), "experts of a layer"] = 4
     top_k: Annotated[int, Range(ge=1), "experts of a token"] = 2
     placement: Annotated[
         Placement | tuple[int, ...], "layers with experts: every second, all, a half, or by index"
@@ -168,7 +168,7 @@ class UpcycleConfig:
     method: Annotated[
         UpcycleMethod, "copies of the layer, copies with noise, or partly re-initialised copies"
     ] = "copy"
-    noise_std: Annotated[float, Range(ge=0), "standard deviation, for method=noise"] = 0.0
+    noise_std: Annotated[float, Range(ge=0, le=1e4), "standard deviation, for method=noise"] = 0.0
     drop_fraction: Annotated[float, Range(ge=0, le=1), "re-initialised share, for method=drop"] = (
         0.0
     )

@@ -61,7 +61,7 @@ def at_field(name: str) -> Iterator[None]:
     begins with the last part of the name continues it.
 
         with at_field("config.student"):
-            read_model_config("runs/x")  # config.student: 'runs/x' is not a model folder: ...
+            read_model_config("runs/x")  # config.student: expected a model folder, ...
         with at_field("config.moe"):
             check_moe(config.moe)  # config.moe.top_k: expected 1 to 4, got 5
     """
@@ -73,9 +73,3 @@ def at_field(name: str) -> Iterator[None]:
             raise
         message = f"{part}.{text}" if text.startswith(f"{last}.") else f"{name}: {text}"
         raise UserError(message) from error
-
-
-def nearest(name: str, accepted: Iterable[str]) -> str:
-    """`; did you mean X?` for the accepted name closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(accepted), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,7 +7,8 @@ The models of the evaluated stages answer the questions of all tasks. The result
 `predictions/TASK.jsonl` and `report.html`.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.records import check_source
 from moddistill.distributed.processes import broadcast_from_main, initialize, is_main_process
 from moddistill.distributed.sharding import make_mesh
-from moddistill.errors import at_field, invalid
+from moddistill.errors import UserError, at_field, invalid
 from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.reports.summary import evaluation_folder, table_columns, table_rows, write_summary
@@ -40,12 +41,24 @@ def run(config: RecipeConfig, workdir: Path) -> None:
     """
     check_recipe(config, workdir)
     for name in config.order:
-        with at_field(f"stage {name!r}"):
+        with _at_stage(name):
             train(config.stages[name], workdir / name)
         if name in config.evaluated:
             _evaluate(config, workdir, name)
     if is_main_process():
         write_summary(config, workdir)
+
+
+@contextlib.contextmanager
+def _at_stage(name: str) -> Iterator[None]:
+    """Names the settings of a stage in errors as the recipe's command line does."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if text.startswith("config."):
+            raise UserError(f"config.stages.{name}.{text.removeprefix('config.')}") from error
+        raise UserError(f"config.stages.{name}: {text}") from error
 
 
 def at_workdir(values: Any, workdir: str) -> Any:
@@ -93,7 +106,7 @@ def check_recipe(config: RecipeConfig, workdir: Path) -> None:
     """Raises UserError for mistakes that would stop a later stage, before the first one runs."""
     # A recipe runs for days; a mistake in its last stage is reported at once.
     for name, stage in config.stages.items():
-        with at_field(f"stage {name!r}"):
+        with _at_stage(name):
             check_settings(stage)
             if (workdir / name / "model").exists():
                 _check_steps(stage, workdir / name)

@@ -16,7 +16,7 @@ from moddistill.config import (
     TrainConfig,
 )
 from moddistill.configdict import check_values, from_config_dict, to_config_dict
-from moddistill.errors import UserError, nearest
+from moddistill.errors import UserError, did_you_mean
 from moddistill.training.stages import STAGES
 
 
@@ -157,9 +157,9 @@ def test_integers_serve_as_floats_and_lists_as_tuples():
     assert config.trainable == ("decoder/.*",)
 
 
-def test_nearest():
-    assert nearest("dd2", ["d2d", "sft"]) == "; did you mean 'd2d'?"
-    assert nearest("completely else", ["d2d", "sft"]) == ""
+def test_the_closest_choice_is_suggested():
+    assert did_you_mean("dd2", ["d2d", "sft"]) == " (did you mean 'd2d'?)"
+    assert did_you_mean("completely else", ["d2d", "sft"]) == ""
 
 
 def command_line(*args):

@@ -46,7 +46,7 @@ def test_match_returns_paths_of_any_pattern(patterns, expected):
     assert match(PATHS, patterns, "here") == set(expected)
 
 
-def test_pattern_must_match_a_whole_path():
+def test_pattern_must_match_the_full_path():
     with pytest.raises(
         ValueError, match=r"^config\.trainable: expected a pattern .*, got 'decoder'$"
     ):

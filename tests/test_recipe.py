@@ -78,7 +78,7 @@ def test_missing_records_and_images_of_any_stage_stop_the_recipe_first(tiny_conf
         stages = {"first": first, "second": second}
         recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
 
-    where = rf"^stage 'second': config\.data\.{'sources.a' if part == 'sources' else 'heldout'}: "
+    where = rf"^config\.stages\.second\.data\.{'sources.a' if part == 'sources' else 'heldout'}: "
     with pytest.raises(
         ValueError, match=where + r"data file 'gone\.json' does not exist; expected"
     ):
@@ -103,7 +103,7 @@ def test_another_template_than_the_teachers_stops_the_recipe_first(
     first = tiny_config("sft")
     second = tiny_config("d2d", teacher=str(teacher[where]), data=data)
     stages = {"first": first, "second": second}
-    message = r"^stage 'second': config\.data\.template: expected 'vicuna', .*, got 'chatml'"
+    message = r"^config\.stages\.second\.data\.template: expected 'vicuna', .*, got 'chatml'"
     with pytest.raises(ValueError, match=message):
         recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
     assert not workdir.exists()
@@ -218,7 +218,7 @@ def test_more_steps_for_a_finished_stage_are_an_error(finished):
     config, workdir = finished
     first = dataclasses.replace(config.stages["first"], steps=9)
     config = dataclasses.replace(config, stages=config.stages | {"first": first})
-    message = r"^stage 'first': config\.steps: expected 2, the steps of .*/first, or .*, got 9"
+    message = r"^config\.stages\.first\.steps: expected 2, the steps of .*/first, or .*, got 9"
     with pytest.raises(ValueError, match=message):
         recipe.run(config, workdir)
 

@@ -109,7 +109,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the docstring; shows the defaults of flags that take a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.nargs != 0 and action.default not in (None, "", [])
+        shown = isinstance(action.default, str | int | float) and action.default != ""
+        has_default = action.nargs != 0 and shown
         return f"{action.help} (default: %(default)s)" if has_default else action.help
 
 

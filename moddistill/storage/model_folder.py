@@ -136,8 +136,8 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "model.json"
     if not file.is_file():
         raise UserError(
-            f"{str(folder)!r} is not a model folder: it has no model.json; expected the `model/` "
-            "folder that a stage writes, a Hugging Face folder, or `random:PRESET` for new weights"
+            "expected a model folder, as a stage or an import writes it, or a Hugging Face folder, "
+            f"got {str(folder)!r} without model.json"
         )
     description = read_json(file)
     if description.get("version") != VERSION:

@@ -214,5 +214,6 @@ def test_error_of_an_experiment_is_one_line(tmp_path):
 def test_error_of_a_command_is_one_line():
     done = run("generate", "--model", "runs/none/model", "--prompt", "hello")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: 'runs/none/model' is not a model folder")
+    message = "expected a model folder, as a stage or an import writes it, or a Hugging Face folder"
+    assert done.stderr.startswith(f"error: {message}, got 'runs/none/model' without")
     assert len(done.stderr.splitlines()) == 1

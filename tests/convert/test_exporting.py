@@ -273,31 +273,3 @@ def test_image_token_is_removed_from_the_vocabulary_too(tmp_path, small_tokenize
     exporting._remove_token(file, "<image>")
     found = AutoTokenizer.from_pretrained(tmp_path)
     assert found.get_vocab().keys() == small_tokenizer.backend.get_vocab().keys() - {"<image>"}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "number", "message"),
-    [
-        (
-            "float16",
-            1e30,
-            "expected numbers within the range of float16, got 1e+30; it fits bfloat16 or float32",
-        ),
-        (
-            "bfloat16",
-            3.4e38,
-            "expected numbers within the range of bfloat16, got 3.4e+38; it fits float32",
-        ),
-    ],
-)
-def test_overflow_of_the_export_dtype_names_the_tensor(
-    dtype, number, message, tmp_path, tiny_architecture, init, small_tokenizer
-):
-    config = dataclasses.replace(tiny_architecture(), vision=None)
-    params = init(config)
-    params["decoder"]["norm"]["scale"] = params["decoder"]["norm"]["scale"].at[0].set(-number)
-    save_model(tmp_path / "model", config, params, small_tokenizer, {})
-    with pytest.raises(ValueError) as error:
-        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB, dtype=dtype)
-    assert str(error.value) == f"{tmp_path / 'model'}: model.norm.weight: {message}"
-    assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 """Weights that no model can be computed with: non-finite or quantized."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -119,3 +121,31 @@ def test_quantized_weights_without_a_config_entry_are_refused(language, tmp_path
         ValueError, match=rf"expected .*bfloat16 release, got {name} in float8_e4m3fn"
     ):
         import_model(str(language), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "message"),
+    [
+        (
+            "float16",
+            1e30,
+            "expected numbers within the range of float16, got 1e+30; it fits bfloat16 or float32",
+        ),
+        (
+            "bfloat16",
+            3.4e38,
+            "expected numbers within the range of bfloat16, got 3.4e+38; it fits float32",
+        ),
+    ],
+)
+def test_overflow_of_the_export_dtype_names_the_tensor(
+    dtype, number, message, tmp_path, tiny_architecture, init, small_tokenizer
+):
+    config = dataclasses.replace(tiny_architecture(), vision=None)
+    params = init(config)
+    params["decoder"]["norm"]["scale"] = params["decoder"]["norm"]["scale"].at[0].set(-number)
+    save_model(tmp_path / "model", config, params, small_tokenizer, {})
+    with pytest.raises(ValueError) as error:
+        export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9, dtype=dtype)
+    assert str(error.value) == f"{tmp_path / 'model'}: model.norm.weight: {message}"
+    assert not (tmp_path / "out").exists()

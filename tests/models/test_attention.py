@@ -78,7 +78,7 @@ def test_without_a_structure_every_position_sees_every_other():
     np.testing.assert_allclose(draw.apply(module, params, hidden)[0], everything, atol=1e-6)
 
 
-def test_attention_depends_on_distances_alone():
+def test_attention_depends_on_relative_positions_only():
     module, params = attention(4, 2, theta=100.0)
     hidden, structure = draw.normal(1, 5, WIDTH), causal(jnp.ones((1, 5), jnp.int32))
     near, _ = draw.apply(module, params, hidden, structure, places(1, 5))
@@ -145,7 +145,7 @@ def test_norms_of_query_and_key_are_shared_by_heads_and_take_the_place_of_biases
         assert params[name]["scale"].value.shape == (4,)
 
 
-def test_normed_heads_have_their_own_length_forgotten():
+def test_normalised_heads_do_not_depend_on_their_scale():
     module, inputs = normed_attention(4, 2, 1e-12)
     hidden, _, positions = inputs
     structure = causal(jnp.ones((1, 2), jnp.int32))

@@ -66,7 +66,7 @@ def test_rotary_turns_the_halves_of_a_head_as_complex_numbers(theta):
     np.testing.assert_allclose(output, expected, atol=1e-3)
 
 
-def test_rotary_leaves_position_zero_and_lengths_alone():
+def test_rotary_preserves_position_zero_and_norms():
     x = draw.normal(1, 4, 2, 6)
     positions = jnp.array([[0, 3, 9, 27]], jnp.int32)
     output = rotary(x, positions, 1e4)

@@ -22,7 +22,7 @@ def test_an_unknown_kind_is_named_with_what_is_accepted(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"])
-def test_exact_gelu_stands_between_layers_and_not_behind_the_last(kind):
+def test_exact_gelu_follows_every_layer_but_the_last(kind):
     features = draw.normal(2, 3, 5)
     projector = Projector(kind, 7, jnp.float32)
     params = draw.params(projector, features)

@@ -100,7 +100,7 @@ def test_a_single_raw_weight_scales_the_feed_forward_layer_by_the_largest_probab
     np.testing.assert_allclose(output.hidden, expected.hidden, atol=1e-5)
 
 
-def test_experts_are_copies_and_all_else_is_left_alone():
+def test_experts_are_copies_and_other_parameters_are_unchanged():
     config = upcycle_config(DENSE, ExpertConfig(4, 2, residual=True))
     params = upcycle(PARAMS, config, jax.random.key(0))
     for part in ("vision", "projector"):

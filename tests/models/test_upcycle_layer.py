@@ -39,7 +39,7 @@ def experts(layer, moe, how=COPY):
     ]
 
 
-def test_one_layer_alone_gets_the_experts_it_has_in_the_model():
+def test_upcycling_one_layer_equals_upcycling_the_model():
     config = upcycle_config(DENSE, ExpertConfig(4, 2, residual=True))
     noise = UpcycleConfig("noise", noise_std=0.1)
     sparse = upcycle(PARAMS, config, jax.random.key(3), noise)
@@ -51,7 +51,7 @@ def test_one_layer_alone_gets_the_experts_it_has_in_the_model():
         chex.assert_trees_all_equal(alone, whole[i])
 
 
-def test_slices_of_a_copy_lie_side_by_side_and_share_its_router_column():
+def test_slices_of_a_copy_are_adjacent_and_share_its_router_column():
     layer = dense_layer(mlp=12)
     moe = ExpertConfig(8, 4, moe_intermediate_size=6)
     for e, expert in enumerate(experts(layer, moe)):
@@ -64,7 +64,7 @@ def test_slices_of_a_copy_lie_side_by_side_and_share_its_router_column():
     assert len(np.unique(np.asarray(router[0]))) == 4
 
 
-def test_noise_of_the_given_deviation_is_added_to_every_copy_by_itself():
+def test_noise_of_the_configured_standard_deviation_differs_between_copies():
     layer = dense_layer(width=20)
     noises = []
     for expert in experts(layer, ExpertConfig(3, 2), UpcycleConfig("noise", noise_std=0.05)):

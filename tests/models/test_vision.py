@@ -92,7 +92,7 @@ def test_a_tower_without_class_token_gives_all_its_positions():
     chex.assert_shape(draw.apply(vision, params, draw.pixels(2, 12, 12, 3)), (2, 9, 8))
 
 
-def test_pixels_beyond_the_last_whole_patch_are_not_seen():
+def test_pixels_after_the_last_complete_patch_are_ignored():
     config = dataclasses.replace(CONFIG, image_size=15)
     vision, images = Vision(config, ComputeConfig()), draw.pixels(1, 15, 15, 3)
     params = draw.params(vision, images)
@@ -124,7 +124,7 @@ def test_features_are_those_below_the_selected_layer():
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_every_patch_is_seen_in_its_own_place():
+def test_every_patch_has_its_own_position():
     # Attention is off, as values are zero, so a changed patch changes its own feature alone.
     vision, params = tower(CONFIG)
     value = params["layers"]["attention"]["value"]

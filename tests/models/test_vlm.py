@@ -113,7 +113,7 @@ def test_images_of_unused_slots_and_text_rows_have_no_effect(config):
 
 
 @BOTH
-def test_an_image_changes_what_comes_after_its_first_patch_alone(config):
+def test_an_image_changes_only_positions_from_its_first_patch_on(config):
     batch = image_batch()
     logits, _, params = run(config, batch)
     changed, _, _ = run(config, batch._replace(images=batch.images.at[0, 1].set(255)), params)

@@ -64,7 +64,7 @@ def test_features_equal_the_hidden_states_of_clip_without_the_class_token(config
 
 
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
-def test_the_whole_of_clip_has_a_place(config):
+def test_every_tensor_of_clip_maps_to_a_parameter(config):
     tower = randomise(CLIPVisionModel(clip_config(config)))
     vision = Vision(config, ComputeConfig())
     shapes = jax.eval_shape(vision.init, jax.random.key(0), random_images(config, 1))["params"]

@@ -78,7 +78,7 @@ def test_features_equal_the_hidden_states_of_siglip(config):
 
 
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
-def test_the_whole_of_siglip_but_its_pooling_head_has_a_place(config):
+def test_every_tensor_of_siglip_but_its_pooling_head_maps_to_a_parameter(config):
     tower = randomise(SiglipVisionModel(siglip_config(config)))
     vision = Vision(config, ComputeConfig())
     shapes = jax.eval_shape(vision.init, jax.random.key(0), random_images(config, 1))["params"]

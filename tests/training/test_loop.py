@@ -128,7 +128,7 @@ def test_only_trainable_parameters_change(finished, tiny_config, tmp_path):
     assert moved == {path for path in before if "/moe/" in path or path.startswith("projector/")}
 
 
-def test_finished_run_is_left_alone(finished, monkeypatch):
+def test_finished_run_is_not_changed(finished, monkeypatch):
     config, workdir = finished("sft")
     before = {p: p.stat().st_mtime_ns for p in (workdir / "model").rglob("*")}
     monkeypatch.setattr(loop, "prepare", None)

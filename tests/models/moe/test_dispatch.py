@@ -95,7 +95,7 @@ def test_blocks_are_the_power_of_two_at_or_above_an_eighth_of_the_mean_load(
 
 
 @pytest.mark.parametrize("assignments", [2048, 8224, 16384, 32768])
-def test_rows_of_nobody_add_a_quarter_at_most(assignments):
+def test_padding_rows_add_at_most_a_quarter(assignments):
     """Where each expert's last block holds one row; kernels are multiplied with whole blocks."""
     computed = assignments + 4 * (block_size(assignments, 4) - 1)
     assert computed <= 1.25 * assignments

@@ -81,7 +81,7 @@ def test_transports_give_what_one_device_gives(monkeypatch, transport, mesh, top
     chex.assert_trees_all_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_only_the_wanted_rows_are_sent(monkeypatch):
+def test_only_rows_of_remote_experts_are_sent(monkeypatch):
     """Twice four devices of six tokens, all for the expert of the first."""
     sent = []
 

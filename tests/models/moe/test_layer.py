@@ -123,7 +123,7 @@ def test_padding_is_neither_routed_nor_counted(dispatch, top_k):
     assert stats.tokens == 4
 
 
-def test_a_batch_of_padding_alone_gives_zeros():
+def test_a_batch_of_padding_only_gives_zeros():
     for dispatch in ("dropless", "capacity"):
         config = ExpertConfig(4, 2, dispatch=dispatch)
         output, stats, _ = moe(draw.normal(1, 3, 8), config, jnp.zeros((1, 3), bool))
