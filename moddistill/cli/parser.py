@@ -7,6 +7,7 @@ args = parser.parse_args(argv)                # args.config: a ConfigDict
 
 import argparse
 import contextlib
+import re
 import shutil
 import sys
 import textwrap
@@ -21,6 +22,12 @@ from moddistill.cli.fields import Field, sections, type_name
 from moddistill.config import Range
 from moddistill.errors import UserError, did_you_mean
 
+# Messages of argparse in the grammar of all others: value, origin, expectation.
+_ARGPARSE_MESSAGES = (
+    (r"^(.+?): invalid choice: (.+) \(choose from (.+)\)$", r"\1: expected one of \3, got \2"),
+    (r"^(.+?): invalid (\w+) value: (.+)$", r"\1: expected a value of type \2, got \3"),
+    (r"^the following arguments are required: (.+)$", r"expected \1, got no such argument"),
+)
 _INDENT = " " * 24  # column of descriptions, as in argparse
 _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 
@@ -102,7 +109,10 @@ class Parser(argparse.ArgumentParser):
         return text if self.config is None else text + config_help(self.config)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message.removeprefix('argument ')}; see --help\n")
+        message = message.removeprefix("argument ")
+        for pattern, expected in _ARGPARSE_MESSAGES:
+            message = re.sub(pattern, expected, message)
+        self.exit(2, f"error: {message}; see --help\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
