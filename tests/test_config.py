@@ -61,7 +61,7 @@ def test_configs_are_frozen():
             r"teacher_quantization: expected one of 'none', 'int8', got 'int4' .did .* 'int8'",
         ),
         ({"stage": "d2x"}, r"^config\.stage: expected one of 'sft', 'init', .*did you mean 'd2"),
-        ({"remat": True}, r"^config\.remat: expected one of 'none', 'products', 'full', got True"),
+        ({"remat": True}, r"^config\.remat: expected one of 'none', 'matmuls', 'full', got True"),
         ({"optim": {"lr": "1e-3"}}, r"^config\.optim\.lr: .*float, got '1e-3'"),
         ({"optim": 3}, r"^config\.optim: .*OptimConfig, got 3"),
         ({"trainable": 3}, r"^config\.trainable: .*str, tuple, got 3"),

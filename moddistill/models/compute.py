@@ -12,7 +12,7 @@ class ComputeConfig:
 
     Attributes:
       dtype: of activations and matmuls; norms, softmax and routers stay in float32.
-      remat: `none`, `products` or `full`, as in `layers.rematerialised`.
+      remat: `none`, `matmuls` or `full`, as in `layers.rematerialised`.
       one_segment: each row of a batch is one sample, padded on the right; attention kernels may
         then read its length in place of its segments.
       unroll: compile the layers one by one instead of as a loop.

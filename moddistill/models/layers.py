@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 
 DType = Any
 
-PRODUCT = "product"  # name of matmul results, which `remat="products"` saves
+MATMUL = "matmul"  # name of matmul results, which `remat="matmuls"` saves
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(MATMUL),
 }
 
 
@@ -24,7 +24,7 @@ def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
     """A layer that saves part of its activations for the gradient, and recomputes the others.
 
     Args:
-      remat: `full` saves the layer's inputs, `products` also the results of its matmuls with
+      remat: `full` saves the layer's inputs, `matmuls` also the results of its matmuls with
         parameters, `none` everything.
     """
     if remat == "none":
@@ -115,7 +115,7 @@ class Linear(nn.Module, kw_only=True):
         # One matmul of two matrices: on CPUs its gradient is much faster than a batched one's.
         width = math.prod(shape[:n])
         y = x.astype(self.dtype).reshape(-1, width) @ kernel.reshape(width, -1)
-        y = checkpoint_name(y, PRODUCT)
+        y = checkpoint_name(y, MATMUL)
         y = y.reshape(*x.shape[:-n], *self.features)
         if self.use_bias:
             bias = self.param("bias", init_zeros(*self.outputs), self.features, jnp.float32)

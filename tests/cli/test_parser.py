@@ -68,7 +68,7 @@ def test_help_shows_each_field_of_the_config_once(module, capsys, monkeypatch):
     assert sorted(shown) == sorted(field_names(config, "config"))
     lr = "config.stages.NAME.optim.lr" if module == "recipe" else "config.optim.lr"
     assert f"  --{lr}=2e-05\n{' ' * 24}float >= 0: peak learning rate\n" in text
-    assert f"{' ' * 24}none | products | full: what layers save for the gradient" in text
+    assert f"{' ' * 24}none | matmuls | full: what layers save for the gradient" in text
 
 
 @pytest.mark.parametrize(

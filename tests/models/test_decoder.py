@@ -75,7 +75,7 @@ def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
 
 
 @pytest.mark.parametrize("placement", [None, "sparse"])
-@pytest.mark.parametrize("remat", ["products", "full"])
+@pytest.mark.parametrize("remat", ["matmuls", "full"])
 def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement, remat):
     config = decoder_config(placement, 4)
     batch = draw.text(config, 2, 5)
@@ -99,7 +99,7 @@ def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement, re
 
 @pytest.mark.parametrize("placement", [None, "sparse"])
 def test_what_is_computed_again_for_the_gradient(placement):
-    """`full` makes a layer's products again, `products` those of attention scores alone."""
+    """`full` makes a layer's matmuls again, `matmuls` those of attention scores only."""
     config = decoder_config(placement, 2)
     batch = draw.text(config, 2, 5)
     inputs = (batch.tokens, None, context(batch), None)
@@ -113,7 +113,7 @@ def test_what_is_computed_again_for_the_gradient(placement):
 
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
 
-    assert products("none") < products("products") < products("full")
+    assert products("none") < products("matmuls") < products("full")
 
 
 def test_an_untied_head_is_a_parameter_of_its_own():

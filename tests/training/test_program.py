@@ -41,10 +41,10 @@ def test_step_donates_its_state(make, donate):
 
 @pytest.mark.parametrize("stage", ["d2s", "preference"])
 def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
-    _, _, program = make(stage, expert_transport="all_to_all", remat="products", scan=False)
+    _, _, program = make(stage, expert_transport="all_to_all", remat="matmuls", scan=False)
     assert program.model.compute == ComputeConfig(
         dtype=jnp.dtype("float32"),
-        remat="products",
+        remat="matmuls",
         one_segment=True,
         unroll=True,
         expert_transport="all_to_all",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.models.layers import PRODUCT
+from moddistill.models.layers import MATMUL
 from moddistill.models.moe import grouped_matmul
 from moddistill.models.moe.grouped_matmul import Experts
 
@@ -98,7 +98,7 @@ def expert_mixture(
 def _forward(hidden, weights, experts, rows):
     tokens = _take(hidden, rows.source // weights.shape[1])
     outputs, gate, up = grouped_matmul.forward(tokens, experts, rows.blocks)
-    gate, up = checkpoint_name(gate, PRODUCT), checkpoint_name(up, PRODUCT)
+    gate, up = checkpoint_name(gate, MATMUL), checkpoint_name(up, MATMUL)
     outputs = _by_assignment(outputs, rows)
     mixed = jnp.einsum("TkD,Tk->TD", outputs, weights.astype(jnp.float32))
     return mixed.astype(hidden.dtype), (hidden, weights, experts, rows, gate, up)
