@@ -80,7 +80,7 @@ def test_missing_records_and_images_of_any_stage_stop_the_recipe_first(tiny_conf
 
     where = rf"^config\.stages\.second\.data\.{'sources.a' if part == 'sources' else 'heldout'}: "
     with pytest.raises(
-        ValueError, match=where + r"data file 'gone\.json' does not exist; expected"
+        ValueError, match=where + r"gone\.json: expected a \.json or \.jsonl file, got none"
     ):
         run(path="gone.json")
     with pytest.raises(

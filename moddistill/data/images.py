@@ -36,9 +36,9 @@ def load_image(path: str) -> Image.Image:
     try:
         return _as_rgb(Image.open(io.BytesIO(data)))
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a readable image (no known format)") from None
+        raise UserError(f"{path}: expected a readable image, got none of a known format") from None
     except Exception as error:  # decoders raise many types for corrupt bytes
-        raise UserError(f"{path}: not a readable image ({error})") from error
+        raise UserError(f"{path}: expected a readable image, got an error: {error}") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

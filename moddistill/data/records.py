@@ -90,7 +90,7 @@ def _read_file(
     for line, item in items:
         try:
             if isinstance(item, Exception):
-                raise UserError(f"not JSON: {item}")
+                raise UserError(f"expected JSON, got text that does not parse: {item}")
             if not isinstance(item, dict):
                 raise invalid("record", item, "a JSON object")
             images = _image_paths(item, image_root)
@@ -102,7 +102,9 @@ def _read_file(
             rejected.append(Rejected(path, line, str(error)))
     if not records:
         reasons = "; ".join(f"{item.line}: {item.reason}" for item in rejected[:3])
-        raise UserError(f"{path}: all {len(rejected)} records are rejected ({reasons})")
+        raise UserError(
+            f"{path}: expected a valid record, got {len(rejected)} rejected ones ({reasons})"
+        )
     return records, rejected
 
 
@@ -120,14 +122,14 @@ def _read_items(path: str) -> list[tuple[int, Any]]:
         return [(number, _parse_json(line)) for number, line in lines if line.strip()]
     items = _parse_json(text)
     if isinstance(items, Exception):
-        raise UserError(f"{path}: not JSON: {items}")
+        raise UserError(f"{path}: expected JSON, got text that does not parse: {items}")
     if not isinstance(items, list):
         raise invalid(path, items, "a JSON list of records")
     return list(enumerate(items, start=1))
 
 
 def _missing_file(path: str) -> UserError:
-    return UserError(f"data file {path!r} does not exist; expected a .json or .jsonl file")
+    return UserError(f"{path}: expected a .json or .jsonl file, got none")
 
 
 def _parse_json(text: str) -> Any:

@@ -25,7 +25,7 @@ def questions(data: Path) -> list[Question]:
     path = data / "test.json"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; python -m tools.easy_vqa --out {data} builds the folder"
+            f"{path}: expected a file of `python -m tools.easy_vqa --out {data}`, got none"
         )
     return [_question(record, path) for record in json.loads(path.read_text())]
 

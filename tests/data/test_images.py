@@ -117,7 +117,7 @@ def test_any_exception_of_a_decoder_is_an_error_that_names_the_file(name, offset
     data = bytearray(path.read_bytes())
     data[offset] = byte
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+    with pytest.raises(ValueError, match=f"{name}: expected a readable image"):
         load_image(str(path))
 
 
@@ -127,7 +127,7 @@ def test_truncated_image_file_is_an_error_that_names_it(name, size, tmp_path):
     path = tmp_path / name
     random_image(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+    with pytest.raises(ValueError, match=f"{name}: expected a readable image"):
         load_image(str(path))
 
 

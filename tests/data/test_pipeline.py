@@ -210,7 +210,7 @@ def test_rejected_records_are_quarantined_once_and_in_no_batch(
     lines = Path(quarantine.path).read_text().splitlines()
     reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
     assert len(lines) == quarantine.count == 3
-    assert "broken.png: not a readable image" in reasons[11]
+    assert "broken.png: expected a readable image" in reasons[11]
     assert "expected an answer token within max_length 160" in reasons[12]
     assert reasons[13] == "answer: expected a text that is not blank, got ''"
 

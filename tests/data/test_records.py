@@ -91,14 +91,20 @@ def test_malformed_jsonl_line_is_rejected_with_its_line_number(data_file):
     records, rejected = read_conversations(path, "")
     assert [item.line for item in records] == [1, 4]
     assert rejected[0].line == 3
-    assert rejected[0].reason.startswith("not JSON: ")
+    assert rejected[0].reason.startswith("expected JSON, got text that does not parse: ")
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"id": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
-        ("[" * 200_000 + "]" * 200_000, "not JSON: maximum recursion depth exceeded"),
+        (
+            '{"id": ' + "1" * 5000 + "}",
+            "expected JSON, got text that does not parse: Exceeds the limit",
+        ),
+        (
+            "[" * 200_000 + "]" * 200_000,
+            "expected JSON, got text that does not parse: maximum recursion depth exceeded",
+        ),
         (
             '{"conversations": ' + "[" * 900 + "]" * 900 + "}",
             r"maximum recursion|conversations: .*got \[\[|conversations\[0\]: exp",
@@ -114,7 +120,9 @@ def test_json_beyond_the_limits_of_the_parser_is_rejected_with_its_line_number(
     assert ([item.line for item in records], rejected.line) == ([1], 2)
     assert re.search(reason, rejected.reason)
     Path(path).with_suffix(".json").write_text(f"[{line}]")
-    with pytest.raises(ValueError, match=r"data\.json: (not JSON: |all 1 records are rejected)"):
+    with pytest.raises(
+        ValueError, match=r"data\.json: (expected JSON, got |expected a valid record, got 1)"
+    ):
         read_conversations(path.removesuffix("l"), "")
 
 
@@ -126,10 +134,13 @@ def test_unicode_line_separators_do_not_end_a_jsonl_line(data_file):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[{]", "not JSON: "),
+        ("[{]", "expected JSON, got text that does not parse: "),
         ('{"a": 1}', "expected a JSON list of records, got {'a': 1}"),
         ("[]", "expected at least one record, got none"),
-        ('["x", 3]', "all 2 records are rejected (1: record: expected a JSON object, got 'x'; 2: "),
+        (
+            '["x", 3]',
+            "expected a valid record, got 2 rejected ones (1: record: expected a JSON object, ",
+        ),
     ],
 )
 def test_file_without_usable_records_is_an_error_that_names_it(content, message, tmp_path):
@@ -142,7 +153,7 @@ def test_file_without_usable_records_is_an_error_that_names_it(content, message,
 
 
 def test_missing_data_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.json' does not exist; expected a \.json or"):
+    with pytest.raises(ValueError, match=r"nowhere\.json: expected a \.json or .*, got none"):
         read_conversations(str(tmp_path / "nowhere.json"), "")
 
 

@@ -31,7 +31,9 @@ def test_questions_are_read_as_published(tmp_path, answer):
 
 
 def test_missing_data_is_an_error_that_names_the_command(tmp_path):
-    with pytest.raises(ValueError, match=r"test\.json: no such file; .*tools\.easy_vqa"):
+    with pytest.raises(
+        ValueError, match=r"test\.json: expected a file of .*tools\.easy_vqa.*, got none"
+    ):
         easy_vqa.questions(tmp_path)
 
 

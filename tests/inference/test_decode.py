@@ -216,7 +216,7 @@ def test_generate_prints_only_the_text(tiny_models, tokenizer, capsys):
 def test_a_broken_image_ends_with_one_line(tiny_models, tmp_path):
     (tmp_path / "a.tiff").write_bytes(b"II*\0 and no image")
     args = ["--model", str(tiny_models["dense"]), "--prompt", "q", "--image", f"{tmp_path}/a.tiff"]
-    with pytest.raises(SystemExit, match=r"^error: .*a\.tiff: not a readable image"):
+    with pytest.raises(SystemExit, match=r"^error: .*a\.tiff: expected a readable image"):
         generate.main(args)
 
 
