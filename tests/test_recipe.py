@@ -48,7 +48,7 @@ def test_the_workdir_is_replaced_in_every_string():
         ),
         (
             {"evaluated": ("a",), "tasks": {"vqa": TaskConfig("easy_vqa", "no/such")}},
-            r"^config\.tasks\.vqa\.data: no/such/test\.json: no such file",
+            r"^config\.tasks\.vqa\.data: no/such/test\.json: expected a file of",
         ),
         (
             {"tasks": {"vqa": TaskConfig("easyvqa")}},

@@ -32,7 +32,7 @@ def upcycle_config(config: ModelConfig, moe: ExpertConfig) -> ModelConfig:
     """The sparse architecture; UserError if the model is sparse already or `moe` is invalid."""
     if config.decoder.moe is not None:
         raise UserError(
-            "model: expected a dense model to upcycle, got one with "
+            "expected a dense model to upcycle, got one with "
             f"{config.decoder.moe.num_experts} experts in layers {config.decoder.moe_layers}"
         )
     decoder = dataclasses.replace(config.decoder, moe=check_moe(moe))
