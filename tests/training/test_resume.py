@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moddistill.config import TrainConfig
 from moddistill.convert.resolve import load
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import VERSION, read_source
-from moddistill.training import loop
+from moddistill.training import loop, resume
 from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
 from moddistill.training.provenance import write_models
@@ -104,6 +105,12 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
     ours, theirs = (flatten(load(run / "model")[1]) for run in (workdir, whole))
     for path, value in theirs.items():
         np.testing.assert_allclose(ours[path], value, atol=1e-4, err_msg=path)
+
+
+def test_every_setting_that_may_change_is_one_of_the_config():
+    settings = {name.replace("/", ".") for name in flatten(dataclasses.asdict(TrainConfig()))}
+    assert set(resume._FREE) <= settings
+    assert set(resume._EFFECTS) <= set(resume._FREE)
 
 
 @pytest.mark.parametrize(
