@@ -8,6 +8,7 @@ from pathlib import Path
 from moddistill.convert.hub import local_folder
 from moddistill.convert.importing import import_model
 from moddistill.distributed.processes import barrier, is_main_process
+from moddistill.errors import UserError
 from moddistill.storage.model_folder import VERSION
 
 LOG = logging.getLogger("moddistill")
@@ -28,7 +29,7 @@ def import_once(name: str) -> Path:
         LOG.info("importing %s into %s", source, folder)
         try:
             import_model(str(source), folder)
-        except ValueError:
+        except UserError:
             if not folder.is_dir():  # imported by another run meanwhile
                 raise
     barrier(f"importing {folder}")

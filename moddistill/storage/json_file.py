@@ -1,4 +1,7 @@
-"""Reads JSON files of any origin, with a bound on their size and `UserError` for every fault."""
+"""Reads JSON files of any origin, with a bound on their size and `UserError` for every fault.
+
+Files of our own are written at once or not at all.
+"""
 
 import json
 from pathlib import Path
@@ -51,6 +54,13 @@ def parse(text: str | bytes, origin: str) -> Any:
         return json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: expected JSON, got invalid text ({error})") from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file; an interrupted write leaves the file as it was."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(file)
 
 
 def _integer(digits: str) -> int:

@@ -13,7 +13,7 @@ from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, at_field
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.digests import fingerprint
-from moddistill.storage.json_file import read_json
+from moddistill.storage.json_file import read_json, write_json
 from moddistill.storage.model_folder import read_source
 from moddistill.training.architectures import Models
 
@@ -40,10 +40,7 @@ def check_models(models: Models, workdir: Path) -> None:
 def write_models(models: Models, workdir: Path) -> None:
     """Records the models that a run begins with."""
     if is_main_process():
-        # Renamed when complete: an interrupted write leaves no record.
-        partial = workdir / f".{_NAME}.partial"
-        partial.write_text(json.dumps(_fingerprints(models), indent=2) + "\n")
-        partial.replace(workdir / _NAME)
+        write_json(workdir / _NAME, _fingerprints(models))
 
 
 def _fingerprints(models: Models) -> dict[str, str]:

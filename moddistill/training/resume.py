@@ -10,6 +10,7 @@ from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, invalid
 from moddistill.params import flatten
 from moddistill.storage.digests import check_outside
+from moddistill.storage.json_file import write_json
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
@@ -106,7 +107,4 @@ def write_settings(config: TrainConfig, workdir: Path) -> None:
     if not is_main_process():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    partial = workdir / ".config.json.partial"
-    partial.write_text(text)
-    partial.replace(workdir / "config.json")
+    write_json(workdir / "config.json", dataclasses.asdict(config))
