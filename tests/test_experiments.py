@@ -194,7 +194,7 @@ FULL_SIZE = [
 
 @pytest.mark.parametrize(("stage", "arg"), FULL_SIZE)
 def test_full_size_step_fits_together(stage, arg):
-    """State, step and shardings of published sizes, by shapes alone."""
+    """State, step and shardings of published sizes, by shapes only."""
     config = config_of(stage, arg)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     architecture, reference = planner.architectures(config)

@@ -130,9 +130,9 @@ def test_gradient_is_scaled_by_what_follows():
 
 def test_frozen_head_gives_the_same_gradient_of_hidden_states():
     heads, labels, weights = arrays(share=0.5)
-    alone = jax.grad(lambda x: chunked(heads._replace(hidden=x), labels, weights))(heads.hidden)
+    single = jax.grad(lambda x: chunked(heads._replace(hidden=x), labels, weights))(heads.hidden)
     both = gradients(chunked, heads, labels, weights)[1][0]
-    np.testing.assert_allclose(alone, both, atol=1e-6)
+    np.testing.assert_allclose(single, both, atol=1e-6)
 
 
 def test_padded_vocabulary_has_no_probability_and_no_gradient():

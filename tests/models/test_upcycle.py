@@ -33,7 +33,7 @@ PARAMS = draw.params(Vlm(DENSE), dummy_batch(DENSE))
 
 
 def logits(config, params):
-    """On an image with text, text alone, and padding."""
+    """On an image with text, only text, and padding."""
     batch = draw.text(DECODER, 2, 9)
     batch = batch._replace(
         tokens=batch.tokens.at[0, 2:6].set(20),

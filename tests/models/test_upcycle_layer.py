@@ -47,8 +47,8 @@ def test_upcycling_one_layer_equals_upcycling_the_model():
     layers = unstack(PARAMS["decoder"], DECODER.plan)
     for i in config.decoder.moe_layers:
         rng = jax.random.fold_in(jax.random.key(3), i)
-        alone = upcycle_layer(layers[i], config.decoder.moe, rng, noise)
-        chex.assert_trees_all_equal(alone, whole[i])
+        single = upcycle_layer(layers[i], config.decoder.moe, rng, noise)
+        chex.assert_trees_all_equal(single, whole[i])
 
 
 def test_slices_of_a_copy_are_adjacent_and_share_its_router_column():
@@ -103,7 +103,7 @@ def test_dropped_entries_are_drawn_with_their_mean_and_deviation():
         for expert in experts(layer, moe, how)
     ]
     for e, chosen in enumerate(dropped):
-        # Which dimensions are dropped depends on the rng alone.
+        # Which dimensions are dropped depends only on the rng.
         for name in KERNELS:
             kernel = layer["mlp"][name]["kernel"]
             away = jnp.where(chosen, 0.0, 1e3)

@@ -125,7 +125,7 @@ def test_features_are_those_below_the_selected_layer():
 
 
 def test_every_patch_has_its_own_position():
-    # Attention is off, as values are zero, so a changed patch changes its own feature alone.
+    # Attention is off, as values are zero, so a changed patch changes only its own feature.
     vision, params = tower(CONFIG)
     value = params["layers"]["attention"]["value"]
     params["layers"]["attention"]["value"] = jax.tree.map(jnp.zeros_like, value)

@@ -139,9 +139,9 @@ def test_a_row_does_not_depend_on_its_batch(config):
     batch = image_batch()
     logits, _, params = run(config, batch)
     for i in range(3):
-        alone, _, _ = run(config, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), params)
+        single, _, _ = run(config, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), params)
         valid = np.asarray(batch.segments[i]) > 0
-        np.testing.assert_allclose(alone[0, valid], logits[i, valid], atol=1e-5)
+        np.testing.assert_allclose(single[0, valid], logits[i, valid], atol=1e-5)
 
 
 @BOTH
@@ -153,9 +153,9 @@ def test_packed_samples_equal_samples_apart(config):
     )
     logits, _, params = run(config, packed)
     for part in (slice(0, 3), slice(3, 7)):
-        alone = jax.tree.map(lambda x, part=part: x[:, part], packed)
-        alone = alone._replace(segments=jnp.ones_like(alone.segments))
-        np.testing.assert_allclose(run(config, alone, params)[0], logits[:, part], atol=1e-5)
+        single = jax.tree.map(lambda x, part=part: x[:, part], packed)
+        single = single._replace(segments=jnp.ones_like(single.segments))
+        np.testing.assert_allclose(run(config, single, params)[0], logits[:, part], atol=1e-5)
 
 
 def test_statistics_have_one_row_for_each_expert_layer():

@@ -112,9 +112,9 @@ def test_padding_is_neither_routed_nor_counted(dispatch, top_k):
     hidden = jnp.tile(draw.normal(1, 1, 8), (3, 5, 1))
     valid = jnp.zeros((3, 5), bool).at[1, 2:].set(True).at[2, 0].set(True)
     output, stats, params = moe(hidden, config, valid)
-    alone, expected, _ = moe(hidden[valid][None], config, params=params)
+    single, expected, _ = moe(hidden[valid][None], config, params=params)
 
-    np.testing.assert_allclose(output[np.asarray(valid)], alone[0], atol=1e-6)
+    np.testing.assert_allclose(output[np.asarray(valid)], single[0], atol=1e-6)
     assert np.all(output[~np.asarray(valid)] == 0)
     for field in dataclasses.fields(stats):
         np.testing.assert_allclose(
@@ -134,11 +134,11 @@ def test_a_batch_of_padding_only_gives_zeros():
 @pytest.mark.parametrize("neighbours", [0, 1, 7])
 def test_dropless_output_of_a_sample_does_not_depend_on_its_neighbours(neighbours):
     sample = draw.normal(1, 6, 8)
-    alone, _, params = moe(sample, ExpertConfig(4, 2))
+    single, _, params = moe(sample, ExpertConfig(4, 2))
     for seed in range(2):
         rows = jnp.concatenate([5 * draw.normal(neighbours, 6, 8, seed=10 + seed), sample])
         together, _, _ = moe(rows, ExpertConfig(4, 2), params=params)
-        np.testing.assert_allclose(together[-1], alone[0], atol=1e-6)
+        np.testing.assert_allclose(together[-1], single[0], atol=1e-6)
 
 
 def test_with_capacity_an_earlier_sample_displaces_a_later_one():

@@ -69,7 +69,7 @@ def test_an_expert_that_dropped_a_first_choice_takes_no_second_one():
 
 
 def test_third_choices_come_last():
-    # All three experts are in demand from all tokens; expert 2 first by token 1 alone.
+    # All three experts are in demand from all tokens; expert 2 first by token 1 only.
     experts = [[0, 1, 2], [2, 0, 1]]
     assert fits(experts, 1, num_experts=3) == [[True, True, False], [True, False, False]]
 
