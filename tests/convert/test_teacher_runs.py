@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
+from transformers import AutoModelForImageTextToText, CLIPVisionModel
 
 from experiments import common
 from moddistill.config import MeshConfig, TrainConfig
@@ -29,6 +29,7 @@ from moddistill.training.streams import open_streams
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
 from tests.convert import published
+from tests.convert.greedy import answer_in_transformers
 from tests.parity.convert import pixel_values
 
 pytestmark = pytest.mark.slow
@@ -202,16 +203,7 @@ def test_exported_student_answers_in_transformers(
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8))
     image.save(tmp_path / "a.png")
-    processor = AutoProcessor.from_pretrained(out)
-    content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(images=image, text=prompt, return_tensors="pt")
-    with torch.no_grad():
-        ids = exported.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     question = Prompt("<image>\nwhat colour is it?", (str(tmp_path / "a.png"),))
     [mine] = answer(model, params, qwen_tokenizer, [question], max_new_tokens=16)
-    assert inputs["input_ids"][0].tolist() == mine.prompt_ids
-    ended = exported.generation_config.eos_token_id in mine.token_ids
-    assert not ended and ids.tolist()[: len(mine.token_ids)] == mine.token_ids
+    expected = answer_in_transformers(exported, out, image, "what colour is it?", 16)
+    assert (mine.prompt_ids, mine.token_ids) == expected
