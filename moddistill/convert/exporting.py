@@ -26,6 +26,7 @@ from moddistill.errors import invalid, not_one_of
 from moddistill.models.vlm import ModelConfig
 from moddistill.models.vocabulary import token_mask
 from moddistill.storage.atomic_dir import write_folder
+from moddistill.storage.json_file import write_json
 from moddistill.storage.model_folder import preprocessor_config, read_model_config, read_source
 from moddistill.storage.orbax_layout import Reader
 from moddistill.storage.safetensors import read_safetensors, write
@@ -79,7 +80,7 @@ def export_model(
         _write_weights(mapped, tensors, reader)
         for name, tensor in pooling.items():
             write(tensors[name], tensor.read(), f"{model / POOLING}: {name}")
-        _write_json(tmp_dir / "config.json", fields)
+        write_json(tmp_dir / "config.json", fields)
         _write_companions(tmp_dir, config, model)
     return fields
 
@@ -198,7 +199,7 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     end = stop_token(config.template)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"eos_token": end}
-    _write_json(path, settings)
+    write_json(path, settings)
     template = read_chat_template(model) or chat_template(config.template)
     (folder / FILE).write_text(template, encoding="utf-8")
     # Rows of padding and of `<image>`, which `transformers` could generate otherwise.
@@ -213,7 +214,7 @@ def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
     generation = merge_generation(
         generation, _imported(model).get("generation", {}), config.decoder.vocab_size
     )
-    _write_json(folder / "generation_config.json", generation | _TRANSFORMERS_VERSION)
+    write_json(folder / "generation_config.json", generation | _TRANSFORMERS_VERSION)
     if config.vision is not None:
         _write_processor(folder, config)
     if replaced := _imported(model).get("replaced"):
@@ -227,7 +228,7 @@ def _remove_token(file: Path, token: str) -> None:
     vocabulary = fields["model"]["vocab"]
     if isinstance(vocabulary, dict):  # a list (of a Unigram model) has no ids
         vocabulary.pop(token, None)
-    _write_json(file, fields)
+    write_json(file, fields)
 
 
 def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
@@ -240,7 +241,7 @@ def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
 def _write_processor(folder: Path, config: ModelConfig) -> None:
     vision = config.vision
     pixels = preprocessor_config(vision.image_size, vision.mean, vision.std)
-    _write_json(folder / "preprocessor_config.json", pixels)
+    write_json(folder / "preprocessor_config.json", pixels)
     settings = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
@@ -248,9 +249,4 @@ def _write_processor(folder: Path, config: ModelConfig) -> None:
         "num_additional_image_tokens": int(vision.class_token),
         "vision_feature_select_strategy": "default" if vision.class_token else "full",
     }
-    _write_json(folder / "processor_config.json", settings)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "processor_config.json", settings)

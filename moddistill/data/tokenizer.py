@@ -28,6 +28,7 @@ from moddistill.data.tokenizer_file import (
 from moddistill.errors import UserError, invalid
 from moddistill.models.vocabulary import IdRanges, id_ranges
 from moddistill.storage.digests import verify
+from moddistill.storage.json_file import write_json
 
 # Control tokens of templates and samples.
 CONTROLS = (END_OF_TEXT, IM_START, IM_END, IMAGE)
@@ -105,8 +106,7 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
-        text = json.dumps(config, indent=2) + "\n"
-        (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_json(target / "tokenizer_config.json", config)
 
     def __reduce__(self):
         # Pickling the backend loses `encode_special_tokens`, which `__post_init__` sets.

@@ -7,6 +7,7 @@ from typing import Any
 
 from moddistill.evals.task import Row
 from moddistill.storage import digests
+from moddistill.storage.json_file import write_json
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 
@@ -26,7 +27,7 @@ def write_results(folder: Path, rows: Sequence[Row], scores: dict[str, Any]) -> 
     # Scores come last: after an interruption the evaluation runs again.
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / PREDICTIONS, rows)
-    (folder / SCORES).write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(folder / SCORES, scores)
 
 
 def write_jsonl(path: Path, rows: Sequence[Row]) -> None:

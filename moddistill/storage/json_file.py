@@ -57,9 +57,14 @@ def parse(text: str | bytes, origin: str) -> Any:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file; an interrupted write leaves the file as it was."""
+    """Writes a JSON file in UTF-8; an interrupted write leaves the file as it was.
+
+    Raises:
+      ValueError: for NaN and infinity, which are not JSON.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(file)
 
 

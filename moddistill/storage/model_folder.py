@@ -7,7 +7,6 @@ digests.json   SHA-256 of all these files, compared by all readers
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +24,7 @@ from moddistill.models.vlm import ModelConfig, abstract_params
 from moddistill.params import check_same, flatten, unflatten
 from moddistill.storage.atomic_dir import write_shared_folder
 from moddistill.storage.digests import verify
-from moddistill.storage.json_file import read_json
+from moddistill.storage.json_file import read_json, write_json
 from moddistill.storage.orbax_layout import (
     abstract_arrays,
     check_exists,
@@ -74,12 +73,12 @@ def write_description(
         "layer_plan": [dataclasses.asdict(segment) for segment in config.decoder.plan],
         "source": source,
     }
-    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_json(folder / "model.json", description)
     tokenizer.save(str(folder))
     if config.vision is not None:
         tower = config.vision
         settings = preprocessor_config(tower.image_size, tower.mean, tower.std)
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / "preprocessor_config.json", settings)
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:

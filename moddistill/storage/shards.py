@@ -5,13 +5,12 @@ headers are read, so opening a checkpoint of any size takes milliseconds. `creat
 tensors of an export over files of a limited size and writes their index.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from moddistill.errors import UserError, invalid
-from moddistill.storage.json_file import read_json
+from moddistill.storage.json_file import read_json, write_json
 from moddistill.storage.pickled import read_pickled
 from moddistill.storage.safetensors import LARGEST_HEADER, create_file, read_safetensors
 from moddistill.storage.tensor import (
@@ -120,7 +119,7 @@ def create_shards(folder: Path, tensors: Sequence[TensorSpec], largest: int) -> 
                 for tensor in shard
             },
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index)
     created = {}
     for name, shard in zip(names, shards, strict=True):
         created |= create_file(folder / name, shard)
