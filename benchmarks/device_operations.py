@@ -131,8 +131,10 @@ def pair_losses(pairs: int = 16, beta: float = 0.5, smoothing: float = 0.1) -> O
     def ours(inputs: Arrays, _: Arrays, dtype: Any) -> Array:
         answers = (inputs[name].astype(dtype) for name in ("chosen", "rejected"))
         chosen, rejected = answers
+        is_pair = jnp.ones(pairs, bool)
         losses = [
-            preference_losses(chosen, rejected, kind, beta, smoothing) for kind in PREFERENCE_KINDS
+            preference_losses(chosen, rejected, is_pair, kind, beta, smoothing)
+            for kind in PREFERENCE_KINDS
         ]
         return jnp.stack(losses)
 

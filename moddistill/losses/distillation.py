@@ -79,7 +79,7 @@ def token_loss(
         loss, values = chunked_token_loss(
             token_fn,
             logit_inputs(output),
-            next_token(batch.tokens, batch.loss_mask)[0].reshape(-1),
+            next_token(batch.tokens, batch.loss_mask, batch.segments)[0].reshape(-1),
             weights,
             targets,
             chunk_size=chunk_size,
@@ -132,13 +132,14 @@ def loss_masks(
     """Returns the positions at which each term is computed.
 
     `ce` counts at predictions of supervised tokens, and so does `kd` by default. Variants of `kd`:
-    `kd_positions="all_tokens"` counts all predictions of real tokens; `kd_shift="reference"` is the
-    mask of the original code, which is not shifted with the labels: one position late.
+    `kd_positions="all_tokens"` counts the predictions of all tokens but the first of each sample;
+    `kd_shift="reference"` is the mask of the original code, which is not shifted with the labels:
+    one position late.
     """
-    _, supervised = next_token(batch.tokens, batch.loss_mask)
+    _, supervised = next_token(batch.tokens, batch.loss_mask, batch.segments)
     masks = {"ce": supervised, "kd": supervised}
     if config.kd_positions == "all_tokens":
-        masks["kd"] = next_token(batch.tokens, batch.segments > 0)[1]
+        masks["kd"] = next_token(batch.tokens, batch.segments > 0, batch.segments)[1]
     elif config.kd_shift == "reference":
         masks["kd"] = batch.loss_mask
     return {name: masks[name] for name in terms}

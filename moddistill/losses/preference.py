@@ -1,6 +1,7 @@
 """Preference distillation: the DPO family with the teacher as the reference.
 
-With log-likelihoods summed over the tokens of an answer, a pair has two log-ratios
+With log-likelihoods summed over the tokens of an answer, a segment of its row, a pair has two
+log-ratios
 
     r = log p_student(answer) - log p_teacher(answer),   r_chosen and r_rejected,
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConfig
 from moddistill.errors import not_one_of
@@ -27,7 +28,13 @@ from moddistill.losses.chunked import LogitInputs, chunked_token_loss, logit_inp
 from moddistill.losses.divergences import cross_entropy
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
-from moddistill.models.batch import PreferenceBatch, concatenate_sides, num_tokens
+from moddistill.models.batch import (
+    PreferenceBatch,
+    concatenate_sides,
+    num_samples,
+    num_tokens,
+    sample_starts,
+)
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
@@ -35,18 +42,21 @@ from moddistill.teachers.targets import Targets, Teacher
 
 
 def preference_losses(
-    chosen: Float[Array, "B"],
-    rejected: Float[Array, "B"],
+    chosen: Float[Array, "*B"],
+    rejected: Float[Array, "*B"],
+    is_pair: Bool[Array, "*B"],
     kind: str,
     beta: float,
     label_smoothing: float = 0.0,
-) -> Float[Array, "B"]:
-    """Returns the loss of each pair from its two log-ratios r.
+) -> Float[Array, "*B"]:
+    """Returns the loss of each pair from its two log-ratios r, and 0 where there is no pair.
 
     `kto_pair` is the mean of the two halves that the reference code concatenates; its KL estimates
-    are batch means, clipped at zero and, unlike in the reference, not differentiated (as in TRL).
+    are means over pairs, clipped at zero and, unlike in the reference, not differentiated (as in
+    TRL).
 
     Args:
+      is_pair: false at entries of the arrays that belong to no pair.
       kind: one of `PREFERENCE_KINDS`.
       beta: inverse temperature of the implicit rewards.
       label_smoothing: probability that chosen and rejected are swapped; `sigmoid` only.
@@ -57,24 +67,32 @@ def preference_losses(
     margin = chosen - rejected
     if kind == "sigmoid":
         # Bradley-Terry: P(chosen is preferred) = sigmoid(beta * margin).
-        return -(
+        losses = -(
             (1 - label_smoothing) * jax.nn.log_sigmoid(beta * margin)
             + label_smoothing * jax.nn.log_sigmoid(-beta * margin)
         )
-    if kind == "hinge":
-        return jax.nn.relu(1 - beta * margin)
-    if kind == "ipo":
+    elif kind == "hinge":
+        losses = jax.nn.relu(1 - beta * margin)
+    elif kind == "ipo":
         # Least squares to a finite margin, where DPO pushes it to infinity.
-        return (margin - 1 / (2 * beta)) ** 2
-    if kind == "kto_pair":
+        losses = (margin - 1 / (2 * beta)) ** 2
+    elif kind == "kto_pair":
         # Each answer is compared with a reference point, the KL of student and teacher, estimated
         # from the other side's answers. A KL is never negative, but its estimate may be.
-        kl_chosen = jax.lax.stop_gradient(jnp.maximum(jnp.mean(chosen), 0.0))
-        kl_rejected = jax.lax.stop_gradient(jnp.maximum(jnp.mean(rejected), 0.0))
+        kl_chosen, kl_rejected = (_clipped_mean(ratios, is_pair) for ratios in (chosen, rejected))
         chosen_loss = 1 - jax.nn.sigmoid(beta * (chosen - kl_rejected))
         rejected_loss = 1 - jax.nn.sigmoid(beta * (kl_chosen - rejected))
-        return (chosen_loss + rejected_loss) / 2
-    raise not_one_of("config.preference.kind", kind, PREFERENCE_KINDS)
+        losses = (chosen_loss + rejected_loss) / 2
+    else:
+        raise not_one_of("config.preference.kind", kind, PREFERENCE_KINDS)
+    return jnp.where(is_pair, losses, 0.0)
+
+
+def _clipped_mean(ratios: Array, is_pair: Array) -> Array:
+    """The mean over pairs, at least 0, without gradient; 0 if there is no pair."""
+    total = jnp.sum(jnp.where(is_pair, ratios, 0.0))
+    mean = total / jnp.maximum(jnp.sum(is_pair), 1)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
 
 def preference_loss(
@@ -90,7 +108,8 @@ def preference_loss(
     One forward pass of each model reads both answers of all pairs, and two passes over chunks of
     supervised positions contract hidden states with the head:
 
-    1. Log-likelihoods of the answers, pi of the student and ref of the teacher, without gradient.
+    1. Log-probabilities of the answers' tokens under student and teacher, without gradient. Their
+       sums over the segments of a row are the log-likelihoods pi and ref.
     2. From L(pi - ref) and d L / d pi, a token loss that has the gradient of L (`_surrogate`).
 
     Args:
@@ -99,8 +118,7 @@ def preference_loss(
     real_ids = common_ids(student.config.decoder.real_ids, teacher.real_ids)
 
     def denominators_of(batch: PreferenceBatch) -> Denominators:
-        pairs = jnp.asarray(len(batch.chosen.tokens), jnp.float32)
-        return {"pairs": pairs, "tokens": num_tokens(batch)}
+        return {"pairs": jnp.maximum(num_samples(batch), 1.0), "tokens": num_tokens(batch)}
 
     def micro_batch(
         params: dict,
@@ -113,24 +131,26 @@ def preference_loss(
         answers = concatenate_sides(batch)
         output = student.apply({"params": merge(params, frozen)}, answers)
         targets = teacher.targets(teacher_params, answers, output)
-        labels, supervised = next_token(answers.tokens, answers.loss_mask)
+        labels, supervised = next_token(answers.tokens, answers.loss_mask, answers.segments)
         token_sum = functools.partial(
             chunked_token_loss, labels=labels.reshape(-1), chunk_size=chunk_size, real_ids=real_ids
         )
         inputs = logit_inputs(output)
         teacher_logits = functools.partial(teacher.logits, real_ids=real_ids)
-        policy, reference = _log_likelihoods(token_sum, teacher_logits, inputs, targets, supervised)
+        policy, reference = _log_probs(token_sum, teacher_logits, inputs, targets, supervised)
+        is_pair = _sum_by_segment(sample_starts(batch.chosen), batch.chosen.segments) > 0
 
         def loss_of_pairs(policy: Array) -> tuple[Array, tuple[Array, Array]]:
-            chosen, rejected = jnp.split(policy - reference, 2)
+            ratios = _sum_by_segment(policy - reference, answers.segments)
+            chosen, rejected = jnp.split(ratios, 2)
             losses = preference_losses(
-                chosen, rejected, config.kind, config.beta, config.label_smoothing
+                chosen, rejected, is_pair, config.kind, config.beta, config.label_smoothing
             )
             return jnp.sum(losses) / denominators["pairs"], (chosen, rejected)
 
-        # L as a function of the log-likelihoods only; `_surrogate` adds the models' gradients.
+        # L as a function of the log-probabilities only; `_surrogate` adds the models' gradients.
         (loss, ratios), d_policy = jax.value_and_grad(loss_of_pairs, has_aux=True)(policy)
-        pairs = jnp.asarray(len(labels) / 2, jnp.float32)
+        pairs = num_samples(batch)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
         metrics["preference"] = (loss * denominators["pairs"], pairs)
         loss, metrics = add_router_losses(
@@ -143,14 +163,14 @@ def preference_loss(
     return Loss(denominators_of, micro_batch)
 
 
-def _log_likelihoods(
+def _log_probs(
     token_sum: Callable,
     teacher_logits: Callable[[Targets], Array],
     inputs: LogitInputs,
     targets: Targets,
     supervised: Bool[Array, "B T"],
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Returns log-likelihoods of the answers, without gradient: the student's, the teacher's."""
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns log-probabilities of the answers' tokens, without gradient: student's, teacher's."""
 
     def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
         return {
@@ -162,16 +182,27 @@ def _log_likelihoods(
     weights = {"policy": mask, "reference": mask}
     inputs = jax.lax.stop_gradient(inputs)
     _, values = token_sum(token_fn, inputs, weights=weights, targets=targets)
-    by_answer = [values[name].reshape(supervised.shape) for name in weights]
-    policy, reference = (jnp.sum(x, axis=1) for x in by_answer)
+    policy, reference = (values[name].reshape(supervised.shape) for name in weights)
     return policy, reference
+
+
+def _sum_by_segment(
+    values: Float[Array, "B T"] | Bool[Array, "B T"], segments: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Returns the sum over segment s + 1 of each row in column s; 0 for segments that it lacks.
+
+    A row of T tokens has at most T segments, so the result has that static width.
+    """
+    size = segments.shape[1] + 1
+    sums = functools.partial(jax.ops.segment_sum, num_segments=size)
+    return jax.vmap(sums)(values.astype(jnp.float32), segments)[:, 1:]  # 0 is padding
 
 
 def _surrogate(
     token_sum: Callable,
     inputs: LogitInputs,
     supervised: Bool[Array, "B T"],
-    d_policy: Float[Array, "B"],
+    d_policy: Float[Array, "B T"],
 ) -> Float[Array, ""]:
     """Returns 0, with the gradient of the preference loss.
 
@@ -181,14 +212,14 @@ def _surrogate(
         d L / d theta = sum_i (d L / d pi_i) sum_t d log p_it / d theta,
 
     which is the gradient of sum_it c_i log p_it with constants c_i = d L / d pi_i: a token loss
-    with weights c_i. Its value means nothing and is subtracted; x - x is 0 to the last bit,
-    however large x is.
+    with weights c_i, which `d_policy` has at every position of answer i. Its value means nothing
+    and is subtracted; x - x is 0 to the last bit, however large x is.
     """
 
     def token_fn(logits: Array, _: Targets, labels: Array) -> dict[str, Array]:
         return {"policy": -cross_entropy(logits, labels)}
 
-    weights = {"policy": (supervised * d_policy[:, None]).reshape(-1)}
+    weights = {"policy": (supervised * d_policy).reshape(-1)}
     surrogate, _ = token_sum(token_fn, inputs, weights=weights)
     return surrogate - jax.lax.stop_gradient(surrogate)
 

@@ -14,14 +14,18 @@ Array = Any
 
 
 class Batch(NamedTuple):
-    """Rows of samples, padded on the right; one sample has the same fields without axis B.
+    """Rows of one or several samples; one row has the same fields without axis B.
+
+    Samples of a row follow each other in the order of their segments. Padding is at the end of a
+    row, and between samples in place of one that could not be read.
 
     Attributes:
       tokens: ids; the image placeholder is repeated once per patch.
-      positions: of each token in its sample, for rotary embeddings.
-      segments: the number of a token's sample within the row, from 1; 0 is padding.
+      positions: of each token in its sample, from 0, for rotary embeddings.
+      segments: the number of a token's sample within the row, 1 to T; 0 is padding.
       loss_mask: true where the token *at that position* is supervised; None for prompts.
-      images: pixels, zeros in unused slots; None for text-only models.
+      images: pixels of the samples of a row in their order, without gaps, and zeros in the unused
+        slots after them; None for text-only models.
       features: vision features of another model with the same encoder, in place of images.
     """
 
@@ -34,7 +38,11 @@ class Batch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Two answers to each prompt, as batches without images, and the images that they share."""
+    """Two answers to each prompt, as batches without images, and the images that they share.
+
+    Both sides of a row have the same segments, in the same order: segment s of one and of the other
+    are a pair. Their lengths differ.
+    """
 
     chosen: Batch
     rejected: Batch
@@ -56,6 +64,18 @@ def num_tokens(batch: AnyBatch) -> Float[Array, ""]:
     """The number of tokens that are not padding, of both sides of a preference batch."""
     sides = batch[:2] if isinstance(batch, PreferenceBatch) else (batch,)
     return sum((side.segments > 0).sum() for side in sides).astype(np.float32)
+
+
+def num_samples(batch: AnyBatch) -> Float[Array, ""]:
+    """The number of samples, or of pairs."""
+    side = batch.chosen if isinstance(batch, PreferenceBatch) else batch
+    return sample_starts(side).sum().astype(np.float32)
+
+
+def sample_starts(batch: Batch) -> Bool[Array, "*B T"]:
+    """Marks the first token of each sample."""
+    # Padding may count positions too (`padded_batch`).
+    return (batch.positions == 0) & (batch.segments > 0)
 
 
 def padded_batch(

@@ -16,7 +16,8 @@ from moddistill.teachers.live import LiveTeacher
 
 def losses(chosen, rejected, kind, beta=0.1, label_smoothing=0.0):
     ratios = (jnp.asarray(x, jnp.float32) for x in (chosen, rejected))
-    return preference_losses(*ratios, kind, beta, label_smoothing)
+    is_pair = jnp.ones(np.shape(chosen), bool)
+    return preference_losses(*ratios, is_pair, kind, beta, label_smoothing)
 
 
 def sigmoid(x):
@@ -73,6 +74,27 @@ def test_kl_estimate_is_not_differentiated():
     # Only the halves of the rejected answers: d/dr [1 - sigmoid(-0.1 r)] / 2.
     slope = [0.1 * sigmoid(-0.1 * r) * (1 - sigmoid(-0.1 * r)) / 2 for r in (3, 1)]
     np.testing.assert_allclose(grad, slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_KINDS)
+def test_entries_that_are_no_pair_change_nothing(kind):
+    """Neither the losses of pairs, nor the means of `kto_pair`, nor gradients."""
+    is_pair = jnp.asarray([True, False, True])
+
+    def total(ratios):
+        values = preference_losses(*ratios, is_pair, kind, 0.1)
+        return jnp.sum(values), values
+
+    ratios = jnp.asarray([[4.0, 90.0, -2.0], [3.0, -90.0, 1.0]])
+    gradient, values = jax.grad(total, has_aux=True)(ratios)
+    np.testing.assert_allclose(values[is_pair], losses([4, -2], [3, 1], kind), rtol=1e-6)
+    np.testing.assert_array_equal([values[1], *gradient[:, 1]], [0, 0, 0])
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_KINDS)
+def test_no_pair_at_all_has_no_loss(kind):
+    values = preference_losses(*jnp.ones((2, 3)), jnp.zeros(3, bool), kind, 0.1)
+    np.testing.assert_array_equal(values, [0, 0, 0])
 
 
 def test_unknown_kind():
@@ -134,7 +156,7 @@ def test_loss_and_gradients_are_those_of_full_logits(models, ratios, kind):
     @jax.jit
     @jax.value_and_grad
     def plain(trained):
-        return jnp.mean(preference_losses(*ratios(merge(trained)), kind, config.beta))
+        return jnp.mean(losses(*ratios(merge(trained)), kind, config.beta))
 
     expected, expected_grads = plain(flatten(models[2]))
     np.testing.assert_allclose(value, expected, rtol=1e-5)

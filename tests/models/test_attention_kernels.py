@@ -17,6 +17,7 @@ from tests.models import draw
 
 ONE = [[1] * 100 + [0] * 28, [1] * 128]
 PACKED = [[1] * 50 + [2] * 60 + [0] * 18, [1] * 3 + [2] * 125]
+GAPS = [[0] * 5 + [2] * 40 + [0] * 20 + [4] * 63, [1] * 3 + [0] * 30 + [3] * 90 + [0] * 5]
 
 
 def arrays(rows=2, length=128, heads=4, kv_heads=2, head_dim=8):
@@ -54,7 +55,7 @@ def check(compute, inputs, segments):
 
 
 @pytest.mark.parametrize("length", [1, 12, 128])
-@pytest.mark.parametrize("segments", [ONE, PACKED], ids=["one segment", "packed"])
+@pytest.mark.parametrize("segments", [ONE, PACKED, GAPS], ids=["one segment", "packed", "gaps"])
 def test_blocks_equal_the_matrix_of_all_scores(monkeypatch, segments, length):
     """Also where the last block is not full."""
     monkeypatch.setattr(attention_kernels, "_BLOCK", 48)
@@ -62,7 +63,7 @@ def test_blocks_equal_the_matrix_of_all_scores(monkeypatch, segments, length):
     check(lambda *x: attend(*x, causal(segments)), arrays(length=length), segments)
 
 
-@pytest.mark.parametrize("segments", [ONE, PACKED], ids=["one segment", "packed"])
+@pytest.mark.parametrize("segments", [ONE, PACKED, GAPS], ids=["one segment", "packed", "gaps"])
 def test_splash_attention_equals_the_matrix_of_all_scores(segments):
     segments = jnp.asarray(segments, jnp.int32)
     splash = functools.partial(attention_kernels._by_splash, segments=segments, interpret=True)

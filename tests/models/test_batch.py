@@ -11,6 +11,7 @@ from moddistill.models.batch import (
     PreferenceBatch,
     concatenate_sides,
     make_batch,
+    num_samples,
     num_tokens,
     padded_batch,
 )
@@ -40,6 +41,18 @@ def test_number_of_tokens_excludes_padding():
     count = num_tokens(side)
     assert (count, count.dtype) == (4, jnp.float32)
     assert num_tokens(PreferenceBatch(side, side)) == 8
+
+
+def test_number_of_samples_is_that_of_first_tokens():
+    """Rows of two samples with padding between them, of one, and of none."""
+    batch = Batch(
+        tokens=jnp.zeros((3, 5), jnp.int32),
+        positions=jnp.asarray([[0, 1, 0, 0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        segments=jnp.asarray([[1, 1, 0, 3, 3], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]),
+    )
+    count = num_samples(batch)
+    assert (count, count.dtype) == (3, jnp.float32)
+    assert num_samples(PreferenceBatch(batch, batch)) == 3
 
 
 def test_a_made_batch_has_the_shapes_of_a_real_one():
