@@ -30,7 +30,7 @@ from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import cast_frozen
 from moddistill.planning.planner import abstract_batch, architectures, peak_bytes
 from moddistill.teachers.live import shares_tower, without_tower
-from moddistill.training.program import make_program, step_size, with_shardings
+from moddistill.training.program import full_step_size, make_program, with_shardings
 
 GIB = 2**30
 _STEPS = 10
@@ -121,7 +121,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         student=f"random:{pair.student}",
         teacher=f"random:{pair.teacher}",
         batch_size=pair.batch,
-        data=DataConfig(max_length=length),
+        data=DataConfig(max_length=length, packing=False),
     )
     with on(device) as mesh:
         student, teacher = architectures(config)
@@ -143,7 +143,7 @@ def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
         batch = random_batch(config, student, mesh, full=True)
         seconds, losses = _run(step, state, taught, sharding.put_batch(mesh, batch), left)
         measured = _peak_in_use(device)
-    size = step_size(config, student)
+    size = full_step_size(config, student)
     flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
     figures = {
         "student": pair.student,
@@ -266,7 +266,7 @@ def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
         )
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
         params = random_leaves(with_shardings(shapes, everywhere), 0)
-        settings = TrainConfig(batch_size=rows, data=DataConfig(max_length=length))
+        settings = TrainConfig(batch_size=rows, data=DataConfig(max_length=length, packing=False))
         batch = random_batch(settings, config, mesh, full=True)
         batch = sharding.put_batch(mesh, batch)
         seconds = {}

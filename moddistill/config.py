@@ -73,6 +73,7 @@ class DataConfig:
         int, Range(ge=1, le=10**6), "tokens of a sample, image patches included"
     ] = 2048
     max_images: Annotated[int, Range(ge=1, le=1000), "images of a sample"] = 1
+    packing: Annotated[bool, "several samples in a row"] = True
     workers: Annotated[int, Range(ge=0, le=1000), "worker processes; 0 reads in threads"] = 0
     # Evaluated at the end, for `heldout_steps` batches.
     heldout: SourceConfig = SourceConfig()

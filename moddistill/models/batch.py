@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from moddistill.config import DataConfig
+
 Array = Any
 
 
@@ -60,22 +62,37 @@ def concatenate_sides(batch: PreferenceBatch) -> Batch:
     return both._replace(images=batch.images)
 
 
+def sides_of(batch: AnyBatch) -> tuple[Batch, ...]:
+    """Chosen and rejected side of a preference batch; another batch as its only side."""
+    return (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch,)
+
+
 def num_tokens(batch: AnyBatch) -> Float[Array, ""]:
     """The number of tokens that are not padding, of both sides of a preference batch."""
-    sides = batch[:2] if isinstance(batch, PreferenceBatch) else (batch,)
-    return sum((side.segments > 0).sum() for side in sides).astype(np.float32)
+    return sum((side.segments > 0).sum() for side in sides_of(batch)).astype(np.float32)
 
 
 def num_samples(batch: AnyBatch) -> Float[Array, ""]:
     """The number of samples, or of pairs."""
-    side = batch.chosen if isinstance(batch, PreferenceBatch) else batch
-    return sample_starts(side).sum().astype(np.float32)
+    return sample_starts(sides_of(batch)[0]).sum().astype(np.float32)
 
 
 def sample_starts(batch: Batch) -> Bool[Array, "*B T"]:
     """Marks the first token of each sample."""
     # Padding may count positions too (`padded_batch`).
     return (batch.positions == 0) & (batch.segments > 0)
+
+
+def image_slots(data: DataConfig, image_tokens: int) -> int:
+    """Returns the image slots of a row, at least one: as many images as its tokens can hold.
+
+    A row that is one sample has at most `max_images`.
+
+    Args:
+      image_tokens: patches per image.
+    """
+    slots = max(1, data.max_length // image_tokens)
+    return slots if data.packing else min(data.max_images, slots)
 
 
 def padded_batch(
@@ -102,7 +119,7 @@ def make_batch(
     """A batch of arrays `array(shape, dtype)`: shapes for a compiler, or a dummy.
 
     Args:
-      images: how many a sample has, and their height, which is their width; None without images.
+      images: slots of a row, and the height of an image, which is its width; None without images.
       preference: a batch with two sides.
     """
 

@@ -13,8 +13,8 @@ class ComputeConfig:
     Attributes:
       dtype: of activations and matmuls; norms, softmax and routers stay in float32.
       remat: `none`, `matmuls` or `full`, as in `layers.rematerialised`.
-      one_segment: each row of a batch is one sample, padded on the right; attention kernels may
-        then read its length in place of its segments.
+      one_segment: each row of a batch is one sample, padded on the right, as without packing;
+        attention kernels may then read its length in place of its segments.
       unroll: compile the layers one by one instead of as a loop.
       quantized_layers: the decoder's layers are stored as `models/quantization.py` does.
       expert_transport: collective that moves tokens to their experts, as in `moe/expert_parallel`.

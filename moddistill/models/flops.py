@@ -6,7 +6,11 @@ cost analysis counts the body of a loop once, so it cannot be used for scanned l
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from moddistill.distributed.sharding import unbox
+from moddistill.models.batch import AnyBatch, num_tokens, sides_of
 from moddistill.models.decoder import DecoderConfig
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig, abstract_params
@@ -14,26 +18,49 @@ from moddistill.params import flatten, in_group, is_computed
 
 
 class StepFlops(NamedTuple):
-    """FLOPs of one step whose rows have no padding.
+    """FLOPs of one step.
 
     Attributes:
       student: forward and backward.
       teacher: forward; 0 without one.
-      positions: tokens of the step, images included.
     """
 
     student: float
     teacher: float
-    positions: int
 
 
 class StepSize(NamedTuple):
-    """Rows of a step, tokens of a row, images, and supervised positions, where logits exist."""
+    """Content of a step without its padding. FLOPs are a linear function of it.
 
-    rows: int
-    length: int
-    images: int
-    supervised: int
+    Attributes:
+      tokens: of all samples, those of images included.
+      squared_lengths: the sum over samples of `length ** 2`, the scores of an attention head.
+      images: of all samples; a preference pair shares them.
+      supervised: tokens with a loss, where logits exist.
+    """
+
+    tokens: float | Float[Array, ""]
+    squared_lengths: float | Float[Array, ""]
+    images: float | Float[Array, ""]
+    supervised: float | Float[Array, ""]
+
+
+def size_of_batch(batch: AnyBatch, config: ModelConfig) -> StepSize:
+    """Returns the content of a batch with loss masks, as arrays.
+
+    Args:
+      config: of the student, whose placeholders are counted.
+    """
+    squares = supervised = images = jnp.zeros((), jnp.float32)
+    for side in sides_of(batch):
+        # Over a sample, 1 + 3 + 5 + ... is length ** 2. In float32, since int32 could overflow.
+        squares += jnp.sum(jnp.where(side.segments > 0, 2.0 * side.positions + 1.0, 0.0))
+        supervised += jnp.sum(side.loss_mask, dtype=jnp.float32)
+    if config.vision is not None:
+        side = sides_of(batch)[0]
+        placeholders = (side.tokens == config.image_token_id) & (side.segments > 0)
+        images = jnp.sum(placeholders) / config.vision.patches
+    return StepSize(num_tokens(batch), squares, images, supervised)
 
 
 def step_flops(
@@ -53,13 +80,13 @@ def step_flops(
     if teacher is not None:
         teacher_flops = forward_flops(teacher, size)
         teacher_flops -= size.images * vision_flops(teacher.vision) if shared_tower else 0.0
-    return StepFlops(training_flops(student, size, trained), teacher_flops, size.rows * size.length)
+    return StepFlops(training_flops(student, size, trained), teacher_flops)
 
 
 def forward_flops(config: ModelConfig, size: StepSize) -> float:
     """FLOPs of one forward pass; the head is counted at supervised positions only."""
-    seen = size.rows * size.length
-    total = seen * decoder_flops(config.decoder, size.length)
+    total = size.tokens * decoder_flops(config.decoder)
+    total += size.squared_lengths * _score_flops(config.decoder)
     total += size.supervised * 2.0 * config.decoder.hidden_size * config.decoder.vocab_size
     if config.vision is not None:
         patches = config.vision.patches
@@ -77,19 +104,18 @@ def training_flops(config: ModelConfig, size: StepSize, trained: set[str]) -> fl
     share = _trained_share(config, trained)
     vision_trains = any(path.startswith("vision/") for path in trained)
     vision = size.images * vision_flops(config.vision) if config.vision else 0.0
-    decoder = config.decoder
-    scores = size.rows * size.length * decoder.num_layers * _score_flops(decoder, size.length)
+    scores = size.squared_lengths * _score_flops(config.decoder)
     rest = forward_flops(config, size) - vision - scores
     # rest: F forward, F for activations, share * F for weights. scores: F forward, 2 F backward.
     return vision * (3.0 if vision_trains else 1.0) + rest * (2.0 + share) + scores * 3.0
 
 
-def decoder_flops(decoder: DecoderConfig, length: int) -> float:
-    """FLOPs of all layers for one token of a sequence of `length`."""
+def decoder_flops(decoder: DecoderConfig) -> float:
+    """FLOPs of all layers for one token, without those of attention scores."""
     heads = decoder.num_heads * decoder.head_dim
     # Query and output have all heads, key and value only `num_kv_heads`.
     projections = decoder.hidden_size * (2 * heads + 2 * decoder.num_kv_heads * decoder.head_dim)
-    attention = 2.0 * projections + _score_flops(decoder, length)
+    attention = 2.0 * projections
     # `gate`, `up` and `down`: 3 matmuls of 2 D F each.
     dense = 6.0 * decoder.hidden_size * decoder.intermediate_size
     sparse = dense
@@ -105,11 +131,11 @@ def decoder_flops(decoder: DecoderConfig, length: int) -> float:
     )
 
 
-def _score_flops(decoder: DecoderConfig, length: int) -> float:
-    """FLOPs of one layer's scores and weighted values, for one token."""
-    # Q K^T and its product with V, 2 T H each for every head. The causal mask is not deducted, as
-    # in PaLM's MFU (Chowdhery et al. 2022).
-    return 4.0 * length * decoder.num_heads * decoder.head_dim
+def _score_flops(decoder: DecoderConfig) -> float:
+    """FLOPs of all layers' scores and weighted values, for one query and one key."""
+    # Q K^T and its product with V, 2 H each for every head. The causal mask is not deducted, as in
+    # PaLM's MFU (Chowdhery et al. 2022).
+    return 4.0 * decoder.num_layers * decoder.num_heads * decoder.head_dim
 
 
 def vision_flops(vision: VisionConfig) -> float:

@@ -88,7 +88,7 @@ class Vlm(nn.Module):
         return Output(hidden, head, router, cache, features)
 
     def _encode_images(self, images: Array) -> Float[Array, "U X W"]:
-        """Vision features of all images of each sample, concatenated along patches."""
+        """Vision features of all images of each row, concatenated along patches."""
         # [U, I, h, w, 3] to [U * I, h, w, 3]. Shapes are static, so unused slots are encoded too;
         # no placeholder refers to them.
         flat = images.reshape(-1, *images.shape[2:])
@@ -108,7 +108,7 @@ class Vlm(nn.Module):
 
 
 def splice(patches: Float[Array, "B X D"], is_image: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The n-th patch at the n-th image position of each sample; elsewhere an arbitrary patch."""
+    """The n-th patch at the n-th image position of each row; elsewhere an arbitrary patch."""
     # The n-th image position counts n image positions up to itself.
     index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
     return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(patches, index)

@@ -20,7 +20,7 @@ from moddistill.config import TrainConfig
 from moddistill.convert.resolve import RANDOM, resolve
 from moddistill.distributed import accelerators, sharding
 from moddistill.errors import UserError, invalid
-from moddistill.models.batch import AnyBatch, make_batch
+from moddistill.models.batch import AnyBatch, image_slots, make_batch
 from moddistill.models.flops import step_flops
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
@@ -28,7 +28,7 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.planning.hlo_collectives import collectives
 from moddistill.teachers.live import check_teacher, shares_tower, without_tower
 from moddistill.training.architectures import trained_architecture
-from moddistill.training.program import Program, make_program, step_size, with_shardings
+from moddistill.training.program import Program, full_step_size, make_program, with_shardings
 from moddistill.training.stages import stage_of
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
@@ -38,6 +38,8 @@ _USABLE_MEMORY = 0.97  # fraction for programs; the runtime reserves the rest
 
 def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
     """Plans an experiment on a topology: memory, collectives and FLOPs of a step, and duration.
+
+    FLOPs and duration are of full rows, padding included, since it is computed too.
 
     Args:
       topology: name and sizes, as for `accelerators.parse_topology`.
@@ -70,12 +72,13 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "shared_tower": shared,
         "micro_batch": config.batch_size // config.grad_accum_steps,
         "steps": config.steps,
-        "samples": config.steps * config.batch_size,
+        "rows": config.steps * config.batch_size,
+        "packing": config.data.packing,
         **_memory(compiled, topology),
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
-    size = step_size(config, student)
+    size = full_step_size(config, student)
     flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
     return report | _fit_and_duration(report, topology, utilisation)
@@ -84,7 +87,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
 def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
     """Plans with the largest micro-batch that fits, or with the smallest if none does.
 
-    Micro-batches have equal sizes and at least one sample per device.
+    Micro-batches have equal sizes and at least one row per device.
 
     Raises:
       UserError: as `plan`, and for a topology of CPUs.
@@ -136,11 +139,12 @@ def _architecture(spec: str) -> ModelConfig:
 
 def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> AnyBatch:
     """Shapes of a batch as the pipeline makes it, with their sharding."""
+    vision = student.vision
     return make_batch(
         functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)),
         rows=config.batch_size,
         length=config.data.max_length,
-        images=(config.data.max_images, student.vision.image_size) if student.vision else None,
+        images=(image_slots(config.data, vision.patches), vision.image_size) if vision else None,
         preference=stage_of(config).records == "preference",
     )
 
@@ -246,7 +250,7 @@ def format_report(report: dict[str, Any]) -> str:
         if key.endswith("per_chip")
     }
     lines = [
-        f"{report['topology']}: {report['chips']} chips, {report['micro_batch']} samples at once",
+        f"{report['topology']}: {report['chips']} chips, {report['micro_batch']} rows at once",
         f"peak       {gib['peak_bytes_per_chip']:8.2f} GiB a chip",
         f"arguments  {gib['argument_bytes_per_chip']:8.2f} GiB",
     ]
@@ -261,9 +265,10 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f"teacher    {report['teacher_flops_per_step'] / 1e12:10.1f} TFLOP a step")
     if report["fits"] is not None:
         word = "fits" if report["fits"] else "does not fit"
+        content = "several samples" if report["packing"] else "one sample"
         lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
         lines.append(
             f"{report['days']:.2f} days at {report['utilisation']:.0%} utilisation, "
-            f"for {report['steps']:,} steps or {report['samples']:,} samples"
+            f"for {report['steps']:,} steps or {report['rows']:,} rows of {content}"
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Loading of a run: student and teacher into their shards, and the first state."""
 
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from moddistill.convert.resolve import (
 from moddistill.distributed.sharding import param_shardings
 from moddistill.errors import at_field
 from moddistill.losses import Loss
-from moddistill.models.flops import StepFlops, step_flops
+from moddistill.models.flops import StepFlops, StepSize, step_flops
 from moddistill.models.moe.grouped_matmul import kernel_name
 from moddistill.models.upcycle import upcycle
 from moddistill.models.vlm import Vlm, abstract_params
@@ -31,7 +32,7 @@ from moddistill.teachers.live import (
     without_tower,
 )
 from moddistill.training.architectures import Models
-from moddistill.training.program import Program, make_program, step_size
+from moddistill.training.program import Program, make_program
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
@@ -46,7 +47,7 @@ class Run(NamedTuple):
       step: `state, metrics = step(state, teacher, batch)`, jitted; donates the state.
       state: before the first step.
       teacher: the teacher's parameters, or None; without its vision encoder if that is shared.
-      flops: of one step.
+      flops: from the content of a step to its FLOPs.
     """
 
     model: Vlm
@@ -54,7 +55,7 @@ class Run(NamedTuple):
     step: Callable[..., Any]
     state: State
     teacher: dict[str, Any] | None
-    flops: StepFlops
+    flops: Callable[[StepSize], StepFlops]
 
 
 def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
@@ -79,7 +80,8 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     if shared:
         LOG.info("the teacher gets the features of the student's vision encoder, which is the same")
         teacher_params = without_tower(teacher_params)
-    flops = step_flops(target, teacher, step_size(config, target), set(state.params), shared)
+    trained = set(state.params)
+    flops = functools.partial(step_flops, target, teacher, trained=trained, shared_tower=shared)
     return Run(program.model, program.loss, program.step, state, teacher_params, flops)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import DivergedError, invalid
 from moddistill.losses import Metrics
-from moddistill.models.flops import StepFlops
+from moddistill.models.flops import StepFlops, StepSize
 
 Row = dict[str, float | int]  # `step` and named numbers
 HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
@@ -29,7 +30,7 @@ class MetricsLog:
     Args:
       start: the step that the run resumes from, or 0.
       title: of the progress bar.
-      flops: of one step.
+      flops: from the content of a step to its FLOPs.
       peak_flops: of all devices per second, if known.
     """
 
@@ -39,7 +40,7 @@ class MetricsLog:
         start: int,
         steps: int,
         title: str,
-        flops: StepFlops,
+        flops: Callable[[StepSize], StepFlops],
         peak_flops: float | None = None,
     ):
         self.path = workdir / "metrics.jsonl"
@@ -90,8 +91,9 @@ class MetricsLog:
             check_finite(row, number, last_good)
         means = weighted_means(rows)
         now = time.monotonic()
-        # `tokens` has weight 1 in each step, so its mean is tokens per step.
-        means |= self._throughput(means.pop("tokens") * len(rows) / (now - self.last))
+        means |= self._throughput(means, len(rows) / (now - self.last))
+        for name in ("tokens", "squared_lengths", "images"):
+            del means[name]
         row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
         row["seconds"] = self.before + now - self.began
         self.last = now
@@ -101,19 +103,22 @@ class MetricsLog:
         text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         self.bar.set_postfix_str(text, refresh=False)
 
-    def _throughput(self, tokens_per_second: float) -> Row:
+    def _throughput(self, means: Row, steps_per_second: float) -> Row:
         """Tokens and FLOPs per second of both models, and the utilisation of a known peak.
 
-        FLOPs are those of real tokens: padding and recomputation do not count.
+        FLOPs are those of what the steps contain: padding and recomputation do not count.
         """
-        share = tokens_per_second / self.flops.positions
+        # FLOPs are linear in the content, so those of the mean content are the mean of the steps'.
+        content = {name: means[name] for name in StepSize._fields}
+        content["supervised"] *= means["tokens"]  # a share of the tokens
+        flops = self.flops(StepSize(**content))
         throughput = {
-            "tokens_per_second": tokens_per_second,
-            "student_tflops": self.flops.student * share / 1e12,
-            "teacher_tflops": self.flops.teacher * share / 1e12,
+            "tokens_per_second": means["tokens"] * steps_per_second,
+            "student_tflops": flops.student * steps_per_second / 1e12,
+            "teacher_tflops": flops.teacher * steps_per_second / 1e12,
         }
         if self.peak_flops:
-            both = (self.flops.student + self.flops.teacher) * share
+            both = (flops.student + flops.teacher) * steps_per_second
             throughput["mfu"] = both / self.peak_flops
         return throughput
 

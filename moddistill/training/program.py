@@ -15,6 +15,7 @@ from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
 from moddistill.errors import invalid
 from moddistill.losses import Loss
+from moddistill.models.batch import image_slots
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.flops import StepSize
 from moddistill.models.quantization import stored_shapes
@@ -29,13 +30,19 @@ from moddistill.training.step import make_step
 SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
 
 
-def step_size(config: TrainConfig, student: ModelConfig) -> StepSize:
-    """Size of one step of a stage whose rows are all full, for counting its FLOPs."""
-    # A preference pair is two rows, which share their images.
+def full_step_size(config: TrainConfig, student: ModelConfig) -> StepSize:
+    """Size of one step of a stage whose rows are all full: all that its kernels compute.
+
+    A row counts as one sample, since attention computes its scores between samples too.
+    """
+    # Both sides of a preference row share their images.
     rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
-    length = config.data.max_length
-    images = config.batch_size * config.data.max_images if student.vision else 0
-    return StepSize(rows, length, images, round(rows * length * SUPERVISED_SHARE))
+    tokens = rows * config.data.max_length
+    images = 0
+    if student.vision is not None:
+        images = config.batch_size * image_slots(config.data, student.vision.patches)
+    supervised = round(tokens * SUPERVISED_SHARE)
+    return StepSize(tokens, tokens * config.data.max_length, images, supervised)
 
 
 class Program(NamedTuple):
@@ -96,7 +103,7 @@ def make_program(
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
     # parameters and moments exist once. The teacher is an argument of its own and stays.
     step = jax.jit(
-        make_step(loss, optimizer, config.grad_accum_steps, config.seed),
+        make_step(loss, optimizer, config.grad_accum_steps, config.seed, student),
         donate_argnums=(0,) if config.donate else (),
         out_shardings=(shardings, replicated),
     )
@@ -107,7 +114,7 @@ def make_program(
 def compute_config(config: TrainConfig) -> ComputeConfig:
     """Returns the settings by which a run computes its student."""
     return ComputeConfig(
-        one_segment=True,  # the data pipeline does not pack samples
+        one_segment=not config.data.packing,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         unroll=not config.scan,

@@ -8,12 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from moddistill.losses import Loss, Metrics
-from moddistill.models.batch import num_tokens
+from moddistill.models.batch import AnyBatch, num_samples, sides_of
+from moddistill.models.flops import size_of_batch
+from moddistill.models.vlm import ModelConfig
 from moddistill.training.state import State
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, accumulate: int, seed: int
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
+    seed: int,
+    student: ModelConfig,
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
     """Returns `state, metrics = step(state, teacher, batch)`, a pure function.
 
@@ -40,10 +46,25 @@ def make_step(
         one = jnp.ones((), jnp.float32)
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
         metrics["param_norm"] = (optax.tree.norm(params), one)  # not finite if any of them is not
-        metrics["tokens"] = (num_tokens(batch), one)
+        metrics |= content_metrics(batch, student)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def content_metrics(batch: AnyBatch, student: ModelConfig) -> Metrics:
+    """Returns the content of a step: `StepSize` by its names, samples, and share of padding.
+
+    `supervised` has the weight of tokens and `padding` that of positions, so that their means are
+    shares; the others are numbers of a step.
+    """
+    size, one = size_of_batch(batch, student), jnp.ones((), jnp.float32)
+    positions = jnp.asarray(sum(side.tokens.size for side in sides_of(batch)), jnp.float32)
+    metrics = {name: (value, one) for name, value in size._asdict().items()}
+    metrics["supervised"] = (size.supervised, size.tokens)
+    metrics["padding"] = (positions - size.tokens, positions)
+    metrics["samples"] = (num_samples(batch), one)
+    return metrics
 
 
 def _accumulate(
@@ -51,9 +72,9 @@ def _accumulate(
 ) -> tuple[Any, Metrics]:
     """Sums gradients and metrics over `accumulate` micro-batches, in a scan.
 
-    Each takes every `accumulate`-th sample, so that samples stay on the devices they are on.
+    Each takes every `accumulate`-th row, so that rows stay on the devices they are on.
     """
-    # [B, ...] to [B / A, A, ...] to [A, B / A, ...]: sample i is in micro-batch i % A.
+    # [B, ...] to [B / A, A, ...] to [A, B / A, ...]: row i is in micro-batch i % A.
     micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def run(index: jax.Array, part: Any) -> tuple[Any, Metrics]:

@@ -5,11 +5,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from moddistill.config import DataConfig
 from moddistill.models.batch import (
     Batch,
     PreferenceBatch,
     concatenate_sides,
+    image_slots,
     make_batch,
     num_samples,
     num_tokens,
@@ -53,6 +56,22 @@ def test_number_of_samples_is_that_of_first_tokens():
     count = num_samples(batch)
     assert (count, count.dtype) == (3, jnp.float32)
     assert num_samples(PreferenceBatch(batch, batch)) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "slots"),
+    [
+        # 2,048 positions hold three images of 576 tokens, whatever a sample may have.
+        ({"packing": True}, 3),
+        ({"packing": True, "max_images": 9}, 3),
+        ({"packing": False}, 1),
+        ({"packing": False, "max_images": 9}, 3),
+        ({"packing": False, "max_images": 2}, 2),
+        ({"packing": True, "max_length": 100}, 1),
+    ],
+)
+def test_a_row_has_slots_for_the_images_that_fit_into_it(data, slots):
+    assert image_slots(DataConfig(**{"max_length": 2048, **data}), 576) == slots
 
 
 def test_a_made_batch_has_the_shapes_of_a_real_one():

@@ -1,17 +1,21 @@
 import dataclasses
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import unbox
-from moddistill.models.batch import make_batch
+from moddistill.models.batch import Batch, PreferenceBatch, make_batch
 from moddistill.models.flops import (
     StepSize,
     decoder_flops,
     forward_flops,
+    size_of_batch,
+    step_flops,
     training_flops,
     vision_flops,
 )
@@ -20,7 +24,15 @@ from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import flatten, unflatten
 
-TOKENS = StepSize(rows=2, length=64, images=0, supervised=128)
+ROWS = 2
+
+
+def full_rows(length):
+    """Rows of one sample each, whose tokens are all supervised."""
+    return StepSize(ROWS * length, ROWS * length**2, images=0, supervised=ROWS * length)
+
+
+TOKENS = full_rows(64)
 
 
 def one_layer(moe=None):
@@ -39,9 +51,9 @@ def one_layer(moe=None):
     return config if moe is None else upcycle_config(config, moe)
 
 
-def compiled_flops(config, function, tokens=TOKENS):
+def compiled_flops(config, function, length=64):
     params = unbox(abstract_params(config))
-    batch = make_batch(jax.ShapeDtypeStruct, rows=tokens.rows, length=tokens.length)
+    batch = make_batch(jax.ShapeDtypeStruct, rows=ROWS, length=length)
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"]
 
 
@@ -55,7 +67,7 @@ def test_forward_is_what_the_compiler_counts():
 @pytest.mark.parametrize("length", [64, 512])
 def test_backward_is_what_the_compiler_counts(length, trained):
     """Of all weights, and of a part above which attention is frozen (and the embedding is not)."""
-    config, tokens = one_layer(), StepSize(rows=2, length=length, images=0, supervised=2 * length)
+    config = one_layer()
     paths = set(flatten(unbox(abstract_params(config))))
     trained = {path for path in paths if re.fullmatch(trained, path)} | {"decoder/embedding"}
 
@@ -67,15 +79,15 @@ def test_backward_is_what_the_compiler_counts(length, trained):
         some = {path: x for path, x in flatten(params).items() if path in trained}
         return jax.grad(loss)(some, params, batch)
 
-    found = compiled_flops(config, gradient, tokens)
-    assert training_flops(config, tokens, trained) == pytest.approx(found, rel=0.03)
+    found = compiled_flops(config, gradient, length)
+    assert training_flops(config, full_rows(length), trained) == pytest.approx(found, rel=0.03)
 
 
 def test_only_the_chosen_experts_count():
     dense, sparse = one_layer(), one_layer(ExpertConfig(num_experts=8, top_k=2, placement="dense"))
     layer = 6 * 256 * 512
     router = 2 * 256 * 8
-    difference = decoder_flops(sparse.decoder, 64) - decoder_flops(dense.decoder, 64)
+    difference = decoder_flops(sparse.decoder) - decoder_flops(dense.decoder)
     assert difference == layer + router
 
 
@@ -83,6 +95,44 @@ def test_published_tower():
     """ViT-L/14 at 336 pixels takes 191 G multiply-adds with its 24 layers, of which 23 are run."""
     tower = preset("qwen2-0.5b").vision
     assert vision_flops(tower) * 24 / 23 == pytest.approx(2 * 191e9, rel=0.02)
+
+
+def test_content_of_a_batch_is_that_of_its_samples():
+    """Two images of 4 patches in samples of 9, 10 and 2 tokens, with padding between them."""
+    config = preset("tiny")
+    segments = jnp.asarray([[1] * 9 + [0] * 3 + [3] * 10, [2] * 2 + [0] * 20])
+    positions = jnp.asarray([[*range(9), 0, 1, 2, *range(10)], range(22)])
+    tokens = jnp.zeros((2, 22), jnp.int32).at[0, 2:6].set(config.image_token_id)
+    tokens = tokens.at[0, 14:18].set(config.image_token_id)
+    tokens = tokens.at[:, 10].set(config.image_token_id)  # of padding
+    loss_mask = jnp.zeros((2, 22), bool).at[0, 7:9].set(True).at[:, 1].set(True)
+    batch = Batch(tokens, positions, segments, loss_mask)
+    assert size_of_batch(batch, config) == (21, 81 + 100 + 4, 2, 4)
+    # Both sides share their images; here they are equal.
+    pair = PreferenceBatch(batch, batch)
+    assert size_of_batch(pair, config) == (42, 2 * 185, 2, 8)
+    text = dataclasses.replace(config, vision=None)
+    assert size_of_batch(batch, text).images == 0
+
+
+def test_squared_lengths_do_not_overflow():
+    shape = (2, 2**16)
+    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    ones = jnp.ones(shape, jnp.int32)
+    batch = Batch(ones, positions, ones, ones.astype(bool))
+    assert size_of_batch(batch, one_layer()).squared_lengths == 2.0**33
+
+
+def test_flops_of_a_step_are_those_of_its_samples(tiny_architecture):
+    """Student and teacher, with images: twice the content is twice the work, none is none."""
+    student, teacher = tiny_architecture("tiny", ExpertConfig()), tiny_architecture("tiny-teacher")
+    trained = {path for path in flatten(abstract_params(student)) if "/moe/" in path}
+    count = functools.partial(step_flops, student, teacher, trained=trained, shared_tower=False)
+    parts = [count(StepSize(*row)) for row in 3.0 * np.eye(4)]
+    assert all(flops.student > 0 and flops.teacher > 0 for flops in parts)
+    total = count(StepSize(3.0, 3.0, 3.0, 3.0))
+    np.testing.assert_allclose(np.sum(parts, axis=0), total)
+    np.testing.assert_allclose(count(StepSize(6.0, 6.0, 6.0, 6.0)), 2 * np.asarray(total))
 
 
 def test_frozen_weights_cost_no_gradient():

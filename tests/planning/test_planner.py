@@ -30,7 +30,7 @@ def test_plan_reports_memory_flops_and_collectives(report):
     assert report["argument_bytes_per_chip"] >= sum(report["arguments"].values()) * 0.99
     assert report["collectives"]["all-reduce"]["bytes"] > 0
     assert report["peak_bytes_per_chip"] > report["temp_bytes_per_chip"] > 0
-    assert (report["steps"], report["samples"]) == (4, 32)
+    assert (report["steps"], report["rows"], report["packing"]) == (4, 32, True)
     assert report["fits"] is None  # other programs use memory of this machine
 
 
@@ -72,7 +72,7 @@ def test_bytes_per_chip_fall_with_the_number_of_chips(fsdp, expert, tensor):
 
 def test_report_is_formatted_as_text(report):
     text = planner.format_report(report)
-    assert text.startswith("cpu:8: 8 chips, 8 samples at once\npeak ")
+    assert text.startswith("cpu:8: 8 chips, 8 rows at once\npeak ")
     assert "teacher" in text
 
 

@@ -18,6 +18,8 @@ from moddistill.training.heldout import evaluate_heldout
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 
+NORMS = ("grad_norm", "param_norm")
+CONTENT = ("samples", "padding", "supervised")
 TIMING = ("seconds", "tokens_per_second", "student_tflops", "teacher_tflops")
 
 
@@ -82,7 +84,7 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
     written = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     for row in written:
-        assert set(row) == {"step", "loss", "lr", "grad_norm", "param_norm", *TIMING} | PARTS[stage]
+        assert set(row) == {"step", "loss", "lr", *NORMS, *CONTENT, *TIMING} | PARTS[stage]
         assert all(map(math.isfinite, row.values()))
     assert {path.name for path in workdir.iterdir()} == {
         "config.json", "models.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"

@@ -7,12 +7,22 @@ import pytest
 from moddistill.models.flops import StepFlops
 from moddistill.training.metrics import MetricsLog, check_finite, read_metrics, weighted_means
 
-FLOPS = StepFlops(student=3e12, teacher=1e12, positions=400)
+
+def flops(size):
+    """Of 10 GFLOP for a token of the student, and of the teacher as much as all other content."""
+    rest = size.squared_lengths + 2 * size.images + 4 * size.supervised
+    return StepFlops(student=1e10 * size.tokens, teacher=1e9 * rest)
 
 
-def step(loss, weight, tokens=100):
-    scalars = {"loss": (loss * weight, weight), "tokens": (tokens, 1)}
-    return {name: tuple(map(jnp.float32, pair)) for name, pair in scalars.items()}
+def step(loss, weight, tokens=100, **content):
+    scalars = {
+        "loss": (loss * weight, weight),
+        "tokens": (tokens, 1),
+        "squared_lengths": (0, 1),
+        "images": (0, 1),
+        "supervised": (0, tokens),
+    }
+    return {name: tuple(map(jnp.float32, pair)) for name, pair in (scalars | content).items()}
 
 
 def test_means_are_weighted():
@@ -32,7 +42,7 @@ def test_non_finite_metric_stops_the_run(bad):
 
 
 def test_diverged_step_is_named_and_no_row_is_written(tmp_path):
-    with MetricsLog(tmp_path, start=4, steps=8, title="sft", flops=FLOPS) as log:
+    with MetricsLog(tmp_path, start=4, steps=8, title="sft", flops=flops) as log:
         for loss in (1.0, math.nan, math.nan):
             log.add(step(loss, 1))
         with pytest.raises(FloatingPointError, match="step 6: loss is nan"):
@@ -41,7 +51,7 @@ def test_diverged_step_is_named_and_no_row_is_written(tmp_path):
 
 
 def test_report_writes_one_row_of_means(tmp_path):
-    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=FLOPS) as log:
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=flops) as log:
         for loss in (1.0, 3.0):
             log.add(step(loss, 1))
         log.report(2, 0.5, "none yet")
@@ -52,24 +62,30 @@ def test_report_writes_one_row_of_means(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_throughput_counts_real_tokens(tmp_path):
-    """Half of 400 positions are real, in two steps of 4 TFLOP when full."""
-    log = MetricsLog(tmp_path, 0, 4, "d2d", FLOPS, peak_flops=1e13)
+def test_throughput_is_that_of_what_the_steps_contain(tmp_path):
+    """Two steps of different content, 300 tokens together."""
+    log = MetricsLog(tmp_path, 0, 4, "d2d", flops, peak_flops=1e13)
+    one = {"squared_lengths": (5000, 1), "images": (3, 1), "supervised": (50, 200)}
+    two = {"squared_lengths": (1000, 1), "images": (1, 1), "supervised": (40, 100)}
     with log:
-        for _ in range(2):
-            log.add(step(1, 1, tokens=200))
+        log.add(step(1, 1, tokens=200, **one))
+        log.add(step(1, 1, tokens=100, **two))
         log.report(2, 0.5, "none yet")
     [row] = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["tokens_per_second"] * row["seconds"] == pytest.approx(300)
     assert row["student_tflops"] * row["seconds"] == pytest.approx(3.0)
-    assert row["teacher_tflops"] * row["seconds"] == pytest.approx(1.0)
-    assert row["mfu"] == pytest.approx(4 / row["seconds"] / 10)
+    # 5,000 + 1,000, twice 3 + 1, four times 50 + 40.
+    assert row["teacher_tflops"] * row["seconds"] == pytest.approx(6.368)
+    assert row["mfu"] == pytest.approx(9.368 / row["seconds"] / 10)
+    assert row["supervised"] == pytest.approx(0.3)
+    assert not row.keys() & {"tokens", "squared_lengths", "images"}
 
 
 def test_rows_after_the_last_checkpoint_are_removed_and_seconds_continue(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with MetricsLog(tmp_path, start=2, steps=4, title="sft", flops=FLOPS) as log:
+    with MetricsLog(tmp_path, start=2, steps=4, title="sft", flops=flops) as log:
         log.add(step(4, 1))
         log.report(3, 0.0, "none yet")
     written = read_metrics(file)
@@ -83,7 +99,7 @@ def test_rows_of_held_out_records_are_written_again(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": 2, "loss": 1.0, "seconds": 10.0}, {"step": 2, "heldout_loss": 1.0}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with MetricsLog(tmp_path, start=2, steps=2, title="sft", flops=FLOPS):
+    with MetricsLog(tmp_path, start=2, steps=2, title="sft", flops=flops):
         pass
     assert read_metrics(file) == rows[:1]
 
@@ -92,7 +108,7 @@ def test_incomplete_last_line_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "lo')
     assert [row["step"] for row in read_metrics(file)] == [1]
-    with MetricsLog(tmp_path, start=1, steps=4, title="sft", flops=FLOPS) as log:
+    with MetricsLog(tmp_path, start=1, steps=4, title="sft", flops=flops) as log:
         log.add(step(4, 1))
         log.report(2, 0.0, "none yet")
     assert [row["step"] for row in read_metrics(file)] == [1, 2]

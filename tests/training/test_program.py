@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from moddistill.config import ExpertConfig, MeshConfig
+from moddistill.config import DataConfig, ExpertConfig, MeshConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError
@@ -13,7 +13,7 @@ from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.planning.planner import abstract_batch
-from moddistill.training.program import make_program, with_shardings
+from moddistill.training.program import full_step_size, make_program, with_shardings
 
 
 @pytest.fixture
@@ -39,16 +39,35 @@ def test_step_donates_its_state(make, donate):
     assert ("tf.aliasing_output" in text or "jax.buffer_donor" in text) == donate
 
 
-@pytest.mark.parametrize("stage", ["d2s", "preference"])
-def test_the_student_is_computed_by_the_settings_of_the_run(make, stage):
-    _, _, program = make(stage, expert_transport="all_to_all", remat="matmuls", scan=False)
+@pytest.mark.parametrize(("stage", "packing"), [("d2s", True), ("preference", False)])
+def test_the_student_is_computed_by_the_settings_of_the_run(make, stage, packing):
+    settings = {"expert_transport": "all_to_all", "remat": "matmuls", "scan": False}
+    _, _, program = make(stage, data=DataConfig(packing=packing), **settings)
     assert program.model.compute == ComputeConfig(
         dtype=jnp.dtype("float32"),
         remat="matmuls",
-        one_segment=True,
+        one_segment=not packing,
         unroll=True,
         expert_transport="all_to_all",
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "packing", "expected"),
+    [
+        # Images of 4 tokens in rows of 20: five of them, or two of a sample. A quarter is
+        # supervised.
+        ("d2s", True, (160, 3200, 8 * 5, 40)),
+        ("d2s", False, (160, 3200, 8 * 2, 40)),
+        ("preference", True, (320, 6400, 8 * 5, 80)),
+    ],
+)
+def test_size_of_a_step_with_full_rows(tiny_config, stage, packing, expected):
+    data = {"max_length": 20, "max_images": 2, "packing": packing}
+    config = tiny_config(stage, batch_size=8, data=data)
+    assert full_step_size(config, preset("tiny")) == expected
+    text = dataclasses.replace(preset("tiny"), vision=None)
+    assert full_step_size(config, text).images == 0
 
 
 @pytest.mark.parametrize(

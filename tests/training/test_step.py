@@ -10,12 +10,15 @@ import pytest
 from moddistill.config import DistillationConfig, RouterLossConfig
 from moddistill.losses import Loss
 from moddistill.losses.distillation import token_loss
-from moddistill.models.batch import Batch
+from moddistill.models.batch import Batch, PreferenceBatch
+from moddistill.models.presets import preset
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten
 from moddistill.teachers.live import LiveTeacher
 from moddistill.training.state import State
-from moddistill.training.step import make_step
+from moddistill.training.step import content_metrics, make_step
+
+TEXT = preset("demo-language")
 
 
 def squares_share(params, frozen, teacher, batch, totals, rng):
@@ -49,7 +52,7 @@ def state_of(optimizer):
 
 
 def run(optimizer, steps=1, accumulate=1, seed=0):
-    step = jax.jit(make_step(squares, optimizer, accumulate, seed))
+    step = jax.jit(make_step(squares, optimizer, accumulate, seed, TEXT))
     state = state_of(optimizer)
     for number in range(steps):
         state, metrics = step(state, None, batch_of(seed=number))
@@ -73,12 +76,34 @@ def test_step_equals_one_computed_by_hand():
     assert state.step == 1
 
 
+def test_content_of_a_step_by_hand():
+    """Two rows of 6 positions: samples of 2 and 3 tokens with padding between them, and padding."""
+    batch = Batch(
+        tokens=jnp.ones((2, 6), jnp.int32),
+        positions=jnp.asarray([[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5]]),
+        segments=jnp.asarray([[1, 1, 0, 3, 3, 3], [0] * 6]),
+        loss_mask=jnp.asarray([[0, 1, 0, 0, 1, 1], [0] * 6], bool),
+    )
+    expected = {
+        "tokens": (5, 1),
+        "squared_lengths": (4 + 9, 1),
+        "images": (0, 1),
+        "samples": (2, 1),
+        "padding": (7, 12),
+        "supervised": (3, 5),
+    }
+    assert content_metrics(batch, TEXT) == expected
+    both = content_metrics(PreferenceBatch(batch, batch), TEXT)
+    assert both["samples"] == (2, 1)
+    assert (both["tokens"], both["padding"], both["supervised"]) == ((10, 1), (14, 24), (6, 10))
+
+
 def test_randomness_is_that_of_seed_and_step():
     optimizer = optax.sgd(0.1)
     slope = {seed: run(optimizer, steps=2, seed=seed)[0].params["slope"] for seed in (0, 1)}
     assert slope[0] == run(optimizer, steps=2, seed=0)[0].params["slope"]
     assert slope[0] != slope[1]
-    step = jax.jit(make_step(squares, optax.sgd(0.0), 1, 0))
+    step = jax.jit(make_step(squares, optax.sgd(0.0), 1, 0, TEXT))
     state, first = step(state_of(optax.sgd(0.0)), None, batch_of())
     _, second = step(state, None, batch_of())
     assert first["loss"][0] != second["loss"][0]
@@ -99,7 +124,7 @@ def test_frozen_parameters_stay_as_they_are():
 
 def test_step_is_traced_once():
     optimizer = optax.adamw(optax.linear_schedule(0.1, 0.0, 10))
-    step = chex.assert_max_traces(make_step(squares, optimizer, 2, 0), n=1)
+    step = chex.assert_max_traces(make_step(squares, optimizer, 2, 0, TEXT), n=1)
     step = jax.jit(step, donate_argnums=0)
     state = state_of(optimizer)
     for number in range(3):
@@ -110,7 +135,7 @@ def test_step_is_traced_once():
 def test_state_can_be_donated():
     """Nothing of the old state is needed for the new one."""
     optimizer = optax.adamw(0.1)
-    step = jax.jit(make_step(squares, optimizer, 1, 0), donate_argnums=0)
+    step = jax.jit(make_step(squares, optimizer, 1, 0, TEXT), donate_argnums=0)
     old = state_of(optimizer)
     new, _ = step(old, None, batch_of())
     assert old.params["slope"].is_deleted()
@@ -145,7 +170,7 @@ def test_accumulation_gives_the_same_step(language_model, init, terms):
     results = []
     for accumulate in (1, 2, 4):
         state = State(jnp.zeros((), jnp.int32), trained, {}, optimizer.init(trained))
-        step = jax.jit(make_step(loss, optimizer, accumulate, 0))
+        step = jax.jit(make_step(loss, optimizer, accumulate, 0, model.config))
         state, metrics = step(state, teacher, batch)
         names = ("loss", *terms, "grad_norm", "tokens")
         results.append((state.params, [metrics[name] for name in names]))
