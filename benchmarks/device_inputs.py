@@ -87,7 +87,7 @@ def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bo
     """Returns random tokens and images as numpy arrays; each row ends with supervised tokens.
 
     Args:
-      full: rows without padding, as `moddistill.models.flops` counts them, or of random lengths.
+      full: rows without padding, as `full_step_size` counts them, or of random lengths.
     """
     rng = np.random.default_rng(0)
 

@@ -94,7 +94,7 @@ def _check_losses(config: TrainConfig) -> None:
 
 
 def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError unless samples and positions can be sharded evenly over the mesh."""
+    """Raises UserError unless rows and positions can be sharded evenly over the mesh."""
     _check_processes(mesh)
     # A step shards micro-batches, not the batch that they are slices of.
     shards, micro_batch = num_batch_shards(mesh), config.batch_size // config.grad_accum_steps
@@ -110,7 +110,7 @@ def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
 def _check_processes(mesh: Mesh) -> None:
     """Raises UserError unless each shard of a batch is in one process, equally many in each.
 
-    Each process reads its own samples. If two shared a shard, each would fill it with others. As
+    Each process reads its own rows. If two shared a shard, each would fill it with others. As
     micro-batches fill all shards evenly, so does `batch_size` all processes.
     """
     tensor = mesh.shape["tensor"]
