@@ -48,6 +48,20 @@ def did_you_mean(value: Any, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def one_line(text: str) -> str:
+    r"""Returns a text of at most 200 characters on one line, with control characters escaped.
+
+    >>> one_line("a\nb")
+    'a\\nb'
+    """
+    start = text[: _LONGEST_VALUE + 1]
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in start
+    )
+    return escaped if len(escaped) <= _LONGEST_VALUE else escaped[: _LONGEST_VALUE - 3] + "..."
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

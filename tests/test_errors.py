@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moddistill.config import ExpertConfig
-from moddistill.errors import at_field
+from moddistill.errors import at_field, one_line
 from moddistill.models.moe.layer import check_moe
 from moddistill.storage.model_folder import read_model_config
 
@@ -41,3 +41,11 @@ def test_the_name_is_continued_by_a_message_that_begins_with_its_last_part():
 def test_errors_of_libraries_stay_as_they_are():
     with pytest.raises(ValueError, match=r"^operands could not be broadcast"), at_field("config.x"):
         np.zeros(2) + np.zeros(3)
+
+
+def test_text_on_one_line_is_escaped_and_bounded():
+    assert one_line("a b\\é狗") == "a b\\é狗"
+    assert one_line("a\nb\x1b[2J\u2028\ud800") == r"a\nb\x1b[2J\u2028\ud800"
+    assert one_line("x" * 200) == "x" * 200
+    assert one_line("x" * 201) == "x" * 197 + "..."
+    assert one_line("\0" * 10**6) == (r"\x00" * 50)[:197] + "..."

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moddistill.data.examples import encode_prompt
+from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import load_image, mean_color, preprocess
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.models.batch import Batch, padded_batch
@@ -64,10 +65,12 @@ def _images(prompts: Sequence[Prompt], config: ModelConfig) -> np.ndarray:
     # One array serves the batch: every row has as many slots as the one with most images. Slots
     # without an image are encoded too, but no placeholder reads their features.
     tower = config.vision
+    pad_color = mean_color(tower.mean)
+    rules = ImageRules(pad_color=pad_color)
     count = max(len(prompt.images) for prompt in prompts)
     images = np.zeros((len(prompts), count, tower.image_size, tower.image_size, 3), np.uint8)
     for row, prompt in enumerate(prompts):
         for slot, path in enumerate(prompt.images):
-            image = preprocess(load_image(path), tower.image_size, mean_color(tower.mean))
-            images[row, slot] = image
+            image = load_image(path, rules)
+            images[row, slot] = preprocess(image, tower.image_size, pad_color)
     return images

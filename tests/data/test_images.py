@@ -1,19 +1,26 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
+from moddistill.data.image_decoding import ImageRules
+from moddistill.data.image_files import EmbeddedImage, ImageFile
 from moddistill.data.images import (
     CLIP_MEAN,
     CLIP_STD,
+    PAD_COLOR,
     load_image,
     mean_color,
     pad_to_square,
     preprocess,
+    read_image,
 )
+from moddistill.errors import UserError
 from moddistill.storage.model_folder import preprocessor_config
+from tests.data.encoded_images import samples
 
 
 def random_image(width, height):
@@ -83,54 +90,66 @@ def test_transformers_makes_the_same_pixels_from_the_exported_config(size, mean,
     np.testing.assert_allclose(normalise(pixels, mean, std), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_any_colour_mode_is_read_as_rgb(mode, tmp_path):
-    path = tmp_path / "a.tiff"
-    random_image(5, 4).convert(mode).save(path)
-    assert (load_image(str(path)).mode, load_image(str(path)).size) == ("RGB", (5, 4))
+@pytest.mark.parametrize("size", [1, 5, 24, 336])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (1, 90), (90, 1), (5, 24), (24, 5), (24, 24), (500, 375), (375, 500), (640, 427)],
+)
+def test_pixels_are_those_of_resizing_the_padded_square_bit_for_bit(shape, size):
+    image, color = random_image(*shape), (122, 0, 255)
+    side = max(shape)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - shape[0]) // 2, (side - shape[1]) // 2))
+    expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(preprocess(image, size, color), expected)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
-@pytest.mark.parametrize("order", ["<u2", ">u2"])
-def test_16_bit_pixels_are_scaled_to_8_bits(order, name, tmp_path):
-    """65535 / 257 is 255: white stays white, and `257 * byte` becomes `byte`."""
-    shades = np.array([[0, 128, 256, 257], [30000, 32768, 65407, 65535]], order)
-    Image.fromarray(shades).save(tmp_path / name)
-    expected = [[0, 0, 1, 1], [117, 128, 255, 255]]
-    pixels = np.asarray(load_image(str(tmp_path / name)))
-    np.testing.assert_array_equal(pixels, np.repeat(np.array(expected)[..., None], 3, axis=2))
+def test_image_files_embedded_images_and_paths_are_decoded_alike(tmp_path):
+    (tmp_path / "sub").mkdir()
+    image = random_image(5, 4)
+    image.save(tmp_path / "sub" / "a.png")
+    data = (tmp_path / "sub" / "a.png").read_bytes()
+    rules = ImageRules(pad_color=PAD_COLOR)
+    for result in [
+        read_image(ImageFile(str(tmp_path), "sub/a.png"), rules),
+        read_image(EmbeddedImage("a", data), rules),
+        load_image(str(tmp_path / "sub" / "a.png")),
+    ]:
+        assert result.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(image))
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
-def test_pixels_without_a_known_range_are_an_error(mode, dtype, tmp_path):
-    path = tmp_path / "a.tiff"
-    Image.fromarray(np.full((4, 5), 900, dtype)).save(path)
-    with pytest.raises(ValueError, match=rf"a\.tiff: .*expected 8 or 16 bits .*, got {mode!r}"):
-        load_image(str(path))
+def test_errors_name_the_image_as_its_record_does(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    rules = ImageRules(pad_color=PAD_COLOR)
+    expected = "expected a readable image"
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.png: {expected}"):
+        read_image(ImageFile(str(tmp_path), "a.png"), rules)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.png: {expected}"):
+        load_image(str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match=rf"^images\[2\]: {expected}"):
+        read_image(EmbeddedImage("images[2]", b"no image"), rules)
 
 
-# A changed byte in the header: Pillow raises RuntimeError for AVIF, TypeError for TIFF.
-@pytest.mark.parametrize(("name", "offset", "byte"), [("a.avif", 81, 0), ("a.tiff", 72, 2)])
-def test_any_exception_of_a_decoder_is_an_error_that_names_the_file(name, offset, byte, tmp_path):
-    path = tmp_path / name
-    random_image(8, 8).save(path)
-    data = bytearray(path.read_bytes())
-    data[offset] = byte
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}: expected a readable image"):
-        load_image(str(path))
-
-
-@pytest.mark.parametrize("size", [0, 20, 60, 900])
-@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_truncated_image_file_is_an_error_that_names_it(name, size, tmp_path):
-    path = tmp_path / name
-    random_image(64, 64).save(path)
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{name}: expected a readable image"):
-        load_image(str(path))
-
-
-def test_missing_image_file_is_a_file_not_found_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
+def test_missing_image_file_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.png: .*, got an error: No such file or directory$"):
         load_image(str(tmp_path / "gone.png"))
+
+
+def test_limits_are_those_of_the_rules(tmp_path):
+    random_image(5, 4).save(tmp_path / "a.png")
+    rules = ImageRules(pad_color=PAD_COLOR, max_pixels=24)
+    with pytest.raises(UserError, match=r"at most data\.max_pixels 24 pixels .*, got 25 \(5 x 4\)"):
+        load_image(str(tmp_path / "a.png"), rules)
+    with pytest.raises(UserError, match="at most 1,048,768 bytes"):
+        read_image(EmbeddedImage("a", bytes(8 * 24 + 2**20 + 1)), rules)
+
+
+def test_threads_decode_the_same_pixels():
+    rules = ImageRules(pad_color=PAD_COLOR)
+    images = [EmbeddedImage(name, data) for name, data in samples().items()] * 20
+    expected = [np.asarray(read_image(image, rules)) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        results = pool.map(lambda image: np.asarray(read_image(image, rules)), images)
+        for pixels, other in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(pixels, other)
