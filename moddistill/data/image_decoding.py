@@ -176,8 +176,9 @@ def _as_8_bits(image: Image.Image) -> Image.Image:
 def _scale_transparent_color(image: ImageFile, depth: int) -> None:
     """Scales the transparent colour of a PNG, in bits of the file, to the 8 bits of its pixels."""
     color = image.info.get("transparency")
-    if image.mode == "L" and color is not None:
-        image.info["transparency"] = color * 255 // (2**depth - 1)
+    if image.mode in ("1", "L") and color is not None:
+        # The low bits count. Some releases of Pillow have scaled 1 bit already.
+        image.info["transparency"] = color % 2**depth * 255 // (2**depth - 1)
     elif image.mode == "RGB" and color is not None and depth == 16:
         # Pillow keeps the high bytes of 16-bit colours, so colours that differ less are one.
         image.info["transparency"] = tuple(channel >> 8 for channel in color)
