@@ -93,7 +93,7 @@ def _confined_path(image: ImageFile) -> str:
     """
     expected = f"a file below {one_line(image.root)}, without '..' or a link out of it"
     name = image.name
-    if not name or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
         raise invalid("image", name, expected)
     try:
         path = os.path.realpath(os.path.join(image.root, name))

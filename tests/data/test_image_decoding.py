@@ -156,7 +156,7 @@ def test_transparent_colour_of_rgb_png():
     pad = [122, 116, 104]
     key = chunk(b"tRNS", struct.pack(">3H", *RED_GREEN[0, 0]))
     np.testing.assert_array_equal(pixels(rgb_png(key)), [[pad, RED_GREEN[0, 1]]])
-    wide = (RED_GREEN.astype(">u2") * 257).astype(">u2")
+    wide = (RED_GREEN.astype(">u2") * 256 + 7).astype(">u2")
     key = chunk(b"tRNS", wide[0, 1].tobytes())
     data = png([wide.tobytes()], 2, 16, 2, key)
     np.testing.assert_array_equal(pixels(data), [[RED_GREEN[0, 0], pad]])

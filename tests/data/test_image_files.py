@@ -144,6 +144,12 @@ def test_files_that_cannot_be_read_are_errors_of_bounded_length(root, name, reas
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("path", ["a\0.png", "\ud800.png"])
+def test_a_path_that_no_system_accepts_is_an_error(path):
+    with pytest.raises(UserError, match=r"^a\.png: expected a readable image, got an error: "):
+        read_file(path, LIMIT, "a.png")
+
+
 def test_an_error_while_reading_is_an_error_of_the_image(root, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")

@@ -144,21 +144,21 @@ def test_compressed_metadata_of_png_is_not_expanded():
         chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6), 9)) * 1000,
     ]
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.thread_time()
     for data in bombs:
         np.testing.assert_array_equal(pixels(rgb_png(data)), RED_GREEN)
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
-    assert time.monotonic() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_repeated_exif_segments_take_linear_time():
     data = samples()["jpeg"]
     segments = jpeg_segment(0xE1, b"Exif\0\0" + exif(1) + bytes(100)) * 20_000
-    start = time.monotonic()
+    start = time.thread_time()
     stored = pixels(data, ImageRules(pad_color=(0, 0, 0), exif="ignore"))
     np.testing.assert_array_equal(pixels(data[:2] + segments + data[2:]), stored)
-    assert time.monotonic() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_a_progressive_jpeg_of_very_many_scans_is_refused():

@@ -22,7 +22,7 @@ EACH_FORMAT = pytest.mark.parametrize("name", samples())
 
 def check(data):
     """Reads an image and checks what every outcome has in common; returns whether there is one."""
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         image = read_image(EmbeddedImage("a", data), RULES)
         assert image.mode == "RGB"
@@ -36,7 +36,7 @@ def check(data):
         assert len(message) < 500
         return False
     finally:
-        assert time.monotonic() - start < SECONDS
+        assert time.thread_time() - start < SECONDS
 
 
 def mutated(data, other, edits):
