@@ -12,8 +12,9 @@ and after stage `init` with the same pair:
     python -m moddistill.train --config experiments/d2d.py:pair=long-llava \\
         --workdir runs/long-llava/qwen2-0.5b/d2d
 
-Paper: KL to the teacher only, 2.4M captions and conversations, batch 256, 2e-5, one epoch. The
-reference's script has 128 a step.
+Paper: KL to the teacher only, 2.4M captions and conversations, batch 256, 2e-5. The reference's
+script has one epoch and 128 a step. The six sets that the paper names have 2.7M records
+(`python -m experiments.data`); `--config.steps=9375` is the paper's number of steps.
 """
 
 import ml_collections
@@ -31,9 +32,9 @@ def full(models: common.Models) -> TrainConfig:
         stage="d2d",
         student=models.after("init"),
         teacher=models.teacher,
-        steps=2_400_000 // 256,
-        batch_size=256,  # paper; 128 in the reference's script
-        data=models.data("data/d2d.json"),
+        # Paper: 256 samples; 128 in the reference's script. 96 rows hold 246 on average.
+        batch_size=common.rows(256, models.samples_per_row),
+        data=models.data("d2d"),
         optim=OptimConfig(lr=2e-5),
     )
 
@@ -44,7 +45,7 @@ def demo() -> TrainConfig:
             stage="d2d",
             student="runs/demo/init/model",
             teacher="runs/demo/teacher/model",
-            steps=400,
+            steps=600,
             data=DataConfig(sources=common.easy_vqa("train")),
             optim=OptimConfig(lr=1e-3),
         )

@@ -4,8 +4,12 @@
     python -m moddistill.train --config experiments/init.py:pair=long-llava \\
         --workdir runs/long-llava/qwen2-0.5b/init
 
-Paper: 0.6M captions (LLaVA-Pretrain), batch 512, 1e-4, one epoch. The reference's script has 1e-3
-and 256 a step. Expected: the loss falls within the first hundred steps and then slowly.
+Paper: 0.6M captions (LLaVA-Pretrain, 558k), batch 512, 1e-4. The reference's script has one epoch,
+1e-3 and 256 a step. Expected: the loss falls within the first hundred steps and then slowly.
+
+A caption is the answer to its question in the teacher's template, `vicuna` by default, as in the
+reference's script. LLaVA, TinyLLaVA and MoE-LLaVA train this stage on `<image>` and the caption
+only: `--config.data.template=plain`.
 """
 
 import ml_collections
@@ -26,9 +30,10 @@ def full(models: common.Models) -> TrainConfig:
     return TrainConfig(
         stage="init",
         student=models.student,
-        steps=600_000 // 512,
-        batch_size=512,  # paper; 256 in the reference's script
-        data=models.data("data/blip_laion_cc_sbu_558k.json"),
+        # Paper: 512 samples; 256 in the reference's script. Captions are short: 3 fit a row of
+        # 2,048, so that 176 rows hold 528.
+        batch_size=common.rows(512, per_row=3),
+        data=models.data("init"),
         optim=OptimConfig(lr=1e-4),  # paper; 1e-3 in the reference's script
     )
 

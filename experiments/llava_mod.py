@@ -2,9 +2,10 @@
 
     python -m moddistill.recipe --config experiments/llava_mod.py --workdir runs/qwen1.5-1.8b
 
-Full size needs a teacher, `runs/qwen1.5-7b/sft/model`, and a student with a vision encoder,
-`models/qwen1.5-1.8b`. Of the pairs with a published teacher (docs/teachers.md), `interleave` needs
-neither and has no `init`; `long-llava` needs the student, `models/qwen2-0.5b`.
+Full size needs a teacher, `runs/qwen1.5-7b/sft/model` (`teacher_init.py`, then `sft.py`), and a
+student with a vision encoder, `models/qwen1.5-1.8b`. Of the pairs with a published teacher
+(docs/teachers.md), `interleave` needs neither and has no `init`; `long-llava` needs the student,
+`models/qwen2-0.5b`.
 
     python -m moddistill.recipe --config experiments/llava_mod.py:pair=interleave \\
         --workdir runs/llava-interleave-qwen-0.5b-hf
@@ -75,9 +76,10 @@ def language(student: str, seed: int = 0) -> TrainConfig:
             seed=seed,
             trainable=("decoder/.*",),
             steps=1000,
-            data=DataConfig(sources=common.easy_vqa("text"), max_length=38),
+            data=DataConfig(sources=common.easy_vqa("text")),
             optim=OptimConfig(lr=1.5e-3, weight_decay=0.05),
-        )
+        ),
+        rows=4,  # 31 samples without images
     )
 
 
@@ -93,7 +95,7 @@ def captions() -> TrainConfig:
             vision="random:demo-teacher",
             trainable=("projector/.*", "vision/.*"),
             steps=1200,
-            data=DataConfig(sources=common.easy_vqa("captions"), max_length=66),
+            data=DataConfig(sources=common.easy_vqa("captions")),
             optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         )
     )

@@ -7,8 +7,10 @@
 
 The second is the baseline of a pair whose teacher can be downloaded (docs/teachers.md).
 
-Full size is LLaVA-1.5's second stage: 665k records, batch 128, 2e-5, one epoch. It starts from a
-model whose projector `init` has trained. `:demo` is the teacher of the demo on its questions.
+Full size is LLaVA-1.5's second stage: 665k records, batch 128, 2e-5, one epoch. It starts from the
+model of `init`, or of `teacher_init`, which is LLaVA-1.5's first stage, in `runs/qwen1.5-7b/init`.
+LLaVA-1.5 also groups records of equal kind and length in a step, which this does not. `:demo` is
+the teacher of the demo on its questions.
 """
 
 import ml_collections
@@ -25,9 +27,9 @@ def full(models: common.Models) -> TrainConfig:
     return TrainConfig(
         stage="sft",
         student=models.after("init"),
-        steps=665_000 // 128,
-        batch_size=128,
-        data=models.data("data/llava_v1_5_mix665k.json"),
+        # LLaVA-1.5: 128 samples. 48 rows hold 123 on average.
+        batch_size=common.rows(128, models.samples_per_row),
+        data=models.data("sft"),
         optim=OptimConfig(lr=2e-5),
     )
 

@@ -55,12 +55,24 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
-    """One file of records."""
+class ColumnsConfig:
+    """Names of the fields of a table of questions and answers; empty for all other forms."""
 
-    path: Annotated[str, "LLaVA JSON or JSONL file"] = ""
-    images: Annotated[str, "folder that image names in the file are relative to"] = ""
-    weight: Annotated[float, Range(gt=0), "sampling weight relative to the other sources"] = 1.0
+    question: Annotated[str, "field with the question"] = ""
+    answer: Annotated[str, "field with the answer, or with a list of which the first counts"] = ""
+    image: Annotated[str, "field with the image; empty without images"] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Records of one kind, in one file or several."""
+
+    path: Annotated[
+        str, "JSON, JSONL, parquet or ArrayRecord file, or a pattern such as `data/*.parquet`"
+    ] = ""
+    images: Annotated[str, "folder that image names in the records are relative to"] = ""
+    weight: Annotated[float, Range(gt=0, le=1e6), "uses of each record in an epoch"] = 1.0
+    columns: ColumnsConfig = ColumnsConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +82,20 @@ class DataConfig:
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
     template: Annotated[Template, "conversation format, which must be the teacher's"] = "vicuna"
     max_length: Annotated[
-        int, Range(ge=1, le=10**6), "tokens of a sample, image patches included"
+        int, Range(ge=1, le=10**6), "tokens of a row and of a sample, image patches included"
     ] = 2048
-    max_images: Annotated[int, Range(ge=1, le=1000), "images of a sample"] = 1
     packing: Annotated[bool, "several samples in a row"] = True
+    max_images: Annotated[int, Range(ge=1, le=1000), "images of a sample"] = 1
+    max_pixels: Annotated[
+        int, Range(ge=1, le=2**30), "pixels of an image, which is padded to a square first"
+    ] = 2**26
+    exif: Annotated[
+        Literal["apply", "ignore"], "orientation that an image file notes; ignore: the reference"
+    ] = "apply"
+    max_rejected: Annotated[
+        float, Range(ge=0, le=1), "share of a source's records that may be rejected"
+    ] = 0.1
+    index: Annotated[str, "folder for the indices of sources; empty: next to their files"] = ""
     workers: Annotated[int, Range(ge=0, le=1000), "worker processes; 0 reads in threads"] = 0
     # Evaluated at the end, for `heldout_steps` batches.
     heldout: SourceConfig = SourceConfig()
@@ -193,8 +215,9 @@ class TrainConfig:
     trainable: Annotated[
         str | tuple[str, ...], "`paper`, `reference`, or a tuple of patterns of parameter paths"
     ] = "paper"
-    steps: Annotated[int, Range(ge=1, le=10**9), "optimizer steps"] = 1000
-    batch_size: Annotated[int, Range(ge=1, le=2**20), "samples of a step, over all devices"] = 256
+    steps: Annotated[int, Range(ge=0, le=10**9), "optimizer steps; 0: as many as `epochs` take"] = 0
+    epochs: Annotated[float, Range(gt=0, le=1e6), "uses of all records, if `steps` is 0"] = 1.0
+    batch_size: Annotated[int, Range(ge=1, le=2**20), "rows of a step, over all devices"] = 256
     grad_accum_steps: Annotated[int, Range(ge=1), "micro-batches of a step"] = 1
     seed: Annotated[
         int, Range(ge=0, le=2**32 - 1), "seed of new weights and of the order of records"

@@ -44,7 +44,9 @@ def not_one_of(origin: str, value: Any, choices: Iterable[str]) -> UserError:
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
     """Returns ` (did you mean 'X'?)` for the choice closest to `value`, or an empty string."""
-    close = difflib.get_close_matches(value, list(choices), n=1) if isinstance(value, str) else ()
+    if not isinstance(value, str) or len(value) > _LONGEST_VALUE:
+        return ""
+    close = difflib.get_close_matches(value, list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -59,12 +61,37 @@ def one_line(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in start
     )
-    return escaped if len(escaped) <= _LONGEST_VALUE else escaped[: _LONGEST_VALUE - 3] + "..."
+    return _at_most(escaped, _LONGEST_VALUE)
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+    """Returns `repr(value)` up to 200 characters, in a time that does not grow with the value."""
+    return _at_most(_repr_start(value, _LONGEST_VALUE), _LONGEST_VALUE)
+
+
+def _repr_start(value: Any, length: int) -> str:
+    """Returns `repr(value)`, or the start of one that is longer than `length`.
+
+    Only texts, bytes, lists and dicts, which records consist of, are cut. Each level of nesting
+    adds a character, so at most `length` levels are visited.
+    """
+    if type(value) in (str, bytes):
+        return repr(value[:length])
+    if type(value) not in (list, dict) or not value:
+        return repr(value)
+    text = opening = "[" if type(value) is list else "{"
+    for item in value:
+        if len(text) > length:
+            break
+        text += ", " if text != opening else ""
+        text += _repr_start(item, max(0, length - len(text)))
+        if type(value) is dict:
+            text += ": " + _repr_start(value[item], max(0, length - len(text)))
+    return text + ("]" if type(value) is list else "}")
+
+
+def _at_most(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @contextlib.contextmanager

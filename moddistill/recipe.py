@@ -18,7 +18,7 @@ from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import RecipeConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
-from moddistill.data.records import check_source
+from moddistill.data.sources import check_source
 from moddistill.distributed.processes import broadcast_from_main, initialize, is_main_process
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, at_field, invalid
@@ -29,6 +29,7 @@ from moddistill.reports.table import format_table
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
 from moddistill.training.loop import LOG, start_logging, train
+from moddistill.training.resume import is_finished
 from moddistill.training.validation import check_settings
 
 
@@ -141,7 +142,7 @@ def _check_sources(stage: TrainConfig, workdir: Path) -> None:
         paths = (Path(source.path), Path(source.images))
         if not any(path.resolve().is_relative_to(workdir.resolve()) for path in paths):
             with at_field(f"config.data.{name}"):
-                check_source(source.path, source.images)
+                check_source(source)
 
 
 def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> None:
@@ -162,12 +163,13 @@ def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> 
 
 def _check_steps(stage: TrainConfig, folder: Path) -> None:
     """Raises UserError if a finished stage has other steps; later stages begin with its model."""
-    steps = read_source(folder / "model").get("steps")
-    if steps != stage.steps:
+    made = read_source(folder / "model")
+    if not is_finished(stage, made):
+        name = "steps" if made.get("steps") or stage.steps else "epochs"
         raise invalid(
-            "config.steps",
-            stage.steps,
-            f"{steps}, the steps of the finished model in {folder}, or another --workdir",
+            f"config.{name}",
+            getattr(stage, name),
+            f"{made.get(name)}, the {name} of the finished model in {folder}, or another --workdir",
         )
 
 

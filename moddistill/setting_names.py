@@ -11,8 +11,8 @@ _OTHER_NAMES = {
     "teacher": "teacher_model teacher_path teacher_model_name_or_path",
     "vision": "vision_tower vision_encoder mm_vision_tower image_encoder",
     "trainable": "trainable_params trainable_parameters freeze",
-    "steps": "max_steps num_steps train_steps num_train_steps total_steps "
-    "epochs num_epochs num_train_epochs",
+    "steps": "max_steps num_steps train_steps num_train_steps total_steps",
+    "epochs": "num_epochs num_train_epochs",
     "batch_size": "batch bs global_batch_size train_batch_size per_device_train_batch_size",
     "grad_accum_steps": "accumulate gradient_accumulation_steps accum_steps accumulation_steps",
     "log_every": "logging_steps log_interval log_freq",
@@ -22,6 +22,7 @@ _OTHER_NAMES = {
     "scan": "scan_layers",
     "data.template": "conversation_template chat_template conv_template conv_mode conv_version",
     "data.max_length": "seq_len seq_length max_len max_seq_len max_seq_length model_max_length",
+    "data.packing": "packed sample_packing neat_packing use_packing",
     "data.workers": "num_workers dataloader_num_workers",
     "path": "data_path data_file train_file dataset dataset_path",
     "images": "image_root image_folder image_dir",

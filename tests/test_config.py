@@ -110,7 +110,7 @@ def test_ranges(accepted, inside, outside, text):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "config.steps: expected >= 1 and <= 1000000000, got 0"),
+        ({"steps": -1}, "config.steps: expected >= 0 and <= 1000000000, got -1"),
         ({"optim": OptimConfig(lr=-1.0)}, "config.optim.lr: expected >= 0, got -1.0"),
         (
             {"optim": OptimConfig(lr=math.inf)},
@@ -118,7 +118,7 @@ def test_ranges(accepted, inside, outside, text):
         ),
         (
             {"data": DataConfig(sources={"a": SourceConfig(weight=0.0)})},
-            "config.data.sources.a.weight: expected > 0, got 0.0",
+            "config.data.sources.a.weight: expected > 0 and <= 1000000.0, got 0.0",
         ),
     ],
 )

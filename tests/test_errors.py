@@ -1,8 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moddistill.config import ExpertConfig
-from moddistill.errors import at_field, one_line
+from moddistill.errors import at_field, invalid, not_one_of, one_line
 from moddistill.models.moe.layer import check_moe
 from moddistill.storage.model_folder import read_model_config
 
@@ -41,6 +45,72 @@ def test_the_name_is_continued_by_a_message_that_begins_with_its_last_part():
 def test_errors_of_libraries_stay_as_they_are():
     with pytest.raises(ValueError, match=r"^operands could not be broadcast"), at_field("config.x"):
         np.zeros(2) + np.zeros(3)
+
+
+BOUNDED = settings(max_examples=100, derandomize=True, deadline=None)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def shown(value):
+    return str(invalid("x", value, "y")).removeprefix("x: expected y, got ")
+
+
+@BOUNDED
+@given(JSON)
+def test_a_short_value_is_shown_as_python_writes_it(value):
+    if len(repr(value)) <= 200:
+        assert shown(value) == repr(value)
+
+
+@BOUNDED
+@given(JSON)
+def test_a_long_value_is_shown_up_to_200_characters(value):
+    value = [value, "x" * 300]
+    assert shown(value) == repr(value)[:197] + "..."
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "start"),
+    [
+        ("x" * 10**7, "'xxx"),
+        (b"\0" * 10**7, r"b'\x00\x00"),
+        ([0] * 10**6, "[0, 0, "),
+        (dict.fromkeys(range(10**6)), "{0: None, 1: None, "),
+        ({"a": ["x" * 10**7]}, "{'a': ['xxx"),
+        ({"k" * 300: "x" * 10**7}, "{'kkk"),
+        (nested(10**5), "[[[["),
+    ],
+    ids=["text", "bytes", "list", "object", "text inside", "long name", "nesting"],
+)
+def test_a_large_value_is_not_copied_to_show_its_start(value, start):
+    tracemalloc.start()
+    text = shown(value)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000  # bytes
+    assert text.startswith(start)
+    assert len(text) == 200
+    assert text.endswith("...")
+
+
+def test_control_characters_of_a_value_are_escaped():
+    assert shown("a\n\x1b[2J\u202e\ud800") == r"'a\n\x1b[2J\u202e\ud800'"
+
+
+def test_a_long_text_is_not_compared_with_the_choices():
+    assert "did you mean 'dropless'" in str(not_one_of("x", "droples", ["dropless"]))
+    long = "x" * 201  # the comparison takes seconds for a million characters
+    assert "did you mean" not in str(not_one_of("x", long, [long + "x"]))
 
 
 def test_text_on_one_line_is_escaped_and_bounded():

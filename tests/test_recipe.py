@@ -80,11 +80,11 @@ def test_missing_records_and_images_of_any_stage_stop_the_recipe_first(tiny_conf
 
     where = rf"^config\.stages\.second\.data\.{'sources.a' if part == 'sources' else 'heldout'}: "
     with pytest.raises(
-        ValueError, match=where + r"gone\.json: expected a \.json or \.jsonl file, got none"
+        ValueError, match=where + r"gone\.json: expected a file, or a pattern of files, got none"
     ):
         run(path="gone.json")
     with pytest.raises(
-        ValueError, match=where + r"image folder of .* record 1 has an image, got 'gone'"
+        ValueError, match=where + r"image folder of .*: expected an existing folder, got 'gone'"
     ):
         run(images="gone")
     assert not workdir.exists()

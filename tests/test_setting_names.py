@@ -5,7 +5,7 @@ from moddistill.configdict import from_config_dict
 from moddistill.setting_names import _SYNONYMS, nearest_setting, unknown_setting
 
 KNOWN = (
-    "steps", "batch_size", "data.max_length", "data.heldout.path", "data.sources.a.path",
+    "steps", "epochs", "batch_size", "data.max_length", "data.heldout.path", "data.sources.a.path",
     "optim.lr", "optim.eps", "mesh.fsdp", "mesh.tensor", "student",
 )  # fmt: skip
 
@@ -15,7 +15,7 @@ KNOWN = (
     [
         ("learning_rate", "optim.lr"),  # another name
         ("optim.learning_rate", "optim.lr"),
-        ("num_epochs", "steps"),
+        ("num_epochs", "epochs"),
         ("model_max_length", "data.max_length"),
         ("lr", "optim.lr"),  # another part
         ("optim.batch_size", "batch_size"),

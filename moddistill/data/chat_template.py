@@ -29,11 +29,16 @@ class Piece(NamedTuple):
     supervised: bool = False
 
 
-def render(template: str, turns: Sequence[tuple[str, str]]) -> list[Piece]:
+def render(
+    template: str, turns: Sequence[tuple[str, str]], system: str | None = None
+) -> list[Piece]:
     """Renders a conversation of (question, answer) turns; answers and their ends are supervised.
 
     Each `<image>` in a question becomes a control token in place. `plain` is the image, the answer
-    and a line break; the text of the question is dropped.
+    and a line break; the system prompt and the text of the question are dropped.
+
+    Args:
+      system: system prompt in place of the template's.
 
     Raises:
       UserError: the template is unknown, there is no turn, or `plain` has not exactly one turn
@@ -44,13 +49,19 @@ def render(template: str, turns: Sequence[tuple[str, str]]) -> list[Piece]:
         raise UserError("conversation: expected at least one turn, got none")
     if template == "plain":
         return _render_plain(turns)
-    pieces = _system(template)
+    pieces = _system(template, system)
     for question, answer in turns:
-        pieces += _question(template, question, first=not pieces) + _answer(template, answer)
+        opening = None if pieces else system or VICUNA_SYSTEM
+        pieces += _question(template, question, opening) + _answer(template, answer)
     return pieces
 
 
-def prompt(template: str, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
+def prompt(
+    template: str,
+    turns: Sequence[tuple[str, str]],
+    question: str,
+    system: str | None = None,
+) -> list[Piece]:
     """Renders a generation prompt: finished turns and a question, up to the start of its answer.
 
     Raises:
@@ -59,8 +70,8 @@ def prompt(template: str, turns: Sequence[tuple[str, str]], question: str) -> li
     _check_template(template)
     if template == "plain":
         return _render_plain([*turns, (question, "")])[:1]
-    history = render(template, turns) if turns else _system(template)
-    return history + _question(template, question, first=not history)
+    history = render(template, turns, system) if turns else _system(template, system)
+    return history + _question(template, question, None if history else system or VICUNA_SYSTEM)
 
 
 def end_token(template: str) -> str:
@@ -85,16 +96,16 @@ def _render_plain(turns: Sequence[tuple[str, str]]) -> list[Piece]:
     return [Piece(IMAGE, special=True), Piece(answer, supervised=True), end]
 
 
-def _system(template: str) -> list[Piece]:
+def _system(template: str, system: str | None) -> list[Piece]:
     if template == "vicuna":
         return []  # part of the first question
-    return [Piece(IM_START, special=True), Piece(f"system\n{CHATML_SYSTEM}"), *_im_end()]
+    return [Piece(IM_START, special=True), Piece(f"system\n{system or CHATML_SYSTEM}"), *_im_end()]
 
 
-def _question(template: str, question: str, *, first: bool) -> list[Piece]:
+def _question(template: str, question: str, opening: str | None) -> list[Piece]:
+    """Renders a question; `opening` is what precedes the first one in `vicuna`."""
     if template == "vicuna":
-        system = f"{VICUNA_SYSTEM} " if first else ""
-        return _split(f"{system}USER: {question} ASSISTANT:")
+        return _split(f"{opening} " * bool(opening) + f"USER: {question} ASSISTANT:")
     start = Piece(IM_START, special=True)
     return [start, *_split(f"user\n{question}"), *_im_end(), start, Piece("assistant\n")]
 

@@ -5,11 +5,13 @@ Ghostscript, reads previews and other frames of JPEG files, and has a pixel limi
 is a global variable.
 """
 
+import contextlib
 import dataclasses
 import io
 import re
 import warnings
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -90,6 +92,22 @@ class ImageRules:
         return 8 * self.max_pixels + 2**20
 
 
+class ImageHeader(NamedTuple):
+    """What an encoded image declares: format, and size in pixels before EXIF orientation."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes, rules: ImageRules, origin: str) -> ImageHeader:
+    """Returns the header of an image, whose pixels are not decoded; UserError as `decode`."""
+    name = _format(data, origin)
+    with _decoder_errors(rules, origin):
+        image, _, _ = _open(data, name, rules, origin)
+    return ImageHeader(name, *image.size)
+
+
 def decode(data: bytes, rules: ImageRules, origin: str) -> Image.Image:
     """Decodes an image as RGB. `origin` is its name in messages.
 
@@ -97,8 +115,15 @@ def decode(data: bytes, rules: ImageRules, origin: str) -> Image.Image:
       UserError: the data is no image of a known format, is damaged, or is too large.
     """
     name = _format(data, origin)
-    try:
+    with _decoder_errors(rules, origin):
         return _decode(data, name, rules, origin)
+
+
+@contextlib.contextmanager
+def _decoder_errors(rules: ImageRules, origin: str) -> Iterator[None]:
+    """Raises UserError for everything that decoders raise."""
+    try:
+        yield
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -111,19 +136,24 @@ def decode(data: bytes, rules: ImageRules, origin: str) -> Image.Image:
 
 
 def _decode(data: bytes, name: str, rules: ImageRules, origin: str) -> Image.Image:
+    image, data, exif = _open(data, name, rules, origin)
+    if name == "PNG":
+        _scale_transparent_color(image, depth=data[24])
+    method = _TRANSPOSE.get(orientation(exif)) if rules.exif == "apply" else None
+    pixels = _as_rgb(image, rules.pad_color)
+    return pixels if method is None else pixels.transpose(method)
+
+
+def _open(data: bytes, name: str, rules: ImageRules, origin: str) -> tuple[ImageFile, bytes, bytes]:
+    """Returns the image, which is not decoded, its data without metadata, and its EXIF block."""
     exif = b""
     if name == "JPEG":
         data, exif = strip_jpeg(data)
     elif name == "PNG":
         data, exif = strip_png(data)
-    image = _DECODERS[name](io.BytesIO(data))  # reads the header only
+    image = _DECODERS[name](io.BytesIO(data))
     _check_limits(image, data, rules.max_pixels, origin)
-    if name == "PNG":
-        _scale_transparent_color(image, depth=data[24])
-    exif = exif or image.info.get("exif", b"")
-    method = _TRANSPOSE.get(orientation(exif)) if rules.exif == "apply" else None
-    pixels = _as_rgb(image, rules.pad_color)
-    return pixels if method is None else pixels.transpose(method)
+    return image, data, exif or image.info.get("exif", b"")
 
 
 def _format(data: bytes, origin: str) -> str:

@@ -35,7 +35,7 @@ class EmbeddedImage:
     data: bytes
 
     def __str__(self) -> str:
-        return one_line(self.name)
+        return one_line(self.name) or "embedded image"
 
 
 def read_bytes(image: ImageFile | EmbeddedImage, max_bytes: int) -> bytes:

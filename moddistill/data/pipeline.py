@@ -1,255 +1,246 @@
-"""Data pipeline: record files to an endless stream of batches, in a deterministic order.
+"""Data pipeline: sources to an endless stream of batches, in a deterministic order.
 
-1. Each source is shuffled, repeated and mapped to samples; sources are mixed by weight. The order
-   of this global stream is a pure function of (seed, index).
-2. Process p of n reads elements p, p + n, p + 2 n ... of it (round-robin).
-3. Threads or worker processes make the samples in this order; a rejected record becomes None.
-4. Rejected records are dropped after the workers, so their number never changes the order, and the
-   position of a process is one integer: the elements that it has read.
+1. The index of each source gives the lengths of its records, without their content (`index`).
+2. Records are shuffled and mixed in windows (`order`), and each window is packed into rows
+   (`packing`): row n of a run is a pure function of the seed and n.
+3. Threads or worker processes read and decode the records of rows (`rows`).
+4. Batch b has the rows from b * batch_size on; each process makes those of its devices.
 
-A record that is only rejected when its sample is made, such as one with an unreadable image, is
-replaced by the next element of the same process, not of the global stream.
+So the position of a run is one integer, the next row, for any number of processes and workers. A
+record that is only found to be bad when it is read is padding in its row, and shifts nothing.
 """
 
-import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
-from moddistill.config import DataConfig, SourceConfig
-from moddistill.data.examples import ExampleSpec, make_example, make_preference
+from moddistill.config import DataConfig
+from moddistill.data.index import IndexSpec
+from moddistill.data.order import Order, Window
+from moddistill.data.packing import RowPlan
 from moddistill.data.quarantine import Quarantine, Rejected
-from moddistill.data.records import read_conversations, read_preferences
+from moddistill.data.reasons import Reasons
+from moddistill.data.rows import RowMaker, RowSpec
+from moddistill.data.sources import Limits, Source
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import UserError, at_field, invalid, not_one_of
+from moddistill.errors import UserError, at_field
 from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
-KINDS = {
-    "conversation": (read_conversations, make_example),
-    "preference": (read_preferences, make_preference),
-}
 THREADS = 4  # per process; decoding and resizing of images release the GIL
+_MANY_ROWS = 2**62
+_MOST_REASONS = 3
 
 
-def make_dataset(
-    config: DataConfig,
-    spec: ExampleSpec,
-    tokenizer: Tokenizer,
-    *,
-    kind: str,
-    batch_size: int,
-    seed: int,
-    quarantine_path: str,
-    origin: str = "config.data.sources",
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.IterDataset:
-    """Returns the endless dataset of one process.
-
-    Its elements are a `Batch` for `kind` "conversation" and a `PreferenceBatch` for "preference".
-    `get_state` and `set_state` of its iterator restore the exact next batch, with any number of
-    workers. Rejected records are appended to the `Quarantine` at `quarantine_path`, truncated ones
-    to `truncated.jsonl` next to it.
+def open_sources(
+    config: DataConfig, spec: RowSpec, tokenizer: Tokenizer, origin: str = "config.data.sources"
+) -> list[Source]:
+    """Opens the sources of a run, and makes the indices that are missing.
 
     Args:
-      batch_size: samples per batch of this process.
-      seed: of the order.
       origin: setting of `config.sources`, for messages.
 
     Raises:
-      UserError: an unknown kind, no source, a weight that is not positive, a source that cannot be
-        read, or images for a model without a vision encoder; while iterating, a source of which
-        every record is rejected.
+      UserError: no source, one that cannot be read, too many records that are left out, or images
+        for a model without a vision encoder.
     """
-    if kind not in KINDS:
-        raise not_one_of("record kind", kind, KINDS)
     if not config.sources:
         raise UserError(
             f"{origin}: expected at least one source, such as --{origin}.NAME.path=FILE "
             f"--{origin}.NAME.images=FOLDER, got none"
         )
-    read, make = KINDS[kind]
-    quarantine = Quarantine(quarantine_path)
-    truncated = Quarantine(str(Path(quarantine_path).with_name("truncated.jsonl")))
-    streams, weights = [], []
+    limits = Limits(config.max_length, config.max_images)
+    sources = []
     # Sorted, so that the order of records does not depend on the order of settings.
-    for number, (name, source) in enumerate(sorted(config.sources.items())):
-        records, rejected = _read_source(source, read, spec, f"{origin}.{name}")
-        if process_index == 0:
-            quarantine.add(rejected)
-            _warn(records, rejected, spec, f"{origin}.{name}", quarantine_path)
-        sampler = _Sampler(
-            make=make,
-            tokenizer=tokenizer,
-            spec=spec,
-            quarantine=quarantine,
-            truncated=truncated,
-            num_records=len(records),
-        )
-        # With one seed, two sources of the same length would have the same permutation.
-        shuffled = grain.MapDataset.source(records).seed(seed + number).shuffle()
-        streams.append(shuffled.repeat().map(sampler))
-        weights.append(source.weight)
-    mixed = grain.MapDataset.mix(streams, weights)[process_index::process_count]
-    samples = _Samples(mixed, config.workers, batch_size)
-    # Workers are read round-robin. A record dropped inside of one would shift all later elements.
-    return samples.filter(_is_sample).batch(batch_size, drop_remainder=True)
+    for name, source in sorted(config.sources.items()):
+        field = f"{origin}.{name}"
+        index = IndexSpec(spec.kind, spec.template, spec.image_tokens, tokenizer, source.columns)
+        with at_field(field):
+            sources.append(Source(source, index, limits, field, config.index))
+        _check_images(sources[-1], spec)
+    return sources
 
 
-def _read_source(
-    source: SourceConfig, read: Callable[..., Any], spec: ExampleSpec, origin: str
-) -> tuple[list[Any], list[Rejected]]:
-    """Returns (records, rejected) of a source; UserError as `make_dataset`."""
-    if not source.weight > 0:
-        raise invalid(f"{origin}.weight", source.weight, "> 0")
-    with at_field(origin):
-        records, rejected = read(source.path, source.images)
-    _check_images(records, spec, origin)
-    return records, rejected
+def plan_rows(config: DataConfig, sources: Sequence[Source], seed: int) -> RowPlan:
+    """Returns the plan of the rows of a run."""
+    weights = tuple(source.config.weight for source in sources)
+    order = Order(tuple(map(len, sources)), weights, seed)
+    return RowPlan(order, _Lengths(sources), config.max_length, config.packing)
 
 
-def _check_images(records: Sequence[Any], spec: ExampleSpec, origin: str) -> None:
+class _Lengths:
+    """Lengths of the samples of a window."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+
+    def __call__(self, window: Window) -> np.ndarray:
+        lengths = np.zeros(len(window.record), np.int64)
+        for number, source in enumerate(self.sources):
+            at = window.source == number
+            lengths[at] = source.lengths(window.record[at])
+        return lengths
+
+
+def _check_images(source: Source, spec: RowSpec) -> None:
     """Raises UserError for records with images if the model has no vision encoder."""
-    count = sum(bool(record.images) for record in records)
-    if count and not spec.image_tokens:
+    if source.with_images and not spec.image_tokens:
         raise UserError(
-            f"{origin}: expected records without images for a model without a vision encoder (one "
-            "is added by --config.vision=MODEL, or by an import with --vision), got images in "
-            f"{count} of {len(records)} records"
+            f"{source.name}: expected records without images for a model without a vision encoder "
+            "(one is added by --config.vision=MODEL, or by an import with --vision), got images in "
+            f"{source.with_images} of {source.total} records"
         )
 
 
-def _warn(
-    records: Sequence[Any],
-    rejected: Sequence[Rejected],
-    spec: ExampleSpec,
-    origin: str,
-    quarantine_path: str,
-) -> None:
-    """Logs the numbers of records of a source that are left out, as known before iteration."""
-    total = len(records) + len(rejected)
-    if rejected:
-        LOG.warning(
-            "%s: %d of %d records break the format and are left out: %s",
-            origin,
-            len(rejected),
-            total,
-            quarantine_path,
-        )
-    many = sum(len(record.images) > spec.max_images for record in records)
-    if many:
-        LOG.warning(
-            "%s: %d of %d records have more than %d images (config.data.max_images) and are left "
-            "out",
-            origin,
-            many,
-            total,
-            spec.max_images,
-        )
+class Batches:
+    """Iterator over this process's share of each batch; `next_row` is its position.
 
+    Args:
+      local_rows: numbers, within a batch, of the rows that this process makes.
+      batch_size: rows of a batch, over all processes.
+      workers: worker processes; 0 reads in threads.
+      lists: folder of `quarantine.jsonl` and `truncated.jsonl`.
+      max_rejected: share of a source's records that may be rejected.
 
-class _Samples(grain.IterDataset):
-    """Dataset of samples, and None for rejected records, made by threads or worker processes."""
+    Raises:
+      UserError: while iterating, when more records than `max_rejected` turn out to be bad.
+    """
 
-    def __init__(self, mixed: grain.MapDataset, workers: int, batch_size: int):
-        super().__init__()
-        self.mixed = mixed
-        self.workers = workers
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        maker: RowMaker,
+        *,
+        local_rows: Sequence[int],
+        batch_size: int,
+        workers: int,
+        lists: Path,
+        max_rejected: float,
+    ):
+        self.next_row = 0
+        self._maker = maker
+        self._local_rows = tuple(local_rows)
+        self._batch_size = batch_size
+        self._workers = workers
+        self._quarantine = Quarantine(str(lists / "quarantine.jsonl"))
+        self._max_rejected = max_rejected
+        self._rows: Any = None
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return _SampleIterator(self)
+    def __iter__(self) -> Iterator[AnyBatch]:
+        return self
 
-    def start(self, index: int) -> grain.DatasetIterator:
-        """Returns an iterator over the samples from `index` on."""
-        buffer = 2 * max(self.batch_size, THREADS)
-        samples = self.mixed[index:].to_iter_dataset(
-            grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=buffer), allow_nones=True
-        )
-        if self.workers:
+    def __next__(self) -> AnyBatch:
+        if self._rows is None:
+            self._rows = self._start()
+        made = [next(self._rows) for _ in self._local_rows]
+        self.next_row += self._batch_size
+        self._list([item for row in made for item in row.rejected])
+        return _stack([row.batch for row in made])
+
+    def seek(self, row: int) -> None:
+        """Continues with the batch that begins at a row."""
+        self.close()
+        self.next_row = row
+
+    def close(self) -> None:
+        """Stops threads and workers."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+    def _start(self) -> Any:
+        """Returns an iterator over this process's rows, made by threads or workers."""
+        count = len(self._local_rows)
+        self._maker.plan.row(self.next_row)  # so that workers need not plan all rows before it
+        numbers = _RowNumbers(self.next_row, self._batch_size, self._local_rows)
+        rows = grain.MapDataset.range(_MANY_ROWS).map(numbers).map(self._maker)
+        buffer = count + THREADS  # the next batch, while a step computes
+        rows = rows.to_iter_dataset(grain.ReadOptions(THREADS, buffer))
+        if self._workers:
             if not flags.FLAGS.is_parsed():
                 # Grain reads absl flags when it starts workers, which only absl.app has parsed.
                 flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(
-                self.workers, per_worker_buffer_size=self.batch_size
+            per_worker = -(-count // self._workers)
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker))
+        return iter(rows)
+
+    def _list(self, rejected: list[Rejected]) -> None:
+        if not rejected:
+            return
+        self._quarantine.add(rejected)
+        counts = self._quarantine.counts
+        for source in self._maker.sources:
+            count = sum(counts[path] for path in source.digests)
+            _check_share(source, count, self._max_rejected, self._quarantine.path, rejected)
+
+
+class _RowNumbers:
+    """From the number of a local row, counted from a position on, to that of the row in the run."""
+
+    def __init__(self, start: int, batch_size: int, local_rows: Sequence[int]):
+        self.start, self.batch_size, self.local_rows = start, batch_size, local_rows
+
+    def __call__(self, number: int) -> int:
+        batch, row = divmod(number, len(self.local_rows))
+        return self.start + batch * self.batch_size + self.local_rows[row]
+
+
+def _stack(items: Sequence[Any]) -> Any:
+    """Stacks the arrays of tuples of equal structure."""
+    first = items[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):
+        return type(first)(*(_stack(each) for each in zip(*items, strict=True)))
+    return np.stack(items)
+
+
+def list_left_out(sources: Sequence[Source], lists: Path) -> None:
+    """Lists the records that their indices leave out or that are truncated, and logs how many."""
+    quarantine = Quarantine(str(lists / "quarantine.jsonl"))
+    truncated = Quarantine(str(lists / "truncated.jsonl"))
+    for source in sources:
+        quarantine.add(source.left_out())
+        truncated.add(source.truncated())
+        count = source.total - len(source)
+        LOG.info("%s: %d of %d records are used", source.name, len(source), source.total)
+        if count:
+            LOG.warning(
+                "%s: %d of %d records are left out (%s): %s",
+                source.name,
+                count,
+                source.total,
+                _common_reasons(source.left_out()),
+                quarantine.path,
             )
-            samples = samples.mp_prefetch(options)
-        return iter(samples)
 
 
-class _SampleIterator(grain.DatasetIterator):
-    """Iterator whose state is the number of samples read.
-
-    The state of Grain's own iterator is only valid for the same number of workers.
-    """
-
-    def __init__(self, samples: _Samples):
-        super().__init__()
-        self._samples = samples
-        self._next_index = 0
-        self._iterator = samples.start(0)
-
-    def __next__(self) -> AnyBatch | None:
-        sample = next(self._iterator)
-        self._next_index += 1
-        return sample
-
-    def get_state(self) -> dict[str, int]:
-        return {"next_index": self._next_index}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self._iterator.close()
-        self._next_index = state["next_index"]
-        self._iterator = self._samples.start(self._next_index)
-
-    def close(self) -> None:
-        self._iterator.close()
-        super().close()
+def check_left_out(source: Source, limit: float, path: Path) -> None:
+    """Raises UserError if a larger share than `limit` of a source's records is left out."""
+    count = source.total - len(source)
+    _check_share(source, count, limit, path, source.left_out())
 
 
-@dataclasses.dataclass
-class _Sampler:
-    """Makes the sample of a record; None, and a line in the quarantine, for a rejected one.
-
-    Attributes:
-      make: `make_example` or `make_preference`.
-      truncated: list of the records longer than `max_length`.
-      num_records: of the source; an error is raised when all are rejected.
-      rejected: lines of the rejected records, which are not tried again.
-    """
-
-    make: Callable[..., tuple[AnyBatch, int]]
-    tokenizer: Tokenizer
-    spec: ExampleSpec
-    quarantine: Quarantine
-    truncated: Quarantine
-    num_records: int
-    rejected: set[int] = dataclasses.field(default_factory=set)
-
-    def __call__(self, record: Any) -> AnyBatch | None:
-        if record.line in self.rejected:
-            return None
-        try:
-            sample, length = self.make(record, self.tokenizer, self.spec)
-        except ValueError as error:
-            self.quarantine.add([Rejected(record.file, record.line, str(error))])
-            self.rejected.add(record.line)
-            if len(self.rejected) == self.num_records:
-                raise UserError(
-                    f"{record.file}: expected usable records, got {self.num_records} rejected, "
-                    f"see {self.quarantine.path} (the last one: {error})"
-                ) from error
-            return None
-        if length > self.spec.max_length:
-            reason = f"{length} tokens are truncated to {self.spec.max_length}"
-            self.truncated.add([Rejected(record.file, record.line, reason)])
-        return sample
+def _check_share(
+    source: Source, count: int, limit: float, path: Path | str, rejected: Iterable[Rejected]
+) -> None:
+    if count > limit * source.total:
+        raise UserError(
+            f"{source.name}: expected at most {limit:.1%} of {source.total} records to be left out "
+            f"(config.data.max_rejected), got {count}: {_common_reasons(rejected)}; see {path}"
+        )
 
 
-def _is_sample(sample: Any) -> bool:
-    return sample is not None
+def _common_reasons(rejected: Iterable[Rejected]) -> str:
+    """Returns the commonest reasons with their counts, each with an example."""
+    reasons = Reasons()
+    for item in rejected:
+        reasons.add(item)
+    return "; ".join(
+        f"{found['count']} x {kind} (such as {found['example']})"
+        for kind, found in reasons.commonest(_MOST_REASONS).items()
+    )

@@ -4,11 +4,10 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable
 
-# The reader threads of a process share one Quarantine object, and with it `_known`.
-_LOCK = threading.Lock()
+_LONGEST_REASON = 500  # characters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,39 +25,70 @@ class Rejected:
 class Quarantine:
     """A JSONL file of rejected records, each (file, line) once, across processes and runs.
 
-    Worker processes may share the file: lines of other processes are read before any is appended.
+    Processes may share the file: each reads what others have appended before it appends.
+
+    Attributes:
+      counts: number of listed records of each file, as of the last `add`.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self.counts: Counter[str] = Counter()
         self._known: set[tuple[str, int]] = set()
+        self._read_to = 0  # bytes
+        self._is_cut = False  # the last line has no end
+        self._lock = threading.Lock()
 
-    def add(self, rejected: Sequence[Rejected]) -> None:
+    def add(self, rejected: Iterable[Rejected]) -> None:
         """Appends those of `rejected` that the file does not contain yet."""
-        with _LOCK:
-            if all((item.file, item.line) in self._known for item in rejected):
+        rejected = list(rejected)
+        with self._lock:
+            self._read_new()
+            new = {(item.file, item.line): item for item in rejected}
+            lines = [_line(item) for key, item in new.items() if key not in self._known]
+            if not lines:
                 return
-            self._known = self._read()
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            # O_APPEND and one `write` a line: lines of several processes do not interleave.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                for item in rejected:
-                    if (item.file, item.line) not in self._known:
-                        line = json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n"
-                        os.write(descriptor, line.encode(errors="backslashreplace"))
-                        self._known.add((item.file, item.line))
-            finally:
-                os.close(descriptor)
+            # O_APPEND, and one `write` of entire lines: those of several processes do not mix. So
+            # only an interruption leaves a line without its end, which is then ended here.
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(b"\n" * self._is_cut + b"".join(lines))
+            self._read_new()
 
     @property
     def count(self) -> int:
         """Number of distinct records in the file, written by any process."""
-        return len(self._read())
+        with self._lock:
+            self._read_new()
+            return len(self._known)
 
-    def _read(self) -> set[tuple[str, int]]:
+    def _read_new(self) -> None:
+        """Reads the lines that were appended since the last time."""
         if not os.path.exists(self.path):
-            return set()
-        # The last line may still be incomplete in another process: it counts once it ends.
-        lines = Path(self.path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        return {(item["file"], item["line"]) for item in map(json.loads, lines)}
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read_to)
+            *lines, rest = file.read().split(b"\n")
+        self._is_cut = bool(rest)
+        for line in lines:
+            self._read_to += len(line) + 1
+            if (key := _key(line)) is not None:
+                self.counts[key[0]] += key not in self._known
+                self._known.add(key)
+
+
+def _key(line: bytes) -> tuple[str, int] | None:
+    """Returns file and number of a listed record; None for a line that was interrupted."""
+    try:
+        item = json.loads(line)
+        return item["file"], item["line"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _line(item: Rejected) -> bytes:
+    reason = item.reason
+    if len(reason) > _LONGEST_REASON:
+        reason = reason[: _LONGEST_REASON - 3] + "..."
+    fields = dataclasses.asdict(dataclasses.replace(item, reason=reason))
+    return (json.dumps(fields, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -5,7 +5,9 @@ Text and control tokens are encoded by different methods, so text never becomes 
 
 import dataclasses
 import functools
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,6 +35,11 @@ from moddistill.storage.json_file import write_json
 # Control tokens of templates and samples.
 CONTROLS = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 
+# A part of a text, up to the next space before a visible character. There a word begins, whatever
+# comes before it, and bytes are merged within words only.
+_PART = re.compile(r"(?s:.)[^ ]*(?: (?!\S)[^ ]*)*")
+_MOST_PARTS, _LONGEST_PART = 2**17, 32  # whose lengths are saved, in about 20 MB
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -57,6 +64,26 @@ class Tokenizer:
         """Returns the ids of a text; control tokens written in it are encoded as characters."""
         return list(_encode(self.backend, text))
 
+    def count(self, text: str) -> int:
+        """Returns the number of ids of a text, in a fraction of the time of `encode`."""
+        parts = _PART.findall(text) if self._divides_at_spaces else [text]
+        return sum(map(self._lengths.__getitem__, parts))
+
+    @functools.cached_property
+    def _lengths(self) -> "_PartLengths":
+        return _PartLengths(self.backend)
+
+    @functools.cached_property
+    def _divides_at_spaces(self) -> bool:
+        """Whether the ids of a text are those of its parts."""
+        splitter = self.backend.pre_tokenizer
+        added = self.backend.get_added_tokens_decoder().values()
+        # Those that are special do not occur in text.
+        found = [token for token in added if not token.special]
+        return len(splitter.pre_tokenize_str("a b")) == 2 and not any(
+            " " in token.content or token.lstrip or token.rstrip for token in found
+        )
+
     def special(self, token: str) -> int:
         """Returns the id of a control token.
 
@@ -79,6 +106,11 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         return self.special(END_OF_TEXT)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that encoding depends on."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @functools.cached_property
     def real_ids(self) -> IdRanges:
@@ -111,6 +143,20 @@ class Tokenizer:
     def __reduce__(self):
         # Pickling the backend loses `encode_special_tokens`, which `__post_init__` sets.
         return _from_json, (self.backend.to_str(),)
+
+
+class _PartLengths(dict[str, int]):
+    """Number of ids of each part of a text; a few parts are most of all text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, part: str) -> int:
+        length = len(self._backend.encode(part, add_special_tokens=False))
+        if len(self) < _MOST_PARTS and len(part) <= _LONGEST_PART:
+            self[part] = length
+        return length
 
 
 # Cached, since the fixed texts of a template are most of a short sample.

@@ -173,8 +173,14 @@ def num_batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns the numbers of the rows of a batch that are on this process's devices."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Assembles global arrays from each process's own rows (numpy arrays of equal length)."""
+    """Assembles global arrays from each process's `local_rows` (numpy arrays)."""
     sharding = batch_sharding(mesh)
 
     def put(x: np.ndarray) -> jax.Array:

@@ -72,7 +72,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "shared_tower": shared,
         "micro_batch": config.batch_size // config.grad_accum_steps,
         "steps": config.steps,
-        "rows": config.steps * config.batch_size,
+        "batch_size": config.batch_size,
         "packing": config.data.packing,
         **_memory(compiled, topology),
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
@@ -225,7 +225,10 @@ def argument_bytes(program: Program, batch: Any) -> dict[str, int]:
 
 
 def _fit_and_duration(report: dict[str, Any], topology: str, utilisation: float) -> dict[str, Any]:
-    """Returns whether the step fits into memory, and the days of training; None for CPUs."""
+    """Returns whether the step fits into memory, and the duration of a step and of all steps.
+
+    Days are None if the number of steps follows from records; all are None for CPUs.
+    """
     name, _ = accelerators.parse_topology(topology)
     if name == "cpu":
         return {"fits": None}
@@ -237,7 +240,8 @@ def _fit_and_duration(report: dict[str, Any], topology: str, utilisation: float)
         "allowed_bytes_per_chip": allowed,
         "fits": report["peak_bytes_per_chip"] is not None
         and report["peak_bytes_per_chip"] <= allowed,
-        "days": report["steps"] * flops / speed / 86400,
+        "seconds_per_step": flops / speed,
+        "days": report["steps"] * flops / speed / 86400 if report["steps"] else None,
         "utilisation": utilisation,
     }
 
@@ -268,7 +272,12 @@ def format_report(report: dict[str, Any]) -> str:
         content = "several samples" if report["packing"] else "one sample"
         lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
         lines.append(
-            f"{report['days']:.2f} days at {report['utilisation']:.0%} utilisation, "
-            f"for {report['steps']:,} steps or {report['rows']:,} rows of {content}"
+            f"{report['seconds_per_step']:.2f} seconds a step at {report['utilisation']:.0%} "
+            f"utilisation, of {report['batch_size']:,} rows of {content}"
+        )
+        lines.append(
+            "as many steps as config.epochs takes; --config.steps=N plans their duration"
+            if report["days"] is None
+            else f"{report['days']:.2f} days for {report['steps']:,} steps"
         )
     return "\n".join(lines)

@@ -9,7 +9,6 @@ its step. So one with a step as its name is complete; an interrupted one is neve
 import contextlib
 import dataclasses
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,6 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.distributed.processes import broadcast_from_main, is_main_process
-from moddistill.errors import invalid
 from moddistill.params import Flat, check_same
 from moddistill.storage.digests import NAME, verify, write_digests
 from moddistill.training.state import State
@@ -67,16 +65,15 @@ def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
             _wait(checkpoints)
 
 
-def save(checkpoints: Checkpoints, state: State, position: Any) -> None:
-    """Writes the state in the background. `position` is the iterator that records come from."""
+def save(checkpoints: Checkpoints, state: State, next_row: int) -> None:
+    """Writes the state and the position in the data in the background."""
     _wait(checkpoints)
     step = int(state.step)
     unfinished = checkpoints.directory / f".{step}.partial"
     # Returns once all arrays are copied to the host, so the next step may donate `state`; only the
     # write to disk is asynchronous.
-    response = ocp.save_checkpointables_async(
-        unfinished, {"state": _saved(state), "data": position}
-    )
+    content = {"state": _saved(state), "data": {"next_row": next_row}}
+    response = ocp.save_checkpointables_async(unfinished, content)
     checkpoints.writing = checkpoints.thread.submit(_finish, response, unfinished, step)
     checkpoints.latest = step
 
@@ -104,26 +101,24 @@ def _steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
-def restore(checkpoints: Checkpoints, state: State, position: Any) -> State:
-    """The newest saved state, with the frozen parameters of `state`; sets `position` back to it.
+def restore(checkpoints: Checkpoints, state: State) -> tuple[State, int]:
+    """The newest saved state, with the frozen parameters of `state`, and the next row of data.
 
     Raises:
-      UserError: if a file of the checkpoint is damaged; if it is of another architecture,
-        optimizer or trainable set, or of another number of processes, each of which has its own
-        position.
+      UserError: if a file of the checkpoint is damaged, or if it is of another architecture,
+        optimizer or trainable set.
     """
-    # Order: bytes, processes, shapes, then arrays. Orbax reports damage as errors of many kinds,
-    # so all that can be wrong is found before it loads.
+    # Order: bytes, shapes, then arrays. Orbax reports damage as errors of many kinds, so all that
+    # can be wrong is found before it loads.
     folder = checkpoints.directory / str(checkpoints.latest)
     verify(folder, expected=_way_out(folder), shared=True)
-    _check_processes(folder)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
     )
     found = ocp.metadata(folder).metadata  # of the `state`
     check_same(_by_path(found), _by_path(abstract), f"checkpoint {folder}")
-    loaded = ocp.load_checkpointables(folder, {"state": abstract, "data": position})
-    return state.replace(**loaded["state"])
+    loaded = ocp.load_checkpointables(folder, {"state": abstract, "data": {"next_row": 0}})
+    return state.replace(**loaded["state"]), int(loaded["data"]["next_row"])
 
 
 def _way_out(folder: Path) -> str:
@@ -131,15 +126,6 @@ def _way_out(folder: Path) -> str:
     before = [step for step in _steps(folder.parent) if step < int(folder.name)]
     start = f"resume from step {before[-1]}" if before else "start from step 0"
     return f"an undamaged copy, or to remove this folder and {start}"
-
-
-def _check_processes(folder: Path) -> None:
-    # grain writes the position of each process to `process_I-of-N.json`.
-    names = (re.search(r"-of-(\d+)", file.name) for file in (folder / "data").iterdir())
-    counts = {int(name[1]) for name in names if name}
-    if counts - {jax.process_count()}:
-        expected = f"{max(counts)} processes, as many as wrote it"
-        raise invalid(f"checkpoint {folder}", jax.process_count(), expected)
 
 
 def _by_path(tree: Any) -> Flat:

@@ -25,10 +25,23 @@ from moddistill.training.heldout import evaluate_heldout
 from moddistill.training.loading import Run, prepare
 from moddistill.training.metrics import MetricsLog
 from moddistill.training.optim import schedule
-from moddistill.training.provenance import check_models, write_models
-from moddistill.training.resume import check_is_workdir, check_workdir, last_step, write_settings
+from moddistill.training.provenance import check_models, check_sources, write_models
+from moddistill.training.resume import (
+    check_is_workdir,
+    check_steps,
+    check_workdir,
+    is_finished,
+    last_step,
+    write_settings,
+)
 from moddistill.training.state import State
-from moddistill.training.streams import Streams, open_streams, remove_lists, warn_of_records
+from moddistill.training.streams import (
+    Streams,
+    open_streams,
+    remove_lists,
+    warn_of_records,
+    with_steps,
+)
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")
@@ -46,7 +59,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     check_is_workdir(workdir)
     changes = check_workdir(config, workdir)
     result = workdir / "model"
-    if result.exists() and read_source(result).get("steps") == config.steps:
+    if result.exists() and is_finished(config, read_source(result)):
         LOG.info("%s is finished: %s", config.stage, result)
         return result
     check_replaceable(result, "train")  # `save_model` checks too, but after the last step
@@ -58,11 +71,14 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     models = resolve_models(config)
     _begin(config, models, workdir)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        streams = open_streams(config, models, workdir)
+        streams = open_streams(config, models, mesh, workdir)
+        check_sources(streams.digests, workdir)
+        source = dataclasses.asdict(config)
+        config = with_steps(config, streams.plan)
+        check_steps(config, workdir)
         run = prepare(config, models, mesh)
         state = _loop(config, run, streams, mesh, workdir)
         params = merge(state.params, state.frozen)
-        source = dataclasses.asdict(config)
         save_model(result, run.model.config, params, models.tokenizer, source)
         barrier("writing the model")
     return result
@@ -91,7 +107,8 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
         # and is read into its shardings. The position of `records` is set before the first batch.
         state = run.state
         if checkpoints.latest is not None:
-            state = checkpoint.restore(checkpoints, state, records)
+            state, next_row = checkpoint.restore(checkpoints, state)
+            records.seek(next_row)
             LOG.info("resumed at step %d", state.step)
         start = int(state.step)
         peak = peak_flops(list(mesh.devices.flat))
@@ -110,7 +127,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 if saves or step % config.log_every == 0:
                     log.report(step, float(learning_rate(step - 1)), _last_good(checkpoints))
                 if saves:
-                    checkpoint.save(checkpoints, state, records)
+                    checkpoint.save(checkpoints, state, records.next_row)
             if streams.heldout is not None:
                 means = evaluate_heldout(config, run, state, streams.heldout, mesh)
                 log.write({"step": config.steps} | means)

@@ -1,4 +1,4 @@
-"""The models that a run began with, so that it never resumes with others.
+"""The models and records that a run began with, so that it never resumes with others.
 
 A checkpoint holds trained parameters only; frozen ones and the teacher are read again from the
 folders that the config names. `models.json` in the workdir records what these folders held.
@@ -16,8 +16,9 @@ from moddistill.storage.digests import fingerprint
 from moddistill.storage.json_file import read_json, write_json
 from moddistill.storage.model_folder import read_source
 from moddistill.training.architectures import Models
+from moddistill.training.resume import last_step
 
-_NAME = "models.json"
+_NAME, _SOURCES = "models.json", "sources.json"
 
 
 def check_models(models: Models, workdir: Path) -> None:
@@ -41,6 +42,27 @@ def write_models(models: Models, workdir: Path) -> None:
     """Records the models that a run begins with."""
     if is_main_process():
         write_json(workdir / _NAME, _fingerprints(models))
+
+
+def check_sources(digests: dict[str, str], workdir: Path) -> None:
+    """Compares the files of records with those that the run began with, or records them.
+
+    Raises:
+      UserError: if a file has other content now, since the order of records would be another one;
+        or if the record of a run that resumes is missing.
+    """
+    file = workdir / _SOURCES
+    if last_step(workdir) is None:
+        if is_main_process():
+            write_json(file, digests)
+        return
+    recorded = read_json(file)
+    for path in sorted(digests.keys() | recorded.keys()):
+        if digests.get(path) != recorded.get(path):
+            raise UserError(
+                f"config.data.sources: expected the records that the run in {workdir} began with, "
+                f"got {path!r} with other content; restore it, or use another --workdir"
+            )
 
 
 def _fingerprints(models: Models) -> dict[str, str]:

@@ -14,14 +14,15 @@ from moddistill.storage.json_file import write_json
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
-    "steps", "grad_accum_steps", "remat", "scan", "donate", "teacher_offload", "logits_chunk_size",
-    "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "data.workers",
-    "log_every", "save_every", "profile_steps",
+    "steps", "epochs", "grad_accum_steps", "remat", "scan", "donate", "teacher_offload",
+    "logits_chunk_size", "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+    "data.workers", "data.index", "data.max_rejected", "log_every", "save_every", "profile_steps",
 )  # fmt: skip
 
 # Side effects of changing a setting, for the log.
 _EFFECTS = {
     "steps": "warm-up and decay are those of the new number from here on",
+    "epochs": "warm-up and decay are those of the new number of steps from here on",
     "grad_accum_steps": "the balance loss of experts, their capacity and kto_pair's KL are per "
     "micro-batch, so that losses differ slightly from here on",
 }
@@ -55,8 +56,7 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
       A line for each setting that changes, for the log.
 
     Raises:
-      UserError: if a setting has changed that would make another result, or `steps` are fewer than
-        the run has made.
+      UserError: if a setting has changed that would make another result.
     """
     file, last = workdir / "config.json", last_step(workdir)
     finished = (workdir / "model").exists()
@@ -77,14 +77,24 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
         made = changed["steps"][0]
         expected = f"{made}, since the run in {workdir} is finished and has no checkpoint"
         raise invalid("config.steps", config.steps, expected)
-    if last is not None and config.steps < last:
-        expected = f">= {last}, the steps that the run in {workdir} has made"
-        raise invalid("config.steps", config.steps, expected)
     return [
         f"config.{name}: {then!r} before, {now!r} now"
         + (f"; {_EFFECTS[name]}" if name in _EFFECTS else "")
         for name, (then, now) in changed.items()
     ]
+
+
+def check_steps(config: TrainConfig, workdir: Path) -> None:
+    """Raises UserError for fewer steps than the run in a workdir has made."""
+    last = last_step(workdir)
+    if last is not None and config.steps < last:
+        expected = f">= {last}, the steps that the run in {workdir} has made"
+        raise invalid("config.steps", config.steps, expected)
+
+
+def is_finished(config: TrainConfig, source: dict[str, Any]) -> bool:
+    """Returns whether the settings that a model was made with are those of a run's length."""
+    return all(source.get(name) == getattr(config, name) for name in ("steps", "epochs"))
 
 
 def last_step(workdir: Path) -> int | None:

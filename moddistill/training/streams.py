@@ -1,20 +1,24 @@
 """The batches of a run, from the records of its sources, and the lists of records left out."""
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
+from jax.sharding import Mesh
 
 from moddistill.config import DataConfig, TrainConfig
-from moddistill.data.examples import ExampleSpec
+from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import PAD_COLOR, mean_color
-from moddistill.data.pipeline import make_dataset
+from moddistill.data.packing import RowPlan
+from moddistill.data.pipeline import Batches, check_left_out, list_left_out, open_sources, plan_rows
 from moddistill.data.quarantine import Quarantine
-from moddistill.distributed.processes import is_main_process
+from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
+from moddistill.data.sources import Source
+from moddistill.distributed.processes import barrier, is_main_process
+from moddistill.distributed.sharding import local_rows
 from moddistill.training.architectures import Models
 from moddistill.training.stages import stage_of
 
@@ -30,56 +34,100 @@ class Streams(NamedTuple):
     Attributes:
       training: its position is saved in checkpoints.
       heldout: None for a run without held-out records.
+      plan: of the rows of `training`.
+      digests: of the content of the files of `training`, by their paths.
     """
 
-    training: Iterator[Any]
-    heldout: Iterator[Any] | None
+    training: Batches
+    heldout: Batches | None
+    plan: RowPlan
+    digests: dict[str, str]
 
 
-def open_streams(config: TrainConfig, models: Models, workdir: Path) -> Streams:
-    """Opens all records of a run, so that unreadable ones are found before models are loaded.
+def open_streams(config: TrainConfig, models: Models, mesh: Mesh, workdir: Path) -> Streams:
+    """Opens all sources of a run, so that unusable ones are found before models are loaded.
 
     Raises:
-      UserError: for sources that cannot be read.
+      UserError: for sources that cannot be read, or too many records that are left out.
     """
-    make = functools.partial(_batches, config, models=models, workdir=workdir)
-    training = make(config.data, origin="config.data.sources")
-    if not config.heldout_steps:
-        return Streams(training, None)
-    heldout = dataclasses.replace(config.data, sources={"heldout": config.data.heldout})
-    return Streams(training, make(heldout, origin="config.data"))
+    data, origin = config.data, "config.data.sources"
+    sources = _open(config, data, models, workdir, origin)
+    plan = plan_rows(data, sources, config.seed)
+    training = _batches(config, data, models, sources, plan, mesh, workdir)
+    heldout = None
+    if config.heldout_steps:
+        data = dataclasses.replace(data, sources={"heldout": data.heldout})
+        others = _open(config, data, models, workdir, "config.data")
+        other_plan = plan_rows(data, others, config.seed)
+        heldout = _batches(config, data, models, others, other_plan, mesh, workdir)
+    digests = {path: digest for each in sources for path, digest in each.digests.items()}
+    return Streams(training, heldout, plan, digests)
+
+
+def with_steps(config: TrainConfig, plan: RowPlan) -> TrainConfig:
+    """Returns the config with the number of steps that its epochs take."""
+    if config.steps:
+        return config
+    rows = plan.rows_of(config.epochs)
+    steps = math.ceil(rows / config.batch_size)
+    LOG.info("%g epochs are %d rows, %d steps", config.epochs, rows, steps)
+    return dataclasses.replace(config, steps=steps)
+
+
+def row_spec(config: TrainConfig, data: DataConfig, models: Models) -> RowSpec:
+    """Returns format and shapes of the rows of a run."""
+    tower = models.student_config.vision
+    patches = tower.patches if tower else 0
+    color = mean_color(tower.mean) if tower else PAD_COLOR
+    return RowSpec(
+        kind=stage_of(config).records,
+        template=data.template,
+        max_length=data.max_length,
+        image_size=tower.image_size if tower else 0,
+        image_tokens=patches,
+        images=ImageRules(max_pixels=data.max_pixels, exif=data.exif, pad_color=color),
+    )
+
+
+def _open(
+    config: TrainConfig, data: DataConfig, models: Models, workdir: Path, origin: str
+) -> list[Source]:
+    """Opens sources, of which the main process makes the missing indices."""
+    spec = row_spec(config, data, models)
+    if is_main_process():
+        sources = open_sources(data, spec, models.tokenizer, origin)
+        list_left_out(sources, workdir)
+    barrier(f"indexing {origin}")
+    if not is_main_process():
+        sources = open_sources(data, spec, models.tokenizer, origin)
+    for source in sources:
+        check_left_out(source, data.max_rejected, workdir / "quarantine.jsonl")
+    return sources
 
 
 def _batches(
     config: TrainConfig,
     data: DataConfig,
-    *,
     models: Models,
+    sources: Sequence[Source],
+    plan: RowPlan,
+    mesh: Mesh,
     workdir: Path,
-    origin: str,
-) -> Iterator[Any]:
-    tower = models.student_config.vision
-    spec = ExampleSpec(
-        template=data.template,
-        max_length=data.max_length,
-        max_images=data.max_images,
-        image_size=tower.image_size if tower else 0,
-        image_tokens=tower.patches if tower else 0,
-        pad_color=mean_color(tower.mean) if tower else PAD_COLOR,
+) -> Batches:
+    return Batches(
+        RowMaker(
+            plan,
+            sources,
+            models.tokenizer,
+            row_spec(config, data, models),
+            needed_image_slots(sources, data.packing),
+        ),
+        local_rows=local_rows(mesh, config.batch_size),
+        batch_size=config.batch_size,
+        workers=data.workers,
+        lists=workdir,
+        max_rejected=data.max_rejected,
     )
-    dataset = make_dataset(
-        data,
-        spec,
-        models.tokenizer,
-        kind=stage_of(config).records,
-        batch_size=config.batch_size // jax.process_count(),
-        seed=config.seed,
-        quarantine_path=str(workdir / "quarantine.jsonl"),
-        origin=origin,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return iter(dataset)
 
 
 def remove_lists(workdir: Path) -> None:

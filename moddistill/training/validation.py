@@ -1,5 +1,6 @@
 """Checks of the settings of a run: ranges, combinations, and divisibility over the mesh."""
 
+import math
 import operator
 from collections import Counter
 
@@ -19,13 +20,21 @@ def check_settings(config: TrainConfig) -> None:
     _check_heldout(config)
     _check_read(config)
     _check_losses(config)
-    profiled = config.profile_steps
-    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= config.steps):
-        expected = f"() or (first, last) with 1 <= first <= last <= {config.steps}"
-        raise invalid("config.profile_steps", profiled, expected)
+    _check_length(config)
     if config.batch_size % config.grad_accum_steps:
         expected = f"a multiple of grad_accum_steps ({config.grad_accum_steps})"
         raise invalid("config.batch_size", config.batch_size, expected)
+
+
+def _check_length(config: TrainConfig) -> None:
+    """Raises UserError for `epochs` next to `steps`, or profiled steps that are none of the run."""
+    if config.steps and config.epochs != TrainConfig.epochs:
+        expected = f"{TrainConfig.epochs} (the default), since config.steps is {config.steps}"
+        raise invalid("config.epochs", config.epochs, expected)
+    profiled, last = config.profile_steps, config.steps or math.inf
+    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= last):
+        expected = f"() or (first, last) with 1 <= first <= last <= {config.steps or 'steps'}"
+        raise invalid("config.profile_steps", profiled, expected)
 
 
 def _check_stage(config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from moddistill.config import TEMPLATES
 from moddistill.convert.jinja_template import chat_template, detect_template
 from moddistill.data.chat_template import prompt, render
-from moddistill.data.examples import ExampleSpec, make_example
+from moddistill.data.examples import encode_sides
 from moddistill.data.records import Record
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.errors import UserError
@@ -120,8 +120,7 @@ def test_label_mask_covers_answers_and_their_ends(template, name, qwen):
     """The supervised ids, decoded by the original tokenizer, are exactly the answers."""
     turns = tuple(turn for turn in CONVERSATIONS[name])
     turns = ((turns[0][0].removeprefix("<image>\n"), turns[0][1]), *turns[1:])
-    spec = ExampleSpec(template, max_length=256, max_images=1, image_size=0, image_tokens=0)
-    sample = make_example(Record("f", 1, "1", (), turns), qwen, spec)[0]
+    [sample] = encode_sides(Record("f", 1, "1", (), turns), template, qwen, 0)
     runs = np.split(sample.tokens, np.flatnonzero(np.diff(sample.loss_mask)) + 1)
     starts_supervised = bool(sample.loss_mask[0])
     supervised = runs[0 if starts_supervised else 1 :: 2]

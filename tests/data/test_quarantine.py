@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from moddistill.data.quarantine import Quarantine, Rejected
@@ -38,7 +39,27 @@ def test_processes_share_a_quarantine_without_lost_or_mixed_lines(tmp_path):
     assert Quarantine(path).count == 400
 
 
-def test_incomplete_last_line_is_not_counted(tmp_path):
+def test_interrupted_last_line_is_dropped(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     path.write_text('{"file": "f", "line": 1, "reason": "a\u2028b"}\n{"file": "f", "li')
-    assert Quarantine(str(path)).count == 1
+    quarantine = Quarantine(str(path))
+    assert quarantine.count == 1
+    quarantine.add([Rejected("f", 2, "bad")])
+    assert quarantine.count == Quarantine(str(path)).count == 2
+    assert quarantine.counts == {"f": 2}
+
+
+def test_long_reason_is_shortened(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(str(path)).add([Rejected("f", 1, "x" * 10**6)])
+    assert len(path.read_text()) < 600
+
+
+def test_listing_takes_time_in_proportion_to_the_records(tmp_path):
+    """Reading the list again for each record took 150 s for 8,000."""
+    quarantine = Quarantine(str(tmp_path / "quarantine.jsonl"))
+    start = time.perf_counter()
+    for line in range(8000):
+        quarantine.add([Rejected("f", line, "bad")])
+    assert time.perf_counter() - start < 10
+    assert quarantine.count == 8000

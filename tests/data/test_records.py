@@ -1,224 +1,91 @@
-import json
-import re
-from pathlib import Path
+import pickle
 
 import pytest
 
-from moddistill.data.records import PreferencePair, Record, read_conversations, read_preferences
+from moddistill.data.image_files import EmbeddedImage, ImageFile
+from moddistill.data.records import PreferencePair, Record
+from moddistill.errors import UserError
 
-GOOD = {
-    "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day."}]
-}
-
-
-def talk(*values, **fields):
-    roles = ("human", "gpt")
-    messages = [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
-    return {"conversations": messages, **fields}
+IMAGE = ImageFile("root", "a.png")
 
 
-def test_record_has_turns_images_file_and_line(data_file, image_file, tmp_path):
-    first, second = image_file("a.png"), image_file("b.png")
-    path = data_file(
-        [
-            talk("<image>\nWhat?", "A dog.", "Sure?", "Yes.", id="x", image="a.png"),
-            talk("<image> or <image>?", "The first.", image=["a.png", "b.png"]),
-            talk("Hello", "Good day."),
-        ]
+def record(*texts, images=(), system=None):
+    turns = tuple(zip(texts[::2], texts[1::2], strict=True))
+    return Record("f.json", 1, "1", tuple(images), turns, system)
+
+
+def pair(question, chosen, rejected, history=(), images=(), system=None):
+    return PreferencePair(
+        "f.json", 1, "1", tuple(images), tuple(history), question, chosen, rejected, system
     )
-    records, rejected = read_conversations(path, str(tmp_path))
-    assert rejected == []
-    turns = (("<image>\nWhat?", "A dog."), ("Sure?", "Yes."))
-    assert records == [
-        Record(path, 1, "x", (first,), turns),
-        Record(path, 2, "2", (first, second), (("<image> or <image>?", "The first."),)),
-        Record(path, 3, "3", (), (("Hello", "Good day."),)),
-    ]
+
+
+def test_a_record_has_an_image_for_each_placeholder_in_its_questions():
+    embedded = EmbeddedImage("b.png", b"bytes")
+    assert record("Hello", "Good day.").images == ()
+    assert record("<image> or <image>?", "This.", images=[IMAGE, embedded]).images[1] is embedded
+    assert record("<image>?", "A dog.", "And <image>?", "A cat.", images=[IMAGE] * 2)
+    assert pair("<image>?", "a", "b", history=[("<image>", "c")], images=[IMAGE] * 2)
+
+
+def test_records_are_compared_by_their_content_and_pickled():
+    assert record("q", "a") == record("q", "a") != record("q", "b")
+    for each in (record("<image>", "a", images=[IMAGE]), pair("q", "a", "b", system="s")):
+        assert pickle.loads(pickle.dumps(each)) == each
+
+
+BLANK = r"answer: expected a text that is not blank, got ' \n'"
+PLACEHOLDER = "answer: expected no <image>, which only questions contain, got 'see <image>'"
+SYSTEM = "system: expected no <image>, which only questions contain, got '<image>'"
+SURROGATE = (
+    "text: expected valid Unicode, got 'utf-8' codec can't encode character '\\udc00' in position "
+    "1: surrogates not allowed"
+)
 
 
 @pytest.mark.parametrize(
-    ("record", "reason"),
+    ("make", "reason"),
     [
-        ({"conversations": []}, "conversations: expected a list of messages, got []"),
-        ({}, "conversations: expected a list of messages, got None"),
-        ("text", "record: expected a JSON object, got 'text'"),
-        (talk("q"), "conversations[-1].from: expected 'gpt', got 'human'"),
+        (lambda: record("q", " \n"), BLANK),
+        (lambda: record("q", "a", "q", " \n"), BLANK),
+        (lambda: record("q", "see <image>", images=[IMAGE]), PLACEHOLDER),
+        (lambda: record("q", "a", system="<image>"), SYSTEM),
+        (lambda: record("x\udc00", "a"), SURROGATE),
+        (lambda: record("q", "x\udc00"), SURROGATE),
+        (lambda: record("q", "a", system="x\udc00"), SURROGATE),
+        (lambda: record("<image>", "a"), "number of <image>: expected 0, one per image, got 1"),
         (
-            {"conversations": GOOD["conversations"][::-1]},
-            "conversations[0].from: expected 'human', got 'gpt'",
+            lambda: record("q", "a", images=[IMAGE]),
+            "number of <image>: expected 1, one per image, got 0",
         ),
         (
-            {"conversations": GOOD["conversations"][:1] * 2},
-            "conversations[1].from: expected 'gpt', got 'human'",
-        ),
-        (
-            {"conversations": [{"from": "system", "value": "x"}, *GOOD["conversations"]]},
-            "conversations[0].from: expected 'human', got 'system'",
-        ),
-        (
-            {"conversations": [{"from": "human"}]},
-            "conversations[0]: expected an object whose value is a text, got {'from': 'human'}",
-        ),
-        (talk("q", " \n"), r"answer: expected a text that is not blank, got ' \n'"),
-        (
-            talk("q", "see <image>"),
-            "answer: expected no <image>, which only questions contain, got 'see <i",
-        ),
-        (talk("<image> q", "a"), "number of <image>: expected 0, one per image, got 1"),
-        (talk("q", "a", image="a.png"), "number of <image>: expected 1, one per image, got 0"),
-        (
-            talk("<image><image>", "a", image=["a.png", "a.png", "a.png"]),
+            lambda: record("<image>", "a", "<image>", "a", images=[IMAGE] * 3),
             "number of <image>: expected 3, one per image, got 2",
         ),
-        (talk("<image>", "a", image="gone.png"), "', got 'gone.png'"),
-        (talk("<image>", "a", image=7), "image: expected a name or a list of names, got 7"),
-        (talk("q \ud83d", "a"), "text: expected valid Unicode, got 'utf-8' codec can't encode"),
-    ],
-)
-def test_malformed_record_is_rejected_with_a_reason(
-    record, reason, data_file, image_file, tmp_path
-):
-    image_file("a.png")
-    path = data_file([GOOD, record])
-    records, rejected = read_conversations(path, str(tmp_path))
-    assert [item.line for item in records] == [1]
-    assert [(item.file, item.line) for item in rejected] == [(path, 2)]
-    assert reason in rejected[0].reason
-
-
-def test_malformed_jsonl_line_is_rejected_with_its_line_number(data_file):
-    path = data_file([GOOD, "", '{"conversations": [', GOOD], "data.jsonl")
-    records, rejected = read_conversations(path, "")
-    assert [item.line for item in records] == [1, 4]
-    assert rejected[0].line == 3
-    assert rejected[0].reason.startswith("expected JSON, got text that does not parse: ")
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
+        (lambda: pair("q", " \n", "a"), BLANK),
+        (lambda: pair("q", "a", " \n"), BLANK),
+        (lambda: pair("q", "a", "b", history=[("q", " \n")]), BLANK),
+        (lambda: pair("q", "see <image>", "a", images=[IMAGE]), PLACEHOLDER),
+        (lambda: pair("q", "a", "see <image>", images=[IMAGE]), PLACEHOLDER),
+        (lambda: pair("q", "a", "b", history=[("q", "see <image>")]), PLACEHOLDER),
+        (lambda: pair("q", "a", "b", system="<image>"), SYSTEM),
+        (lambda: pair("q", "a", "x\udc00"), SURROGATE),
+        (lambda: pair("x\udc00", "a", "b"), SURROGATE),
+        (lambda: pair("q", "a", "b", history=[("x\udc00", "c")]), SURROGATE),
+        (lambda: pair("q", "a", "a"), "rejected: expected another text than chosen, got 'a'"),
         (
-            '{"id": ' + "1" * 5000 + "}",
-            "expected JSON, got text that does not parse: Exceeds the limit",
-        ),
-        (
-            "[" * 200_000 + "]" * 200_000,
-            "expected JSON, got text that does not parse: maximum recursion depth exceeded",
-        ),
-        (
-            '{"conversations": ' + "[" * 900 + "]" * 900 + "}",
-            r"maximum recursion|conversations: .*got \[\[|conversations\[0\]: exp",
-        ),
-    ],
-    ids=["long number", "deep", "less deep"],
-)
-def test_json_beyond_the_limits_of_the_parser_is_rejected_with_its_line_number(
-    line, reason, data_file
-):
-    path = data_file([GOOD, line], "data.jsonl")
-    records, [rejected] = read_conversations(path, "")
-    assert ([item.line for item in records], rejected.line) == ([1], 2)
-    assert re.search(reason, rejected.reason)
-    Path(path).with_suffix(".json").write_text(f"[{line}]")
-    with pytest.raises(
-        ValueError, match=r"data\.json: (expected JSON, got |expected a valid record, got 1)"
-    ):
-        read_conversations(path.removesuffix("l"), "")
-
-
-def test_unicode_line_separators_do_not_end_a_jsonl_line(data_file):
-    path = data_file([json.dumps(talk("a\u2028b", "c"), ensure_ascii=False)], "data.jsonl")
-    assert read_conversations(path, "")[0][0].turns == (("a\u2028b", "c"),)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[{]", "expected JSON, got text that does not parse: "),
-        ('{"a": 1}', "expected a JSON list of records, got {'a': 1}"),
-        ("[]", "expected at least one record, got none"),
-        (
-            '["x", 3]',
-            "expected a valid record, got 2 rejected ones (1: record: expected a JSON object, ",
+            lambda: pair("<image>", "a", "b", history=[("<image>", "c")], images=[IMAGE]),
+            "number of <image>: expected 1, one per image, got 2",
         ),
     ],
 )
-def test_file_without_usable_records_is_an_error_that_names_it(content, message, tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(content)
-    with pytest.raises(ValueError) as error:
-        read_conversations(str(path), "")
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
+def test_a_record_that_cannot_be_trained_on_is_an_error(make, reason):
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == reason
 
 
-def test_missing_data_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.json: expected a \.json or .*, got none"):
-        read_conversations(str(tmp_path / "nowhere.json"), "")
-
-
-@pytest.mark.parametrize("root", ["", "/no/such/folder"])
-def test_missing_image_folder_is_one_error_instead_of_rejections(root, data_file):
-    path = data_file([GOOD, talk("<image>", "a", image="a.png")])
-    with pytest.raises(
-        ValueError, match=f"data.json: expected an existing f.* record 2 .* got {root!r}"
-    ):
-        read_conversations(path, root)
-
-
-def test_preference_pair_has_history_question_and_two_answers(data_file, image_file, tmp_path):
-    image = image_file("a.png")
-    answers = {"chosen": "Two.", "rejected": "Three."}
-    path = data_file(
-        [
-            talk("<image>\nWhat?", "Dogs.", "How many?", image="a.png", **answers),
-            {"question": "How many?", "image": "a.png", **answers},
-            {"question": "1 + 1?", **answers},
-        ]
-    )
-    pairs, rejected = read_preferences(path, str(tmp_path))
-    assert rejected == []
-    history = (("<image>\nWhat?", "Dogs."),)
-    assert pairs == [
-        PreferencePair(path, 1, "1", (image,), history, "How many?", "Two.", "Three."),
-        PreferencePair(path, 2, "2", (image,), (), "<image>\nHow many?", "Two.", "Three."),
-        PreferencePair(path, 3, "3", (), (), "1 + 1?", "Two.", "Three."),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        (
-            talk("q", "a", chosen="x", rejected="y"),
-            "conversations[-1].from: expected 'human', before chosen and rejected, got 'gpt'",
-        ),
-        (
-            {"chosen": "x", "rejected": "y"},
-            "question: expected a text, in a record without conversations, got None",
-        ),
-        (
-            talk("q", chosen="x", rejected="x"),
-            "rejected: expected another text than chosen, got 'x'",
-        ),
-        (talk("q", chosen="x"), "rejected: expected a text, got None"),
-        (talk("q", chosen="x", rejected=" "), "answer: expected a text that is not blank, got ' '"),
-        (
-            talk("q", chosen="<image>", rejected="y"),
-            "answer: expected no <image>, which only questions contain, got '<image>'",
-        ),
-        (
-            talk("<image>", chosen="x", rejected="y"),
-            "number of <image>: expected 0, one per image, got 1",
-        ),
-        (
-            talk("q", chosen="x", rejected="\udc00"),
-            "text: expected valid Unicode, got 'utf-8' codec",
-        ),
-    ],
-)
-def test_malformed_preference_pair_is_rejected_with_a_reason(record, reason, data_file):
-    path = data_file([talk("q", chosen="x", rejected="y"), record])
-    pairs, rejected = read_preferences(path, "")
-    assert len(pairs) == 1
-    assert reason in rejected[0].reason
+def test_a_long_text_is_shown_in_part():
+    with pytest.raises(UserError) as error:
+        record("q", "<image>" + "x" * 10**6)
+    assert len(str(error.value)) < 300

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from moddistill.data.tokenizer import _with_image, load_tokenizer, train_bpe
+from moddistill.data.tokenizer import Tokenizer, _with_image, load_tokenizer, train_bpe
 from tests.data import qwen_ranks
 
 TEXTS = [
@@ -150,3 +152,42 @@ def test_training_is_deterministic_and_reaches_the_vocabulary_size():
 def test_vocabulary_too_small_for_the_bytes_is_an_error():
     with pytest.raises(ValueError, match="vocab_size: expected >= 259, got 200"):
         train_bpe(["a"], 200)
+
+
+@given(st.text("ab1 .,'\"\n\t\r\x0b\x1c\u00a0\u3000\u200b狗é\u0301🙂<|>_", max_size=60))
+def test_count_is_the_number_of_ids(qwen, small, text):
+    for tokenizer in (qwen, small):
+        assert tokenizer.count(text) == len(tokenizer.encode(text)), text
+
+
+ADDED = {
+    "two words": {},
+    "<left>": {"lstrip": True},
+    "<right>": {"rstrip": True},
+    "<none>": {},
+}
+
+
+@pytest.mark.parametrize("token", ADDED)
+@pytest.mark.parametrize("splits", [True, False])
+def test_count_is_the_number_of_ids_with_added_tokens_and_without_words(splits, token, small):
+    """Added tokens that are not special occur in text, and may contain or remove spaces."""
+    fields = json.loads(small.backend.to_str())
+    if not splits:
+        fields["pre_tokenizer"] |= {"type": "ByteLevel", "use_regex": False}
+        fields["pre_tokenizer"] |= {"add_prefix_space": False, "trim_offsets": False}
+        fields["model"]["merges"].append(["a", "\u0120"])  # a merge over the end of a word
+        fields["model"]["vocab"]["a\u0120"] = small.image_id + 1
+    backend = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    backend.add_tokens([tokenizers.AddedToken(token, **ADDED[token])])
+    tokenizer = Tokenizer(backend)
+    for text in ("a b", f"a {token} b", f"x  {token}  y", f"a{token}b c", "a two words b"):
+        assert tokenizer.count(text) == len(tokenizer.encode(text)), text
+
+
+def test_number_and_length_of_saved_parts_are_limited(small, monkeypatch):
+    monkeypatch.setattr("moddistill.data.tokenizer._MOST_PARTS", 2)
+    counting = Tokenizer(small.backend)
+    for text in ("long " + "x" * 100, "a b c d", "a b c d", "e f"):
+        assert counting.count(text) == len(small.encode(text))
+    assert list(counting._lengths) == ["long", "a"]

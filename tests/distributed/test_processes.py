@@ -105,6 +105,20 @@ def test_two_processes_train_like_one(tmp_path, start):
     assert "experts are computed by" not in second and "step" not in second
 
 
+def test_run_may_resume_with_other_processes_and_workers(tmp_path, start):
+    """Without learning, the loss of a step depends on its records only."""
+    fixed = ["--config.optim.lr=0", "--config.seed=3"]
+    start.finish(tmp_path / "one", *fixed, "--config.steps=4", devices=4)
+    for steps, processes, workers in ((2, 2, 2), (4, 4, 0)):
+        more = [f"--config.steps={steps}", f"--config.data.workers={workers}"]
+        start.finish(
+            tmp_path / "run", *fixed, *more, devices=4 // processes, launches=by_flags(processes)
+        )
+    expected = losses(tmp_path / "one")
+    assert len(set(expected)) == 4
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-6)
+
+
 def test_death_of_a_process_ends_the_other_and_the_run_resumes(tmp_path, start):
     """Kills the worker, then the coordinator; initialised by Slurm."""
     run = tmp_path / "run"

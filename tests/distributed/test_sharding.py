@@ -164,7 +164,7 @@ def first_steps(config, mesh, workdir):
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         models = resolve_models(config)
         run = prepare(config, models, mesh)
-        records = open_streams(config, models, workdir).training
+        records = open_streams(config, models, mesh, workdir).training
         state = run.state
         for _ in range(2):
             state, metrics = run.step(state, run.teacher, put_batch(mesh, next(records)))

@@ -12,11 +12,12 @@ from moddistill.convert.resolve import load
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
-from moddistill.training import loading, loop, streams
+from moddistill.training import loading, loop
 from moddistill.training.architectures import resolve_models
 from moddistill.training.heldout import evaluate_heldout
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
+from moddistill.training.streams import row_spec
 
 NORMS = ("grad_norm", "param_norm")
 CONTENT = ("samples", "padding", "supervised")
@@ -62,20 +63,15 @@ def finished(tiny_config, tmp_path_factory):
 
 @pytest.mark.parametrize(("mean", "color"), [(0.25, 63), (None, 122)])
 def test_images_are_padded_with_the_mean_of_the_vision_encoder(
-    mean, color, tiny_config, tiny_architecture, init, tokenizer, tmp_path, monkeypatch
+    mean, color, tiny_config, tiny_architecture, init, tokenizer, tmp_path
 ):
     config = tiny_architecture()
     if mean:
         tower = dataclasses.replace(config.vision, mean=(mean, mean, mean))
         config = dataclasses.replace(config, vision=tower)
     save_model(tmp_path / "model", config, init(config), tokenizer, {})
-    specs = []
-    monkeypatch.setattr(
-        streams, "make_dataset", lambda _, spec, *rest, **more: specs.append(spec) or []
-    )
     stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
-    streams.open_streams(stage, resolve_models(stage), tmp_path)
-    assert specs and {spec.pad_color[0] for spec in specs} == {color}
+    assert row_spec(stage, stage.data, resolve_models(stage)).images.pad_color[0] == color
 
 
 @pytest.mark.parametrize("stage", PARTS)
@@ -87,7 +83,8 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
         assert set(row) == {"step", "loss", "lr", *NORMS, *CONTENT, *TIMING} | PARTS[stage]
         assert all(map(math.isfinite, row.values()))
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "models.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"
+        "config.json", "models.json", "sources.json", "metrics.jsonl", "tensorboard",
+        "checkpoints", "model",
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["stage"] == stage
     model, _ = load(workdir / "model")
@@ -195,17 +192,16 @@ def test_records_left_out_are_counted(finished, tmp_path, caplog):
     records[5]["image"] = "gone.png"
     (tmp_path / "records.json").write_text(json.dumps(records))
     source = dataclasses.replace(source, path=str(tmp_path / "records.json"))
-    data = dataclasses.replace(config.data, sources={"some": source})
+    data = dataclasses.replace(config.data, sources={"some": source}, max_rejected=0.3)
     with caplog.at_level(logging.WARNING, "moddistill"):
         loop.train(dataclasses.replace(config, data=data), tmp_path / "run")
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
     assert reasons.keys() == {3, 6}
     assert reasons[3] == "answer: expected a text that is not blank, got ''"
-    assert "image: expected the name of a file in " in reasons[6]
-    assert reasons[6].endswith("got 'gone.png'")
+    assert "'gone.png'" in reasons[6]
     assert "2 records left out" in caplog.text
-    assert "sources.some: 2 of 8 records break the format and are left out" in caplog.text
+    assert "sources.some: 1 of 8 records are left out (1 x expected a text" in caplog.text
 
 
 def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):

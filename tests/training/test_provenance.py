@@ -1,4 +1,4 @@
-"""A run resumes only with the models that it began with."""
+"""A run resumes only with the models and records that it began with."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from moddistill.convert.importing import import_model
 from moddistill.errors import UserError
 from moddistill.storage.digests import NAME, write_digests
 from moddistill.training.architectures import resolve_models
-from moddistill.training.provenance import check_models, write_models
+from moddistill.training.provenance import check_models, check_sources, write_models
 from tests.convert import hf_folders
 
 
@@ -66,3 +66,42 @@ def test_run_does_not_resume_with_another_model_of_a_stage(tiny_config, tiny_mod
 def test_resuming_needs_the_record_of_models(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"models\.json"):
         check_models(resolve_models(tiny_config("sft")), tmp_path)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A workdir with a checkpoint and the digests of two files."""
+    check_sources({"a.json": "1" * 64, "b.json": "2" * 64}, tmp_path)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    return tmp_path
+
+
+def test_run_resumes_with_the_same_records(begun):
+    check_sources({"b.json": "2" * 64, "a.json": "1" * 64}, begun)
+
+
+@pytest.mark.parametrize(
+    ("digests", "path"),
+    [
+        ({"a.json": "1" * 64, "b.json": "3" * 64}, "b.json"),
+        ({"a.json": "1" * 64}, "b.json"),
+        ({"a.json": "1" * 64, "b.json": "2" * 64, "c.json": "4" * 64}, "c.json"),
+    ],
+)
+def test_run_does_not_resume_with_other_records(digests, path, begun):
+    message = (
+        rf"^config\.data\.sources: expected the records .* began with, got '{path}' with other"
+    )
+    with pytest.raises(UserError, match=message):
+        check_sources(digests, begun)
+
+
+def test_records_may_change_before_the_first_checkpoint(tmp_path):
+    check_sources({"a.json": "1" * 64}, tmp_path)
+    check_sources({"a.json": "2" * 64}, tmp_path)
+
+
+def test_resuming_needs_the_record_of_sources(begun):
+    (begun / "sources.json").unlink()
+    with pytest.raises(UserError, match=r"sources\.json"):
+        check_sources({"a.json": "1" * 64}, begun)

@@ -55,7 +55,7 @@ def halfway(finished, tmp_path):
         config, whole = finished(stage)
         workdir = tmp_path / "halfway"
         shutil.copytree(whole / "checkpoints" / "2", workdir / "checkpoints" / "2")
-        for name in ("config.json", "models.json", "metrics.jsonl"):
+        for name in ("config.json", "models.json", "sources.json", "metrics.jsonl"):
             shutil.copy(whole / name, workdir)
         return config, workdir
 
@@ -125,8 +125,8 @@ def test_every_setting_that_may_change_is_one_of_the_config():
 def test_settings_that_change_the_result_may_not_change_on_resume(changes, message, halfway):
     config, workdir = halfway("d2d")
     said = (
-        "^--workdir: expected the settings .* of which steps, grad_accum_steps.* may change, "
-        rf"got {message}$"
+        "^--workdir: expected the settings .* of which steps, epochs, grad_accum_steps.* may "
+        rf"change, got {message}$"
     )
     with pytest.raises(ValueError, match=said):
         loop.train(with_fields(config, **changes), workdir)
@@ -227,10 +227,11 @@ def test_a_run_that_ended_before_its_model_was_loaded_can_be_started_again(
     records = [{}, *json.loads(Path(source.path).read_text())]
     (tmp_path / "records.json").write_text(json.dumps(records))
     broken = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    data = {"sources": {"some": broken}, "max_rejected": 0.2}
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(loop, "prepare", fail)
-        loop.train(with_fields(config, data={"sources": {"some": broken}}), workdir)
+        loop.train(with_fields(config, data=data), workdir)
     assert (workdir / "quarantine.jsonl").exists()
     loop.train(config, workdir)
     assert steps(workdir) == [1]

@@ -70,7 +70,7 @@ def test_settings_out_of_range_or_never_read_are_refused(tiny_config, stage, fie
     [
         ("sft", {"grad_accum_steps": 0}, r"config\.grad_accum_steps: expected >= 1, got 0"),
         ("sft", {"log_every": 0}, r"config\.log_every: expected >= 1, got 0"),
-        ("sft", {"steps": -1}, r"config\.steps: expected >= 1 and <= 1000000000, got -1"),
+        ("sft", {"steps": -1}, r"config\.steps: expected >= 0 and <= 1000000000, got -1"),
         ("sft", {"logits_chunk_size": 0}, r"config\.logits_chunk_size: expected >= 1, got 0"),
         (
             "sft",
