@@ -36,10 +36,11 @@ def make_folder(folder: Path, size: int) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drops all files from the page cache."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Drops all files below a folder from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read(folder: Path) -> None:

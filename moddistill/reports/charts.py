@@ -35,6 +35,13 @@ LOAD_ROW = """<span class="expert">expert {expert}</span>
 <div class="bar text" style="width:{text_width:.2%}"></div></div>
 <span class="share"><span>{image:.0%}</span><span>{text:.0%}</span></span>"""
 
+HISTOGRAM = """<div class="load bars">
+{rows}</div>"""
+
+HISTOGRAM_ROW = """<span class="expert">{label}</span>
+<div class="track"><div class="bar image" style="width:{width:.2%}"></div></div>
+<span class="share">{count:,}</span>"""
+
 
 def number(value: float | int) -> str:
     """Returns a number with three significant digits, without padding zeros."""
@@ -149,3 +156,13 @@ def _shares(load: Mapping[str, Any], kind: str) -> list[float]:
             f"layer {load['layer']}: expected {kind} loads >= 0 with a sum > 0, got {values}"
         )
     return [value / total for value in values]
+
+
+def histogram(bars: Sequence[tuple[str, int]]) -> str:
+    """Returns a bar for each (label, count); the longest one fills its row."""
+    largest = max(1, *(count for _, count in bars))
+    rows = [
+        HISTOGRAM_ROW.format(label=escape(label), width=count / largest, count=count)
+        for label, count in bars
+    ]
+    return HISTOGRAM.format(rows="\n".join(rows))

@@ -13,6 +13,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .25rem; }
 h3 { font-size: 1rem; margin: 0; }
 p { margin: 0; }
+.items { margin: .75rem 0 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
 .note { color: var(--soft); max-width: 44rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 1rem; min-width: 0; }
@@ -56,6 +57,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .track { position: relative; padding: 2px 0; }
 .track::after { content: ""; position: absolute; top: -4px; bottom: -4px; left: var(--even);
   border-left: 1.5px dashed var(--ink); }
+.bars .track::after { display: none; }
 .bar { height: 9px; border-radius: 0 2px 2px 0; } .bar + .bar { margin-top: 2px; }
 .share { display: grid; text-align: right; line-height: 1.15; }
 """

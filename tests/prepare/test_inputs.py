@@ -1,0 +1,30 @@
+import pytest
+
+from moddistill.errors import UserError
+from moddistill.prepare.inputs import find_files
+
+
+def files(*patterns):
+    return [path.rpartition("/")[2] for path in find_files(list(map(str, patterns)), (".tar",))]
+
+
+def test_files_are_found_by_name_pattern_and_range_in_order(tmp_path):
+    for name in ("b-08.tar", "b-09.tar", "b-10.tar", "a[1].tar", "x.txt"):
+        (tmp_path / name).write_text("")
+    assert files(tmp_path / "b-{08..10}.tar") == ["b-08.tar", "b-09.tar", "b-10.tar"]
+    assert files(tmp_path / "b-*.tar", tmp_path / "b-09.tar") == files(tmp_path / "b-{08..10}.tar")
+    assert files(tmp_path / "a[1].tar") == ["a[1].tar"]
+    assert files(tmp_path / "b-{0..0}{8..9}.tar") == ["b-08.tar", "b-09.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["missing.tar", "*.tgz", "{1..3}.tar"])
+def test_a_pattern_without_files_is_refused(tmp_path, pattern):
+    (tmp_path / "1.tar").write_text("")
+    with pytest.raises(UserError, match=r"--from: expected files, got .* which matches none"):
+        files(tmp_path / pattern)
+
+
+def test_a_file_of_another_form_is_refused(tmp_path):
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(UserError, match=r"--from: expected a file that ends with \.tar, got"):
+        files(tmp_path / "*")
