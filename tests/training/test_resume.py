@@ -271,6 +271,7 @@ def test_run_does_not_resume_from_a_checkpoint_of_another_architecture(finished,
     other = with_fields(config, moe={"num_experts": 2})
     write_settings(other, tmp_path)
     write_models(resolve_models(other), tmp_path)
+    shutil.copy(whole / "sources.json", tmp_path)
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
         loop.train(other, tmp_path)
