@@ -107,7 +107,7 @@ def test_two_processes_train_like_one(tmp_path, start):
 
 def test_run_may_resume_with_other_processes_and_workers(tmp_path, start):
     """Without learning, the loss of a step depends on its records only."""
-    fixed = ["--config.optim.lr=0", "--config.seed=3"]
+    fixed = ["--config.optim.lr=0", "--config.batch_size=4"]  # half of the records
     start.finish(tmp_path / "one", *fixed, "--config.steps=4", devices=4)
     for steps, processes, workers in ((2, 2, 2), (4, 4, 0)):
         more = [f"--config.steps={steps}", f"--config.data.workers={workers}"]
@@ -115,7 +115,7 @@ def test_run_may_resume_with_other_processes_and_workers(tmp_path, start):
             tmp_path / "run", *fixed, *more, devices=4 // processes, launches=by_flags(processes)
         )
     expected = losses(tmp_path / "one")
-    assert len(set(expected)) == 4
+    assert max(expected) - min(expected) > 1e-3
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-6)
 
 

@@ -199,7 +199,7 @@ def test_records_left_out_are_counted(finished, tmp_path, caplog):
     reasons = {item["line"]: item["reason"] for item in map(json.loads, lines)}
     assert reasons.keys() == {3, 6}
     assert reasons[3] == "answer: expected a text that is not blank, got ''"
-    assert "'gone.png'" in reasons[6]
+    assert "gone.png: expected a readable image" in reasons[6]
     assert "2 records left out" in caplog.text
     assert "sources.some: 1 of 8 records are left out (1 x expected a text" in caplog.text
 
