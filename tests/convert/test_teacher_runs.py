@@ -88,7 +88,7 @@ def stage_config(stage, pair, student):
         log_every=1,
         remat="none",
         dtype="float32",
-        data=dataclasses.replace(config.data, sources=sources, max_length=64),
+        data=dataclasses.replace(config.data, sources=sources, max_length=64, packing=False),
         optim=dataclasses.replace(config.optim, lr=LR, warmup_ratio=0.0),
         logits_chunk_size=32,
     )
@@ -121,7 +121,8 @@ def in_torch(folder):
 
 def batches(config, workdir):
     """The run's batches, as its pipeline makes them, and the tower that reads their images."""
-    stream = open_streams(config, resolve_models(config), workdir / "again").training
+    mesh = sharding.make_mesh(config.mesh)
+    stream = open_streams(config, resolve_models(config), mesh, workdir / "again").training
     return [next(stream) for _ in range(config.steps)], read_model_config(workdir / "model").vision
 
 
