@@ -11,9 +11,9 @@ Records are LLaVA's, with an image that is not read and English text (`benchmark
   records, so that it is made in minutes; `make_large` is the memory of that, its speed means
   nothing.
 
-Memory is resident memory beyond that of the process with all modules and the tokenizer loaded,
-`base_mib`; pages of mapped files are included. Files are not in the page cache when they are read
-for the first time.
+`memory_mib` is resident memory, pages of mapped files included, beyond `base_mib`, that of the
+process with all modules and the tokenizer loaded. `processes_mib` is the memory of all processes
+that make an index, without shared pages. Files are not in the page cache when they are first read.
 """
 
 import argparse
@@ -23,8 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ import numpy as np
 from benchmarks.data_texts import Conversations, qwen_tokenizer
 from benchmarks.digests import forget
 from benchmarks.head_to_head import MIB, give_back, resident_bytes
+from benchmarks.processes import cpu_seconds, in_new_process, private_bytes, sampled
 from moddistill.config import DataConfig, SourceConfig
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import PAD_COLOR
@@ -77,12 +76,6 @@ def repeated(folder: Path) -> Callable[[], str]:
     return lambda: texts[next(endless)]
 
 
-def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns the result of a function that runs in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def _ready() -> int:
     """Resets the peak of this process's memory; returns the bytes that are resident now."""
     give_back()
@@ -91,18 +84,25 @@ def _ready() -> int:
 
 
 def make(folder: Path, path: Path) -> dict[str, float]:
-    """Makes the index of a file; returns wall and CPU seconds, and the peak of memory in MiB."""
+    """Makes the index of a file; returns wall and CPU seconds, and the peak of memory."""
     tokenizer = qwen_tokenizer(folder / "qwen")
     columns = SourceConfig().columns
     spec = IndexSpec(SPEC.kind, SPEC.template, SPEC.image_tokens, tokenizer, columns)
     base = _ready()
-    began, cpu = time.perf_counter(), time.process_time()
-    index = open_index(str(path), spec, "")
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    began, cpu = time.perf_counter(), cpu_seconds()
+    with sampled(private_bytes) as samples:
+        index = open_index(str(path), spec, "")
+    seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     if not index.tokens.all():
         raise RuntimeError(f"{path}: expected no rejected record, got {next(index.rejected())}")
     memory = (resident_bytes("VmHWM") - base) / MIB
-    return {"seconds": seconds, "cpu_seconds": cpu, "memory_mib": memory}
+    processes = max(samples, default=base) / MIB
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "memory_mib": memory,
+        "processes_mib": processes,
+    }
 
 
 def use(folder: Path, path: Path) -> dict[str, float]:
@@ -148,6 +148,7 @@ def measure_make(folder: Path, count: int, rounds: int) -> dict[str, Any]:
             "records_per_second": count / medians["seconds"],
             "cores": medians["cpu_seconds"] / medians["seconds"],
             "memory_mib": medians["memory_mib"],
+            "processes_mib": medians["processes_mib"],
         }
     return figures
 

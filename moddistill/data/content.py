@@ -69,12 +69,16 @@ def check_used(
 
 def _is_image(value: Any) -> bool:
     """Returns whether a field is an image as `datasets` writes it, or a list of them."""
+    if isinstance(value, str):  # most fields, and many records are read
+        return False
     items = value if isinstance(value, list) else [value]
     return any(isinstance(item, Mapping) and "bytes" in item for item in items)
 
 
 def is_empty(value: Any) -> bool:
     """Returns whether a field has no value: null, an empty one, or a struct of such (parquet)."""
+    if value is None or isinstance(value, str | bytes | list):
+        return not value
     if isinstance(value, Mapping):
         return all(each in (None, "", b"") for each in value.values())
-    return value is None or (isinstance(value, str | bytes | list) and not value)
+    return False

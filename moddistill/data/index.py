@@ -2,7 +2,7 @@
 
 A run needs the lengths of all records before the first step, to plan rows, but their texts and
 images only when it reads them. The first use of a file parses and tokenizes every record once, in
-threads, and writes
+processes, and writes
 
     FOLDER/columns.bin      one array after the other, memory-mapped at run time (`COLUMNS`)
     FOLDER/rejected.jsonl   line and reason of each record that breaks its form

@@ -1,4 +1,4 @@
-"""Reading of all records of a file for its index: parsed, rendered and tokenized in threads.
+"""Reading of all records of a file for its index: parsed, rendered and tokenized in processes.
 
 Each block of records becomes two files, its rows and what else was found, so that an interrupted
 run continues after the blocks that are finished. At the end the blocks are joined.
@@ -11,7 +11,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from moddistill.data.places import Block
 from moddistill.data.record_files import RecordFile
 from moddistill.data.records import AnyRecord
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.data.worker_pool import worker_pool
 from moddistill.errors import UserError
 from moddistill.storage.json_file import read_json, write_json
 
-_THREADS = min(8, os.cpu_count() or 1)
+_WORKERS = min(16, os.cpu_count() or 1)
+_BLOCKS_WITHOUT_WORKERS = 8  # that are made in the time in which workers start
 _VERSION = 1  # of the columns and of what they mean
 COLUMNS = np.dtype(
     [
@@ -77,8 +79,8 @@ def index_records(file: RecordFile, spec: IndexSpec, folder: Path) -> dict[str, 
 
 
 def _parts(file: RecordFile, spec: IndexSpec, folder: Path) -> Iterator[Path]:
-    """Makes the part of each block in threads, with a progress bar; yields them in order."""
-    waiting: deque[tuple[Future, int]] = deque()
+    """Makes the part of each block, with a progress bar; yields them in order."""
+    waiting: deque[tuple[Path, Future, int]] = deque()
     bar = tqdm(
         total=file.extent(),
         desc=f"index of {Path(file.path).name}",
@@ -86,27 +88,44 @@ def _parts(file: RecordFile, spec: IndexSpec, folder: Path) -> Iterator[Path]:
         unit_scale=True,
         delay=1.0,
     )
-    with bar, ThreadPoolExecutor(_THREADS) as pool:
+    with bar, worker_pool(_WORKERS, _start_worker, file.path, spec) as pool:
 
         def finish() -> Path:
-            future, end = waiting.popleft()
-            part = future.result()
+            part, future, end = waiting.popleft()
+            future.result()
             bar.update(end - bar.n)
             return part
 
         for number, block in enumerate(file.blocks()):
             part = folder / f"part-{number:08d}.npy"
-            waiting.append((pool.submit(_make_part, part, block, file.path, spec), block.end))
-            if len(waiting) > 2 * _THREADS:  # so that memory does not grow with the file
+            if number < _BLOCKS_WITHOUT_WORKERS:
+                _make_part(part, block, file.path, spec)
+                bar.update(block.end - bar.n)
+                yield part
+                continue
+            waiting.append((part, pool.submit(_make_part_in_worker, part, block), block.end))
+            if len(waiting) > 2 * _WORKERS:  # so that memory does not grow with the file
                 yield finish()
         while waiting:
             yield finish()
 
 
-def _make_part(part: Path, block: Block, path: str, spec: IndexSpec) -> Path:
+_FILE: tuple[str, IndexSpec]  # of a worker: a tokenizer is too large to be sent with each block
+
+
+def _start_worker(path: str, spec: IndexSpec) -> None:
+    global _FILE
+    _FILE = path, spec
+
+
+def _make_part_in_worker(part: Path, block: Block) -> None:
+    _make_part(part, block, *_FILE)
+
+
+def _make_part(part: Path, block: Block, path: str, spec: IndexSpec) -> None:
     """Writes the rows of a block of records, and what was found besides, unless they exist."""
     if part.is_file() and _is_intact(part, len(block.places)):
-        return part
+        return
     rows = np.zeros(len(block.places), COLUMNS)
     for name, values in block.places._asdict().items():
         rows[name] = values
@@ -128,7 +147,6 @@ def _make_part(part: Path, block: Block, path: str, spec: IndexSpec) -> Path:
     with unfinished.open("wb") as file:
         np.save(file, rows)
     unfinished.rename(part)
-    return part
 
 
 def _is_intact(part: Path, count: int) -> bool:

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from moddistill.data.reasons import Reasons
 from moddistill.data.record_files import find_files
+from moddistill.data.worker_pool import worker_pool
 from moddistill.errors import UserError, invalid
 from moddistill.prepare.examine import ExamineSpec, Numbers, examine, merge
 from moddistill.prepare.inputs import FileRecords, Records
 from moddistill.prepare.parquet_rows import ParquetRecords
-from moddistill.prepare.pool import worker_pool
 from moddistill.prepare.shards import Piece, list_pieces
 
 _PART = 256  # records of one task

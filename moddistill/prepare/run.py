@@ -26,11 +26,11 @@ from tqdm import tqdm
 from moddistill import __version__
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.reasons import Reasons
+from moddistill.data.worker_pool import worker_pool
 from moddistill.errors import UserError
 from moddistill.prepare.convert import Converter
 from moddistill.prepare.inputs import InputSpec
 from moddistill.prepare.packagings import open_input
-from moddistill.prepare.pool import worker_pool
 from moddistill.prepare.shards import Shard, ShardWriter, list_pieces, records_per_shard, split
 from moddistill.storage.digests import NAME, check_outside, verify, write_digests
 from moddistill.storage.json_file import read_json, write_json

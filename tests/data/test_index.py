@@ -69,6 +69,20 @@ def test_index_has_place_lengths_and_images_of_each_record(
         assert json.loads(content[offset : offset + size]) == record
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_index_that_workers_make_is_the_same(name, spec, data_file, blocks_of_two, monkeypatch):
+    path = data_file(RECORDS * 3, name)
+    indices = []
+    for blocks, workers in ((6, 1), (1, 2)):
+        monkeypatch.setattr(indexing, "_BLOCKS_WITHOUT_WORKERS", blocks)
+        monkeypatch.setattr(indexing, "_WORKERS", workers)
+        indices.append(open_index(path, spec, f"{path}.{workers}"))
+    first, second = ((x.folder / "columns.bin").read_bytes() for x in indices)
+    assert first == second
+    assert list(indices[0].rejected()) == list(indices[1].rejected())
+    assert [line for line, _ in indices[1].rejected()] == [2, 6, 10]
+
+
 def test_index_is_next_to_the_file_or_in_a_folder_of_its_own(spec, data_file, tmp_path):
     path = data_file(RECORDS)
     assert open_index(path, spec, "").folder.parent == tmp_path / ".index" / "data.json"
@@ -123,7 +137,7 @@ def test_other_settings_have_an_index_of_their_own(change, spec, data_file):
 def test_interrupted_build_continues_with_the_blocks_that_are_finished(
     spec, data_file, blocks_of_two, built, monkeypatch
 ):
-    path = data_file([talk("q", str(number)) for number in range(20)])
+    path = data_file([talk("q", str(number)) for number in range(16)])
     save, saved = indexing.np.save, []
 
     def fail_after_four(file, rows):
@@ -131,14 +145,13 @@ def test_interrupted_build_continues_with_the_blocks_that_are_finished(
             raise KeyboardInterrupt
         saved.append(save(file, rows))
 
-    monkeypatch.setattr(indexing, "_THREADS", 1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(indexing.np, "save", fail_after_four)
         open_index(path, spec, "")
     built.clear()
     made = open_index(path, spec, "")
-    assert len(made) == 20 and np.all(made.tokens > 0)
-    assert built == list(range(9, 21))
+    assert len(made) == 16 and np.all(made.tokens > 0)
+    assert built == list(range(9, 17))
     assert not list(made.folder.glob("part-*"))
 
 

@@ -27,7 +27,7 @@ def worker_pool(
       start: called in each process, with `args`.
 
     Raises:
-      UserError: a process was killed.
+      UserError: a process was killed, or did not start.
     """
     pool = ProcessPoolExecutor(
         workers,
@@ -39,8 +39,8 @@ def worker_pool(
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            "--workers: expected processes that end by themselves, got one that was killed (out "
-            "of memory?)"
+            "expected worker processes that end by themselves, got one that was killed (out of "
+            "memory?), or that could not start (a script without `if __name__ == '__main__':`?)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
