@@ -12,12 +12,14 @@ LLaVA's records, English text and a JPEG file of about 500 pixels each (`benchma
 
 Each measurement has a process of its own, and counts the samples of the time after the first batch.
 All sides alternate; figures are medians. `ratio` is the better of moddistill's worker counts, in
-rows of one sample, relative to torch's best.
+rows of one sample, relative to torch's best; `workers` is its speed with 2 workers relative to
+none, the median of the rounds.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -162,13 +164,15 @@ def speed(folder: Path, kind: str, workers: int, seconds: float) -> dict[str, fl
     return {"samples_per_second": samples / taken, "cpu_ms": 1000 * cpu / samples}
 
 
-def compare(seconds: float, rounds: int, records: int = RECORDS) -> dict[str, Any]:
-    """Returns samples a second of all sides, and the ratio of the best ones."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+def compare(
+    seconds: float, rounds: int, records: int = RECORDS, sides: dict[str, tuple[str, int]] = SIDES
+) -> dict[str, Any]:
+    """Returns samples a second of all sides, and the ratios of the best ones."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
         shown = in_new_process(write_files, Path(name), records)
         for _ in range(rounds):
-            for side, (kind, workers) in SIDES.items():
+            for side, (kind, workers) in sides.items():
                 found[side].append(in_new_process(speed, Path(name), kind, workers, seconds))
     medians = {
         side: {name: statistics.median(row[name] for row in rows) for name in rows[0]}
@@ -176,8 +180,16 @@ def compare(seconds: float, rounds: int, records: int = RECORDS) -> dict[str, An
     }
 
     def best(wanted: str) -> float:
-        sides = [side for side, (kind, _) in SIDES.items() if kind == wanted]
-        return max(medians[side]["samples_per_second"] for side in sides)
+        names = [side for side, (kind, _) in sides.items() if kind == wanted]
+        return max((medians[side]["samples_per_second"] for side in names), default=math.nan)
+
+    def workers(wanted: str) -> float:
+        none, two = (
+            [row["samples_per_second"] for side in found if sides[side] == (wanted, count)
+             for row in found[side]]
+            for count in (0, 2)
+        )  # fmt: skip
+        return statistics.median([b / a for a, b in zip(none, two, strict=False)] or [math.nan])
 
     return {
         "images": shown,
@@ -186,6 +198,8 @@ def compare(seconds: float, rounds: int, records: int = RECORDS) -> dict[str, An
         "sides": medians,
         "ratio": best("unpacked") / best("torch"),
         "ratio_packed": best("packed") / best("torch"),
+        "workers": workers("unpacked"),
+        "workers_packed": workers("packed"),
     }
 
 
@@ -203,7 +217,8 @@ def main() -> None:
     for side, figures in result["sides"].items():
         speed_, cpu = figures["samples_per_second"], figures["cpu_ms"]
         print(f"{side:>30} {speed_:7.1f} samples/s, {cpu:5.2f} CPU ms a sample")
-    print(f"ratio {result['ratio']:.2f}, packed {result['ratio_packed']:.2f}")
+    for name in ("ratio", "ratio_packed", "workers", "workers_packed"):
+        print(f"{name}: {result[name]:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,19 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import convert, digests, kd_step, vision_tower
+from benchmarks import (
+    convert,
+    data_index,
+    data_loading,
+    data_parquet,
+    digests,
+    kd_step,
+    vision_tower,
+)
 from benchmarks.head_to_head import check_agreement, compare
 from moddistill.convert.sources import open_source
 from moddistill.models.limits import check_architecture
+from tests import torch_or_skip
 
 MIB = 2**20
 
@@ -65,3 +74,30 @@ def test_digests_benchmark_measures_every_access():
         "read, cold", "read, warm", "write digests", "verify, warm", "verify, cold"
     }  # fmt: skip
     assert all(seconds > 0 for seconds in result.values())
+
+
+def test_index_benchmark_measures_every_part():
+    result = data_index.measure(records=3000, distinct_records=600, rounds=1)
+    assert result["make"]["json"]["records_per_second"] > 0
+    assert result["use"]["rows"] > 3000 * 576 / 2048
+    assert 0 < result["use"]["read_median_ms"] <= result["use"]["read_99_percent_ms"]
+
+
+def test_loading_benchmark_measures_every_side():
+    torch_or_skip.load_module()
+    sides = {
+        f"{kind} {workers}": (kind, workers) for kind in ("packed", "torch") for workers in (0, 2)
+    }
+    result = data_loading.compare(seconds=0.2, rounds=1, records=64, sides=sides)
+    speeds = {side: figures["samples_per_second"] for side, figures in result["sides"].items()}
+    assert speeds.keys() == sides.keys()
+    assert result["workers_packed"] == speeds["packed 2"] / speeds["packed 0"]
+    best = {kind: max(speeds[f"{kind} 0"], speeds[f"{kind} 2"]) for kind in ("packed", "torch")}
+    assert result["ratio_packed"] == best["packed"] / best["torch"] > 0
+
+
+def test_parquet_benchmark_reads_batches():
+    [(group, figures)] = data_parquet.measure(rows=60, kib=10).items()
+    assert group == "60" and 0.4 < figures["file_mib"] < 1
+    assert figures["samples_per_second"] > 0
+    assert 100 < figures["index_memory_mib"] <= figures["memory_mib"] < 1024

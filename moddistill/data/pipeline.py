@@ -10,8 +10,10 @@ So the position of a run is one integer, the next row, for any number of process
 record that is only found to be bad when it is read is padding in its row, and shifts nothing.
 """
 
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,16 @@ from moddistill.data.order import Order, Window
 from moddistill.data.packing import RowPlan
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.reasons import Reasons
-from moddistill.data.rows import RowMaker, RowSpec
+from moddistill.data.rows import MadeRow, RowMaker, RowSpec
 from moddistill.data.sources import Limits, Source
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
-THREADS = 4  # per process; decoding and resizing of images release the GIL
-_MANY_ROWS = 2**62
+_THREADS = 4  # decoding and resizing of images release the GIL
+_TOGETHER = 4  # rows that are made and sent at one time, at most
+_MANY_ROWS = _NEVER = 2**62
 _MOST_REASONS = 3
 
 
@@ -136,10 +139,11 @@ class Batches:
     def __next__(self) -> AnyBatch:
         if self._rows is None:
             self._rows = self._start()
-        made = [next(self._rows) for _ in self._local_rows]
+        count = len(self._local_rows) // self._together
+        rows = _combine([next(self._rows) for _ in range(count)], np.concatenate)
         self.next_row += self._batch_size
-        self._list([item for row in made for item in row.rejected])
-        return _stack([row.batch for row in made])
+        self._list(rows.rejected)
+        return rows.batch
 
     def seek(self, row: int) -> None:
         """Continues with the batch that begins at a row."""
@@ -152,23 +156,33 @@ class Batches:
             self._rows.close()
             self._rows = None
 
+    @property
+    def _together(self) -> int:
+        """Number of rows that are made together, a divisor of those of a batch."""
+        return next(n for n in range(_TOGETHER, 0, -1) if len(self._local_rows) % n == 0)
+
     def _start(self) -> Any:
-        """Returns an iterator over this process's rows, made by threads or workers."""
-        count = len(self._local_rows)
+        """Returns an iterator over this process's rows, some together, from threads or workers."""
         self._maker.plan.row(self.next_row)  # so that workers need not plan all rows before it
         numbers = _RowNumbers(self.next_row, self._batch_size, self._local_rows)
         rows = grain.MapDataset.range(_MANY_ROWS).map(numbers).map(self._maker)
-        buffer = count + THREADS  # the next batch, while a step computes
-        rows = rows.to_iter_dataset(grain.ReadOptions(THREADS, buffer))
-        if self._workers:
-            if not flags.FLAGS.is_parsed():
-                # Grain reads absl flags when it starts workers, which only absl.app has parsed.
-                flags.FLAGS.mark_as_parsed()
-            per_worker = -(-count // self._workers)
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker))
-        return iter(rows)
+        rows = rows.batch(self._together, batch_fn=functools.partial(_combine, join=np.stack))
+        # The next batch is made while a step computes.
+        ahead = len(self._local_rows) // self._together
+        if not self._workers:
+            return iter(rows.to_iter_dataset(grain.ReadOptions(_THREADS, ahead + _THREADS)))
+        if not flags.FLAGS.is_parsed():
+            # Grain reads absl flags when it starts workers, which only absl.app has parsed.
+            flags.FLAGS.mark_as_parsed()
+        rows = rows.to_iter_dataset(grain.ReadOptions(1, 1))
+        # Shared memory, which grain allocates for each array, takes longer than a pipe.
+        options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
+        rows = grain.experimental.WithOptionsIterDataset(rows, options)
+        # They wait in two queues for each worker, one of them in this process.
+        queue = math.ceil(ahead / (2 * self._workers))
+        return iter(rows.mp_prefetch(grain.MultiprocessingOptions(self._workers, queue)))
 
-    def _list(self, rejected: list[Rejected]) -> None:
+    def _list(self, rejected: Sequence[Rejected]) -> None:
         if not rejected:
             return
         self._quarantine.add(rejected)
@@ -189,14 +203,20 @@ class _RowNumbers:
         return self.start + batch * self.batch_size + self.local_rows[row]
 
 
-def _stack(items: Sequence[Any]) -> Any:
-    """Stacks the arrays of tuples of equal structure."""
+def _combine(made: Sequence[MadeRow], join: Callable[..., np.ndarray]) -> MadeRow:
+    """Returns several rows in one, with arrays that are stacked or concatenated."""
+    rejected = tuple(item for each in made for item in each.rejected)
+    return MadeRow(_combine_arrays([each.batch for each in made], join), rejected)
+
+
+def _combine_arrays(items: Sequence[Any], join: Callable[..., np.ndarray]) -> Any:
     first = items[0]
     if first is None:
         return None
     if isinstance(first, tuple):
-        return type(first)(*(_stack(each) for each in zip(*items, strict=True)))
-    return np.stack(items)
+        fields = zip(*items, strict=True)
+        return type(first)(*(_combine_arrays(each, join) for each in fields))
+    return join(items)
 
 
 def list_left_out(sources: Sequence[Source], lists: Path) -> None:

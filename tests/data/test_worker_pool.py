@@ -30,9 +30,9 @@ def test_each_process_is_started_once_and_its_errors_are_raised():
 
 
 def test_killed_process_is_an_error():
-    with pytest.raises(ValueError, match=r"got one that was killed \(out of memory\?\)"):
-        with worker_pool(2) as pool:
-            pool.submit(kill_self).result()
+    error = pytest.raises(ValueError, match=r"got one that was killed \(out of memory\?\)")
+    with error, worker_pool(2) as pool:
+        pool.submit(kill_self).result()
 
 
 def test_script_without_a_main_guard_is_told_of_it(tmp_path):
