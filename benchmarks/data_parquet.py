@@ -3,10 +3,10 @@
     python -m benchmarks.data_parquet [--rows 6000] [--kib 150] [--json]
 
 One file of RLAIF-V's schema and size (`openbmb/RLAIF-V-Dataset` has 83,132 pairs in 14 files of
-0.75 to 1.1 GB), with row groups of 100 rows, of 1,000, and one of all rows. Images are noise, each
-of about `kib` KiB. Each has a process of its own, which makes the index of the file, and then reads
-30 batches of 16 packed rows in shuffled order. `memory_mib` is the largest resident memory of this
-process, modules and tokenizer included.
+0.75 to 1.1 GB), with row groups of 100 rows, of 1,000, and of 6,000, and with images that are in
+one row or in four. Images are noise, each of about `kib` KiB. Each case has a process of its own,
+which makes the index of the file, and then reads 30 batches of 16 packed rows in shuffled order.
+`memory_mib` is the largest resident memory of this process, modules and tokenizer included.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from moddistill.data.pipeline import Batches, open_sources, plan_rows
 from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
 
 BATCHES, ROWS = 30, 16
+CASES = ((100, 1), (1000, 1), (1000, 4), (6000, 1))
 SPEC = RowSpec("preference", "vicuna", 2048, 336, 576, ImageRules(pad_color=PAD_COLOR))
-_DISTINCT = 50  # images
+_DISTINCT = 50  # images, but for a comment
 
 
 def _images(kib: int) -> list[bytes]:
@@ -47,8 +48,18 @@ def _images(kib: int) -> list[bytes]:
     return files
 
 
-def write_file(folder: Path, rows: int, group: int, kib: int) -> int:
-    """Writes a parquet file of RLAIF-V's schema; returns its size in bytes."""
+def with_comment(images: list[bytes], number: int) -> bytes:
+    """Returns one of some JPEG files, made different by a comment with a number."""
+    file = images[number % len(images)]
+    return file[:2] + b"\xff\xfe\x00\x0a%08d" % number + file[2:]
+
+
+def write_file(folder: Path, rows: int, group: int, uses: int, kib: int) -> int:
+    """Writes a parquet file of RLAIF-V's schema; returns its size in bytes.
+
+    Args:
+      uses: of each image, in consecutive rows.
+    """
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -70,13 +81,12 @@ def write_file(folder: Path, rows: int, group: int, kib: int) -> int:
             "rejected": f"{chosen} It is red.",
             "origin_dataset": "COCO",
             "origin_split": "{}",
-            "image": {"bytes": images[number % _DISTINCT], "path": f"{number}.jpg"},
+            "image": {"bytes": with_comment(images, number // uses), "path": f"{number}.jpg"},
             "idx": number,
             "image_path": f"RLAIF-V-Dataset_000/{number}.jpg",
         }
 
-    path = folder / str(group) / "RLAIF-V-Dataset_000.parquet"
-    path.parent.mkdir()
+    path = folder / "RLAIF-V-Dataset_000.parquet"
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, group):
             records = [record(number) for number in range(start, min(start + group, rows))]
@@ -84,10 +94,10 @@ def write_file(folder: Path, rows: int, group: int, kib: int) -> int:
     return path.stat().st_size
 
 
-def read_batches(folder: Path, group: int) -> dict[str, float]:
+def read_batches(folder: Path) -> dict[str, float]:
     """Returns seconds of the index and of batches, and the peak of memory."""
     tokenizer = qwen_tokenizer(folder / "qwen")
-    source = SourceConfig(str(folder / str(group) / "*.parquet"))
+    source = SourceConfig(str(folder / "*.parquet"))
     config = DataConfig({"pairs": source}, template=SPEC.template)
     began = time.perf_counter()
     sources = open_sources(config, SPEC, tokenizer)
@@ -117,16 +127,15 @@ def read_batches(folder: Path, group: int) -> dict[str, float]:
 
 
 def measure(rows: int, kib: int) -> dict[str, dict[str, float]]:
-    """Returns the figures by the number of rows of a row group."""
+    """Returns the figures by rows of a row group and uses of an image."""
     result = {}
-    for group in sorted({min(100, rows), min(1000, rows), rows}):
+    for group, uses in CASES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            size = in_new_process(write_file, folder, rows, group, kib)
+            size = in_new_process(write_file, folder, rows, min(group, rows), uses, kib)
             forget(folder)
-            result[str(group)] = {"file_mib": size / MIB} | in_new_process(
-                read_batches, folder, group
-            )
+            figures = {"file_mib": size / MIB} | in_new_process(read_batches, folder)
+            result[f"row groups of {group}, {uses} rows an image"] = figures
     return result
 
 
@@ -141,8 +150,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    for group, figures in result.items():
-        print(f"row groups of {group}: {json.dumps(figures, indent=2)}")
+    for case, figures in result.items():
+        print(f"{case}: {json.dumps(figures, indent=2)}")
 
 
 if __name__ == "__main__":

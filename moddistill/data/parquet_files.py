@@ -18,8 +18,10 @@ import numpy as np
 from moddistill.data.places import BLOCK_RECORDS, Block, Places
 from moddistill.errors import UserError, one_line
 
-_CACHED_GROUP = 32 * 2**20  # bytes of a row group, uncompressed
+_CACHED_GROUP = 32 * 2**20  # bytes of a row group in memory
 _CACHED_GROUPS = 4  # of all files
+_KNOWN_GROUPS = 2**16  # of all files
+_FIRST_ROWS = 16  # whose size stands for that of the others
 _OPEN_READERS = 64  # of all files and threads; each has a file descriptor
 _BATCH = 4 * 2**20  # bytes of a batch of rows
 _BUFFER = 2**20  # bytes that are read at one time, instead of a column of a group
@@ -61,13 +63,15 @@ class ParquetFile:
           UserError: it cannot be decoded.
         """
         reader = self._reader()
-        if reader.metadata.row_group(offset).total_byte_size <= _CACHED_GROUP:
+        with _decoding():
+            row_bytes = _row_bytes_of_group(self, offset)
+        if row_bytes * reader.metadata.row_group(offset).num_rows <= _CACHED_GROUP:
             with _decoding():
                 group = _row_group(self, offset)
             return _row(group, size)
         with _LARGE_GROUP:
             try:
-                return _row_of_large_group(reader, offset, size)
+                return _row_of_large_group(reader, offset, size, row_bytes)
             finally:
                 _release_memory()
 
@@ -77,6 +81,7 @@ class ParquetFile:
     def close(self) -> None:
         """Drops the cached row groups and readers of all files."""
         _row_group.cache_clear()
+        _row_bytes_of_group.cache_clear()
         _thread_reader.cache_clear()
 
 
@@ -87,8 +92,17 @@ def _row_group(file: ParquetFile, group: int) -> Any:
     return rows
 
 
-def _row_of_large_group(reader: Any, group: int, row: int) -> dict[str, Any]:
-    for batch in _batches(reader, group):
+@functools.lru_cache(_KNOWN_GROUPS)
+def _row_bytes_of_group(file: ParquetFile, group: int) -> int:
+    with _LARGE_GROUP:
+        try:
+            return _row_bytes(file._reader(), group)
+        finally:
+            _release_memory()
+
+
+def _row_of_large_group(reader: Any, group: int, row: int, row_bytes: int) -> dict[str, Any]:
+    for batch in _batches(reader, group, None, row_bytes):
         if row < len(batch):
             return _row(batch, row)
         row -= len(batch)
@@ -159,7 +173,8 @@ def _scan(reader: Any, group: int, count: int) -> Iterator[tuple[int, int, Calla
     try:
         with _decoding():
             columns, images = _without_image_bytes(reader, group)
-        for batch in _batches(reader, group, columns):
+            row_bytes = _row_bytes(reader, group, columns)
+        for batch in _batches(reader, group, columns, row_bytes):
             start, done = done, done + len(batch)
             yield start, done, functools.partial(_rows, batch, images)
     except UserError as error:
@@ -167,17 +182,31 @@ def _scan(reader: Any, group: int, count: int) -> Iterator[tuple[int, int, Calla
             yield done, count, functools.partial(list, [error] * (count - done))
 
 
-def _batches(reader: Any, group: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+def _batches(
+    reader: Any, group: int, columns: Sequence[str] | None, row_bytes: int
+) -> Iterator[Any]:
     """Yields the rows of a row group as record batches of a limited size."""
+    rows = min(max(_BATCH // row_bytes, 1), BLOCK_RECORDS)
     with _decoding():
-        metadata = reader.metadata.row_group(group)
-        size = sum(
-            metadata.column(number).total_uncompressed_size
-            for number in range(metadata.num_columns)
-            if columns is None or reader.schema.column(number).path in columns
-        )
-        rows = min(max(_BATCH * metadata.num_rows // max(size, 1), 1), BLOCK_RECORDS)
         yield from reader.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _row_bytes(reader: Any, group: int, columns: Sequence[str] | None = None) -> int:
+    """Returns about the bytes of a row in memory, at least 1.
+
+    They are those that are stored, or those of the first rows: a value that repeats, such as an
+    image with several questions, is stored once.
+    """
+    metadata = reader.metadata.row_group(group)
+    stored = sum(
+        metadata.column(number).total_uncompressed_size
+        for number in range(metadata.num_columns)
+        if columns is None or reader.schema.column(number).path in columns
+    )
+    options = {"row_groups": [group], "columns": columns, "use_threads": False}
+    first = next(reader.iter_batches(_FIRST_ROWS, **options), None)
+    decoded = first.nbytes // len(first) if first else 0
+    return max(1, stored // max(metadata.num_rows, 1), decoded)
 
 
 def _without_image_bytes(reader: Any, group: int) -> tuple[list[str], set[str]]:

@@ -123,6 +123,11 @@ class Source:
             lengths[at] = file.index.tokens[file.numbers(numbers[at] - self._starts[each])]
         return np.minimum(lengths, self.limits.max_length)
 
+    def images(self, number: int) -> int:
+        """Returns the number of images of a record."""
+        file, at = self._locate(number)
+        return int(file.index.images[at])
+
     @property
     def most_images(self) -> int:
         """The largest number of images of a usable record."""

@@ -25,10 +25,11 @@ from moddistill.models.flops import step_flops
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import ModelConfig
+from moddistill.planning.content import step_content
 from moddistill.planning.hlo_collectives import collectives
 from moddistill.teachers.live import check_teacher, shares_tower, without_tower
 from moddistill.training.architectures import trained_architecture
-from moddistill.training.program import Program, full_step_size, make_program, with_shardings
+from moddistill.training.program import Program, make_program, with_shardings
 from moddistill.training.stages import stage_of
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
@@ -39,7 +40,8 @@ _USABLE_MEMORY = 0.97  # fraction for programs; the runtime reserves the rest
 def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
     """Plans an experiment on a topology: memory, collectives and FLOPs of a step, and duration.
 
-    FLOPs and duration are of full rows, padding included, since it is computed too.
+    FLOPs and duration are of the content of rows without padding, as MFU in the metrics of a run;
+    of full rows if the records are not here.
 
     Args:
       topology: name and sizes, as for `accelerators.parse_topology`.
@@ -71,16 +73,15 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "chips": len(devices) // cores,
         "shared_tower": shared,
         "micro_batch": config.batch_size // config.grad_accum_steps,
-        "steps": config.steps,
         "batch_size": config.batch_size,
-        "packing": config.data.packing,
         **_memory(compiled, topology),
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
-    size = full_step_size(config, student)
-    flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
+    content = step_content(config, student)
+    flops = step_flops(student, teacher, content.size, set(program.abstract_state.params), shared)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
+    report |= {name: getattr(content, name) for name in ("samples", "padding", "steps")}
     return report | _fit_and_duration(report, topology, utilisation)
 
 
@@ -269,11 +270,10 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f"teacher    {report['teacher_flops_per_step'] / 1e12:10.1f} TFLOP a step")
     if report["fits"] is not None:
         word = "fits" if report["fits"] else "does not fit"
-        content = "several samples" if report["packing"] else "one sample"
         lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
         lines.append(
             f"{report['seconds_per_step']:.2f} seconds a step at {report['utilisation']:.0%} "
-            f"utilisation, of {report['batch_size']:,} rows of {content}"
+            f"utilisation, of {report['batch_size']:,} {_rows(report)}"
         )
         lines.append(
             "as many steps as config.epochs takes; --config.steps=N plans their duration"
@@ -281,3 +281,10 @@ def format_report(report: dict[str, Any]) -> str:
             else f"{report['days']:.2f} days for {report['steps']:,} steps"
         )
     return "\n".join(lines)
+
+
+def _rows(report: dict[str, Any]) -> str:
+    """Describes the rows of a step."""
+    if report["samples"] is None:
+        return "full rows, as the records are not here"
+    return f"rows with {report['samples']:.0f} samples and {report['padding']:.1%} padding"

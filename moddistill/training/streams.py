@@ -19,6 +19,7 @@ from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
 from moddistill.data.sources import Source
 from moddistill.distributed.processes import barrier, is_main_process
 from moddistill.distributed.sharding import local_rows
+from moddistill.models.vision import VisionConfig
 from moddistill.training.architectures import Models
 from moddistill.training.stages import stage_of
 
@@ -74,18 +75,23 @@ def with_steps(config: TrainConfig, plan: RowPlan) -> TrainConfig:
     return dataclasses.replace(config, steps=steps)
 
 
-def row_spec(config: TrainConfig, data: DataConfig, models: Models) -> RowSpec:
-    """Returns format and shapes of the rows of a run."""
-    tower = models.student_config.vision
-    patches = tower.patches if tower else 0
-    color = mean_color(tower.mean) if tower else PAD_COLOR
+def row_spec(config: TrainConfig, data: DataConfig, tower: VisionConfig | None) -> RowSpec:
+    """Returns format and shapes of the rows of a run.
+
+    Args:
+      tower: vision encoder of the student.
+    """
     return RowSpec(
         kind=stage_of(config).records,
         template=data.template,
         max_length=data.max_length,
         image_size=tower.image_size if tower else 0,
-        image_tokens=patches,
-        images=ImageRules(max_pixels=data.max_pixels, exif=data.exif, pad_color=color),
+        image_tokens=tower.patches if tower else 0,
+        images=ImageRules(
+            max_pixels=data.max_pixels,
+            exif=data.exif,
+            pad_color=mean_color(tower.mean) if tower else PAD_COLOR,
+        ),
     )
 
 
@@ -93,7 +99,7 @@ def _open(
     config: TrainConfig, data: DataConfig, models: Models, workdir: Path, origin: str
 ) -> list[Source]:
     """Opens sources, of which the main process makes the missing indices."""
-    spec = row_spec(config, data, models)
+    spec = row_spec(config, data, models.student_config.vision)
     if is_main_process():
         sources = open_sources(data, spec, models.tokenizer, origin)
         list_left_out(sources, workdir)
@@ -119,7 +125,7 @@ def _batches(
             plan,
             sources,
             models.tokenizer,
-            row_spec(config, data, models),
+            row_spec(config, data, models.student_config.vision),
             needed_image_slots(sources, data.packing),
         ),
         local_rows=local_rows(mesh, config.batch_size),

@@ -164,6 +164,20 @@ def test_blocks_are_bounded_in_bytes_and_rows(write, monkeypatch):
     assert [len(block.places) for block in file.blocks()] == [1, 1, 1]
 
 
+def test_a_group_is_as_large_as_its_rows_in_memory(write, monkeypatch):
+    """A value that repeats is stored once, and read once for each row."""
+    monkeypatch.setattr(parquet_files, "_CACHED_GROUP", 100_000)
+    monkeypatch.setattr(parquet_files, "_BATCH", 10_000)
+    parquet_files._row_group.cache_clear()
+    for count, cached in ((200, 0), (50, 1)):
+        file = write({"image": pa.array(images(1) * count, IMAGE)})
+        assert file._reader().metadata.row_group(0).total_byte_size < 4000
+        assert file.read(0, count - 1) == {"image": images(1)[0]}
+        assert parquet_files._row_group.cache_info().currsize == cached
+    file = write({"text": ["x" * 1000] * 20})
+    assert [len(block.places) for block in file.blocks()] == [9, 9, 2]
+
+
 def test_a_table_may_be_empty(write):
     file = write({"text": pa.array([], pa.string())})
     assert (file.extent(), list(file.blocks())) == (0, [])
