@@ -38,7 +38,7 @@ _DISTINCT = 50  # images, but for a comment
 
 def _images(kib: int) -> list[bytes]:
     """Returns JPEG files of noise, of about a size."""
-    rng, side = np.random.default_rng(0), round(np.sqrt(kib * 1024 / 0.9))  # 0.9 bytes a pixel
+    rng, side = np.random.default_rng(0), round(np.sqrt(kib * 1024 / 0.42))  # 0.42 bytes a pixel
     files = []
     for _ in range(_DISTINCT):
         out = io.BytesIO()

@@ -41,6 +41,12 @@ class ParquetFile:
         """Returns the number of rows."""
         return self._reader().metadata.num_rows
 
+    def is_slow_to_shuffle(self) -> bool:
+        """Returns whether a row group is too large to be cached."""
+        metadata = self._reader().metadata
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        return any(group.total_byte_size > _CACHED_GROUP for group in groups)
+
     def blocks(self) -> Iterator[Block]:
         """Yields all rows, in order, without the bytes of images.
 

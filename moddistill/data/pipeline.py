@@ -239,6 +239,19 @@ def list_left_out(sources: Sequence[Source], lists: Path) -> None:
             )
 
 
+def warn_of_slow_files(sources: Sequence[Source]) -> None:
+    """Logs which sources have files that are slow to read in shuffled order."""
+    for source in sources:
+        if slow := source.slow_files:
+            LOG.warning(
+                "%s: %d files, such as %s, have row groups so large that shuffled reads are slow; "
+                "python -m moddistill.prepare parquet converts them",
+                source.name,
+                len(slow),
+                slow[0],
+            )
+
+
 def check_left_out(source: Source, limit: float, path: Path) -> None:
     """Raises UserError if a larger share than `limit` of a source's records is left out."""
     count = source.total - len(source)

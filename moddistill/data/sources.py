@@ -10,6 +10,7 @@ import numpy as np
 from moddistill.config import SourceConfig
 from moddistill.data.forms import parse_record
 from moddistill.data.index import FileIndex, IndexSpec, open_index
+from moddistill.data.parquet_files import ParquetFile
 from moddistill.data.quarantine import Rejected
 from moddistill.data.record_files import RecordFile, find_files, open_file
 from moddistill.data.records import AnyRecord
@@ -146,6 +147,12 @@ class Source:
     def digests(self) -> dict[str, str]:
         """Digests of the content of the files by their paths."""
         return {file.file.path: file.index.digest for file in self._files}
+
+    @property
+    def slow_files(self) -> list[str]:
+        """Files that are slow to read in shuffled order."""
+        files = [each.file for each in self._files]
+        return [x.path for x in files if isinstance(x, ParquetFile) and x.is_slow_to_shuffle()]
 
     @property
     def with_images(self) -> int:

@@ -13,7 +13,14 @@ from moddistill.config import DataConfig, TrainConfig
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import PAD_COLOR, mean_color
 from moddistill.data.packing import RowPlan
-from moddistill.data.pipeline import Batches, check_left_out, list_left_out, open_sources, plan_rows
+from moddistill.data.pipeline import (
+    Batches,
+    check_left_out,
+    list_left_out,
+    open_sources,
+    plan_rows,
+    warn_of_slow_files,
+)
 from moddistill.data.quarantine import Quarantine
 from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
 from moddistill.data.sources import Source
@@ -103,6 +110,7 @@ def _open(
     if is_main_process():
         sources = open_sources(data, spec, models.tokenizer, origin)
         list_left_out(sources, workdir)
+        warn_of_slow_files(sources)
     barrier(f"indexing {origin}")
     if not is_main_process():
         sources = open_sources(data, spec, models.tokenizer, origin)

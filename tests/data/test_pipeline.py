@@ -5,9 +5,13 @@ from pathlib import Path
 
 import chex
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from moddistill.config import DataConfig, SourceConfig
+from moddistill.data import parquet_files
+from moddistill.data.pipeline import warn_of_slow_files
 from moddistill.models.batch import PreferenceBatch, make_batch
 from tests.data.streams import LENGTH, take
 
@@ -140,3 +144,14 @@ def test_data_modules_do_not_import_jax_or_torch():
         source = Path(sys.modules[name].__file__).read_text()
         assert "import jax" not in source
         assert "torch" not in source
+
+
+def test_slow_parquet_files_are_logged(stream, data_config, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["q"], "chosen": ["a"], "rejected": ["b"]}), path)
+    sources = stream(data_config(str(path)), kind="preference")._maker.sources
+    warn_of_slow_files(sources)
+    assert not caplog.records
+    monkeypatch.setattr(parquet_files, "_CACHED_GROUP", 100)
+    warn_of_slow_files(sources)
+    assert f"1 files, such as {path}, have row groups so large" in caplog.text
