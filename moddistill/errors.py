@@ -20,6 +20,10 @@ class DivergedError(UserError, FloatingPointError):
     """A loss or parameter is no longer finite."""
 
 
+class StoppedError(Exception):
+    """A run was asked to stop, and has saved what it has; the same call resumes it."""
+
+
 def invalid(origin: str, value: Any, expected: str) -> UserError:
     """Returns the error for a value that is not what `origin` needs.
 

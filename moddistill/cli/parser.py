@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from absl import flags
 from moddistill.cli.experiment import read_experiment
 from moddistill.cli.fields import Field, sections, type_name
 from moddistill.config import Range
-from moddistill.errors import UserError, did_you_mean
+from moddistill.errors import StoppedError, UserError, did_you_mean
 
 # Messages of argparse in the grammar of all others: value, origin, expectation.
 _ARGPARSE_MESSAGES = (
@@ -28,6 +29,7 @@ _ARGPARSE_MESSAGES = (
     (r"^(.+?): invalid (\w+) value: (.+)$", r"\1: expected a value of type \2, got \3"),
     (r"^the following arguments are required: (.+)$", r"expected \1, got no such argument"),
 )
+STOPPED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
 _INDENT = " " * 24  # column of descriptions, as in argparse
 _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 
@@ -36,12 +38,17 @@ _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 def user_errors() -> Iterator[None]:
     """Ends the process with exit code 1 and one line for a `UserError` or an error of a file.
 
+    After SIGTERM, the exit code is that of a process that the signal ended, 143.
+
     All other exceptions are defects and keep their traceback.
     """
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(STOPPED)
     except OSError as error:
         if error.filename is None:
             raise

@@ -30,6 +30,8 @@ from moddistill.data.reasons import Reasons
 from moddistill.data.rows import MadeRow, RowMaker, RowSpec
 from moddistill.data.sources import Limits, Source
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.data.watched import WatchedRows
+from moddistill.data.worker_pool import end_with_parent
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import AnyBatch
 
@@ -107,6 +109,7 @@ class Batches:
       local_rows: numbers, within a batch, of the rows that this process makes.
       batch_size: rows of a batch, over all processes.
       workers: worker processes; 0 reads in threads.
+      timeout: seconds without a row after which workers count as stopped.
       lists: folder of `quarantine.jsonl` and `truncated.jsonl`.
       max_rejected: share of a source's records that may be rejected.
 
@@ -121,6 +124,7 @@ class Batches:
         local_rows: Sequence[int],
         batch_size: int,
         workers: int,
+        timeout: int,
         lists: Path,
         max_rejected: float,
     ):
@@ -129,6 +133,7 @@ class Batches:
         self._local_rows = tuple(local_rows)
         self._batch_size = batch_size
         self._workers = workers
+        self._timeout = timeout
         self._quarantine = Quarantine(str(lists / "quarantine.jsonl"))
         self._max_rejected = max_rejected
         self._rows: Any = None
@@ -180,7 +185,9 @@ class Batches:
         rows = grain.experimental.WithOptionsIterDataset(rows, options)
         # They wait in two queues for each worker, one of them in this process.
         queue = math.ceil(ahead / (2 * self._workers))
-        return iter(rows.mp_prefetch(grain.MultiprocessingOptions(self._workers, queue)))
+        options = grain.MultiprocessingOptions(self._workers, queue)
+        rows = rows.mp_prefetch(options, worker_init_fn=end_with_parent)
+        return WatchedRows(iter(rows), self._timeout)
 
     def _list(self, rejected: Sequence[Rejected]) -> None:
         if not rejected:

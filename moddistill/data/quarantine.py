@@ -6,6 +6,9 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+
+from moddistill.storage.text_file import append_lines
 
 _LONGEST_REASON = 500  # characters
 
@@ -36,7 +39,6 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
         self._known: set[tuple[str, int]] = set()
         self._read_to = 0  # bytes
-        self._is_cut = False  # the last line has no end
         self._lock = threading.Lock()
 
     def add(self, rejected: Iterable[Rejected]) -> None:
@@ -49,10 +51,7 @@ class Quarantine:
             if not lines:
                 return
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            # O_APPEND, and one `write` of entire lines: those of several processes do not mix. So
-            # only an interruption leaves a line without its end, which is then ended here.
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(b"\n" * self._is_cut + b"".join(lines))
+            append_lines(Path(self.path), b"".join(lines))
             self._read_new()
 
     @property
@@ -68,8 +67,7 @@ class Quarantine:
             return
         with open(self.path, "rb") as file:
             file.seek(self._read_to)
-            *lines, rest = file.read().split(b"\n")
-        self._is_cut = bool(rest)
+            *lines, _ = file.read().split(b"\n")
         for line in lines:
             self._read_to += len(line) + 1
             if (key := _key(line)) is not None:

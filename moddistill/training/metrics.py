@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, a progress bar, and the check for NaN."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -16,6 +17,9 @@ from moddistill.distributed.processes import is_main_process
 from moddistill.errors import DivergedError, invalid
 from moddistill.losses import Metrics
 from moddistill.models.flops import StepFlops, StepSize
+from moddistill.storage.text_file import append_lines, replace_text
+
+LOG = logging.getLogger("moddistill")
 
 Row = dict[str, float | int]  # `step` and named numbers
 HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
@@ -24,14 +28,15 @@ HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 class MetricsLog:
     """A context manager that averages metrics over steps and writes the means.
 
-    Rows that a resumed run writes again, those of steps after `start` and of held-out records, are
-    removed first, so that the file has each once.
+    Rows that a resumed run writes again, those of steps after `start`, are removed first, so that
+    the file has each once.
 
     Args:
       start: the step that the run resumes from, or 0.
       title: of the progress bar.
       flops: from the content of a step to its FLOPs.
       peak_flops: of all devices per second, if known.
+      max_skipped: steps in a row that may diverge, since they are skipped; 0 if they are not.
     """
 
     def __init__(
@@ -42,14 +47,16 @@ class MetricsLog:
         title: str,
         flops: Callable[[StepSize], StepFlops],
         peak_flops: float | None = None,
+        max_skipped: int = 0,
     ):
         self.path = workdir / "metrics.jsonl"
         self.writes = is_main_process()
         rows = read_metrics(self.path)
-        saved_rows = [row for row in rows if row["step"] <= start and "loss" in row]
-        self.before = saved_rows[-1]["seconds"] if saved_rows else 0.0
+        saved_rows = [row for row in rows if row["step"] <= start]
+        self.before = max((row.get("seconds", 0.0) for row in saved_rows), default=0.0)
+        self.heldout = [row for row in saved_rows if "loss" not in row]
         if self.writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in saved_rows))
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in saved_rows))
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.flops = flops
         self.peak_flops = peak_flops
@@ -62,6 +69,8 @@ class MetricsLog:
             mininterval=1.0,
             disable=not self.writes,
         )
+        self.max_skipped = max_skipped
+        self.skipped_in_a_row = 0
         self.pending: list[Metrics] = []
         self.began = self.last = time.monotonic()
 
@@ -81,7 +90,7 @@ class MetricsLog:
         """Writes the means since the last report, `step` being the newest; waits for the device.
 
         Raises:
-          DivergedError: if a metric of one of these steps is not finite; nothing is written.
+          DivergedError: if one of these steps diverged, or too many in a row; nothing is written.
         """
         # One transfer for all steps since the last report: until here steps are dispatched without
         # waiting for their results.
@@ -89,7 +98,11 @@ class MetricsLog:
         self.pending = []
         for number, row in enumerate(rows, start=step - len(rows) + 1):
             check_finite(row, number, last_good)
+            self._check_divergence(row, number, last_good)
         means = weighted_means(rows)
+        diverged = means.pop("diverged")
+        if self.max_skipped:
+            means["skipped"] = round(diverged * len(rows))
         now = time.monotonic()
         means |= self._throughput(means, len(rows) / (now - self.last))
         for name in ("tokens", "squared_lengths", "images"):
@@ -102,6 +115,21 @@ class MetricsLog:
         text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
         text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         self.bar.set_postfix_str(text, refresh=False)
+
+    def _check_divergence(self, metrics: HostMetrics, step: int, last_good: str) -> None:
+        if not metrics["diverged"][0]:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row <= self.max_skipped:
+            LOG.warning("step %d diverged and is skipped", step)
+            return
+        if self.max_skipped:
+            what = f"more than {self.max_skipped} steps in a row diverged (config.max_skipped)"
+        else:
+            total, weight = metrics["loss"]
+            what = f"the loss rose to {total / weight:.4g}, beyond config.loss_factor"
+        raise DivergedError(f"step {step}: {what}; the last good checkpoint is {last_good}")
 
     def _throughput(self, means: Row, steps_per_second: float) -> Row:
         """Tokens and FLOPs per second of both models, and the utilisation of a known peak.
@@ -122,12 +150,16 @@ class MetricsLog:
             throughput["mfu"] = both / self.peak_flops
         return throughput
 
+    def write_heldout(self, step: int, means: Row) -> None:
+        """Writes means of held-out records after a step."""
+        self.heldout.append({"step": step} | means)
+        self.write(self.heldout[-1])
+
     def write(self, row: Row) -> None:
         """Appends a row to the file and to TensorBoard, in the first process."""
         if not self.writes:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_lines(self.path, (json.dumps(row) + "\n").encode())
         for name, value in row.items():
             if name != "step":
                 self.board.add_scalar(name, value, row["step"])

@@ -39,10 +39,12 @@ def model(tiny_models, tmp_path):
 def run(tmp_path):
     """Checkpoints of steps 1 and 2, and `resume()`, which restores the newest."""
     params = {"decoder/kernel": jax.random.normal(jax.random.key(0), (40, 50))}
-    state = State(jnp.asarray(0), params, {}, optax.adamw(1.0).init(params))
+    state = State(jnp.asarray(0), params, {}, optax.adamw(1.0).init(params), jnp.float32(1))
     with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (1, 2):
-            checkpoint.save(checkpoints, state.replace(step=jnp.asarray(step)), next_row=8 * step)
+            checkpoint.save(
+                checkpoints, state.replace(step=jnp.asarray(step)), 8 * step, checkpoint.Keep()
+            )
 
     def resume():
         with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:

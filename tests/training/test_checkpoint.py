@@ -7,6 +7,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.training import checkpoint
+from moddistill.training.checkpoint import Keep
 from moddistill.training.state import State
 
 
@@ -14,7 +15,9 @@ def state_at(step, shape=(2, 3), frozen=0.0):
     """A state whose values tell its step."""
     params = {"projector/kernel": jnp.full(shape, 0.1 + step), "decoder/norm/scale": jnp.ones(2)}
     moments = optax.adamw(1.0).init(params)
-    return State(jnp.asarray(step), params, {"vision/kernel": jnp.full(2, frozen)}, moments)
+    return State(
+        jnp.asarray(step), params, {"vision/kernel": jnp.full(2, frozen)}, moments, jnp.float32(0.5)
+    )
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def folder(tmp_path):
     """Checkpoints of steps 1, 2 and 3, each after eight times as many rows."""
     with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (1, 2, 3):
-            checkpoint.save(checkpoints, state_at(step, frozen=5.0), 8 * step)
+            checkpoint.save(checkpoints, state_at(step, frozen=5.0), 8 * step, Keep())
     return tmp_path / "checkpoints"
 
 
@@ -36,7 +39,7 @@ def test_newest_state_comes_back_bit_for_bit(folder):
 
 def test_frozen_parameters_are_not_stored(folder):
     stored = ocp.checkpointables_metadata(folder / "3").metadata["state"]
-    assert set(stored) == {"step", "params", "opt_state"}
+    assert set(stored) == {"step", "params", "opt_state", "mean_loss"}
     assert not [name for name in stored["params"] if "vision" in name]
 
 
@@ -52,7 +55,7 @@ def test_checkpoint_that_was_not_finished_is_removed(folder, caplog):
         assert checkpoints.latest == 2
         assert sorted(path.name for path in folder.iterdir()) == ["2"]
         state, _ = checkpoint.restore(checkpoints, state_at(0))
-        checkpoint.save(checkpoints, state.replace(step=jnp.asarray(3)), 24)
+        checkpoint.save(checkpoints, state.replace(step=jnp.asarray(3)), 24, Keep())
     assert "checkpoint " in caplog.text and ".3.partial was not finished" in caplog.text
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
 
@@ -63,7 +66,7 @@ def test_checkpoint_interrupted_before_its_digests_is_not_resumed_from(folder, m
 
     monkeypatch.setattr(checkpoint, "write_digests", killed)
     with pytest.raises(KeyboardInterrupt), checkpoint.open_checkpoints(folder) as checkpoints:
-        checkpoint.save(checkpoints, state_at(4), 32)
+        checkpoint.save(checkpoints, state_at(4), 32, Keep())
     with checkpoint.open_checkpoints(folder) as checkpoints:
         assert checkpoints.latest == 3
         checkpoint.restore(checkpoints, state_at(0))
@@ -102,14 +105,14 @@ def test_checkpoints_without_digests_are_not_removed(folder):
     (folder / "1").mkdir()
     (folder / "1" / "model.bin").touch()
     with checkpoint.open_checkpoints(folder) as checkpoints:
-        checkpoint.save(checkpoints, state_at(4), 32)
+        checkpoint.save(checkpoints, state_at(4), 32, Keep())
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
 
 
 def test_error_while_saving_in_the_background_ends_the_run(folder):
     (folder / "4").write_text("in the way")
     with pytest.raises(OSError), checkpoint.open_checkpoints(folder) as checkpoints:
-        checkpoint.save(checkpoints, state_at(4), 32)
+        checkpoint.save(checkpoints, state_at(4), 32, Keep())
 
 
 def test_new_folder_has_no_checkpoint(tmp_path):
@@ -128,6 +131,6 @@ def test_checkpoint_of_another_architecture_is_refused(folder):
 
 def test_position_may_be_beyond_32_bits(tmp_path):
     with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
-        checkpoint.save(checkpoints, state_at(1), 2**40 + 1)
+        checkpoint.save(checkpoints, state_at(1), 2**40 + 1, Keep())
     with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoint.restore(checkpoints, state_at(0))[1] == 2**40 + 1

@@ -227,7 +227,9 @@ def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
             return 0.0, {"x": (batch["x"].sum(), batch["x"].size)}
 
     config = tiny_config("sft", batch_size=16, grad_accum_steps=2, heldout_steps=2)
-    state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
+    state = State(
+        step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=(), mean_loss=jnp.float32(1)
+    )
     records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
     run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
     means = evaluate_heldout(config, run, state, records, sharding.make_mesh(config.mesh))
