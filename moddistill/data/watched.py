@@ -13,6 +13,7 @@ from moddistill.errors import UserError
 
 _NAME = "grain-process-prefetch"  # begins the names of grain's workers
 _LOOK_EVERY = 0.5  # seconds
+_START = 60  # seconds that workers may take besides, to start
 _STATES = {"T": "stopped", "D": "waiting for a disk", "Z": "ended", "R": "running", "S": "waiting"}
 
 
@@ -29,6 +30,7 @@ class WatchedRows:
     def __init__(self, rows: Iterator[Any], timeout: float):
         self._rows, self._timeout = rows, timeout
         self._workers: dict[int, Any] = {}
+        self._first = True
         self._asked: SimpleQueue[bool] = SimpleQueue()
         self._found: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         # A daemon, since `next` never returns from a worker that has stopped.
@@ -39,7 +41,7 @@ class WatchedRows:
 
     def __next__(self) -> Any:
         self._asked.put(True)
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self._timeout + (_START if self._first else 0)
         while True:
             try:
                 row, error = self._found.get(timeout=_LOOK_EVERY)
@@ -49,6 +51,7 @@ class WatchedRows:
         if error is not None:
             self._check_workers(deadline)  # an error of grain's, if a worker was killed
             raise error
+        self._first = False
         return row
 
     def close(self) -> None:

@@ -168,7 +168,7 @@ def restore(checkpoints: Checkpoints, state: State) -> tuple[State, int]:
 
 def _newest_undamaged(checkpoints: Checkpoints) -> Path:
     """Returns the folder of the newest checkpoint whose files all match their digests."""
-    directory, damaged = checkpoints.directory, []
+    directory, damaged, reasons = checkpoints.directory, [], []
     for step in reversed(_steps(directory)):
         folder = directory / str(step)
         try:
@@ -176,6 +176,7 @@ def _newest_undamaged(checkpoints: Checkpoints) -> Path:
         except UserError as error:
             LOG.warning("%s; it is not resumed from", error)
             damaged.append(folder)
+            reasons.append(error)
             continue
         barrier("finding a checkpoint")  # all have listed the folder
         if is_main_process():
@@ -184,7 +185,7 @@ def _newest_undamaged(checkpoints: Checkpoints) -> Path:
         return folder
     raise UserError(
         f"{directory}: expected an undamaged checkpoint, or none to start from step 0, got damaged "
-        f"ones of the steps {', '.join(folder.name for folder in damaged)}"
+        f"ones of the steps {', '.join(folder.name for folder in damaged)}: {reasons[0]}"
     )
 
 

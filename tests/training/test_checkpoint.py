@@ -1,3 +1,4 @@
+import errno
 import shutil
 
 import chex
@@ -6,6 +7,7 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from moddistill.errors import UserError
 from moddistill.training import checkpoint
 from moddistill.training.checkpoint import Keep
 from moddistill.training.state import State
@@ -72,32 +74,121 @@ def test_checkpoint_interrupted_before_its_digests_is_not_resumed_from(folder, m
         checkpoint.restore(checkpoints, state_at(0))
 
 
-@pytest.mark.parametrize("kept", [("2", "3"), ("3",)])
-def test_damaged_checkpoint_names_the_way_out(folder, kept):
-    for step in {"2", "3"} - set(kept):
-        shutil.rmtree(folder / step)
-    file = next((folder / "3" / "state").rglob("d/*"))
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    start = {2: "resume from step 2", 1: "start from step 0"}[len(kept)]
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def zero(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def delete(file):
+    file.unlink()
+
+
+def make_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def restored_step(folder):
     with checkpoint.open_checkpoints(folder) as checkpoints:
-        message = f"checkpoints/3: expected an undamaged copy, or to remove this folder and {start}"
-        message += f", got one changed since train wrote it: state/.*d/{file.name} does not match "
-        with pytest.raises(ValueError, match=message):
+        state, next_row = checkpoint.restore(checkpoints, state_at(0))
+        assert next_row == 8 * int(state.step) == 8 * checkpoints.latest
+        chex.assert_trees_all_equal(state.params, state_at(int(state.step)).params)
+        return checkpoints.latest
+
+
+@pytest.mark.parametrize("damage", [delete, cut, zero, flip, make_folder])
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(damage, folder, caplog):
+    """Each of its files in turn."""
+    whole = shutil.copytree(folder, folder.with_name("whole"))
+    names = [x.relative_to(whole) for x in sorted((whole / "3").rglob("*")) if x.is_file()]
+    assert len(names) > 5
+    for name in names:
+        if not (whole / name).stat().st_size and damage is not delete and damage is not make_folder:
+            continue
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        damage(folder / name)
+        caplog.clear()
+        assert restored_step(folder) == 2
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "3.damaged"]
+        assert f"{folder}/3: expected an undamaged checkpoint, got one" in caplog.text
+        shown = "digests.json" if name.name == "digests.json" else str(name.relative_to("3"))
+        assert shown in caplog.text
+
+
+def test_steps_of_a_damaged_checkpoint_are_saved_again(folder):
+    for _ in range(2):
+        delete(next((folder / "3" / "state").rglob("d/*")))
+        with checkpoint.open_checkpoints(folder) as checkpoints:
             checkpoint.restore(checkpoints, state_at(0))
-    shutil.rmtree(folder / "3")
-    with checkpoint.open_checkpoints(folder) as checkpoints:
-        assert checkpoints.latest == (2 if len(kept) == 2 else None)
+            checkpoint.save(checkpoints, state_at(3, frozen=5.0), 24, Keep())
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "3.damaged"]
+    assert restored_step(folder) == 3
 
 
-def test_checkpoint_without_digests_is_refused(folder):
-    (folder / "3" / "digests.json").unlink()
+def test_folder_of_damaged_checkpoints_only_is_an_error(folder):
+    for step in ("2", "3"):
+        (folder / step / "digests.json").unlink()
+    message = "expected an undamaged checkpoint, or none to .*, got .* steps 3, 2: .*/3: expected"
     with (
         checkpoint.open_checkpoints(folder) as checkpoints,
-        pytest.raises(
-            ValueError, match=r"3: expected .* resume from step 2, got one without digests\.json"
-        ),
+        pytest.raises(ValueError, match=message),
     ):
         checkpoint.restore(checkpoints, state_at(0))
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (Keep(), {5, 6}),
+        (Keep(last=1), {6}),
+        (Keep(last=1, every=2), {2, 4, 6}),
+        (Keep(last=1, scores={1: 0.5, 2: 0.3, 3: 0.3, 6: float("nan")}), {2, 6}),
+        (Keep(last=9, scores={9: 0.1}), {1, 2, 3, 4, 5, 6}),
+    ],
+)
+def test_kept_checkpoints(keep, expected):
+    assert keep.steps([1, 2, 3, 4, 5, 6]) == expected
+
+
+def test_checkpoints_are_kept_by_policy(tmp_path):
+    scores = {}
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 8):
+            scores[step] = abs(step - 2.1)
+            checkpoint.save(checkpoints, state_at(step), 0, Keep(1, every=3, scores=dict(scores)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "6", "7"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed writing: file 11: No space left on device [os_err"),
+    ],
+)
+def test_full_disk_leaves_the_last_good_checkpoint(error, folder, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_digests", fail)
+    message = "checkpoints: expected a disk with enough space, got 'No space left on device'"
+    with (
+        pytest.raises(UserError, match=message),
+        checkpoint.open_checkpoints(folder) as checkpoints,
+    ):
+        checkpoint.save(checkpoints, state_at(4), 32, Keep())
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
 
 
 def test_checkpoints_without_digests_are_not_removed(folder):

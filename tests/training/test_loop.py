@@ -14,7 +14,7 @@ from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
 from moddistill.training import loading, loop
 from moddistill.training.architectures import resolve_models
-from moddistill.training.heldout import evaluate_heldout
+from moddistill.training.heldout import Heldout
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 from moddistill.training.streams import row_spec
@@ -217,6 +217,22 @@ def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):
     assert 0 <= last["heldout_reward_accuracy"] <= 1
 
 
+class Records:
+    """A stream of a few batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def seek(self, row):
+        self.rest = iter(self.batches[row:])
+
+    def __next__(self):
+        return next(self.rest)
+
+    def close(self):
+        pass
+
+
 def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
     """Two batches of sixteen samples in halves; a mean over all of them."""
     sizes = []
@@ -230,10 +246,10 @@ def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
     state = State(
         step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=(), mean_loss=jnp.float32(1)
     )
-    records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
+    records = Records([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
     run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
-    means = evaluate_heldout(config, run, state, records, sharding.make_mesh(config.mesh))
-    assert means == {"heldout_x": 15.0}
+    heldout = Heldout(config, run, records, sharding.make_mesh(config.mesh))
+    assert [heldout(state) for _ in range(2)] == [{"heldout_x": 15.0}] * 2  # the same batches
     assert sizes == [(8,)]  # compiled once
 
 
