@@ -60,7 +60,9 @@ class ColumnsConfig:
 
     question: Annotated[str, "field with the question"] = ""
     answer: Annotated[str, "field with the answer, or with a list of which the first counts"] = ""
-    image: Annotated[str, "field with the image; empty without images"] = ""
+    image: Annotated[
+        str, "field with the image; empty: those of the other forms, if there are any"
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,11 @@ from moddistill.data.records import IMAGE
 from moddistill.errors import invalid
 
 IMAGE_FIELDS = ("image", "images", "img", "image_path")
+# Of other publishers; no form uses them.
+_OTHER_IMAGES = (
+    "imgs", "picture", "pictures", "photo", "photos", "image_base64", "image_bytes", "img_base64",
+    "img_bytes", "base64_image", "pixel_values", "image_data",
+)  # fmt: skip
 CONVERSATION_FIELDS = ("conversations", "messages", "texts")
 PROMPT_FIELDS = ("conversations", "question", "prompt")
 ANSWER_FIELDS = ("answer", "answers", "response", "output")
@@ -21,7 +26,8 @@ _IMAGE_NAMES = (
 )  # fmt: skip
 OF_RECORD = frozenset(
     {
-        *IMAGE_FIELDS, *_IMAGE_NAMES, *CONVERSATION_FIELDS, *PROMPT_FIELDS, *ANSWER_FIELDS,
+        *IMAGE_FIELDS, *_IMAGE_NAMES, *_OTHER_IMAGES, *CONVERSATION_FIELDS, *PROMPT_FIELDS,
+        *ANSWER_FIELDS,
         "conversation", "query", "questions", "instruction", "input", "inputs", "outputs",
         "responses", "completion", "completions", "history", "context", "documents",
         "system_prompt", "chosen", "rejected", "rejected_conversations", "rejected_messages",
@@ -57,7 +63,7 @@ def check_used(
       has_image: whether an image is used, which other fields may name.
     """
     for name, value in fields.items():
-        if name in used or is_empty(value) or not (name in content or _is_image(value)):
+        if name in used or is_empty(value) or not (name.lower() in content or _is_image(value)):
             continue
         if has_image and name in _IMAGE_NAMES:
             continue

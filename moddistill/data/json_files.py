@@ -1,7 +1,8 @@
 """Random access to the records of JSONL files and of JSON files that are one list.
 
 The places of records are found without parsing or loading the file: of the elements of a JSON list,
-only strings and brackets are matched. Each record is parsed by itself, so a bad one costs no other.
+only strings and brackets are matched. Each record is parsed by itself, so a bad one costs no other,
+unless it opens a string or a bracket of a list that it does not close.
 """
 
 import functools

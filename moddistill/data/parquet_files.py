@@ -9,6 +9,8 @@ converts such files.
 
 import contextlib
 import functools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +28,15 @@ _OPEN_READERS = 64  # of all files and threads; each has a file descriptor
 _BATCH = 4 * 2**20  # bytes of a batch of rows
 _BUFFER = 2**20  # bytes that are read at one time, instead of a column of a group
 _LARGE_GROUP = threading.Lock()
+# Some damage is an exception of C++ that `pyarrow` does not catch.
+_READ_FOOTER = """
+import sys
+import pyarrow.parquet
+metadata = pyarrow.parquet.ParquetFile(sys.argv[1]).metadata
+for group in map(metadata.row_group, range(metadata.num_row_groups)):
+    for number in range(group.num_columns):
+        group.column(number).statistics
+"""
 
 
 class ParquetFile:
@@ -53,6 +64,7 @@ class ParquetFile:
         An image is `{"bytes": b"-", "path": ...}` in them. Rows that cannot be decoded, because
         their row group is damaged, are errors.
         """
+        _check_footer(self.path)
         reader, line = self._reader(), 1
         for group in range(reader.metadata.num_row_groups):
             count = reader.metadata.row_group(group).num_rows
@@ -157,6 +169,16 @@ def open_reader(path: str) -> Any:
             f"{path}: expected {metadata.num_rows} rows in its groups, got {sum(counts)}"
         )
     return reader
+
+
+def _check_footer(path: str) -> None:
+    """Raises UserError for a file whose column metadata end the process that reads them."""
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_FOOTER, path], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = one_line((done.stderr.strip().splitlines() or ["none"])[-1])
+        raise UserError(f"{path}: expected a parquet file, got an error: {reason}")
 
 
 @contextlib.contextmanager

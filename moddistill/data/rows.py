@@ -4,7 +4,6 @@ T: max_length, I: `needed_image_slots`, h = w: image_size.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ def needed_image_slots(sources: Sequence[Source], packing: bool) -> int:
     """
     if not packing:
         return max(1, *(source.most_images for source in sources))
-    return max(1, *(math.floor(source.images_per_row) for source in sources))
+    return max(1, *(source.most_images_of_rows for source in sources))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class RowMaker:
         if length != sample.length:
             raise UserError(
                 f"record: expected {sample.length} tokens as in its index, got {length}; the file "
-                "has changed"
+                "has changed, or an image in it is empty"
             )
         return sides, _read_images(record, spec)
 

@@ -135,13 +135,15 @@ class Source:
         return max(int(np.max(file.take(file.index.images), initial=0)) for file in self._files)
 
     @property
-    def images_per_row(self) -> float:
+    def most_images_of_rows(self) -> int:
         """The largest number of images of `max_length` tokens of usable records."""
-        largest = 0.0
+        length, largest = self.limits.max_length, 0
         for file in self._files:
-            tokens = np.minimum(file.take(file.index.tokens), self.limits.max_length)
-            largest = max(largest, np.max(file.take(file.index.images) / tokens, initial=0.0))
-        return self.limits.max_length * largest
+            tokens = np.minimum(file.take(file.index.tokens), length)
+            images = file.take(file.index.images).astype(np.int64)
+            # In integers: a quotient in floats may be below that of a row which is full.
+            largest = max(largest, int(np.max(length * images // tokens, initial=0)))
+        return largest
 
     @property
     def digests(self) -> dict[str, str]:

@@ -268,12 +268,13 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"{kind:<18} {entry['count']:4} times, {entry['bytes'] / 2**20:10.1f} MiB")
     lines.append(f"student    {report['model_flops_per_step'] / 1e12:10.1f} TFLOP a step")
     lines.append(f"teacher    {report['teacher_flops_per_step'] / 1e12:10.1f} TFLOP a step")
+    lines.append(f"a step has {report['batch_size']:,} {_rows(report)}")
     if report["fits"] is not None:
         word = "fits" if report["fits"] else "does not fit"
         lines.append(f"{word} into {gib['allowed_bytes_per_chip']:.1f} GiB")
         lines.append(
             f"{report['seconds_per_step']:.2f} seconds a step at {report['utilisation']:.0%} "
-            f"utilisation, of {report['batch_size']:,} {_rows(report)}"
+            "utilisation"
         )
         lines.append(
             "as many steps as config.epochs takes; --config.steps=N plans their duration"

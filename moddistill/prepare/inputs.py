@@ -116,9 +116,16 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
             raise UserError(f"--from: expected files, got {name!r}, which matches none")
         for file in found:
             if not file.lower().endswith(tuple(suffixes)):
-                raise invalid("--from", file, f"a file that ends with {' or '.join(suffixes)}")
+                hint = ", decompressed" if ".tar" in suffixes and _is_compressed(file) else ""
+                raise invalid(
+                    "--from", file, f"a file that ends with {' or '.join(suffixes)}{hint}"
+                )
         files += found
     return list(dict.fromkeys(files))
+
+
+def _is_compressed(file: str) -> bool:
+    return file.lower().endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -113,6 +113,8 @@ def _conversation(row: dict[str, str]) -> dict[str, Any]:
     hint = [row["hint"]] if _filled(row, "hint") else []
     options = [f"{name}. {row[name]}" for name in string.ascii_uppercase if _filled(row, name)]
     instruction = [_WITH_OPTIONS] if options else []
+    if options and row["answer"] in string.ascii_uppercase and not _filled(row, row["answer"]):
+        raise invalid("answer", row["answer"], "one of the options")
     texts = {
         "user": "\n".join([*hint, row["question"], *options, *instruction]),
         "assistant": row["answer"],

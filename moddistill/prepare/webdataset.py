@@ -4,7 +4,8 @@ The key is the name up to the first dot of its last part; the rest is the extens
 
     KEY.json            is its record, in any published form
     KEY.txt             is a caption, if there is no record; the question is a flag
-    KEY.jpg, KEY.1.png  are its images, in the order of the tar; they replace names in the record
+    KEY.jpg, KEY.1.png  are its images, in the order of their numbers, or in that of their names in
+                        the record, which must name all of them if there are several
 
 Other files (`.cls`, `.url`, `.npy`, ...), and names without key or extension, are not read.
 """
@@ -70,14 +71,15 @@ class WebDatasetRecords:
         if size > _LARGEST_SAMPLE:
             raise invalid("bytes of the sample", size, f"<= {_LARGEST_SAMPLE:,}")
         key, files = _files(os.pread(descriptor, size, offset), self.name)
-        images = [
-            {"path": f"{key}.{extension}", "bytes": data}
-            for extension, data in files.items()
-            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS
-        ]
         record = parse(files["json"], f"{key}.json") if "json" in files else {}
         if not isinstance(record, dict):
             raise invalid(f"{key}.json", record, "a JSON object")
+        found = {
+            f"{key}.{extension}": data
+            for extension, data in files.items()
+            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+        }
+        images = [{"path": path, "bytes": found[path]} for path in _order(key, list(found), record)]
         if "txt" in files:
             record = self._caption(key, record, files["txt"], len(images))
         named = {name: value for name, value in record.items() if name not in IMAGE_FIELDS}
@@ -94,8 +96,35 @@ class WebDatasetRecords:
         except UnicodeDecodeError as error:
             raise UserError(f"{key}.txt: expected UTF-8 text, got {error.reason}") from None
         question = "\n".join([IMAGE] * image_count + [self.question] * bool(self.question))
+        if not image_count:
+            raise UserError(f"{key}.txt: expected an image next to the caption, got none")
         turns = (("human", question), ("gpt", answer))
         return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+def _order(key: str, paths: list[str], record: dict[str, Any]) -> list[str]:
+    """Returns the images of a sample in the order in which its text has them."""
+    values = [record.get(name) or [] for name in IMAGE_FIELDS]
+    named = [
+        name
+        for value in values
+        for name in (value if isinstance(value, list) else [value])
+        if isinstance(name, str)
+    ]
+    if not paths or len(paths) == len(named) == 1:
+        return paths
+    if named:
+        of_name = {os.path.basename(path).lower(): path for path in paths}
+        wanted = [os.path.basename(name).lower() for name in named]
+        if sorted(wanted) != sorted(of_name):
+            raise invalid(f"images of {key}", named, f"names of the files of the sample, {paths}")
+        return [of_name[name] for name in wanted]
+    numbers = {path: path[len(key) + 1 :].rpartition(".")[0] for path in paths}
+    if not all(number == "" or number.isdecimal() for number in numbers.values()):
+        raise invalid(
+            f"images of {key}", paths, "names with a number, or a record that names the images"
+        )
+    return sorted(paths, key=lambda path: int(numbers[path] or -1))
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -103,7 +103,9 @@ CONTENT = {
     "instruction": "x", "input": "x", "output": "x", "answer": "x", "answers": ["x"],
     "response": "x", "completion": "x", "chosen": "x", "rejected": "x",
     "rejected_response": "x", "rejected_messages": chat("x"), "rejected_conversations": ["x"],
-    "system_prompt": "x", "conversation": chat("x"), "objects": {"bbox": [[0, 0, 1, 1]]},
+    "Image": "a.png", "imgs": ["a.png"], "image_base64": "aGk=", "pixel_values": [[0]],
+    "Question": "x", "system_prompt": "x", "conversation": chat("x"),
+    "objects": {"bbox": [[0, 0, 1, 1]]},
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from moddistill.config import ColumnsConfig, SourceConfig
 from moddistill.data.indexing import IndexSpec
+from moddistill.data.rows import needed_image_slots
 from moddistill.data.sources import Limits, Source, check_source
 
 LIMITS = Limits(max_length=60, max_images=1)
@@ -77,6 +78,23 @@ def test_source_of_several_files_has_their_records_in_order(open_source, data_fi
     np.testing.assert_array_equal(source.lengths(np.array([8, 0, 4])), every[[8, 0, 4]])
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_row_of_the_densest_samples_has_place_for_all_their_images(
+    images, open_source, data_file, image_file
+):
+    """For each length that a sample can have, of which some have no exact quotient in floats."""
+    image_file("a.png")
+    question = "<image>" * images
+    for words in range(1, 90):
+        record = talk(question, " a" * words, image=["a.png"] * images)
+        path = data_file([talk("q", "text"), record], f"{words}.json")
+        tokens = int(open_source(path, Limits(10**6, 3)).lengths(np.array([1]))[0])
+        for samples in (1, 2, 7):
+            source = open_source(path, Limits(samples * tokens, 3))
+            assert needed_image_slots([source], packing=True) == samples * images
+            assert needed_image_slots([source], packing=False) == images
+
+
 def test_table_needs_the_columns_of_questions_and_answers(data_file):
     path = data_file([talk("q", "a")])
     with pytest.raises(ValueError, match=r"columns: expected both question and answer, or neither"):
@@ -84,11 +102,11 @@ def test_table_needs_the_columns_of_questions_and_answers(data_file):
 
 
 def test_image_column_that_no_record_has_is_an_error(small, data_file):
-    path = data_file([{"query": "q", "label": "a", "picture": "a.png"}])
-    columns = ColumnsConfig("query", "label", "pictures")
+    path = data_file([{"query": "q", "label": "a", "scan": "a.png"}])
+    columns = ColumnsConfig("query", "label", "scans")
     spec = IndexSpec("conversation", "chatml", 3, small, columns)
     with pytest.raises(
-        ValueError, match=r"columns\.image: expected a field with images, .*'pictures'"
+        ValueError, match=r"columns\.image: expected a field with images, .*'scans'"
     ):
         Source(SourceConfig(path, columns=columns), spec, LIMITS, "config.data.sources.a")
 

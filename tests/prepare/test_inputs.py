@@ -28,3 +28,6 @@ def test_a_file_of_another_form_is_refused(tmp_path):
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(UserError, match=r"--from: expected a file that ends with \.tar, got"):
         files(tmp_path / "*")
+    (tmp_path / "x.txt").rename(tmp_path / "x.tar.gz")
+    with pytest.raises(UserError, match=r"ends with \.tar, decompressed, got"):
+        files(tmp_path / "*")

@@ -79,6 +79,7 @@ def test_images_may_be_named_and_absent(tmp_path, prepare):
         (row(2, image="7"), "image: expected base64 of an image, got '7'"),
         (row(2, image="@@@@"), "image: expected base64 of an image, got '@@@@'"),
         (row(2, image=base64.b64encode(b"text").decode()), "expected a readable image"),
+        (row(2, A="x", B="y", answer="C"), "answer: expected one of the options, got 'C'"),
         (row(2, answer=""), "answer: expected a text that is not blank"),
         (row(2)[:-1], "cells of the row: expected 8, as in the header, got 7"),
         ([*row(2), "x"], "cells of the row: expected 8, as in the header, got 9"),

@@ -49,7 +49,7 @@ def test_samples_are_records_with_the_images_of_the_same_key(tmp_path, prepare):
             ("README", b"text"),
             ("a/3.0.png", RED),
             ("a/3.1.JPEG", BLUE),
-            ("a/3.json", as_json(talk("a", question="<image>\nWhich?"))),
+            ("a/3.json", as_json(talk(["b/3.1.jpeg", "3.0.png"], question="or <image>?"))),
         ],
     )
     first, second, third = read_shards(prepare("webdataset", "--from", path))
@@ -59,8 +59,15 @@ def test_samples_are_records_with_the_images_of_the_same_key(tmp_path, prepare):
         [BLUE],
     )
     assert (second["id"], data(second)) == ("a/2", [])
-    assert (third["id"], data(third)) == ("a/3", [RED, BLUE])
-    assert [each["path"] for each in third["images"]] == ["a/3.0.png", "a/3.1.jpeg"]
+    assert (third["id"], data(third)) == ("a/3", [BLUE, RED])  # in the order of the record
+    assert [each["path"] for each in third["images"]] == ["a/3.1.jpeg", "a/3.0.png"]
+
+
+def test_images_without_names_are_in_the_order_of_their_numbers(tmp_path, prepare):
+    """A tar is often sorted, with 10 before 2."""
+    files = [("1.10.png", RED), ("1.2.jpg", BLUE), ("1.jpg", RED), ("1.txt", b"Three.")]
+    [record] = read_shards(prepare("webdataset", "--from", write_tar(tmp_path / "a.tar", files)))
+    assert [each["path"] for each in record["images"]] == ["1.jpg", "1.2.jpg", "1.10.png"]
 
 
 def test_captions_have_a_question_of_the_flag(tmp_path, prepare):
@@ -84,6 +91,15 @@ def link(name, kind=tarfile.SYMTYPE):
     ("files", "reason"),
     [
         ([("1.jpg", BLUE)], "fields of the record: expected conversations, messages or texts"),
+        ([("1.txt", b"A cat.")], "1.txt: expected an image next to the caption, got none"),
+        (
+            [("1.jpg", BLUE), ("1.mask.png", RED), ("1.txt", b"x")],
+            r"images of 1: expected names with a number, or .*, got \['1.jpg', '1.mask.png'\]",
+        ),
+        (
+            [("1.0.jpg", BLUE), ("1.1.jpg", RED), ("1.json", as_json(talk(["1.0.jpg", "2.jpg"])))],
+            r"images of 1: expected names of the files of the sample, .* got \['1.0.jpg', '2.jpg'",
+        ),
         ([("1.jpg", BLUE), ("1.json", b"{")], "1.json: expected JSON"),
         ([("1.jpg", BLUE), ("1.json", b"[]")], r"1.json: expected a JSON object, got \[\]"),
         ([("1.jpg", BLUE), ("1.txt", b"\xff")], "1.txt: expected UTF-8 text"),
