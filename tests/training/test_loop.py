@@ -87,7 +87,7 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
         assert all(map(math.isfinite, row.values()))
     assert {path.name for path in workdir.iterdir()} == {
         "config.json", "models.json", "sources.json", "metrics.jsonl", "tensorboard",
-        "checkpoints", "model",
+        ".lock", "checkpoints", "model",
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["stage"] == stage
     model, _ = load(workdir / "model")
