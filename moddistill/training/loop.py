@@ -203,4 +203,6 @@ def start_logging() -> None:
         force=True,  # Orbax has installed a handler of absl
     )
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and grain
+    # Orbax raises the errors too whose tracebacks it logs.
+    absl_logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)
