@@ -1,6 +1,7 @@
 """Quarantine: JSONL files that list the records left out of training, each with its reason."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import threading
@@ -41,19 +42,20 @@ class Quarantine:
 
     def add(self, rejected: Iterable[Rejected]) -> None:
         """Appends those of `rejected` that the file does not contain yet."""
-        rejected = list(rejected)
+        new = {(item.file, item.line): item for item in rejected}
         with self._lock:
             self._read_new()
-            new = {(item.file, item.line): item for item in rejected}
-            lines = [_line(item) for key, item in new.items() if key not in self._known]
-            if not lines:
+            if new.keys() <= self._known:
                 return
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            # O_APPEND, and one `write` of entire lines: those of several processes do not mix. So
-            # only an interruption leaves a line without its end, which is then ended here.
             with open(self.path, "ab", buffering=0) as file:
+                # Without the lock, a line that another process is writing looks like one that an
+                # interruption has cut, which is ended here.
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._read_new()
+                lines = [_line(item) for key, item in new.items() if key not in self._known]
                 file.write(b"\n" * self._is_cut + b"".join(lines))
-            self._read_new()
+                self._read_new()
 
     @property
     def count(self) -> int:
