@@ -1,14 +1,14 @@
 """Quarantine: JSONL files that list the records left out of training, each with its reason."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-from moddistill.storage.text_file import append_lines
+from moddistill.storage.text_file import writing
 
 _LONGEST_REASON = 500  # characters
 
@@ -39,20 +39,25 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
         self._known: set[tuple[str, int]] = set()
         self._read_to = 0  # bytes
+        self._is_cut = False  # the last line has no end
         self._lock = threading.Lock()
 
     def add(self, rejected: Iterable[Rejected]) -> None:
         """Appends those of `rejected` that the file does not contain yet."""
-        rejected = list(rejected)
+        new = {(item.file, item.line): item for item in rejected}
         with self._lock:
             self._read_new()
-            new = {(item.file, item.line): item for item in rejected}
-            lines = [_line(item) for key, item in new.items() if key not in self._known]
-            if not lines:
+            if new.keys() <= self._known:
                 return
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            append_lines(Path(self.path), b"".join(lines))
-            self._read_new()
+            with writing(self.path), open(self.path, "ab", buffering=0) as file:
+                # Without the lock, a line that another process is writing looks like one that an
+                # interruption has cut, which is ended here.
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._read_new()
+                lines = [_line(item) for key, item in new.items() if key not in self._known]
+                file.write(b"\n" * self._is_cut + b"".join(lines))
+                self._read_new()
 
     @property
     def count(self) -> int:
@@ -67,7 +72,8 @@ class Quarantine:
             return
         with open(self.path, "rb") as file:
             file.seek(self._read_to)
-            *lines, _ = file.read().split(b"\n")
+            *lines, rest = file.read().split(b"\n")
+        self._is_cut = bool(rest)
         for line in lines:
             self._read_to += len(line) + 1
             if (key := _key(line)) is not None:
