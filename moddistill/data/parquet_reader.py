@@ -55,5 +55,5 @@ def check_footer(path: str) -> None:
         [sys.executable, "-c", _READ_FOOTER, path], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        reason = one_line((done.stderr.strip().splitlines() or ["none"])[-1])
+        reason = one_line((done.stderr.strip().splitlines() or ["none"])[-1].strip())
         raise UserError(f"{path}: expected a parquet file, got an error: {reason}")
