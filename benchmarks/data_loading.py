@@ -36,10 +36,6 @@ SIDES = {
     **{f"moddistill packed, {workers} workers": ("packed", workers) for workers in (0, 2)},
     **{f"torch, {workers} workers": ("torch", workers) for workers in (0, 1, 2, 4)},
 }
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
 
 def write_files(folder: Path, records: int) -> str:
@@ -91,7 +87,9 @@ class HuggingFaceSamples:
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer, CLIPImageProcessor
 
-        self.folder = folder
+        from moddistill.data.chat_template import VICUNA_SYSTEM
+
+        self.folder, self.system = folder, VICUNA_SYSTEM
         lines = (folder / "records.jsonl").read_text().splitlines()
         self.records = [json.loads(line) for line in lines]
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "qwen")
@@ -105,7 +103,7 @@ class HuggingFaceSamples:
         record = self.records[number]
         turns = record["conversations"]
         roles = {"human": " USER: ", "gpt": " ASSISTANT: "}
-        text = SYSTEM + "".join(roles[turn["from"]] + turn["value"] for turn in turns)
+        text = self.system + "".join(roles[turn["from"]] + turn["value"] for turn in turns)
         ids = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=2048)
         image = self._square(self.folder / record["image"])
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]

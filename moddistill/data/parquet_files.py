@@ -9,14 +9,13 @@ converts such files.
 
 import contextlib
 import functools
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from moddistill.data.parquet_reader import check_footer, open_reader
 from moddistill.data.places import BLOCK_RECORDS, Block, Places
 from moddistill.errors import UserError, one_line
 
@@ -26,17 +25,7 @@ _KNOWN_GROUPS = 2**16  # of all files
 _FIRST_ROWS = 16  # whose size stands for that of the others
 _OPEN_READERS = 64  # of all files and threads; each has a file descriptor
 _BATCH = 4 * 2**20  # bytes of a batch of rows
-_BUFFER = 2**20  # bytes that are read at one time, instead of a column of a group
 _LARGE_GROUP = threading.Lock()
-# Some damage is an exception of C++ that `pyarrow` does not catch.
-_READ_FOOTER = """
-import sys
-import pyarrow.parquet
-metadata = pyarrow.parquet.ParquetFile(sys.argv[1]).metadata
-for group in map(metadata.row_group, range(metadata.num_row_groups)):
-    for number in range(group.num_columns):
-        group.column(number).statistics
-"""
 
 
 class ParquetFile:
@@ -64,8 +53,8 @@ class ParquetFile:
         An image is `{"bytes": b"-", "path": ...}` in them. Rows that cannot be decoded, because
         their row group is damaged, are errors.
         """
-        _check_footer(self.path)
         reader, line = self._reader(), 1
+        check_footer(self.path)
         for group in range(reader.metadata.num_row_groups):
             count = reader.metadata.row_group(group).num_rows
             for start, stop, read in _scan(reader, group, count):
@@ -138,47 +127,6 @@ def _release_memory() -> None:
     import pyarrow  # noqa: PLC0415
 
     pyarrow.default_memory_pool().release_unused()
-
-
-def open_reader(path: str) -> Any:
-    """Opens a parquet file with `pyarrow`.
-
-    Raises:
-      UserError: `pyarrow` is not installed, or the file is not one of parquet.
-    """
-    try:
-        import pyarrow.parquet  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UserError(
-            f"{path}: expected pyarrow, which reads parquet, got none "
-            "(pip install 'moddistill[parquet]')"
-        ) from None
-    try:
-        reader = pyarrow.parquet.ParquetFile(
-            path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
-        )
-        names, metadata = reader.schema_arrow.names, reader.metadata
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        reason = one_line(str(error))
-        raise UserError(f"{path}: expected a parquet file, got an error: {reason}") from error
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: expected columns of different names, got {one_line(str(names))}")
-    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-        raise UserError(
-            f"{path}: expected {metadata.num_rows} rows in its groups, got {sum(counts)}"
-        )
-    return reader
-
-
-def _check_footer(path: str) -> None:
-    """Raises UserError for a file whose column metadata end the process that reads them."""
-    done = subprocess.run(
-        [sys.executable, "-c", _READ_FOOTER, path], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = one_line((done.stderr.strip().splitlines() or ["none"])[-1])
-        raise UserError(f"{path}: expected a parquet file, got an error: {reason}")
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     """
     check_settings(config)
     student, teacher = architectures(config)
+    content = step_content(config, student)
     devices = accelerators.topology_devices(topology)
     _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -78,7 +79,6 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
-    content = step_content(config, student)
     flops = step_flops(student, teacher, content.size, set(program.abstract_state.params), shared)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
     report |= {name: getattr(content, name) for name in ("samples", "padding", "steps")}

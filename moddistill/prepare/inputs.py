@@ -13,6 +13,7 @@ from moddistill.data.places import Places
 from moddistill.data.record_files import open_file
 from moddistill.errors import UserError, invalid
 from moddistill.prepare.image_store import ImageStore
+from moddistill.prepare.tar_members import check_uncompressed
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -116,16 +117,12 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
             raise UserError(f"--from: expected files, got {name!r}, which matches none")
         for file in found:
             if not file.lower().endswith(tuple(suffixes)):
-                hint = ", decompressed" if ".tar" in suffixes and _is_compressed(file) else ""
-                raise invalid(
-                    "--from", file, f"a file that ends with {' or '.join(suffixes)}{hint}"
-                )
+                if ".tar" in suffixes:
+                    with open(file, "rb") as opened:
+                        check_uncompressed(opened, file)
+                raise invalid("--from", file, f"a file that ends with {' or '.join(suffixes)}")
         files += found
     return list(dict.fromkeys(files))
-
-
-def _is_compressed(file: str) -> bool:
-    return file.lower().endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
 
 
 def _expand(pattern: str) -> Iterator[str]:

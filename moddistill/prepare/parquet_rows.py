@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moddistill.data.parquet_files import open_reader
+from moddistill.data.parquet_reader import open_reader
 from moddistill.data.places import BLOCK_RECORDS, Places
 from moddistill.errors import UserError, one_line
 from moddistill.prepare.inputs import value_or_error

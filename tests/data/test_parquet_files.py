@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
-from moddistill.data import parquet_files
+from moddistill.data import parquet_files, parquet_reader
 from moddistill.data.parquet_files import ParquetFile
 from moddistill.errors import UserError
 
@@ -97,7 +97,7 @@ def test_blocks_have_no_bytes_of_images(write):
 
 
 def test_blocks_do_not_read_bytes_of_images_from_the_disk(write, monkeypatch):
-    monkeypatch.setattr(parquet_files, "_check_footer", lambda _: None)  # a process reads modules
+    monkeypatch.setattr(parquet_files, "check_footer", lambda _: None)  # a process reads modules
     file = write({"image": images(100, size=100_000), "text": ["a"] * 100})
 
     def bytes_read():
@@ -203,14 +203,6 @@ class Kms(encryption.KmsClient):
         return bytes.fromhex(wrapped_key)
 
 
-def test_damage_that_ends_the_process_of_pyarrow_is_an_error(write, monkeypatch):
-    """Found by mutation: an exception of C++, in the metadata of a column."""
-    file = write({"text": ["a"]})
-    monkeypatch.setattr(parquet_files, "_READ_FOOTER", "import os; os.abort()")
-    with pytest.raises(UserError, match=rf"^{file.path}: expected a parquet file, got an error: "):
-        list(file.blocks())
-
-
 def test_an_encrypted_file_is_an_error_that_names_it(write):
     factory = encryption.CryptoFactory(lambda _: Kms())
     config = encryption.EncryptionConfiguration(footer_key="key", uniform_encryption=True)
@@ -218,6 +210,14 @@ def test_an_encrypted_file_is_an_error_that_names_it(write):
     file = write({"text": ["a"]}, encryption_properties=properties)
     with pytest.raises(UserError, match=r"\d\.parquet: expected a parquet file, got .*crypt"):
         file.extent()
+
+
+def test_damage_that_ends_the_process_of_pyarrow_is_an_error(write, monkeypatch):
+    """Found by mutation: an exception of C++, in the metadata of a column."""
+    file = write({"text": ["a"]})
+    monkeypatch.setattr(parquet_reader, "_READ_FOOTER", "import os; os.abort()")
+    with pytest.raises(UserError, match=rf"^{file.path}: expected a parquet file, got an error: "):
+        list(file.blocks())
 
 
 def test_two_columns_of_one_name_are_an_error_that_names_the_file(write):

@@ -71,10 +71,8 @@ def test_images_are_padded_with_the_mean_of_the_vision_encoder(
         config = dataclasses.replace(config, vision=tower)
     save_model(tmp_path / "model", config, init(config), tokenizer, {})
     stage = tiny_config("sft", student=str(tmp_path / "model"), tokenizer="")
-    assert (
-        row_spec(stage, stage.data, resolve_models(stage).student_config.vision).images.pad_color[0]
-        == color
-    )
+    tower = resolve_models(stage).student_config.vision
+    assert row_spec(stage, stage.data, tower).images.pad_color[0] == color
 
 
 @pytest.mark.parametrize("stage", PARTS)
