@@ -27,7 +27,7 @@ class WatchedRows:
       UserError: while iterating, if a worker ends, or none makes a row for `timeout` seconds.
     """
 
-    def __init__(self, rows: Iterator[Any], timeout: float):
+    def __init__(self, rows: Iterator[Any], timeout: int):
         self._rows, self._timeout = rows, timeout
         self._workers: dict[int, Any] = {}
         self._first = True
