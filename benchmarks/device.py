@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import device_checks, device_timings
+from benchmarks import device_checks, device_steps, device_timings
 from benchmarks.device_inputs import say
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "libtpu")
@@ -54,12 +54,13 @@ class Section(NamedTuple):
 # Ordered by importance, since later sections may be skipped.
 SECTIONS = (
     Section("operations", 0.15, device_checks.check_operations),
-    Section("stages", 0.25, device_checks.check_stages),
-    Section("d2s step", 0.25, device_timings.paper_step),
+    Section("stages", 0.2, device_checks.check_stages),
+    Section("d2s step", 0.2, device_steps.paper_step),
+    Section("packed d2s step", 0.15, device_steps.packed_step),
     Section("ceilings", 0.03, device_timings.ceilings),
     Section("expert layer", 0.07, device_timings.expert_layer),
-    Section("decoding", 0.13, device_timings.decoding),
-    Section("second d2s step", 0.12, device_timings.second_step),
+    Section("decoding", 0.1, device_timings.decoding),
+    Section("second d2s step", 0.1, device_steps.second_step),
 )
 
 

@@ -84,7 +84,9 @@ def random_state(shapes: State, seed: int) -> State:
 
 
 def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bool) -> Any:
-    """Returns random tokens and images as numpy arrays; each row ends with supervised tokens.
+    """Returns random tokens and images as numpy arrays; each sample ends with supervised tokens.
+
+    With packing, rows are full: as many samples of equal length as a row has slots for images.
 
     Args:
       full: rows without padding, as `full_step_size` counts them, or of random lengths.
@@ -95,6 +97,8 @@ def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bo
     if isinstance(shapes, PreferenceBatch):
         sides = (_rows(student, *side.tokens.shape, full, rng) for side in shapes[:2])
         batch = PreferenceBatch(*sides)
+    elif config.data.packing:
+        batch = _packed_rows(student, *shapes.tokens.shape, shapes.images.shape[1], rng)
     else:
         batch = _rows(student, *shapes.tokens.shape, full, rng)
     if shapes.images is None:
@@ -114,3 +118,19 @@ def _rows(
     place = np.arange(length)[None]
     loss_mask = (place < ends) & (place >= ends - answer)
     return padded_batch(tokens, ends[:, 0], loss_mask)
+
+
+def _packed_rows(
+    student: ModelConfig, rows: int, length: int, samples: int, rng: np.random.Generator
+) -> Batch:
+    patches, answer = student.vision.patches, round(length * SUPERVISED_SHARE / samples)
+    slots = np.arange(length)
+    # The last sample also takes what an equal division leaves.
+    number = np.minimum(slots // (length // samples), samples - 1)
+    starts = np.searchsorted(number, np.arange(samples + 1))
+    positions = slots - starts[number]
+    tokens = rng.integers(0, student.decoder.real_ids[-1][1], (rows, length), np.int32)
+    tokens[:, (positions >= 1) & (positions <= patches)] = student.image_token_id
+    supervised = slots >= starts[number + 1] - answer
+    fields = (positions.astype(np.int32), number.astype(np.int32) + 1, supervised)
+    return Batch(tokens, *(np.tile(x, (rows, 1)) for x in fields))

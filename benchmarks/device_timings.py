@@ -4,33 +4,28 @@ Each figure is the median of several rounds after a warm-up round. A round ends 
 finished (`block_until_ready`). Weights are random, dtypes as in training.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.device_inputs import on, random_batch, random_leaves, random_state, say
+from benchmarks.device_inputs import on, random_batch, random_leaves, say
 from moddistill.config import DataConfig, ExpertConfig, TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
 from moddistill.inference.decode import decode
 from moddistill.inference.sampling import Sampling
-from moddistill.models.batch import num_tokens
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.flops import step_flops
 from moddistill.models.layers import SwiGLU
 from moddistill.models.moe.layer import MoE, check_moe
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import cast_frozen
-from moddistill.planning.planner import abstract_batch, architectures, peak_bytes
-from moddistill.teachers.live import shares_tower, without_tower
-from moddistill.training.program import full_step_size, make_program, with_shardings
+from moddistill.training.program import with_shardings
 
 GIB = 2**30
 _STEPS = 10
@@ -38,24 +33,6 @@ _ROUNDS = 5
 _WORDS = 64  # text tokens of a prompt, and tokens of an answer
 
 Left = Callable[[], float]  # returns the seconds that remain
-
-
-class Pair(NamedTuple):
-    """Student and teacher presets, samples per step, and the device memory that they need."""
-
-    student: str
-    teacher: str
-    batch: int
-    needs: float
-
-
-# Largest first. The first pair is that of the paper's ablations.
-PAIRS = (
-    Pair("qwen1.5-1.8b", "qwen1.5-7b", 8, 46 * GIB),
-    Pair("qwen2-0.5b", "qwen2-7b", 8, 28 * GIB),
-    Pair("qwen1.5-0.5b", "qwen1.5-1.8b", 4, 14 * GIB),
-)
-_TINY = Pair("tiny", "tiny-teacher", 4, 0)
 
 
 def median_seconds(run: Callable[[], Any], inner: int) -> float:
@@ -89,125 +66,10 @@ def ceilings(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     return {"matmul_flops": matmul, "copy_bytes_per_second": copy, "peak": peak, "table": table}
 
 
-def paper_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """Times the sparse distillation step of the largest pair that fits: the paper's, if it does."""
-    fitting = [pair for pair in PAIRS if pair.needs <= _memory_limit(device)]
-    if not (tiny or fitting):
-        least = PAIRS[-1].needs / GIB
-        return {"status": "skipped", "reason": f"less than {least:.0f} GiB of device memory"}
-    return _d2s(_TINY if tiny else fitting[0], device, 64 if tiny else 2048, left)
-
-
-def second_step(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
-    """Times the step of the next smaller pair."""
-    fitting = [pair for pair in PAIRS if pair.needs <= _memory_limit(device)]
-    if len(fitting) < 2 or tiny:
-        return {"status": "skipped", "reason": "no second pair fits this device"}
-    return _d2s(fitting[1], device, 2048, left)
-
-
-def _memory_limit(device: Any) -> float:
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 0)
-
-
-def _peak_in_use(device: Any) -> int:
-    return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-
-
-def _d2s(pair: Pair, device: Any, length: int, left: Left) -> dict[str, Any]:
-    config = TrainConfig(
-        stage="d2s",
-        student=f"random:{pair.student}",
-        teacher=f"random:{pair.teacher}",
-        batch_size=pair.batch,
-        data=DataConfig(max_length=length, packing=False),
-    )
-    with on(device) as mesh:
-        student, teacher = architectures(config)
-        program = make_program(config, student, teacher, mesh)
-        shapes = with_shardings(program.abstract_state, program.state_shardings)
-        taught = program.teacher
-        if shared := shares_tower(student, teacher, program.abstract_state.params):
-            taught = without_tower(taught)
-        say(f"  compiling {pair.student} from {pair.teacher}")
-        began = time.perf_counter()
-        lowered = program.step.lower(shapes, taught, abstract_batch(config, student, mesh))
-        step = lowered.compile()
-        compiling = time.perf_counter() - began
-        planned = peak_bytes(step.memory_analysis(), device.platform)
-        say(f"  compiled in {compiling:.0f} s, needs {planned / GIB:.2f} GiB; initialising")
-        earlier = _peak_in_use(device)
-        taught = random_leaves(taught, 1)
-        state = random_state(shapes, 0)
-        batch = random_batch(config, student, mesh, full=True)
-        seconds, losses = _run(step, state, taught, sharding.put_batch(mesh, batch), left)
-        measured = _peak_in_use(device)
-    size = full_step_size(config, student)
-    flops = step_flops(student, teacher, size, set(program.abstract_state.params), shared)
-    figures = {
-        "student": pair.student,
-        "teacher": pair.teacher,
-        "batch": pair.batch,
-        "length": length,
-        "seconds": statistics.median(seconds),
-        "all_seconds": seconds,
-        "losses": losses,
-        "compile_seconds": compiling,
-        "tokens": int(num_tokens(batch)),
-        "student_flops": flops.student,
-        "teacher_flops": flops.teacher,
-        "peak_flops": peak_flops([device]),
-        "planned_peak_bytes": planned,
-        # Unknown if an earlier section had a higher peak.
-        "measured_peak_bytes": measured if measured > earlier else None,
-    }
-    figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
-    figures["flops_per_second"] = (flops.student + flops.teacher) / figures["seconds"]
-    if peak := figures["peak_flops"]:
-        figures["share_of_peak"] = figures["flops_per_second"] / peak
-    return figures | {"table": [_describe_step(figures)]}
-
-
-def _run(
-    step: Any, state: Any, taught: Any, batch: Any, left: Left
-) -> tuple[list[float], list[float]]:
-    """Returns seconds of at least three steps after two warm-up steps, and losses of all steps."""
-    seconds, losses = [], []
-    for number in range(2 + _STEPS):
-        began = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, taught, batch))
-        taken = time.perf_counter() - began
-        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-        say(f"  step {number}: {1000 * taken:.1f} ms, loss {losses[-1]:.4f}")
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"loss is {losses[-1]} in step {number}")
-        seconds += [taken] if number >= 2 else []
-        if len(seconds) >= 3 and left() <= 0:
-            break
-    return seconds, losses
-
-
-def _describe_step(figures: dict[str, Any]) -> list[str]:
-    speed = figures["flops_per_second"]
-    has_peak = "share_of_peak" in figures
-    share = f" ({figures['share_of_peak']:.1%} of the stated peak)" if has_peak else ""
-    measured = figures["measured_peak_bytes"]
-    measured_text = "" if measured is None else f", measured {measured / GIB:.2f}"
-    return [
-        f"d2s step, {figures['student']} (4 experts, top 2) from {figures['teacher']}, "
-        f"{figures['batch']} x {figures['length']:,}, bfloat16",
-        f"{1000 * figures['seconds']:,.1f} ms; {figures['tokens_per_second']:,.0f} "
-        f"tokens/s; {speed / 1e12:.1f} TFLOP/s{share}; "
-        f"peak {figures['planned_peak_bytes'] / GIB:.2f} GiB planned{measured_text}; "
-        f"compiled in {figures['compile_seconds']:.0f} s",
-    ]
-
-
 def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     """Times the student's expert layer against a dense layer of the same FLOPs, with gradients."""
     config = check_moe(ExpertConfig())
-    decoder = preset(_TINY.student if tiny else PAIRS[0].student).decoder
+    decoder = preset("tiny" if tiny else "qwen1.5-1.8b").decoder
     width, mlp, tokens = decoder.hidden_size, decoder.intermediate_size, 256 if tiny else 16_384
     with on(device):
         x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
@@ -240,7 +102,7 @@ def expert_layer(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
     """Times greedy decoding of the sparse and the dense student for prompts with an image."""
-    dense = preset(_TINY.student if tiny else PAIRS[0].student)
+    dense = preset("tiny" if tiny else "qwen1.5-1.8b")
     models = {"sparse": upcycle_config(dense, ExpertConfig()), "dense": dense}
     results, table = {}, []
     for name, config in models.items():

@@ -32,6 +32,7 @@ def test_every_section_runs_and_every_check_passes(run):
         "operations": "passed",
         "stages": "passed",
         "d2s step": "measured",
+        "packed d2s step": "measured",
         "ceilings": "measured",
         "expert layer": "measured",
         "decoding": "measured",
@@ -60,6 +61,10 @@ def test_figures_of_the_step(run):
     assert step["planned_peak_bytes"] > 0
     assert step["measured_peak_bytes"] is None  # CPUs do not count it
     assert len(step["all_seconds"]) == 10
+    assert step["samples"] == 4
+    packed = run[1]["sections"]["packed d2s step"]
+    assert packed["tokens"] == 4 * 64
+    assert packed["samples"] > 4
     assert step["student_flops"] > step["teacher_flops"] > 0
 
 

@@ -1,17 +1,17 @@
 """Softmax attention from structure, not from a dense mask.
 
-A dense mask [B, T, T] would be larger than the activations at long T. Here each kernel derives what
-a query may see from the segments of its row. Which kernel a program uses is decided when it is
+A dense mask [B, T, S] would be larger than the activations at long T. So most kernels derive what a
+query may see from the segments of its row. Which kernel a program uses is decided when it is
 traced, from the devices of the mesh in context and from shapes (`kernel_name`):
 
-    cudnn    NVIDIA, half precision: full attention, or one segment a row
-    splash   TPU: JAX's Pallas splash attention with segment ids
-    blocks   otherwise: blocks of queries in XLA, each with a mask of its own
+    cudnn        NVIDIA, half precision: full attention, or one segment a row
+    cudnn mask   NVIDIA, half precision: packed rows and prompts of a cache, with a dense mask
+    splash       TPU: JAX's Pallas splash attention with segment ids
+    blocks       otherwise: blocks of queries in XLA, each with a mask of its own
 
 All agree to rounding at real positions. Outputs of padding are finite and otherwise unspecified.
 """
 
-import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -28,6 +28,9 @@ from moddistill.distributed.sharding import BATCH_AXES, device_kind, is_distribu
 
 _BLOCK = 512  # queries whose scores exist at one time
 _LANES = 128  # of a TPU's registers; splash attention needs blocks of whole lanes
+# Slots of the longest row whose dense mask is worth its memory. In bfloat16 the mask of a row with
+# T slots has 2 * T * T bytes: at 8,192 as much as two of its hidden states of width 4,096.
+_LONGEST_MASK = 8192
 
 
 @flax.struct.dataclass
@@ -68,25 +71,26 @@ def attend(
     kernel = kernel_name(query, key, structure)
     if kernel == "blocks":
         return _by_blocks(query, key, value, structure)
-    compute = _by_cudnn if kernel == "cudnn" else _by_splash
-    segments = None if structure is None else structure.query_segments
-    return _over_mesh(compute, query, key, value, segments)
+    kernels = {"cudnn": _by_cudnn, "cudnn mask": _by_cudnn_mask, "splash": _by_splash}
+    return _over_mesh(kernels[kernel], query, key, value, structure)
 
 
 def kernel_name(query: Any, key: Any, structure: Structure | None) -> str:
-    """The kernel of `attend` for arrays or shapes: "cudnn", "splash" or "blocks".
+    """The kernel of `attend` for arrays or shapes, as listed above.
 
     cuDNN has no kernel for float32 and none for heads above 128 before Hopper. Its packed layout is
     not used: it is private in JAX, needs Hopper and a static number of segments, and before JAX
-    0.12 its key offsets are wrong for grouped heads. Splash attention needs whole blocks of lanes.
+    0.12 its key offsets are wrong for grouped heads. With a dense mask it is 4 to 6 times as fast
+    as blocks (docs/performance.md). Splash attention needs whole blocks of lanes.
     """
-    length, head_dim = query.shape[1], query.shape[-1]
-    if length != key.shape[1]:  # decoding with a cache
-        return "blocks"
+    length, slots, head_dim = query.shape[1], key.shape[1], query.shape[-1]
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if device_kind().startswith("NVIDIA") and half and head_dim <= 128 and head_dim % 8 == 0:
-        return "cudnn" if structure is None or structure.one_segment else "blocks"
-    if device_kind().startswith("TPU") and structure is not None and length % _LANES == 0:
+        if length == slots and (structure is None or structure.one_segment):
+            return "cudnn"
+        return "cudnn mask" if length > 1 and slots <= _LONGEST_MASK else "blocks"
+    whole = length == slots and length % _LANES == 0
+    if device_kind().startswith("TPU") and structure is not None and whole:
         return "splash"
     return "blocks"
 
@@ -136,31 +140,51 @@ def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | No
     return jnp.moveaxis(mixed, 0, 1).reshape(len(query), -1, *query.shape[2:])[:, :length]
 
 
-def _by_cudnn(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
-    """cuDNN's flash attention, by the length of each row.
-
-    Odd lengths are padded by one position that `lengths` exclude, since cuDNN needs even ones.
-    """
-    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+def _by_cudnn(query: Array, key: Array, value: Array, structure: Structure | None) -> Array:
+    """cuDNN's flash attention, by the length of each row."""
     length = query.shape[1]
-    if segments is None and length % 2 == 0:
-        return fused(query, key, value)
-    if segments is None:
+    if structure is None and length % 2 == 0:
+        return _fused(query, key, value)
+    if structure is None:
         lengths = jnp.full(len(query), length, jnp.int32)
     else:  # at least 1, since an empty row would have no key at all
-        lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)
-    fill = ((0, 0), (0, length % 2), (0, 0), (0, 0))
-    mixed = fused(
-        *(jnp.pad(x, fill) for x in (query, key, value)),
-        is_causal=segments is not None,
+        lengths = jnp.sum(structure.query_segments > 0, axis=1, dtype=jnp.int32)
+        lengths = jnp.maximum(lengths, 1)
+    return _fused(
+        query,
+        key,
+        value,
+        is_causal=structure is not None,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
     )
-    return mixed[:, :length]
+
+
+def _by_cudnn_mask(query: Array, key: Array, value: Array, structure: Structure) -> Array:
+    """cuDNN's flash attention with a dense mask, which the layers of a model share."""
+    slots = structure.offset + jnp.arange(query.shape[1])
+    mask = visible(structure.query_segments, slots, structure.key_segments)
+    odd = [(0, 0), *((0, count % 2) for count in mask.shape[1:])]
+    return _fused(query, key, value, mask=jnp.pad(mask, odd)[:, None])
+
+
+def _fused(query: Array, key: Array, value: Array, **options: Any) -> Array:
+    """JAX's attention by cuDNN, which needs even numbers of queries and of keys.
+
+    Odd ones are padded by one, which the options of the caller exclude.
+    """
+
+    def even(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+    mixed = jax.nn.dot_product_attention(
+        even(query), even(key), even(value), implementation="cudnn", **options
+    )
+    return mixed[:, : query.shape[1]]
 
 
 def _by_splash(
-    query: Array, key: Array, value: Array, segments: Array, interpret: bool = False
+    query: Array, key: Array, value: Array, structure: Structure, interpret: bool = False
 ) -> Array:
     """Splash attention with segment ids; `interpret` runs it without a TPU, for tests.
 
@@ -169,7 +193,7 @@ def _by_splash(
     # The kernel does not scale scores. It takes one row, heads first; vmap adds the batch axis.
     scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (scaled, key, value))
-    ids = _splash().SegmentIds(segments, segments)
+    ids = _splash().SegmentIds(structure.query_segments, structure.key_segments)
     kernel = _splash_kernel(query.shape[2], query.shape[1], interpret)
     return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
@@ -191,23 +215,33 @@ def _splash() -> ModuleType:
 
 
 def _over_mesh(
-    compute: Callable[..., Array], query: Array, key: Array, value: Array, segments: Array | None
+    compute: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    structure: Structure | None,
 ) -> Array:
     """`compute` on each device's rows and heads, since XLA cannot partition a kernel.
 
     Rows that the mesh does not divide are computed on every device.
     """
     if not is_distributed():
-        return compute(query, key, value, segments)
+        return compute(query, key, value, structure)
     mesh = jax.sharding.get_abstract_mesh()
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     # Query head n and key head n * K // N are on the same device, since `tensor` divides K.
     rows = BATCH_AXES if len(query) % shards == 0 else None
     heads = PartitionSpec(rows, None, "tensor")
+    leaves, tree = jax.tree.flatten(structure)
+
+    def on_device(query: Array, key: Array, value: Array, *leaves: Array) -> Array:
+        return compute(query, key, value, jax.tree.unflatten(tree, leaves))
+
+    rest = [PartitionSpec(rows) if x.ndim else PartitionSpec() for x in leaves]
     sharded = jax.shard_map(
-        compute,
-        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        on_device,
+        in_specs=(heads, heads, heads, *rest),
         out_specs=heads,
         check_vma=False,
     )
-    return sharded(query, key, value, segments)
+    return sharded(query, key, value, *leaves)
