@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moddistill.convert.resolve import load
+from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
@@ -215,10 +216,10 @@ def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):
     assert 0 <= last["heldout_reward_accuracy"] <= 1
 
 
-class Records:
+class Records(Batches):
     """A stream of a few batches."""
 
-    def __init__(self, batches):
+    def __init__(self, batches):  # without those of a pipeline
         self.batches = batches
 
     def seek(self, row):
