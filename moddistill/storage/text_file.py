@@ -1,4 +1,4 @@
-"""Writing of small text files of a run, so that no interruption leaves one that is wrong.
+"""Writing of the small files of a run, so that no interruption leaves one that is wrong.
 
 A file is replaced as a whole, or grows by whole lines, of which an interruption can only cut the
 last; readers drop a last line without its end. A full disk is a `UserError` that names the file.
@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from moddistill.errors import UserError
 
@@ -22,7 +23,7 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # TensorStore's are of the second kind
+    except Exception as error:  # those of TensorStore and tokenizers have the reason as text only
         reason = _full(error)
         if reason is None:
             raise
@@ -54,6 +55,16 @@ def replace_text(file: Path, text: str) -> None:
         partial.replace(file)
 
 
+def append(file: Path, content: bytes) -> None:
+    """Appends to a file without a buffer, from which a full disk would be noticed too late.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    with writing(file), file.open("ab", buffering=0) as opened:
+        _write_all(opened, content)
+
+
 def append_lines(file: Path, lines: bytes) -> None:
     """Appends whole lines; those of several processes do not mix.
 
@@ -66,5 +77,9 @@ def append_lines(file: Path, lines: bytes) -> None:
         if opened.seek(0, os.SEEK_END):
             opened.seek(-1, os.SEEK_END)
             lines = lines if opened.read(1) == b"\n" else b"\n" + lines
-        while lines:  # the disk may take a part only
-            lines = lines[opened.write(lines) :]
+        _write_all(opened, lines)
+
+
+def _write_all(opened: IO[bytes], content: bytes) -> None:
+    while content:  # the disk may take a part only
+        content = content[opened.write(content) :]

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from absl import logging as absl_logging
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
-from moddistill.distributed.processes import barrier, check_equal_on_all_processes, is_main_process
+from moddistill.distributed.processes import barrier, check_equal_on_all_processes
 from moddistill.errors import StoppedError, at_field, not_one_of
 from moddistill.params import merge
 from moddistill.storage.atomic_dir import check_replaceable
@@ -193,16 +192,3 @@ def _profiled(step: int, start: int, config: TrainConfig, workdir: Path) -> Iter
 def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
     latest = checkpoints.latest
     return "none yet" if latest is None else str(checkpoints.directory / str(latest))
-
-
-def start_logging() -> None:
-    """Logs to stderr: this library from INFO on (main process), all others from WARNING on."""
-    logging.basicConfig(
-        format="%(levelname).1s%(asctime)s %(filename)s:%(lineno)d] %(message)s",
-        datefmt="%m%d %H:%M:%S",
-        force=True,  # Orbax has installed a handler of absl
-    )
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and grain
-    # Orbax raises the errors too whose tracebacks it logs.
-    absl_logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
-    LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)

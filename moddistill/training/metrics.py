@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from moddistill.distributed.processes import is_main_process
@@ -18,6 +17,7 @@ from moddistill.errors import DivergedError, invalid
 from moddistill.losses import Metrics
 from moddistill.models.flops import StepFlops, StepSize
 from moddistill.storage.text_file import append_lines, replace_text
+from moddistill.training.event_file import EventFile
 
 LOG = logging.getLogger("moddistill")
 
@@ -57,7 +57,7 @@ class MetricsLog:
         self.heldout = [row for row in saved_rows if "loss" not in row]
         if self.writes:
             replace_text(self.path, "".join(json.dumps(row) + "\n" for row in saved_rows))
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self.board = EventFile(workdir / "tensorboard", start + 1)
         self.flops = flops
         self.peak_flops = peak_flops
         self.bar = tqdm(
@@ -78,8 +78,6 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.writes:
-            self.board.close()
         self.bar.close()
 
     def add(self, metrics: Metrics) -> None:
@@ -160,9 +158,7 @@ class MetricsLog:
         if not self.writes:
             return
         append_lines(self.path, (json.dumps(row) + "\n").encode())
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        self.board.add(row["step"], {name: x for name, x in row.items() if name != "step"})
 
 
 def weighted_means(metrics: list[HostMetrics]) -> dict[str, float]:
