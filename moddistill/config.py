@@ -239,10 +239,14 @@ class TrainConfig:
         int, Range(ge=0), "steps between such evaluations; 0: after the last one"
     ] = 0
     on_divergence: Annotated[
-        Literal["stop", "skip"], "at a loss that is not finite or too large; skip: no update"
+        Literal["stop", "skip"],
+        "at a loss or norm that is not finite or too large; skip: no update",
     ] = "stop"
-    loss_factor: Annotated[
-        float, Range(ge=0), "a loss is too large beyond this multiple of its running mean; 0: any"
+    divergence_factor: Annotated[
+        float,
+        Range(ge=0),
+        "what is too large: a loss beyond this multiple of its running mean, a norm of the "
+        "parameters beyond this multiple of that before the step; 0: nothing",
     ] = 5.0
     max_skipped: Annotated[int, Range(ge=1), "steps in a row that may be skipped"] = 20
     profile_steps: Annotated[tuple[int, ...], "first and last step for the profiler"] = ()

@@ -125,8 +125,11 @@ class MetricsLog:
         if self.max_skipped:
             what = f"more than {self.max_skipped} steps in a row diverged (config.max_skipped)"
         else:
-            total, weight = metrics["loss"]
-            what = f"the loss rose to {total / weight:.4g}, beyond config.loss_factor"
+            (total, weight), (norm, _) = metrics["loss"], metrics["param_norm"]
+            what = (
+                f"the loss, {total / weight:.4g}, or the norm of the parameters, {norm:.4g}, rose "
+                "beyond config.divergence_factor"
+            )
         raise DivergedError(f"step {step}: {what}; the last good checkpoint is {last_good}")
 
     def _throughput(self, means: Row, steps_per_second: float) -> Row:

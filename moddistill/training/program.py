@@ -100,7 +100,7 @@ def make_program(
     compute = dataclasses.replace(compute, quantized_layers=by_layer)
     live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
     loss = stage_of(config).loss(config, model, live_teacher)
-    divergence = Divergence(config.loss_factor, config.on_divergence == "skip")
+    divergence = Divergence(config.divergence_factor, config.on_divergence == "skip")
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
     # parameters and moments exist once. The teacher is an argument of its own and stays.
     step = jax.jit(

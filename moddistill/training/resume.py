@@ -18,7 +18,7 @@ _FREE = (
     "logits_chunk_size", "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
     "data.workers", "data.worker_timeout", "data.index", "data.max_rejected", "log_every",
     "save_every", "keep_last", "keep_every", "keep_best", "heldout_every", "on_divergence",
-    "loss_factor", "max_skipped", "profile_steps",
+    "divergence_factor", "max_skipped", "profile_steps",
 )  # fmt: skip
 
 # Side effects of changing a setting, for the log.

@@ -16,13 +16,15 @@ from moddistill.training.state import State
 
 _DECAY = 0.98  # of the running mean of the loss
 _SMALL_LOSS = 0.1  # nats, below which a multiple of the mean is noise
+_SMALL_NORM = 1.0  # of all parameters that are trained, which may begin as zeros
 
 
 class Divergence(NamedTuple):
-    """What a step does about a loss or norm that is not finite, or a loss that is too large.
+    """What a step does about a loss or norm that is not finite, or one that is too large.
 
     Attributes:
-      factor: the largest loss as a multiple of its running mean (plus 0.1); 0 for any.
+      factor: the largest loss as a multiple of its running mean (plus 0.1), and the largest norm of
+        the parameters as a multiple of that before the step (plus 1); 0 for any.
       skips: whether such a step changes nothing.
     """
 
@@ -84,9 +86,13 @@ def _without_divergence(
     """
     loss = jnp.divide(*metrics["loss"]).astype(jnp.float32)
     total = sum(metrics[name][0] for name in ("loss", "grad_norm", "param_norm"))
-    limit = divergence.factor * (old.mean_loss + _SMALL_LOSS)
-    above = loss > limit if divergence.factor else False  # not before there is a mean
-    diverges = ~jnp.isfinite(total) | above
+    diverges = ~jnp.isfinite(total)
+    if divergence.factor:
+        # A learning rate far too high can leave the loss at that of chance, and not above.
+        norm = optax.tree.norm(old.params) + _SMALL_NORM
+        diverges |= metrics["param_norm"][0] > divergence.factor * norm
+        # Not before there is a mean, since no number is above NaN.
+        diverges |= loss > divergence.factor * (old.mean_loss + _SMALL_LOSS)
     mean = jnp.where(jnp.isnan(old.mean_loss), loss, _DECAY * old.mean_loss + (1 - _DECAY) * loss)
     new = new.replace(mean_loss=jnp.where(diverges, old.mean_loss, mean))
     if divergence.skips:

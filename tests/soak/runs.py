@@ -1,35 +1,58 @@
 """Runs of the smallest stages in processes of their own, which tests kill, watch and compare."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from moddistill.convert.resolve import load
+from moddistill.params import flatten
 from moddistill.training.metrics import read_metrics
 
+COMPILED = Path(tempfile.gettempdir()) / "moddistill-soak-compiled"  # programs, for all runs
 # Of the machine's speed, in a row of metrics.
 _TIMES = ("seconds", "tokens_per_second", "student_tflops", "teacher_tflops")
 
 
-def start(workdir: Path, *flags: str, stage: str = "d2s", devices: int = 1) -> subprocess.Popen:
-    """Starts the `:tiny` experiment of a stage; its standard error goes beside the workdir."""
-    command = [sys.executable, "-m", "moddistill.train", "--config", f"experiments/{stage}.py:tiny"]
+TRAIN = ("moddistill.train",)
+
+
+def start(
+    workdir: Path,
+    *flags: str,
+    stage: str = "d2s",
+    devices: int = 1,
+    errors: str = "run",
+    module: Sequence[str] = TRAIN,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen:
+    """Starts the `:tiny` experiment of a stage; its standard error goes beside the workdir.
+
+    Args:
+      errors: name of that file.
+      module: what Python runs, with its own arguments.
+      variables: of the environment.
+    """
+    command = [sys.executable, "-m", *module, "--config", f"experiments/{stage}.py:tiny"]
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    variables = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    variables["JAX_COMPILATION_CACHE_DIR"] = str(workdir.parent / "compiled")
-    with printed_by(workdir).open("w") as stderr:
+    defaults = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    defaults["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+    with printed_by(workdir, errors).open("w") as stderr:
         command += ["--workdir", str(workdir), *flags]
-        return subprocess.Popen(command, env=os.environ | variables, stderr=stderr)
+        return subprocess.Popen(command, env=os.environ | defaults | dict(variables), stderr=stderr)
 
 
-def printed_by(workdir: Path) -> Path:
+def printed_by(workdir: Path, errors: str = "run") -> Path:
     """The standard error of the last run in a workdir."""
-    return workdir.with_name(f"{workdir.name}.stderr")
+    return workdir.with_name(f"{errors}.stderr")
 
 
 def finish(workdir: Path, *flags: str, **options: Any) -> str:
@@ -73,7 +96,14 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
     return [{name: x for name, x in row.items() if name not in _TIMES} for row in found]
 
 
-def model_bytes(workdir: Path) -> dict[str, str]:
-    """Digests of the files of the model that a run has written, except its description."""
-    digests = json.loads((workdir / "model" / "digests.json").read_text())["files"]
-    return {name: digest for name, digest in digests.items() if "params" in name}
+def params(workdir: Path) -> dict[str, np.ndarray]:
+    """The parameters of the model that a run has written, by their paths."""
+    _, loaded = load(workdir / "model")
+    return {path: np.asarray(x) for path, x in flatten(loaded).items()}
+
+
+def same(workdir: Path, other: Path) -> bool:
+    """Whether two finished runs have the same metrics of every step and the same parameters."""
+    found, expected = params(workdir), params(other)
+    equal = [found[path].tobytes() == x.tobytes() for path, x in expected.items()]
+    return found.keys() == expected.keys() and all(equal) and rows(workdir) == rows(other)

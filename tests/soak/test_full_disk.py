@@ -52,8 +52,7 @@ def test_the_same_command_finishes_once_there_is_room(disk, tmp_path):
         named.add(line.removeprefix(f"error: {folder / 'run'}/").split(":")[0].split("/")[0])
         disk(LARGE)
         runs.finish(workdir, *FLAGS)
-        assert runs.rows(workdir) == runs.rows(whole)
-        assert runs.model_bytes(workdir) == runs.model_bytes(whole)
+        assert runs.same(workdir, whole)
         subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
     assert named >= {
         "config.json",

@@ -28,6 +28,4 @@ def test_killed_runs_end_as_undisturbed_ones(workers, tmp_path):
     print(f"{workers} workers: {KILLS} kills, at steps {steps}")
     assert len(set(steps)) > KILLS // 4  # in steps, not only while starting
     runs.finish(run, *flags)
-    assert runs.rows(run) == runs.rows(tmp_path / "whole" / "run")
-    assert runs.model_bytes(run) == runs.model_bytes(tmp_path / "whole" / "run")
-    assert runs.model_bytes(run)
+    assert runs.same(run, tmp_path / "whole" / "run")

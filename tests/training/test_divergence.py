@@ -64,6 +64,15 @@ def test_loss_diverges_beyond_a_multiple_of_its_running_mean():
     assert diverged([1e-6, 0.4], Divergence(factor=5.0)) == [0, 0]
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(0.5, 0), (1e6, 1)])
+def test_norm_of_the_parameters_diverges_beyond_a_multiple_of_that_before(rate, expected):
+    """The loss of this step is still that of the parameters before it."""
+    step = jax.jit(make_step(Given(), optax.adam(rate), 1, 0, TEXT, Divergence(factor=5.0)))
+    batch = make_batch(np.ones, rows=1, length=4, images=None)
+    first = state().replace(opt_state=optax.adam(rate).init(state().params))
+    assert int(step(first, None, batch)[1]["diverged"][0]) == expected
+
+
 @pytest.mark.parametrize("bad", [float("nan"), 50.0])
 def test_skipped_step_changes_nothing_but_the_number_of_steps(bad):
     found = run([1.0, bad, 1.0], Divergence(5.0, skips=True))

@@ -110,8 +110,9 @@ def test_rows_of_held_out_records_stay_up_to_the_last_checkpoint(tmp_path):
 def test_loss_beyond_the_factor_stops_the_run(tmp_path):
     with MetricsLog(tmp_path, start=4, steps=8, title="sft", flops=flops) as log:
         for count in (0, 1, 1):
-            log.add(step(7.0, 2, diverged=(count, 1)))
-        with pytest.raises(FloatingPointError, match="step 6: the loss rose to 7, beyond"):
+            log.add(step(7.0, 2, diverged=(count, 1), param_norm=(2e6, 1)))
+        message = "step 6: the loss, 7, or the norm of the parameters, 2e[+]06, rose beyond"
+        with pytest.raises(FloatingPointError, match=message):
             log.report(7, 0.5, "runs/a/4")
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
