@@ -234,7 +234,9 @@ class TrainConfig:
     keep_best: Annotated[
         str, "metric of held-out records, such as `loss`, whose lowest checkpoint is kept too"
     ] = ""
-    heldout_steps: Annotated[int, Range(ge=0), "batches of `data.heldout` that are evaluated"] = 0
+    heldout_steps: Annotated[
+        int, Range(ge=0, le=10**6), "batches of `data.heldout` that are evaluated"
+    ] = 0
     heldout_every: Annotated[
         int, Range(ge=0), "steps between such evaluations; 0: after the last one"
     ] = 0

@@ -32,7 +32,7 @@ from moddistill.data.sources import Limits, Source
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.data.watched import WatchedRows
 from moddistill.data.worker_pool import end_with_parent
-from moddistill.errors import UserError, at_field
+from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
@@ -72,9 +72,16 @@ def open_sources(
 
 
 def plan_rows(config: DataConfig, sources: Sequence[Source], seed: int) -> RowPlan:
-    """Returns the plan of the rows of a run."""
+    """Returns the plan of the rows of a run.
+
+    Raises:
+      UserError: the weights are so small that an epoch has no record.
+    """
     weights = tuple(source.config.weight for source in sources)
     order = Order(tuple(map(len, sources)), weights, seed)
+    if sum(order.uses) < 1:
+        expected = "weights with at least one record in an epoch"
+        raise invalid("config.data.sources", weights, expected)
     return RowPlan(order, _Lengths(sources), config.max_length, config.packing)
 
 

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 
+from moddistill.errors import printable
 from moddistill.storage.text_file import writing
 
 _LONGEST_REASON = 500  # characters
@@ -95,4 +96,4 @@ def _line(item: Rejected) -> bytes:
     if len(reason) > _LONGEST_REASON:
         reason = reason[: _LONGEST_REASON - 3] + "..."
     fields = dataclasses.asdict(dataclasses.replace(item, reason=reason))
-    return (json.dumps(fields, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    return (printable(json.dumps(fields, ensure_ascii=False)) + "\n").encode()
