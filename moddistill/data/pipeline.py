@@ -12,14 +12,12 @@ record that is only found to be bad when it is read is padding in its row, and s
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from moddistill.config import DataConfig
 from moddistill.data.index import IndexSpec
@@ -27,18 +25,17 @@ from moddistill.data.order import Order, Window
 from moddistill.data.packing import RowPlan
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.reasons import Reasons
+from moddistill.data.row_workers import RowWorkers
 from moddistill.data.rows import MadeRow, RowMaker, RowSpec
 from moddistill.data.sources import Limits, Source
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.data.watched import WatchedRows
-from moddistill.data.worker_pool import end_with_parent
 from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
 _THREADS = 4  # decoding and resizing of images release the GIL
 _TOGETHER = 4  # rows that are made and sent at one time, at most
-_MANY_ROWS = _NEVER = 2**62
+_MANY_ROWS = 2**62
 _MOST_REASONS = 3
 
 
@@ -183,18 +180,7 @@ class Batches:
         ahead = len(self._local_rows) // self._together
         if not self._workers:
             return iter(rows.to_iter_dataset(grain.ReadOptions(_THREADS, ahead + _THREADS)))
-        if not flags.FLAGS.is_parsed():
-            # Grain reads absl flags when it starts workers, which only absl.app has parsed.
-            flags.FLAGS.mark_as_parsed()
-        rows = rows.to_iter_dataset(grain.ReadOptions(1, 1))
-        # Shared memory, which grain allocates for each array, takes longer than a pipe.
-        options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
-        rows = grain.experimental.WithOptionsIterDataset(rows, options)
-        # They wait in two queues for each worker, one of them in this process.
-        queue = math.ceil(ahead / (2 * self._workers))
-        options = grain.MultiprocessingOptions(self._workers, queue)
-        rows = rows.mp_prefetch(options, worker_init_fn=end_with_parent)
-        return WatchedRows(iter(rows), self._timeout)
+        return RowWorkers(rows.__getitem__, self._workers, ahead, self._timeout)
 
     def _list(self, rejected: Sequence[Rejected]) -> None:
         if not rejected:

@@ -138,11 +138,13 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                     if step in config.profile_steps:
                         jax.block_until_ready(metrics)
                 log.add(metrics)
+                rate, good = float(learning_rate(step - 1)), _last_good(checkpoints)
+                if step % config.log_every == 0:
+                    log.report(step, rate, good)
                 last, stopped = step == config.steps, stops(step)
                 saves = last or stopped or step % config.save_every == 0
-                # Before each checkpoint, so that none holds a state that is not finite.
-                if saves or step % config.log_every == 0:
-                    log.report(step, float(learning_rate(step - 1)), _last_good(checkpoints))
+                if saves:  # so that no checkpoint holds a state that is not finite
+                    log.report(step, rate, good)
                 if heldout and (last or _is_due(step, config.heldout_every)):
                     log.write_heldout(step, heldout(state))
                 if saves:

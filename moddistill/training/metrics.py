@@ -81,17 +81,24 @@ class MetricsLog:
         self.bar.close()
 
     def add(self, metrics: Metrics) -> None:
-        """Adds one step's sums and weights, which stay on the device until the next report."""
+        """Adds one step's sums and weights, which stay on the device until the next report.
+
+        Waits for the step before. So the host is one step ahead, which keeps the device busy, and
+        no more, since a run that is to stop has to compute what it has dispatched.
+        """
+        if self.pending:
+            jax.block_until_ready(self.pending[-1])
         self.pending.append(metrics)
 
     def report(self, step: int, learning_rate: float, last_good: str) -> None:
-        """Writes the means since the last report, `step` being the newest; waits for the device.
+        """Writes the means since the last report, if there are any; waits for the device.
 
         Raises:
           DivergedError: if one of these steps diverged, or too many in a row; nothing is written.
         """
-        # One transfer for all steps since the last report: until here steps are dispatched without
-        # waiting for their results.
+        if not self.pending:
+            return
+        # One transfer for all steps since the last report.
         rows = jax.device_get(self.pending)
         self.pending = []
         for number, row in enumerate(rows, start=step - len(rows) + 1):

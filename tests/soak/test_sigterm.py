@@ -10,7 +10,7 @@ from tests.soak import runs
 pytestmark = pytest.mark.soak
 # Steps of about two seconds on one core.
 FLAGS = ["--config.steps=1000", "--config.save_every=1000", "--config.log_every=1"]
-FLAGS += ["--config.batch_size=512", "--config.grad_accum_steps=4"]
+FLAGS += ["--config.batch_size=128", "--config.grad_accum_steps=2"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -111,7 +111,7 @@ def test_worker_that_stops_or_ends_is_named(sent, start):
     assert run.returncode == 1 and "Traceback" not in printed
     expected = {
         signal.SIGSTOP: f"config.data.worker_timeout: .* processes .*{workers[0]} (stopped)",
-        signal.SIGKILL: f"config.data.workers: .* ended ones: {workers[0]} (SIGKILL)",
+        signal.SIGKILL: f"config.data.workers: .* ended one: {workers[0]} (SIGKILL)",
     }[sent]
     assert all(part in printed for part in expected.split(".*")), printed
     wait_for(lambda: not alive(workers), seconds=5)

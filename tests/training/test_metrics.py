@@ -1,6 +1,7 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -61,6 +62,24 @@ def test_report_writes_one_row_of_means(tmp_path):
     # 200 tokens in the time the row covers.
     assert row["tokens_per_second"] == pytest.approx(200 / row["seconds"])
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_nothing_to_report_writes_nothing(tmp_path):
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=flops) as log:
+        log.add(step(1.0, 1))
+        for _ in range(2):
+            log.report(1, 0.5, "none yet")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_host_is_one_step_ahead_of_the_device(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(float(x["loss"][0])))
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=flops) as log:
+        for number in (1.0, 2.0, 3.0):
+            assert waited == [1.0, 2.0][: max(0, int(number) - 2)]
+            log.add(step(number, 1))
+    assert waited == [1.0, 2.0]
 
 
 def test_throughput_is_that_of_what_the_steps_contain(tmp_path):
