@@ -11,7 +11,6 @@ import multiprocessing
 import pickle
 import signal
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +44,7 @@ class RowWorkers:
         self._workers = [_Worker(make, first, workers, queue) for first in range(workers)]
         self._turns = itertools.cycle(self._workers)
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout + _START
+        self._patience = timeout + _START  # for the next row
         # They ignore the signal by which Python would end them at its exit.
         self._close = weakref.finalize(self, _close, self._workers)
 
@@ -55,7 +54,7 @@ class RowWorkers:
     def __next__(self) -> Any:
         worker = next(self._turns)
         try:
-            item = worker.made.get(timeout=max(0.0, self._deadline - time.monotonic()))
+            item = worker.made.get(timeout=self._patience)
         except Empty:
             raise self._stopped() from None
         if item is _ENDED:
@@ -63,7 +62,7 @@ class RowWorkers:
         row, error = item
         if error is not None:
             raise error
-        self._deadline = time.monotonic() + self._timeout
+        self._patience = self._timeout
         return row
 
     def close(self) -> None:
@@ -139,8 +138,7 @@ def _close(workers: Sequence[_Worker]) -> None:
         worker.process.join()
         while worker.thread.is_alive():  # until it has room for its last row
             with contextlib.suppress(Empty):
-                worker.made.get_nowait()
-            worker.thread.join(0.01)
+                worker.made.get(timeout=0.01)
 
 
 def _cause(exit_code: int | None) -> str:

@@ -20,7 +20,7 @@ def start_logging() -> None:
         datefmt="%m%d %H:%M:%S",
         force=True,  # Orbax has installed a handler of absl
     )
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and grain
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax
     # Orbax raises the errors too whose tracebacks it logs.
     absl_logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     sys.unraisablehook = functools.partial(_print_error, sys.unraisablehook)

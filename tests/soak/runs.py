@@ -30,14 +30,14 @@ def start(
     *flags: str,
     stage: str = "d2s",
     devices: int = 1,
-    errors: str = "run",
+    errors: Path | None = None,
     module: Sequence[str] = TRAIN,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen:
     """Starts the `:tiny` experiment of a stage; its standard error goes beside the workdir.
 
     Args:
-      errors: name of that file.
+      errors: another file for it.
       module: what Python runs, with its own arguments.
       variables: of the environment.
     """
@@ -45,20 +45,20 @@ def start(
     workdir.parent.mkdir(parents=True, exist_ok=True)
     defaults = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     defaults["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
-    with printed_by(workdir, errors).open("w") as stderr:
+    with (errors or printed_by(workdir)).open("w") as stderr:
         command += ["--workdir", str(workdir), *flags]
         return subprocess.Popen(command, env=os.environ | defaults | dict(variables), stderr=stderr)
 
 
-def printed_by(workdir: Path, errors: str = "run") -> Path:
+def printed_by(workdir: Path) -> Path:
     """The standard error of the last run in a workdir."""
-    return workdir.with_name(f"{errors}.stderr")
+    return workdir.with_name(f"{workdir.name}.stderr")
 
 
 def finish(workdir: Path, *flags: str, **options: Any) -> str:
     """Runs to the end; returns what was printed."""
     code = start(workdir, *flags, **options).wait(600)
-    printed = printed_by(workdir).read_text()
+    printed = (options.get("errors") or printed_by(workdir)).read_text()
     assert code == 0, printed
     return printed
 

@@ -24,7 +24,9 @@ def start(run, devices, processes, workers):
     flags += ["--coordinator", coordinator, "--processes", str(processes), "--process"]
     # Each with a standard error of its own.
     return [
-        runs.start(run, *flags, str(index), devices=devices, errors=f"{index}")
+        runs.start(
+            run, *flags, str(index), devices=devices, errors=run.with_name(f"{index}.stderr")
+        )
         for index in range(processes)
     ]
 

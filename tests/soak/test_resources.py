@@ -1,5 +1,6 @@
 """Memory, descriptors and threads of a long run."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def test_memory_descriptors_and_threads_stay_flat(workers, tmp_path):
     runs.kill(process)
     first = [value for step, value in found.items() if step < 600]
     last = [value for step, value in found.items() if step >= 1800]
-    early, late = ([max(column) for column in zip(*part, strict=True)] for part in (first, last))
-    print(f"{workers} workers: MiB, descriptors, threads up to {early} and then {late}")
+    # Medians, since a checkpoint that is being written has descriptors and threads of its own.
+    medians = [[statistics.median(x) for x in zip(*part, strict=True)] for part in (first, last)]
+    print(f"{workers} workers: MiB, descriptors, threads {medians[0]} and then {medians[1]}")
+    early, late = medians
     assert late[0] <= early[0] + 16
-    assert late[1] <= early[1] + 3 and late[2] <= early[2] + 2
+    assert late[1] <= early[1] and late[2] <= early[2] + 1
