@@ -1,6 +1,7 @@
 # make demo   the whole recipe on real images, about nine minutes on two CPU cores
 # make test   all tests
 # make lint   style, format and the order of imports
+# make soak   runs that are killed, filled disks and long runs, about an hour
 # make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
 # Each makes the virtual environment .venv and installs what it needs, once.
 # `PYTHON=python3.13 make test` does so with another interpreter, in .venv-3.13.
@@ -15,7 +16,7 @@ VENV ?= .venv-$(VERSION)
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint tpu clean
+.PHONY: demo test soak lint tpu clean
 
 # Huge pages spare a quarter of the time on Linux, where each step allocates its buffers again.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -25,6 +26,9 @@ demo: $(VENV)/demo.installed
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -n 2
+
+soak: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m soak -s
 
 lint: $(VENV)/lint.installed
 	$(BIN)/ruff check .

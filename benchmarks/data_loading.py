@@ -70,6 +70,7 @@ def moddistill_batches(folder: Path, packing: bool, workers: int) -> Iterator[in
         local_rows=range(ROWS),
         batch_size=ROWS,
         workers=workers,
+        timeout=60,
         lists=folder,
         max_rejected=0.0,
     )

@@ -108,6 +108,7 @@ def read_batches(folder: Path) -> dict[str, float]:
         local_rows=range(ROWS),
         batch_size=ROWS,
         workers=0,
+        timeout=60,
         lists=folder,
         max_rejected=0.0,
     )

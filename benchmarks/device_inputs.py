@@ -78,9 +78,9 @@ def random_state(shapes: State, seed: int) -> State:
     def zeros(x: Any) -> jax.Array:
         return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
-    empty = jax.tree.map(zeros, (shapes.step, shapes.opt_state))
+    empty = jax.tree.map(zeros, (shapes.step, shapes.opt_state, shapes.mean_loss))
     params = random_leaves({"params": shapes.params, "frozen": shapes.frozen}, seed)
-    return State(empty[0], params["params"], params["frozen"], empty[1])
+    return State(empty[0], params["params"], params["frozen"], empty[1], empty[2])
 
 
 def random_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh, full: bool) -> Any:

@@ -5,9 +5,15 @@ model, params = moddistill.load("runs/demo/preference/model")
 output = model.apply({"params": params}, batch)
 """
 
+import logging
 from typing import Any
 
+from moddistill.errors import escape_logged
+
 __version__ = "0.1.0"
+
+# Names and values of untrusted files are in messages.
+logging.getLogger("moddistill").addFilter(escape_logged)
 
 
 def __getattr__(name: str) -> Any:

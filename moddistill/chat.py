@@ -17,6 +17,7 @@ from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
+from moddistill.errors import printable
 from moddistill.inference.decode import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.models.vlm import Vlm
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for reply in converse(
             model, params, tokenizer, _input_lines(), args.image, args.max_new_tokens
         ):
-            print(reply)
+            print(printable(reply))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ class DataConfig:
     ] = 0.1
     index: Annotated[str, "folder for the indices of sources; empty: next to their files"] = ""
     workers: Annotated[int, Range(ge=0, le=1000), "worker processes; 0 reads in threads"] = 0
-    # Evaluated at the end, for `heldout_steps` batches.
+    worker_timeout: Annotated[
+        int, Range(ge=1), "seconds without a row after which the run stops, and names its workers"
+    ] = 60
+    # Evaluated for `heldout_steps` batches.
     heldout: SourceConfig = SourceConfig()
 
 
@@ -226,7 +229,28 @@ class TrainConfig:
     ] = 0
     log_every: Annotated[int, Range(ge=1), "steps between rows of metrics"] = 10
     save_every: Annotated[int, Range(ge=1), "steps between checkpoints"] = 500
-    heldout_steps: Annotated[int, Range(ge=0), "batches of `data.heldout`, at the end"] = 0
+    keep_last: Annotated[int, Range(ge=1), "newest checkpoints that are kept"] = 2
+    keep_every: Annotated[int, Range(ge=0), "those at multiples of it are kept too; 0: none"] = 0
+    keep_best: Annotated[
+        str, "metric of held-out records, such as `loss`, whose lowest checkpoint is kept too"
+    ] = ""
+    heldout_steps: Annotated[
+        int, Range(ge=0, le=10**6), "batches of `data.heldout` that are evaluated"
+    ] = 0
+    heldout_every: Annotated[
+        int, Range(ge=0), "steps between such evaluations; 0: after the last one"
+    ] = 0
+    on_divergence: Annotated[
+        Literal["stop", "skip"],
+        "at a loss or norm that is not finite or too large; skip: no update",
+    ] = "stop"
+    divergence_factor: Annotated[
+        float,
+        Range(ge=0),
+        "what is too large: a loss beyond this multiple of its running mean, a norm of the "
+        "parameters beyond this multiple of that before the step; 0: nothing",
+    ] = 5.0
+    max_skipped: Annotated[int, Range(ge=1), "steps in a row that may be skipped"] = 20
     profile_steps: Annotated[tuple[int, ...], "first and last step for the profiler"] = ()
     dtype: Annotated[Dtype, "of compute and frozen parameters; trained ones are float32"] = (
         "bfloat16"

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -151,6 +152,8 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
         return value
     # Integers widen to float; bools, a subclass of int, do not.
     if float in by_class and type(value) is int:
+        if abs(value) > MAX_FLOAT32:  # `float` may overflow; `check_values` refuses infinity
+            return math.inf if value > 0 else -math.inf
         return float(value)
     if not isinstance(value, tuple(by_class)) or (isinstance(value, bool) and bool not in by_class):
         names = ", ".join(option.__name__ for option in by_class)

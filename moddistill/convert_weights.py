@@ -22,6 +22,7 @@ from moddistill.convert.describe import describe
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.upcycling import upcycle_model
+from moddistill.errors import not_one_of
 from moddistill.models.flops import parameter_counts
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.shards import parse_size
@@ -115,13 +116,10 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _upcycle(args: argparse.Namespace) -> None:
-    placement = args.placement
-    if re.fullmatch(r"\(?\s*\d+(\s*,\s*\d+)*\s*,?\s*\)?", placement):
-        placement = tuple(int(index) for index in re.findall(r"\d+", placement))
     moe = ExpertConfig(
         num_experts=args.num_experts,
         top_k=args.top_k,
-        placement=placement,
+        placement=_placement(args.placement),
         moe_intermediate_size=args.moe_intermediate_size,
     )
     how = UpcycleConfig(
@@ -129,6 +127,16 @@ def _upcycle(args: argparse.Namespace) -> None:
     )
     config = upcycle_model(args.model, args.out, moe, how, seed=args.seed, overwrite=args.overwrite)
     _print_written(args.out, config)
+
+
+def _placement(text: str) -> str | tuple[int, ...]:
+    """Parses a name, or indices of layers; more digits than any model has layers are neither."""
+    if re.fullmatch(r"\(?\s*\d{1,9}(\s*,\s*\d{1,9})*\s*,?\s*\)?", text):
+        return tuple(int(index) for index in re.findall(r"\d+", text))
+    names = typing.get_args(Placement)
+    if text not in names:
+        raise not_one_of("--placement", text, names)
+    return text
 
 
 def _export(args: argparse.Namespace) -> None:

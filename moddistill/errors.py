@@ -6,10 +6,16 @@ traceback. All other exceptions are defects and keep their traceback.
 
 import contextlib
 import difflib
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 _LONGEST_VALUE = 200  # characters of a value in a message
+_MOST_BITS = 4096  # of an integer that is shown; Python refuses to write 4300 digits
+# Characters that a terminal acts on, and those that turn the direction of text; no line break, no
+# tab.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -18,6 +24,10 @@ class UserError(ValueError):
 
 class DivergedError(UserError, FloatingPointError):
     """A loss or parameter is no longer finite."""
+
+
+class StoppedError(Exception):
+    """A run was asked to stop, and has saved what it has; the same call resumes it."""
 
 
 def invalid(origin: str, value: Any, expected: str) -> UserError:
@@ -64,6 +74,23 @@ def one_line(text: str) -> str:
     return _at_most(escaped, _LONGEST_VALUE)
 
 
+def printable(text: str) -> str:
+    r"""Returns a text for a terminal: control characters but line breaks and tabs are escaped.
+
+    The escapes are those of JSON, so that JSON stays JSON of the same content.
+
+    >>> printable("a\x1b[31m\tb")
+    'a\\u001b[31m\tb'
+    """
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def escape_logged(record: logging.LogRecord) -> bool:
+    """Escapes control characters in the message of a log record; a filter that keeps all."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
 def _short(value: Any) -> str:
     """Returns `repr(value)` up to 200 characters, in a time that does not grow with the value."""
     return _at_most(_repr_start(value, _LONGEST_VALUE), _LONGEST_VALUE)
@@ -77,6 +104,8 @@ def _repr_start(value: Any, length: int) -> str:
     """
     if type(value) in (str, bytes):
         return repr(value[:length])
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        return f"an integer of {value.bit_length():,} bits"
     if type(value) not in (list, dict) or not value:
         return repr(value)
     text = opening = "[" if type(value) is list else "{"

@@ -17,6 +17,7 @@ from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.distributed.sharding import make_mesh
+from moddistill.errors import printable
 from moddistill.inference.decode import Answer, answer
 from moddistill.inference.prompts import Prompt
 from moddistill.inference.sampling import Sampling
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--image: expected an image file, got {path!r}: no such file")
     with user_errors():
         result = _answer_one(args)
-    print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if args.json else result.text)
+    answer_json = json.dumps(dataclasses.asdict(result), ensure_ascii=False)
+    print(printable(answer_json if args.json else result.text))
 
 
 def _answer_one(args: argparse.Namespace) -> Answer:

@@ -28,7 +28,8 @@ from moddistill.reports.summary import evaluation_folder, table_columns, table_r
 from moddistill.reports.table import format_table
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
-from moddistill.training.loop import LOG, start_logging, train
+from moddistill.training.log_output import start_logging
+from moddistill.training.loop import LOG, train
 from moddistill.training.resume import is_finished
 from moddistill.training.validation import check_settings
 

@@ -13,7 +13,8 @@ from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import initialize
-from moddistill.training.loop import start_logging, train
+from moddistill.training.log_output import start_logging
+from moddistill.training.loop import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:

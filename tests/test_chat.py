@@ -5,7 +5,7 @@ import pytest
 from moddistill import chat
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.inference.decode import answer
+from moddistill.inference.decode import Answer, answer
 from moddistill.inference.prompts import Prompt
 
 
@@ -35,6 +35,13 @@ def test_an_empty_line_ends_the_conversation(tiny_models, image, capsys, monkeyp
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\nnever asked\n"))
     chat.main(["--model", str(tiny_models["dense"]), "--image", image, "--max_new_tokens", "2"])
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_control_characters_of_a_reply_are_escaped(tiny_models, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "answer", lambda *_, **__: [Answer("a\x1b]0;x\x07\nb", [], [])])
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\n"))
+    chat.main(["--model", str(tiny_models["dense"])])
+    assert capsys.readouterr().out.endswith("a\\u001b]0;x\\u0007\nb\n> ")
 
 
 def test_a_missing_image_is_an_error(tiny_models, capsys):

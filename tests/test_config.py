@@ -15,7 +15,7 @@ from moddistill.config import (
     StageName,
     TrainConfig,
 )
-from moddistill.configdict import check_values, from_config_dict, to_config_dict
+from moddistill.configdict import annotations, check_values, from_config_dict, to_config_dict
 from moddistill.errors import UserError, did_you_mean
 from moddistill.training.stages import STAGES
 
@@ -126,6 +126,33 @@ def test_value_out_of_its_range_is_named(fields, message):
     with pytest.raises(UserError) as error:
         check_values(TrainConfig(**fields))
     assert str(error.value) == message
+
+
+def numeric_fields(config, path=()):
+    """Yields the path and type of each number in a config."""
+    for name, (kind, _) in annotations(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            yield from numeric_fields(value, (*path, name))
+        elif kind in (int, float):
+            yield (*path, name), kind
+
+
+ABSURD = (math.nan, math.inf, -math.inf, 1e300, -1e30, True, "1")
+HUGE = {int: (-(10**18), -(10**5000)), float: (10**400, -(10**400), 10**5000)}
+
+
+@pytest.mark.parametrize(("path", "kind"), list(numeric_fields(TrainConfig())), ids=str)
+def test_absurd_numbers_are_one_line_for_every_field(path, kind):
+    huge = () if path[0] == "mesh" else HUGE[kind]  # a mesh is compared with the devices
+    for value in (*ABSURD, *huge):
+        values = {path[-1]: value}
+        for name in reversed(path[:-1]):
+            values = {name: values}
+        with pytest.raises(UserError) as error:
+            check_values(from_config_dict(TrainConfig, values))
+        assert str(error.value).startswith(f"config.{'.'.join(path)}: expected ")
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 def test_value_outside_an_enumeration_is_named():

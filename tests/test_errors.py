@@ -1,4 +1,7 @@
+import json
+import logging
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moddistill.config import ExpertConfig
-from moddistill.errors import at_field, invalid, not_one_of, one_line
+from moddistill.errors import at_field, invalid, not_one_of, one_line, printable
 from moddistill.models.moe.layer import check_moe
 from moddistill.storage.model_folder import read_model_config
 
@@ -105,6 +108,24 @@ def test_a_large_value_is_not_copied_to_show_its_start(value, start):
 
 def test_control_characters_of_a_value_are_escaped():
     assert shown("a\n\x1b[2J\u202e\ud800") == r"'a\n\x1b[2J\u202e\ud800'"
+
+
+def test_an_integer_that_python_refuses_to_write_is_shown_by_its_size():
+    assert shown(10**5000) == "an integer of 16,610 bits"
+    assert shown([10**5000]) == "[an integer of 16,610 bits]"
+
+
+def test_text_for_a_terminal_has_no_control_characters():
+    text = printable("a\n\t\x1b[2J\r\x7f\x9b\u202e\ud800é\u3000\U0001f600")
+    assert text == "a\n\t\\u001b[2J\\u000d\\u007f\\u009b\\u202e\\ud800é\u3000\U0001f600"
+    every = "".join(map(chr, range(0x3000)))
+    assert json.loads(printable(json.dumps(every, ensure_ascii=False))) == every
+    assert {each for each in printable(every) if unicodedata.category(each) == "Cc"} == {"\n", "\t"}
+
+
+def test_messages_of_this_library_are_logged_without_control_characters(caplog):
+    logging.getLogger("moddistill").warning("%s: %d", "a\x1b[2J", 3)
+    assert caplog.messages == [r"a\u001b[2J: 3"]
 
 
 def test_a_long_text_is_not_compared_with_the_choices():

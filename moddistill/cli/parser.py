@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from absl import flags
 from moddistill.cli.experiment import read_experiment
 from moddistill.cli.fields import Field, sections, type_name
 from moddistill.config import Range
-from moddistill.errors import UserError, did_you_mean
+from moddistill.errors import StoppedError, UserError, did_you_mean, one_line, printable
 
 # Messages of argparse in the grammar of all others: value, origin, expectation.
 _ARGPARSE_MESSAGES = (
@@ -28,6 +29,7 @@ _ARGPARSE_MESSAGES = (
     (r"^(.+?): invalid (\w+) value: (.+)$", r"\1: expected a value of type \2, got \3"),
     (r"^the following arguments are required: (.+)$", r"expected \1, got no such argument"),
 )
+STOPPED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
 _INDENT = " " * 24  # column of descriptions, as in argparse
 _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 
@@ -36,16 +38,36 @@ _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 def user_errors() -> Iterator[None]:
     """Ends the process with exit code 1 and one line for a `UserError` or an error of a file.
 
+    Lack of memory is one line too: sizes that users choose decide about it.
+
+    After SIGTERM, the exit code is that of a process that the signal ended, 143.
+
     All other exceptions are defects and keep their traceback.
     """
     try:
         yield
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(STOPPED)
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        sys.exit(printable(f"error: {error.filename}: {error.strerror}"))
+    except (MemoryError, RuntimeError) as error:
+        reason = _out_of_memory(error)
+        if reason is None:
+            raise
+        sys.exit(printable(f"error: memory: expected enough for this run, got an error: {reason}"))
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """Returns the reason in an error for lack of memory; None for other errors."""
+    # Of JAX's errors only the text tells, and commands without a model do not import it.
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        return one_line(str(error)) or "out of memory"
+    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         for pattern, expected in _ARGPARSE_MESSAGES:
             message = re.sub(pattern, expected, message)
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, printable(f"error: {message}; see --help\n"))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -48,7 +48,7 @@ def read_bytes(image: ImageFile | EmbeddedImage, max_bytes: int) -> bytes:
     if isinstance(image, EmbeddedImage):
         _check_size(len(image.data), max_bytes, str(image))
         return image.data
-    return read_file(_confined_path(image), max_bytes, str(image))
+    return read_file(confined_path(image), max_bytes, str(image))
 
 
 def read_file(path: str, max_bytes: int, origin: str) -> bytes:
@@ -85,7 +85,7 @@ def _check_size(size: int, max_bytes: int, origin: str) -> None:
         raise UserError(f"{origin}: expected {expected}, got {size:,}")
 
 
-def _confined_path(image: ImageFile) -> str:
+def confined_path(image: ImageFile) -> str:
     """Returns the path of a file below its root, after following all links.
 
     Raises:

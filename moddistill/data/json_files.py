@@ -125,21 +125,36 @@ def _forgetting(content: mmap.mmap, places: Iterator[Any]) -> Iterator[Any]:
         yield place
         end = place[0] // mmap.PAGESIZE * mmap.PAGESIZE
         if end - released > BLOCK_BYTES:
-            content.madvise(mmap.MADV_DONTNEED, released, end - released)
+            _release(content, released, end)
             released = end
+
+
+def _release(content: mmap.mmap, begin: int, end: int) -> None:
+    """Releases the pages of a range from memory; they are read again when used."""
+    begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    content.madvise(mmap.MADV_DONTNEED, begin, min(end, len(content)) - begin)
 
 
 def _lines(content: mmap.mmap, start: int, _: str) -> Iterator[tuple[int, int, int]]:
     """Yields offset, size and number of the lines that are not blank."""
     line = 0
     while start < len(content):
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
+        end = _end_of_line(content, start)
         line += 1
         size = end - start
         if size > LARGEST_RECORD or content[start:end].strip():
             yield start, size, line
         start = end + 1
+
+
+def _end_of_line(content: mmap.mmap, start: int) -> int:
+    """Returns the end of a line, and releases the pages of one that is longer than a block."""
+    for begin in range(start, len(content), BLOCK_BYTES):
+        end = content.find(b"\n", begin, begin + BLOCK_BYTES)
+        if end >= 0:
+            return end
+        _release(content, begin, begin + BLOCK_BYTES)
+    return len(content)
 
 
 def _elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[int, int, int]]:

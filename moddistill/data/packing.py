@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moddistill.data.order import Order, Window, permute
+from moddistill.errors import invalid
 
+_MOST_SAMPLES = 10**9  # of all epochs; planning takes a few milliseconds for each 1,024
 _WINDOWS = 8  # that are cached, for threads which read neighbouring rows
 
 
@@ -63,7 +65,15 @@ class RowPlan:
         return self._window(window)[number - self._starts[window]]
 
     def rows_of(self, epochs: int | float) -> int:
-        """Returns the number of rows of some epochs, at least 1; the last may be a part of one."""
+        """Returns the number of rows of some epochs, at least 1; the last may be a part of one.
+
+        Raises:
+          UserError: all their windows, which have to be planned, are too many.
+        """
+        samples = math.ceil(epochs * float(sum(self.order.uses)))
+        if samples > _MOST_SAMPLES:
+            expected = f"at most {_MOST_SAMPLES:,} samples in all, not {samples:,}, or config.steps"
+            raise invalid("config.epochs", epochs, expected)
         windows = epochs * self.order.windows_per_epoch
         whole = math.floor(windows)
         while len(self._starts) <= whole + 1:

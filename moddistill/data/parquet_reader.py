@@ -7,6 +7,9 @@ from typing import Any
 from moddistill.errors import UserError, one_line
 
 _BUFFER = 2**20  # bytes that are read at one time, instead of a column of a group
+# Bytes of a row group, and their ratio to those in the file, above which it is a bomb: `pyarrow`
+# inflates a page in one piece.
+_LARGEST_GROUP, _LARGEST_RATIO = 2**28, 1000
 # Some damage is an exception of C++ that `pyarrow` does not catch.
 _READ_FOOTER = """
 import sys
@@ -22,7 +25,8 @@ def open_reader(path: str) -> Any:
     """Opens a parquet file with `pyarrow`.
 
     Raises:
-      UserError: `pyarrow` is not installed, or the file is not one of parquet.
+      UserError: `pyarrow` is not installed, or the file is not one of parquet, or one that inflates
+        to a thousand times its size.
     """
     try:
         import pyarrow.parquet  # noqa: PLC0415  an extra
@@ -46,7 +50,20 @@ def open_reader(path: str) -> Any:
         raise UserError(
             f"{path}: expected {metadata.num_rows} rows in its groups, got {sum(counts)}"
         )
+    for group in range(metadata.num_row_groups):
+        _check_inflated(path, metadata.row_group(group))
     return reader
+
+
+def _check_inflated(path: str, group: Any) -> None:
+    """Raises UserError for a row group that is large, and far larger than in the file."""
+    if group.total_byte_size <= _LARGEST_GROUP:
+        return
+    columns = [group.column(number) for number in range(group.num_columns)]
+    most = max(_LARGEST_GROUP, _LARGEST_RATIO * sum(each.total_compressed_size for each in columns))
+    size = max(group.total_byte_size, sum(each.total_uncompressed_size for each in columns))
+    if size > most:
+        raise UserError(f"{path}: expected a row group of at most {most:,} bytes, got {size:,}")
 
 
 def check_footer(path: str) -> None:

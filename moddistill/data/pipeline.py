@@ -12,14 +12,12 @@ record that is only found to be bad when it is read is padding in its row, and s
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from moddistill.config import DataConfig
 from moddistill.data.index import IndexSpec
@@ -27,16 +25,17 @@ from moddistill.data.order import Order, Window
 from moddistill.data.packing import RowPlan
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.reasons import Reasons
+from moddistill.data.row_workers import RowWorkers
 from moddistill.data.rows import MadeRow, RowMaker, RowSpec
 from moddistill.data.sources import Limits, Source
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import UserError, at_field
+from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.batch import AnyBatch
 
 LOG = logging.getLogger("moddistill")
 _THREADS = 4  # decoding and resizing of images release the GIL
 _TOGETHER = 4  # rows that are made and sent at one time, at most
-_MANY_ROWS = _NEVER = 2**62
+_MANY_ROWS = 2**62
 _MOST_REASONS = 3
 
 
@@ -70,9 +69,16 @@ def open_sources(
 
 
 def plan_rows(config: DataConfig, sources: Sequence[Source], seed: int) -> RowPlan:
-    """Returns the plan of the rows of a run."""
+    """Returns the plan of the rows of a run.
+
+    Raises:
+      UserError: the weights are so small that an epoch has no record.
+    """
     weights = tuple(source.config.weight for source in sources)
     order = Order(tuple(map(len, sources)), weights, seed)
+    if sum(order.uses) < 1:
+        expected = "weights with at least one record in an epoch"
+        raise invalid("config.data.sources", weights, expected)
     return RowPlan(order, _Lengths(sources), config.max_length, config.packing)
 
 
@@ -107,6 +113,7 @@ class Batches:
       local_rows: numbers, within a batch, of the rows that this process makes.
       batch_size: rows of a batch, over all processes.
       workers: worker processes; 0 reads in threads.
+      timeout: seconds without a row after which workers count as stopped.
       lists: folder of `quarantine.jsonl` and `truncated.jsonl`.
       max_rejected: share of a source's records that may be rejected.
 
@@ -121,6 +128,7 @@ class Batches:
         local_rows: Sequence[int],
         batch_size: int,
         workers: int,
+        timeout: int,
         lists: Path,
         max_rejected: float,
     ):
@@ -129,6 +137,7 @@ class Batches:
         self._local_rows = tuple(local_rows)
         self._batch_size = batch_size
         self._workers = workers
+        self._timeout = timeout
         self._quarantine = Quarantine(str(lists / "quarantine.jsonl"))
         self._max_rejected = max_rejected
         self._rows: Any = None
@@ -171,16 +180,7 @@ class Batches:
         ahead = len(self._local_rows) // self._together
         if not self._workers:
             return iter(rows.to_iter_dataset(grain.ReadOptions(_THREADS, ahead + _THREADS)))
-        if not flags.FLAGS.is_parsed():
-            # Grain reads absl flags when it starts workers, which only absl.app has parsed.
-            flags.FLAGS.mark_as_parsed()
-        rows = rows.to_iter_dataset(grain.ReadOptions(1, 1))
-        # Shared memory, which grain allocates for each array, takes longer than a pipe.
-        options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
-        rows = grain.experimental.WithOptionsIterDataset(rows, options)
-        # They wait in two queues for each worker, one of them in this process.
-        queue = math.ceil(ahead / (2 * self._workers))
-        return iter(rows.mp_prefetch(grain.MultiprocessingOptions(self._workers, queue)))
+        return RowWorkers(rows.__getitem__, self._workers, ahead, self._timeout)
 
     def _list(self, rejected: Sequence[Rejected]) -> None:
         if not rejected:

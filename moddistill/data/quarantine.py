@@ -8,6 +8,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 
+from moddistill.errors import printable
+from moddistill.storage.text_file import writing
+
 _LONGEST_REASON = 500  # characters
 
 
@@ -48,7 +51,7 @@ class Quarantine:
             if new.keys() <= self._known:
                 return
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
+            with writing(self.path), open(self.path, "ab", buffering=0) as file:
                 # Without the lock, a line that another process is writing looks like one that an
                 # interruption has cut, which is ended here.
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -93,4 +96,4 @@ def _line(item: Rejected) -> bytes:
     if len(reason) > _LONGEST_REASON:
         reason = reason[: _LONGEST_REASON - 3] + "..."
     fields = dataclasses.asdict(dataclasses.replace(item, reason=reason))
-    return (json.dumps(fields, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    return (printable(json.dumps(fields, ensure_ascii=False)) + "\n").encode()

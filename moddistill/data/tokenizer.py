@@ -18,6 +18,7 @@ from moddistill.data.chat_template import END_OF_TEXT, IM_END, IM_START
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer_file import (
     COMPONENTS,
+    SETTINGS,
     WORD_PATTERN,
     added_ids,
     check_components,
@@ -25,6 +26,7 @@ from moddistill.data.tokenizer_file import (
     check_loaded_ids,
     check_merges,
     library_errors,
+    only_checked_files,
     read_fields,
 )
 from moddistill.errors import UserError, invalid
@@ -211,21 +213,24 @@ def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
     """Reads `vocab.json` and `merges.txt` with `transformers`, which knows their settings."""
     vocabulary = read_fields(file)
     check_merges(file.with_name("merges.txt"))
-    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    config, _, listed = (
-        read_fields(file.with_name(name)) if file.with_name(name).exists() else {} for name in names
+    config, listed, *_ = (
+        read_fields(file.with_name(name)) if file.with_name(name).exists() else {}
+        for name in SETTINGS
     )
-    added = added_ids(file.with_name(names[0]), config) | listed
+    added = added_ids(file.with_name(SETTINGS[0]), config) | listed
     check_ids(file, vocabulary, [{"content": token, "id": i} for token, i in added.items()])
     # Takes seconds to import, and most folders do not need it.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    with library_errors(
-        f"{file.parent}: expected vocab.json, merges.txt and tokenizer_config.json as Qwen "
-        "publishes them, got an error of transformers: "
+    with (
+        only_checked_files(file) as folder,
+        library_errors(
+            f"{file.parent}: expected vocab.json, merges.txt and tokenizer_config.json as Qwen "
+            "publishes them, got an error of transformers: "
+        ),
     ):
         # Never runs code that the folder contains, and does not ask.
-        loaded = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend = loaded.backend_tokenizer
         fields = json.loads(backend.to_str())
     check_components(file.parent, fields)

@@ -7,6 +7,8 @@ of Qwen's byte-level BPE are accepted, in bounded sizes.
 
 import collections
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,15 @@ from tokenizers import Tokenizer
 from moddistill.errors import UserError, invalid
 from moddistill.storage.json_file import parse, read_text
 
+# Files of settings that may be next to `vocab.json` and `merges.txt`.
+SETTINGS = (
+    "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "config.json",
+)  # fmt: skip
 _LARGEST_FILE = 36 * 2**20  # bytes; a vocabulary of 260,000 has 35 MB
 _MOST_ENTRIES = 1_000_000  # of a vocabulary, or merges, which may be lists
 _MOST_ADDED_TOKENS = 10_000  # added tokens; the library searches for all of them in each text
 _LARGEST_ID = 10_000_000
+_MOST_DIGITS = 20  # of an id, as text
 
 # Qwen's regular expression for words, within which bytes are merged.
 WORD_PATTERN = (
@@ -69,6 +76,16 @@ def check_merges(file: Path) -> None:
 def _check_count(file: Path, name: str, count: int, most: int = _MOST_ENTRIES) -> None:
     if count > most:
         raise UserError(f"{file}: expected at most {most:,} {name}, got {count:,}")
+
+
+@contextlib.contextmanager
+def only_checked_files(vocabulary: Path) -> Iterator[str]:
+    """Yields a folder with the checked files only: `transformers` reads others without a bound."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("vocab.json", "merges.txt", *SETTINGS):
+            if vocabulary.with_name(name).exists():
+                shutil.copyfile(vocabulary.with_name(name), Path(folder) / name)
+        yield folder
 
 
 def check_components(file: Path, fields: dict[str, Any]) -> None:
@@ -146,7 +163,9 @@ def added_ids(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
         raise invalid(f"{file}: added_tokens_decoder", decoder, expected)
     ids = {}
     for number, token in decoder.items():
-        if not number.isdecimal() or not isinstance(token, dict):
+        # `check_ids` has the range; `int` refuses numbers of thousands of digits.
+        is_id = number.isdecimal() and len(number) <= _MOST_DIGITS
+        if not is_id or not isinstance(token, dict):
             raise invalid(f"{file}: added_tokens_decoder", {number: token}, "a token by its id")
         ids[str(token.get("content"))] = int(number)
     return ids

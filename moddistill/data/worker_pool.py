@@ -47,8 +47,18 @@ def worker_pool(
 
 
 def _start(start: Callable[..., None] | None, args: Sequence[Any]) -> None:
-    """Ends a worker whose parent was killed; by itself, it would wait for work forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the others
+    end_with_parent()
+    if start is not None:
+        start(*args)
+
+
+def end_with_parent(*_: Any) -> None:
+    """Ends a worker whose parent was killed; by itself, it would wait for work forever.
+
+    Signals that a terminal or a scheduler sends to all processes are for the parent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sentinel = multiprocessing.parent_process().sentinel
 
     def watch() -> None:
@@ -56,5 +66,3 @@ def _start(start: Callable[..., None] | None, args: Sequence[Any]) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if start is not None:
-        start(*args)

@@ -5,39 +5,53 @@
 `python -m tools.easy_vqa` writes the data folder.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.errors import UserError, invalid
+from moddistill.data.image_files import ImageFile, confined_path
+from moddistill.errors import UserError, invalid, one_line
 from moddistill.evals.task import Column, Question, Row, Task, exact_match, normalize
+from moddistill.storage.json_file import parse, read_text
 
 YES_NO = ("yes", "no")
+_LARGEST_FILE = 64 * 2**20  # bytes; the published questions have 3 MB
 
 
 def questions(data: Path) -> list[Question]:
     """Returns the questions of `data`/test.json in their published order.
 
     Raises:
-      UserError: if the file is missing, or a record is not one question with one answer.
+      UserError: if the file is missing, larger than 64 MiB or no JSON list, or a record is not one
+        question with one answer about an image in `data`/images.
     """
     path = data / "test.json"
     if not path.is_file():
         raise UserError(
             f"{path}: expected a file of `python -m tools.easy_vqa --out {data}`, got none"
         )
-    return [_question(record, path) for record in json.loads(path.read_text())]
+    records = parse(read_text(path, _LARGEST_FILE), str(path))
+    if not isinstance(records, list):
+        raise invalid(str(path), records, "a list of records")
+    return [_question(record, path) for record in records]
 
 
-def _question(record: dict[str, Any], path: Path) -> Question:
-    turns = record["conversations"]
-    roles = [turn["from"] for turn in turns]
+def _question(record: Any, path: Path) -> Question:
+    match record:
+        case {"id": str(name), "image": str(image), "conversations": [*turns]}:
+            origin = f"{path}, record {one_line(name)}"
+        case _:
+            expected = "an object with id, image and conversations"
+            raise invalid(f"{path}: record", record, expected)
+    roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if roles != ["human", "gpt"]:
-        raise invalid(f"{path}, record {record['id']}", roles, "roles ['human', 'gpt']")
-    prompt, answer = (turn["value"] for turn in turns)
-    image = path.parent / "images" / record["image"]
-    return Question(id=record["id"], prompt=prompt, images=(str(image),), answers=(answer,))
+        raise invalid(origin, roles, "roles ['human', 'gpt']")
+    prompt, answer = (turn.get("value") for turn in turns)
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise invalid(origin, [prompt, answer], "two texts")
+    images = path.parent / "images"
+    confined_path(ImageFile(str(images), image))
+    return Question(id=name, prompt=prompt, images=(str(images / image),), answers=(answer,))
 
 
 def score(rows: Sequence[Row]) -> dict[str, float | int]:

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from moddistill.errors import invalid
 
+# Beyond these, quotients of logits overflow float32, or no longer differ.
+_COLDEST, _HOTTEST = 1e-4, 1e4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -24,6 +27,9 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise invalid("temperature", self.temperature, ">= 0")
+        if self.temperature and not _COLDEST <= self.temperature <= _HOTTEST:
+            expected = f"0, or {_COLDEST:g} to {_HOTTEST:g}"
+            raise invalid("temperature", self.temperature, expected)
         if not 0 < self.top_p <= 1:
             raise invalid("top_p", self.top_p, "> 0 and <= 1")
 

@@ -1,6 +1,6 @@
 """The batch, from the data pipeline to the loss: the only description of its fields.
 
-Its types are pytrees for jax and grain. Nothing here imports jax, since data workers use this
+Its types are pytrees for jax. Nothing here imports jax, since data workers use this
 module; arrays are those of numpy in the pipeline and those of jax in a step.
 """
 

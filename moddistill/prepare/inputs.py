@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,8 @@ from moddistill.errors import UserError, invalid
 from moddistill.prepare.image_store import ImageStore
 from moddistill.prepare.tar_members import check_uncompressed
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_MOST_NAMES = 10**6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
       UserError: a pattern, or a name of a range, matches no file, or one without a suffix.
     """
     files = []
-    for name in [name for pattern in patterns for name in _expand(pattern)]:
+    for name in _names(patterns):
         found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
         found = [file for file in found if os.path.isfile(file)]
         if not found:
@@ -123,6 +125,15 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
                 raise invalid("--from", file, f"a file that ends with {' or '.join(suffixes)}")
         files += found
     return list(dict.fromkeys(files))
+
+
+def _names(patterns: Sequence[str]) -> list[str]:
+    """Returns the names of all ranges in patterns; UserError for more than any data set has."""
+    names = (name for pattern in patterns for name in _expand(pattern))
+    found = list(itertools.islice(names, _MOST_NAMES + 1))
+    if len(found) > _MOST_NAMES:
+        raise invalid("--from", ", ".join(patterns), f"ranges of at most {_MOST_NAMES:,} names")
+    return found
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ Other files (`.cls`, `.url`, `.npy`, ...), and names without key or extension, a
 import dataclasses
 import io
 import os
+import re
 from collections.abc import Iterator
 from io import BufferedIOBase
 from typing import Any
@@ -28,6 +29,7 @@ from moddistill.storage.json_file import parse
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 _LARGEST_SAMPLE = 2 * LARGEST_IMAGE  # bytes
+_NUMBER = re.compile(r"\d{0,18}")  # of an image in its sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _order(key: str, paths: list[str], record: dict[str, Any]) -> list[str]:
             raise invalid(f"images of {key}", named, f"names of the files of the sample, {paths}")
         return [of_name[name] for name in wanted]
     numbers = {path: path[len(key) + 1 :].rpartition(".")[0] for path in paths}
-    if not all(number == "" or number.isdecimal() for number in numbers.values()):
+    if not all(_NUMBER.fullmatch(number) for number in numbers.values()):
         raise invalid(
             f"images of {key}", paths, "names with a number, or a record that names the images"
         )

@@ -10,7 +10,6 @@ writer of the same name restores the old one.
 """
 
 import contextlib
-import errno
 import glob
 import secrets
 import shutil
@@ -20,8 +19,8 @@ from pathlib import Path
 from moddistill.distributed.processes import barrier, broadcast_from_main, is_main_process
 from moddistill.errors import UserError
 from moddistill.storage.digests import check_outside, verify, write_digests
+from moddistill.storage.text_file import writing
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFINISHED, _REPLACED = ".partial", ".old"
 
 
@@ -95,17 +94,12 @@ def check_replaceable(folder: Path, written_by: str) -> None:
 def _renamed_when_complete(
     tmp_dir: Path, folder: Path, written_by: str, overwrite: bool
 ) -> Iterator[None]:
-    tmp_dir.mkdir(parents=True)
     try:
-        yield
-        write_digests(tmp_dir, written_by)
-        _replace(tmp_dir, folder, written_by, overwrite)
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise UserError(
-            f"{str(folder)!r}: expected a disk with enough space, got {error.strerror!r}"
-        ) from error
+        with writing(folder):
+            tmp_dir.mkdir(parents=True)
+            yield
+            write_digests(tmp_dir, written_by)
+            _replace(tmp_dir, folder, written_by, overwrite)
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.errors import UserError, invalid
+from moddistill.storage.text_file import replace_text
 
 _LARGEST_FILE = 16 * 2**20  # bytes; the tokenizer settings with the most added tokens have 2 MB
 _MOST_DIGITS = 300  # of an integer; larger ones overflow a float
@@ -61,11 +62,10 @@ def write_json(file: Path, value: Any) -> None:
 
     Raises:
       ValueError: for NaN and infinity, which are not JSON.
+      UserError: the disk is full.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(file)
+    replace_text(file, text + "\n")
 
 
 def _integer(digits: str) -> int:

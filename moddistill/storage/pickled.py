@@ -13,7 +13,7 @@ import numpy as np
 
 from moddistill.errors import UserError
 from moddistill.storage.pickle_reader import STORAGES, UnsupportedError, View, read_pickle
-from moddistill.storage.tensor import DTYPES, Checkpoint, Tensor
+from moddistill.storage.tensor import DTYPES, Checkpoint, Tensor, check_names
 
 _LARGEST_PICKLE = 16 * 2**20  # bytes; a tensor takes about 200
 _LOCAL_HEADER = 30  # bytes before the name of an entry of a zip archive
@@ -45,7 +45,7 @@ def read_pickled(file: Path) -> Checkpoint:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            return _read(file, archive)
+            checkpoint = _read(file, archive)
     except UnsupportedError:
         raise
     # A broken archive can fail in any way.
@@ -54,6 +54,8 @@ def read_pickled(file: Path) -> Checkpoint:
             f"{file}: expected safetensors or an archive of tensors as torch.save writes it since "
             f"version 1.6, got something else ({error})"
         ) from None
+    check_names(checkpoint, str(file))
+    return checkpoint
 
 
 def _read(file: Path, archive: zipfile.ZipFile) -> Checkpoint:

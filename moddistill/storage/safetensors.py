@@ -19,7 +19,7 @@ from moddistill.storage.tensor import (
     Checkpoint,
     Tensor,
     TensorSpec,
-    check_count,
+    check_names,
 )
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,7 +45,7 @@ def read_safetensors(file: Path) -> Checkpoint:
         if not isinstance(header, dict):
             raise UserError(f"expected an object, got {header!r:.80}")
         header.pop("__metadata__", None)
-        check_count(len(header), str(file))
+        check_names(header, str(file))
         tensors = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: header at offset 8: {error}") from None

@@ -18,9 +18,11 @@ from moddistill.storage.tensor import (
     Tensor,
     TensorSpec,
     check_count,
+    check_names,
     some_of,
 )
 
+_LARGEST_SIZE = 2**60  # bytes of a file
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -82,17 +84,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     shard_of = read_json(index, LARGEST_HEADER).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
         raise invalid(f"{index}: weight_map", shard_of, "an object of tensor names and their files")
-    check_count(len(shard_of), str(index))
+    check_names(shard_of, str(index))
     return shard_of
 
 
 def parse_size(text: str) -> int:
     """Returns the bytes of `5GB`, `500MB` or `2GiB`; UserError for another text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", text.strip(), re.IGNORECASE)
-    size = round(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
+    if not 1 <= size <= _LARGEST_SIZE:
         raise invalid("max_shard_size", text, "a number and a unit, such as 5GB")
-    return size
+    return round(size)
 
 
 def create_shards(folder: Path, tensors: Sequence[TensorSpec], largest: int) -> dict[str, Tensor]:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 
 # Names of the safetensors format, those of quantized weights included: errors name them.
 DTYPES: dict[str, np.dtype] = {
@@ -82,6 +82,17 @@ def check_count(tensors: int, origin: str) -> None:
     """Raises UserError for more tensors than any checkpoint has."""
     if tensors > _MOST_TENSORS:
         raise UserError(f"{origin}: expected at most {_MOST_TENSORS:,} tensors, got {tensors:,}")
+
+
+def check_names(names: Collection[str], origin: str) -> None:
+    """Raises UserError for too many tensors, or a name that is not one printable line.
+
+    Names are in errors, of which they could otherwise forge lines.
+    """
+    check_count(len(names), origin)
+    for name in names:
+        if not name.isprintable():
+            raise invalid(f"{origin}: name of a tensor", name, "printable characters")
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

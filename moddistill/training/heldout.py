@@ -1,4 +1,4 @@
-"""Means of a stage's metrics over held-out records, after its last step."""
+"""Means of a stage's metrics over held-out records."""
 
 import logging
 from collections.abc import Iterator
@@ -9,30 +9,41 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
+from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
 from moddistill.training.loading import Run
 from moddistill.training.metrics import weighted_means
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
+PREFIX = "heldout_"
 
 
-def evaluate_heldout(
-    config: TrainConfig, run: Run, state: State, records: Iterator[Any], mesh: Mesh
-) -> dict[str, float]:
-    """Returns means of the stage's metrics over `heldout_steps` batches, as `heldout_NAME`."""
-    loss = jax.jit(run.loss.__call__)
-    rng = jax.random.key(config.seed)
-    metrics = []
-    for _ in range(config.heldout_steps):
-        # Metrics are sums and weights, so that micro-batches add up to their batch.
-        for part in _micro_batches(next(records), config.grad_accum_steps):
-            batch = sharding.put_batch(mesh, part)
-            metrics.append(loss(state.params, state.frozen, run.teacher, batch, rng)[1])
-    means = weighted_means(jax.device_get(metrics))
-    means = {f"heldout_{name}": mean for name, mean in means.items()}
-    LOG.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
-    return means
+class Heldout:
+    """Held-out records: `heldout(state)` returns means of the stage's metrics over them.
+
+    Each call reads the same `heldout_steps` batches. Names are `heldout_NAME`.
+    """
+
+    def __init__(self, config: TrainConfig, run: Run, records: Batches, mesh: Mesh):
+        self._config, self._run, self._records, self._mesh = config, run, records, mesh
+        self._loss = jax.jit(run.loss.__call__)
+
+    def __call__(self, state: State) -> dict[str, float]:
+        rng = jax.random.key(self._config.seed)
+        metrics = []
+        self._records.seek(0)
+        for _ in range(self._config.heldout_steps):
+            # Metrics are sums and weights, so that micro-batches add up to their batch.
+            for part in _micro_batches(next(self._records), self._config.grad_accum_steps):
+                batch = sharding.put_batch(self._mesh, part)
+                found = self._loss(state.params, state.frozen, self._run.teacher, batch, rng)
+                metrics.append(found[1])
+        self._records.close()
+        means = weighted_means(jax.device_get(metrics))
+        means = {f"{PREFIX}{name}": mean for name, mean in means.items()}
+        LOG.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+        return means
 
 
 def _micro_batches(batch: Any, count: int) -> Iterator[Any]:

@@ -3,26 +3,27 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from absl import logging as absl_logging
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
-from moddistill.distributed.processes import barrier, check_equal_on_all_processes, is_main_process
-from moddistill.errors import at_field
+from moddistill.distributed.processes import barrier, check_equal_on_all_processes
+from moddistill.errors import StoppedError, at_field, not_one_of
 from moddistill.params import merge
 from moddistill.storage.atomic_dir import check_replaceable
 from moddistill.storage.model_folder import read_source, save_model
 from moddistill.training import checkpoint
 from moddistill.training.architectures import Models, resolve_models
-from moddistill.training.heldout import evaluate_heldout
+from moddistill.training.heldout import PREFIX, Heldout
+from moddistill.training.interruption import until_sigterm
 from moddistill.training.loading import Run, prepare
+from moddistill.training.lock import locked
 from moddistill.training.metrics import MetricsLog
 from moddistill.training.optim import schedule
 from moddistill.training.provenance import check_models, check_sources, write_models
@@ -52,7 +53,8 @@ def train(config: TrainConfig, workdir: Path) -> Path:
 
     Raises:
       UserError: for settings, records or models that do not fit.
-      DivergedError: when a metric is no longer finite.
+      DivergedError: when a loss is no longer finite, or too large.
+      StoppedError: after SIGTERM, when the last step is saved.
     """
     check_settings(config)
     check_equal_on_all_processes("settings", repr((config, workdir)))
@@ -62,6 +64,14 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     if result.exists() and is_finished(config, read_source(result)):
         LOG.info("%s is finished: %s", config.stage, result)
         return result
+    with locked(workdir):
+        _train(config, workdir, changes)
+    return result
+
+
+def _train(config: TrainConfig, workdir: Path, changes: Sequence[str]) -> None:
+    """Trains and writes `model`; logs the settings that change when a run resumes."""
+    result = workdir / "model"
     check_replaceable(result, "train")  # `save_model` checks too, but after the last step
     for change in changes:
         LOG.info("resumed with another setting: %s", change)
@@ -81,7 +91,6 @@ def train(config: TrainConfig, workdir: Path) -> Path:
         params = merge(state.params, state.frozen)
         save_model(result, run.model.config, params, models.tokenizer, source)
         barrier("writing the model")
-    return result
 
 
 def _begin(config: TrainConfig, models: Models, workdir: Path) -> None:
@@ -99,10 +108,19 @@ def _begin(config: TrainConfig, models: Models, workdir: Path) -> None:
 
 
 def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: Path) -> State:
-    """Steps until `config.steps`, from the newest checkpoint if there is one."""
+    """Steps until `config.steps`, from the newest checkpoint if there is one.
+
+    Raises:
+      StoppedError: after SIGTERM, with a checkpoint of the last step.
+    """
     records = streams.training
     learning_rate = schedule(config.optim, config.steps)
-    with checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints:
+    heldout = Heldout(config, run, streams.heldout, mesh) if streams.heldout else None
+    with (
+        checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
+        until_sigterm() as stops,
+        contextlib.closing(records),
+    ):
         # Restore order: `run.state` exists first, since a checkpoint lacks the frozen parameters
         # and is read into its shardings. The position of `records` is set before the first batch.
         state = run.state
@@ -111,8 +129,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
             records.seek(next_row)
             LOG.info("resumed at step %d", state.step)
         start = int(state.step)
-        peak = peak_flops(list(mesh.devices.flat))
-        with MetricsLog(workdir, start, config.steps, config.stage, run.flops, peak) as log:
+        with _open_log(config, run, mesh, workdir, start) as log:
             for step in range(start + 1, config.steps + 1):
                 with _profiled(step, start, config, workdir):
                     batch = sharding.put_batch(mesh, next(records))
@@ -121,18 +138,43 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                     if step in config.profile_steps:
                         jax.block_until_ready(metrics)
                 log.add(metrics)
-                last = step == config.steps
-                saves = last or step % config.save_every == 0
-                # Before each checkpoint, so that none holds a state that is not finite.
-                if saves or step % config.log_every == 0:
-                    log.report(step, float(learning_rate(step - 1)), _last_good(checkpoints))
+                rate, good = float(learning_rate(step - 1)), _last_good(checkpoints)
+                if step % config.log_every == 0:
+                    log.report(step, rate, good)
+                last, stopped = step == config.steps, stops(step)
+                saves = last or stopped or step % config.save_every == 0
+                if saves:  # so that no checkpoint holds a state that is not finite
+                    log.report(step, rate, good)
+                if heldout and (last or _is_due(step, config.heldout_every)):
+                    log.write_heldout(step, heldout(state))
                 if saves:
-                    checkpoint.save(checkpoints, state, records.next_row)
-            if streams.heldout is not None:
-                means = evaluate_heldout(config, run, state, streams.heldout, mesh)
-                log.write({"step": config.steps} | means)
+                    checkpoint.save(checkpoints, state, records.next_row, _keep(config, log))
+                if stopped and not last:
+                    raise StoppedError(f"{config.stage}: saved after step {step}, and stopped")
     warn_of_records(workdir)
     return state
+
+
+def _open_log(config: TrainConfig, run: Run, mesh: Mesh, workdir: Path, start: int) -> MetricsLog:
+    peak = peak_flops(list(mesh.devices.flat))
+    skipped = config.max_skipped if config.on_divergence == "skip" else 0
+    return MetricsLog(workdir, start, config.steps, config.stage, run.flops, peak, skipped)
+
+
+def _keep(config: TrainConfig, log: MetricsLog) -> checkpoint.Keep:
+    """Returns which checkpoints remain."""
+    name = f"{PREFIX}{config.keep_best}"
+    scores = {}
+    for row in log.heldout if config.keep_best else ():
+        if name not in row:
+            names = [each.removeprefix(PREFIX) for each in row if each != "step"]
+            raise not_one_of("config.keep_best", config.keep_best, names)
+        scores[row["step"]] = row[name]
+    return checkpoint.Keep(config.keep_last, config.keep_every, scores)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 @contextlib.contextmanager
@@ -152,14 +194,3 @@ def _profiled(step: int, start: int, config: TrainConfig, workdir: Path) -> Iter
 def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
     latest = checkpoints.latest
     return "none yet" if latest is None else str(checkpoints.directory / str(latest))
-
-
-def start_logging() -> None:
-    """Logs to stderr: this library from INFO on (main process), all others from WARNING on."""
-    logging.basicConfig(
-        format="%(levelname).1s%(asctime)s %(filename)s:%(lineno)d] %(message)s",
-        datefmt="%m%d %H:%M:%S",
-        force=True,  # Orbax has installed a handler of absl
-    )
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and grain
-    LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)

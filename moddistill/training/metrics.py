@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, a progress bar, and the check for NaN."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import DivergedError, invalid
 from moddistill.losses import Metrics
 from moddistill.models.flops import StepFlops, StepSize
+from moddistill.storage.text_file import append_lines, replace_text
+from moddistill.training.event_file import EventFile
+
+LOG = logging.getLogger("moddistill")
 
 Row = dict[str, float | int]  # `step` and named numbers
 HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
@@ -24,14 +28,15 @@ HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 class MetricsLog:
     """A context manager that averages metrics over steps and writes the means.
 
-    Rows that a resumed run writes again, those of steps after `start` and of held-out records, are
-    removed first, so that the file has each once.
+    Rows that a resumed run writes again, those of steps after `start`, are removed first, so that
+    the file has each once.
 
     Args:
       start: the step that the run resumes from, or 0.
       title: of the progress bar.
       flops: from the content of a step to its FLOPs.
       peak_flops: of all devices per second, if known.
+      max_skipped: steps in a row that may diverge, since they are skipped; 0 if they are not.
     """
 
     def __init__(
@@ -42,15 +47,17 @@ class MetricsLog:
         title: str,
         flops: Callable[[StepSize], StepFlops],
         peak_flops: float | None = None,
+        max_skipped: int = 0,
     ):
         self.path = workdir / "metrics.jsonl"
         self.writes = is_main_process()
         rows = read_metrics(self.path)
-        saved_rows = [row for row in rows if row["step"] <= start and "loss" in row]
-        self.before = saved_rows[-1]["seconds"] if saved_rows else 0.0
+        saved_rows = [row for row in rows if row["step"] <= start]
+        self.before = max((row.get("seconds", 0.0) for row in saved_rows), default=0.0)
+        self.heldout = [row for row in saved_rows if "loss" not in row]
         if self.writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in saved_rows))
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in saved_rows))
+            self.board = EventFile(workdir / "tensorboard", start + 1)
         self.flops = flops
         self.peak_flops = peak_flops
         self.bar = tqdm(
@@ -62,6 +69,8 @@ class MetricsLog:
             mininterval=1.0,
             disable=not self.writes,
         )
+        self.max_skipped = max_skipped
+        self.skipped_in_a_row = 0
         self.pending: list[Metrics] = []
         self.began = self.last = time.monotonic()
 
@@ -69,27 +78,36 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.writes:
-            self.board.close()
         self.bar.close()
 
     def add(self, metrics: Metrics) -> None:
-        """Adds one step's sums and weights, which stay on the device until the next report."""
+        """Adds one step's sums and weights, which stay on the device until the next report.
+
+        Waits for the step before. So the host is one step ahead, which keeps the device busy, and
+        no more, since a run that is to stop has to compute what it has dispatched.
+        """
+        if self.pending:
+            jax.block_until_ready(self.pending[-1])
         self.pending.append(metrics)
 
     def report(self, step: int, learning_rate: float, last_good: str) -> None:
-        """Writes the means since the last report, `step` being the newest; waits for the device.
+        """Writes the means since the last report, if there are any; waits for the device.
 
         Raises:
-          DivergedError: if a metric of one of these steps is not finite; nothing is written.
+          DivergedError: if one of these steps diverged, or too many in a row; nothing is written.
         """
-        # One transfer for all steps since the last report: until here steps are dispatched without
-        # waiting for their results.
+        if not self.pending:
+            return
+        # One transfer for all steps since the last report.
         rows = jax.device_get(self.pending)
         self.pending = []
         for number, row in enumerate(rows, start=step - len(rows) + 1):
             check_finite(row, number, last_good)
+            self._check_divergence(row, number, last_good)
         means = weighted_means(rows)
+        diverged = means.pop("diverged")
+        if self.max_skipped:
+            means["skipped"] = round(diverged * len(rows))
         now = time.monotonic()
         means |= self._throughput(means, len(rows) / (now - self.last))
         for name in ("tokens", "squared_lengths", "images"):
@@ -102,6 +120,24 @@ class MetricsLog:
         text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
         text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         self.bar.set_postfix_str(text, refresh=False)
+
+    def _check_divergence(self, metrics: HostMetrics, step: int, last_good: str) -> None:
+        if not metrics["diverged"][0]:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row <= self.max_skipped:
+            LOG.warning("step %d diverged and is skipped", step)
+            return
+        if self.max_skipped:
+            what = f"more than {self.max_skipped} steps in a row diverged (config.max_skipped)"
+        else:
+            (total, weight), (norm, _) = metrics["loss"], metrics["param_norm"]
+            what = (
+                f"the loss, {total / weight:.4g}, or the norm of the parameters, {norm:.4g}, rose "
+                "beyond config.divergence_factor"
+            )
+        raise DivergedError(f"step {step}: {what}; the last good checkpoint is {last_good}")
 
     def _throughput(self, means: Row, steps_per_second: float) -> Row:
         """Tokens and FLOPs per second of both models, and the utilisation of a known peak.
@@ -122,15 +158,17 @@ class MetricsLog:
             throughput["mfu"] = both / self.peak_flops
         return throughput
 
+    def write_heldout(self, step: int, means: Row) -> None:
+        """Writes means of held-out records after a step."""
+        self.heldout.append({"step": step} | means)
+        self.write(self.heldout[-1])
+
     def write(self, row: Row) -> None:
         """Appends a row to the file and to TensorBoard, in the first process."""
         if not self.writes:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        append_lines(self.path, (json.dumps(row) + "\n").encode())
+        self.board.add(row["step"], {name: x for name, x in row.items() if name != "step"})
 
 
 def weighted_means(metrics: list[HostMetrics]) -> dict[str, float]:

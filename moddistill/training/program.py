@@ -25,7 +25,7 @@ from moddistill.teachers.live import LiveTeacher
 from moddistill.training.optim import make_optimizer
 from moddistill.training.stages import stage_of, trainable_paths
 from moddistill.training.state import State, make_state, make_state_shardings
-from moddistill.training.step import make_step
+from moddistill.training.step import Divergence, make_step
 
 SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
 
@@ -100,10 +100,11 @@ def make_program(
     compute = dataclasses.replace(compute, quantized_layers=by_layer)
     live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
     loss = stage_of(config).loss(config, model, live_teacher)
+    divergence = Divergence(config.divergence_factor, config.on_divergence == "skip")
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
     # parameters and moments exist once. The teacher is an argument of its own and stays.
     step = jax.jit(
-        make_step(loss, optimizer, config.grad_accum_steps, config.seed, student),
+        make_step(loss, optimizer, config.grad_accum_steps, config.seed, student, divergence),
         donate_argnums=(0,) if config.donate else (),
         out_shardings=(shardings, replicated),
     )

@@ -16,7 +16,9 @@ from moddistill.storage.json_file import write_json
 _FREE = (
     "steps", "epochs", "grad_accum_steps", "remat", "scan", "donate", "teacher_offload",
     "logits_chunk_size", "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
-    "data.workers", "data.index", "data.max_rejected", "log_every", "save_every", "profile_steps",
+    "data.workers", "data.worker_timeout", "data.index", "data.max_rejected", "log_every",
+    "save_every", "keep_last", "keep_every", "keep_best", "heldout_every", "on_divergence",
+    "divergence_factor", "max_skipped", "profile_steps",
 )  # fmt: skip
 
 # Side effects of changing a setting, for the log.

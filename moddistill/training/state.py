@@ -20,12 +20,14 @@ class State:
       params: trainable parameters by path, float32.
       frozen: all other parameters by path; they have no moments.
       opt_state: moments of `params`, and counters.
+      mean_loss: running mean of the loss, float32; NaN before the first step.
     """
 
     step: Any
     params: Flat
     frozen: Flat
     opt_state: Any
+    mean_loss: Any
 
 
 def make_state(
@@ -36,7 +38,8 @@ def make_state(
     # bfloat16 has 8 significant bits: an update below 2^-9 of a weight would round to no change.
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     frozen = flatten(cast_frozen(unflatten(frozen), dtype))
-    return State(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
+    moments = optimizer.init(trained)
+    return State(jnp.zeros((), jnp.int32), trained, frozen, moments, jnp.float32(jnp.nan))
 
 
 def make_state_shardings(
@@ -62,4 +65,5 @@ def make_state_shardings(
             trained,
             transform_non_params=lambda _: replicated,
         ),
+        mean_loss=replicated,
     )

@@ -1,7 +1,8 @@
 """One optimizer step: gradients over micro-batches, clipping, update, metrics."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,26 @@ from moddistill.models.flops import size_of_batch
 from moddistill.models.vlm import ModelConfig
 from moddistill.training.state import State
 
+_DECAY = 0.98  # of the running mean of the loss
+_SMALL_LOSS = 0.1  # nats, below which a multiple of the mean is noise
+_SMALL_NORM = 1.0  # of all parameters that are trained, which may begin as zeros
+
+
+class Divergence(NamedTuple):
+    """What a step does about a loss or norm that is not finite, or one that is too large.
+
+    Attributes:
+      factor: the largest loss as a multiple of its running mean (plus 0.1), and the largest norm of
+        the parameters as a multiple of that before the step (plus 1); 0 for any.
+      skips: whether such a step changes nothing.
+    """
+
+    factor: float = 0.0
+    skips: bool = False
+
+
+_ANY = Divergence()
+
 
 def make_step(
     loss: Loss,
@@ -20,6 +41,7 @@ def make_step(
     accumulate: int,
     seed: int,
     student: ModelConfig,
+    divergence: Divergence = _ANY,
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
     """Returns `state, metrics = step(state, teacher, batch)`, a pure function.
 
@@ -46,10 +68,39 @@ def make_step(
         one = jnp.ones((), jnp.float32)
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
         metrics["param_norm"] = (optax.tree.norm(params), one)  # not finite if any of them is not
+        new = state.replace(params=params, opt_state=opt_state)
+        new, metrics = _without_divergence(state, new, metrics, divergence)
         metrics |= content_metrics(batch, student)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return new.replace(step=state.step + 1), metrics
 
     return step
+
+
+def _without_divergence(
+    old: State, new: State, metrics: Metrics, divergence: Divergence
+) -> tuple[State, Metrics]:
+    """Updates the running mean of the loss, and finds a step that diverges from it.
+
+    Such a step is counted in `metrics`. If it is skipped, the state stays as it was, and none of
+    the other metrics counts it.
+    """
+    loss = jnp.divide(*metrics["loss"]).astype(jnp.float32)
+    total = sum(metrics[name][0] for name in ("loss", "grad_norm", "param_norm"))
+    diverges = ~jnp.isfinite(total)
+    if divergence.factor:
+        # A learning rate far too high can leave the loss at that of chance, and not above.
+        norm = optax.tree.norm(old.params) + _SMALL_NORM
+        diverges |= metrics["param_norm"][0] > divergence.factor * norm
+        # Not before there is a mean, since no number is above NaN.
+        diverges |= loss > divergence.factor * (old.mean_loss + _SMALL_LOSS)
+    mean = jnp.where(jnp.isnan(old.mean_loss), loss, _DECAY * old.mean_loss + (1 - _DECAY) * loss)
+    new = new.replace(mean_loss=jnp.where(diverges, old.mean_loss, mean))
+    if divergence.skips:
+        keep = functools.partial(jnp.where, diverges)
+        new = jax.tree.map(keep, old, new)
+        metrics = jax.tree.map(lambda x: keep(jnp.zeros_like(x), x), metrics)
+    count = diverges.astype(jnp.float32)
+    return new, metrics | {"diverged": (count, jnp.ones((), jnp.float32))}
 
 
 def content_metrics(batch: AnyBatch, student: ModelConfig) -> Metrics:

@@ -139,6 +139,7 @@ def _batches(
         local_rows=local_rows(mesh, config.batch_size),
         batch_size=config.batch_size,
         workers=data.workers,
+        timeout=data.worker_timeout,
         lists=workdir,
         max_rejected=data.max_rejected,
     )

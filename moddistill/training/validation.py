@@ -59,6 +59,12 @@ def _check_heldout(config: TrainConfig) -> None:
     if path and not steps:
         expected = f">= 1, since data.heldout.path is {path!r}"
         raise invalid("config.heldout_steps", steps, expected)
+    every = config.heldout_every
+    if every and not steps:
+        raise invalid("config.heldout_every", every, "0, since heldout_steps is 0")
+    if config.keep_best and (not every or config.save_every % every):
+        expected = f"a divisor of save_every {config.save_every}, since keep_best needs its metric"
+        raise invalid("config.heldout_every", every, expected)
 
 
 def _check_read(config: TrainConfig) -> None:

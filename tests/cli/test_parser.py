@@ -148,6 +148,27 @@ def test_number_in_a_range():
         in_range(float, gt=0, le=1)("nan")
 
 
+def test_control_characters_of_an_error_are_escaped(capsys):
+    for error in (UserError("a\x1b[2J\nb"), FileNotFoundError(2, "none", "a\x1b[2J\nb")):
+        with pytest.raises(SystemExit) as end, user_errors():
+            raise error
+        assert end.value.code.startswith("error: a\\u001b[2J\nb")
+    with pytest.raises(SystemExit, match="2"):
+        parse("--config", "experiments/d2s.py:tiny", "--a\x1b[2J")
+    assert "--a\\u001b[2J is not a flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), MemoryError()]
+)
+def test_lack_of_memory_is_one_line(error):
+    message = r"^error: memory: expected enough .* got an error: [oR]"
+    with pytest.raises(SystemExit, match=message), user_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="another"), user_errors():
+        raise RuntimeError("another error")
+
+
 def test_only_user_errors_lose_their_traceback():
     with pytest.raises(SystemExit, match=r"error: config\.stepz is not a setting"), user_errors():
         from_config_dict(TrainConfig, {"stepz": 3})

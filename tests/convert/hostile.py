@@ -188,6 +188,7 @@ def file_cases() -> Iterator[Case]:
         ("language", "import", "config.json"),
         ("language", "import", "tokenizer.json"),
         ("llava", "import", "preprocessor_config.json"),
+        ("language", "import", "generation_config.json"),
         ("llava", "import", "chat_template.jinja"),
         ("vocabulary", "tokenizer", "vocab.json"),
         ("vocabulary", "tokenizer", "merges.txt"),
@@ -208,6 +209,13 @@ def file_cases() -> Iterator[Case]:
                 corrupt(folder / file)
 
             yield Case(f"{reader} {base}: {file} is {name}", base, reader, change)
+    for name in ("a folder", "a pipe", "a link to /dev/zero"):
+
+        def spoil(folder: Path, name=name) -> None:
+            (folder / "projector.safetensors").unlink()  # the reader takes the only file
+            SPOILT[name](folder / "projector.bin")
+
+        yield Case(f"projector: projector.bin is {name}", "projector", "projector", spoil)
 
 
 def _rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -222,7 +230,7 @@ def _instead(make: Callable[[Path], Any]) -> Callable[[Path], None]:
     return corrupt
 
 
-UNREADABLE = ("not UTF-8", "a folder", "a pipe", "a link to itself")
+UNREADABLE = ("not UTF-8", "a folder", "a pipe", "a link to itself", "a link to /dev/zero")
 SPOILT: dict[str, Callable[[Path], None]] = {
     "empty": _rewrite(lambda data: b""),
     "cut in half": _rewrite(lambda data: data[: len(data) // 2]),
@@ -235,5 +243,6 @@ SPOILT: dict[str, Callable[[Path], None]] = {
     "a folder": _instead(Path.mkdir),
     "a pipe": _instead(os.mkfifo),
     "a link to itself": _instead(lambda file: file.symlink_to(file.name)),
+    "a link to /dev/zero": _instead(lambda file: file.symlink_to("/dev/zero")),
     "missing": _instead(lambda file: None),
 }

@@ -53,6 +53,7 @@ HARMLESS = (
     "inspect model: model.json: architecture.decoder.moe.norm_topk_prob is null",  # the default
     "tokenizer language: tokenizer.json: model.end_of_word_suffix is null",  # its value already
     "import llava: preprocessor_config.json is missing",
+    "import language: generation_config.json is missing",
     "tokenizer vocabulary: merges.txt is empty",
     "inspect original: pytorch_model.bin is not UTF-8",  # archives are read from their end
 )
@@ -75,9 +76,12 @@ def corrupted(root, tmp_path):
     def make(case):
         folder = shutil.copytree(root / case.base, tmp_path / case.base)
         case.corrupt(folder)
+        # The subject is not that a file has changed.
         plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))
-        if plain and (folder / NAME).is_file():  # the subject is not that a file has changed
+        if plain and (folder / NAME).is_file():
             write_digests(folder, "train")
+        elif case.base != "model":  # a model folder without digests is refused
+            (folder / NAME).unlink(missing_ok=True)
         return folder, readers(root, tmp_path / "out")[case.reader]
 
     return make

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from jinja2.exceptions import SecurityError
 from transformers import AutoTokenizer
 
 from moddistill.config import TEMPLATES
@@ -146,3 +147,25 @@ def test_template_that_is_not_unicode_is_refused(tmp_path):
     (tmp_path / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
     with pytest.raises(UserError, match=r"\.json: expected a chat_template in Unicode"):
         detect_template(tmp_path)
+
+
+ATTACK = (
+    "<|im_start|>{{ cycler.__init__.__globals__.os.system('touch MARK') }}"
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+)
+
+
+def test_code_in_the_template_of_a_tokenizer_folder_is_never_run(qwen, tmp_path):
+    """Templates are compared and copied as text; only `transformers` renders, in its sandbox."""
+    attack = ATTACK.replace("MARK", str(tmp_path / "ran"))
+    qwen.save(str(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text(attack)
+    assert detect_template(tmp_path) == "chatml"
+    tokenizer = load_tokenizer(str(tmp_path))
+    question = [piece.text for piece in prompt("chatml", [], attack)]
+    assert attack in "".join(question)
+    assert attack in tokenizer.decode(ids_of(tokenizer, prompt("chatml", [], attack)), False)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(SecurityError):
+        loaded.apply_chat_template(messages([("hi", "you")]), tokenize=False)
+    assert not (tmp_path / "ran").exists()

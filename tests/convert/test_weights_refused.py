@@ -10,6 +10,7 @@ from moddistill.config import ExpertConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.upcycling import upcycle_model
+from moddistill.convert_weights import main
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.storage.model_folder import load_params, save_model
 from tests.convert import hf_folders as hf
@@ -149,3 +150,10 @@ def test_overflow_of_the_export_dtype_names_the_tensor(
         export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9, dtype=dtype)
     assert str(error.value) == f"{tmp_path / 'model'}: model.norm.weight: {message}"
     assert not (tmp_path / "out").exists()
+
+
+def test_placement_of_a_layer_with_thousands_of_digits_is_one_line(language, tmp_path):
+    args = ["--model", str(language), "--out", str(tmp_path / "out")]
+    message = r"^error: --placement: expected one of 'sparse', .*, got '9999"
+    with pytest.raises(SystemExit, match=message):
+        main(["upcycle", *args, "--placement", "9" * 5000])

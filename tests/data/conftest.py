@@ -98,6 +98,7 @@ def stream(small, tmp_path):
             local_rows=range(process * share, (process + 1) * share),
             batch_size=batch_size,
             workers=config.workers,
+            timeout=config.worker_timeout,
             lists=tmp_path,
             max_rejected=config.max_rejected,
         )

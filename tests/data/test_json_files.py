@@ -245,6 +245,19 @@ def test_blocks_are_bounded_and_so_is_the_part_of_the_file_in_memory(write, suff
     assert [fields for block in blocks for fields in block.read()] == records
 
 
+def test_a_line_far_beyond_the_largest_size_is_not_held_in_memory(write, monkeypatch):
+    monkeypatch.setattr(json_files, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(json_files, "LARGEST_RECORD", 1000)
+    file = write(b'"' + b"x" * 10**8 + b'"\n1\n', ".jsonl")
+    reasons, resident = [], []
+    for block in file.blocks():
+        resident.append(resident_bytes(file.path))
+        reasons += map(str, block.read())
+    assert reasons == ["record: expected at most 1000 bytes, got 100000002", "1"]
+    assert max(resident) < 8_000_000
+    file.close()
+
+
 def open_files():
     return len(os.listdir("/proc/self/fd"))
 

@@ -9,6 +9,7 @@ import pytest
 from moddistill.data import order
 from moddistill.data.order import Order
 from moddistill.data.packing import RowPlan, best_fit
+from moddistill.errors import UserError
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, 200)
 
@@ -107,3 +108,12 @@ def test_part_of_an_epoch_may_end_within_a_window():
     assert plan.rows_of(0.5) == round(plan.rows_of(1) / 2)
     assert plan.rows_of(1.25) == plan.rows_of(1) + round((plan.rows_of(2) - plan.rows_of(1)) / 4)
     assert plan.rows_of(1e-6) == 1
+
+
+def test_epochs_of_too_many_samples_are_refused():
+    with pytest.raises(UserError) as error:
+        make_plan().rows_of(1e7)
+    assert str(error.value) == (
+        "config.epochs: expected at most 1,000,000,000 samples in all, not 2,000,000,000, or "
+        "config.steps, got 10000000.0"
+    )

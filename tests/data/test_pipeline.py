@@ -12,6 +12,7 @@ import pytest
 from moddistill.config import DataConfig, SourceConfig
 from moddistill.data import parquet_files
 from moddistill.data.pipeline import warn_of_slow_files
+from moddistill.errors import UserError
 from moddistill.models.batch import PreferenceBatch, make_batch
 from tests.data.streams import LENGTH, take
 
@@ -55,6 +56,12 @@ def test_sources_are_mixed_by_weight(stream, data_config, numbered, answers):
     batches = stream(data_config(*paths, weights=[3.0, 1.0]), batch_size=1)
     order = sum(answers(*take(batches, batches._maker.plan.rows_of(1))), ())
     assert Counter(int(answer) >= 100 for answer in order) == {False: 30, True: 10}
+
+
+def test_weights_without_a_record_in_an_epoch_are_refused(stream, data_config, numbered):
+    config = data_config(numbered(10), weights=[1e-300])
+    with pytest.raises(UserError, match="expected weights with at least one record in an epoch"):
+        stream(config)
 
 
 @pytest.mark.parametrize("processes", [2, 4])

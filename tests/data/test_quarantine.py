@@ -49,6 +49,14 @@ def test_interrupted_last_line_is_dropped(tmp_path):
     assert quarantine.counts == {"f": 2}
 
 
+def test_control_characters_are_escaped_in_the_file(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    reason = "a\x1b[2J\x7f\x9b31m\u202e"
+    Quarantine(str(path)).add([Rejected("f", 1, reason)])
+    assert path.read_text(encoding="utf-8").rstrip("\n").isprintable()
+    assert json.loads(path.read_text(encoding="utf-8"))["reason"] == reason
+
+
 def test_long_reason_is_shortened(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     Quarantine(str(path)).add([Rejected("f", 1, "x" * 10**6)])

@@ -46,6 +46,15 @@ def test_folders_are_not_files_of_records(folder):
         find_files("e.json")
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet", "array_record"])
+def test_pipes_and_devices_are_not_files_of_records(folder, suffix):
+    os.mkfifo(folder / f"e.{suffix}")
+    (folder / f"z.{suffix}").symlink_to("/dev/zero")
+    for path in (f"e.{suffix}", f"z.{suffix}", f"[ez].{suffix}"):
+        with pytest.raises(UserError, match=r"expected a file, or a pattern of files, got none"):
+            find_files(path)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

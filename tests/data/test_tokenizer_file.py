@@ -1,6 +1,7 @@
 """Only tokenizer files in Qwen's format are read."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -117,18 +118,46 @@ def test_added_tokens_that_the_library_would_renumber_are_refused(ids, small, tm
         load_tokenizer(write(small, tmp_path, added_tokens=with_added(fields, **ids)))
 
 
+def write_vocabulary(tokenizer, folder, **config):
+    """Writes `vocab.json`, `merges.txt` and their settings; returns all fields."""
+    fields = json.loads(tokenizer.backend.to_str())
+    (folder / "vocab.json").write_text(json.dumps(fields["model"]["vocab"]))
+    merges = fields["model"]["merges"]
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    config = {"tokenizer_class": "Qwen2Tokenizer"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return fields
+
+
 @pytest.mark.parametrize("number", [5, 298])
 def test_ids_of_added_tokens_json_are_checked(number, small, tmp_path):
     """5 is the id of a byte, 298 that of another added token."""
-    fields = json.loads(small.backend.to_str())
-    (tmp_path / "vocab.json").write_text(json.dumps(fields["model"]["vocab"]))
-    merges = fields["model"]["merges"]
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    fields = write_vocabulary(small, tmp_path)
     ids = {token["content"]: token["id"] for token in fields["added_tokens"]}
     (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
     load_tokenizer(str(tmp_path))
     (tmp_path / "added_tokens.json").write_text(json.dumps(ids | {"<|x|>": number}))
     with pytest.raises(UserError, match=r"expected one token per id, got 2 with|at its id"):
         load_tokenizer(str(tmp_path))
+
+
+def test_an_id_of_thousands_of_digits_is_refused(small, tmp_path):
+    write_vocabulary(small, tmp_path, added_tokens_decoder={"9" * 5000: {"content": "x"}})
+    with pytest.raises(UserError, match=r"added_tokens_decoder: expected a token by its id, got"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_files_next_to_a_vocabulary_that_are_not_checked_are_not_read(small, tmp_path, monkeypatch):
+    write_vocabulary(small, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x" * 100)
+    seen = []
+    load = AutoTokenizer.from_pretrained
+
+    def from_pretrained(folder, **options):
+        seen.extend(sorted(path.name for path in Path(folder).iterdir()))
+        return load(folder, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer(str(tmp_path))
+    assert seen == ["merges.txt", "tokenizer_config.json", "vocab.json"]

@@ -1,6 +1,7 @@
 """Runs of two processes, with the collectives of the CPU backend."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -136,6 +137,22 @@ def test_death_of_a_process_ends_the_other_and_the_run_resumes(tmp_path, start):
         assert len(losses(run)) < 30
     start.finish(run, "--config.steps=30", devices=4, launches=by_slurm(2))
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 31))
+
+
+def test_sigterm_of_one_process_saves_the_run_and_ends_all(tmp_path, start):
+    run, steps = tmp_path / "run", ["--config.steps=100000", "--config.save_every=100000"]
+    processes = start(run, *steps, "--config.log_every=1", devices=4, launches=by_flags(2))
+    until = time.monotonic() + TIMEOUT
+    while len(losses(run)) < 3:
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes), "see stderr-*.txt"
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(30) for process in processes] == [143, 143]
+    [saved] = [int(path.name) for path in (run / "checkpoints").iterdir()]
+    assert len(losses(run)) == saved
+    for index in range(2):
+        assert "Traceback" not in stderr_file(tmp_path, index).read_text()
 
 
 def test_processes_with_different_settings_do_not_start(tmp_path, start):

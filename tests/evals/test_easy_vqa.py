@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from moddistill.errors import UserError
 from moddistill.evals import easy_vqa
 from moddistill.evals.task import Question
 
@@ -40,6 +41,58 @@ def test_missing_data_is_an_error_that_names_the_command(tmp_path):
 def test_a_record_with_several_questions_is_an_error(tmp_path):
     write(tmp_path, [{"from": "human", "value": "?"}, {"from": "gpt", "value": "no"}] * 2)
     with pytest.raises(ValueError, match=r"record test-0: expected roles \['human', 'gpt'\], got"):
+        easy_vqa.questions(tmp_path)
+
+
+TURNS = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "no"}]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "a\\b.png"])
+def test_an_image_outside_of_the_data_is_refused(tmp_path, name):
+    record = {"id": "1", "image": name, "conversations": TURNS}
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=r"^image: expected a file below .*images, .*, got '"):
+        easy_vqa.questions(tmp_path)
+
+
+def test_a_link_out_of_the_images_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.png").symlink_to("/dev/zero")
+    record = {"id": "1", "image": "1.png", "conversations": TURNS}
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=r"without '\.\.' or a link out of it, got '1\.png'"):
+        easy_vqa.questions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 10**5, "expected JSON, got invalid text"),
+        ("{}", "expected a list of records, got {}"),
+        ("[3]", "record: expected an object with id, image and conversations, got 3"),
+        ('[{"id": "1"}]', "record: expected an object with id, image and conversations"),
+        (
+            '[{"id": "a\\u001b[2J", "image": "1", "conversations": [4]}]',
+            r"record a\x1b[2J: expected roles ['human', 'gpt'], got [None]",
+        ),
+        (
+            '[{"id": "1", "image": "1", "conversations": [{"from": "human"}, {"from": "gpt"}]}]',
+            "record 1: expected two texts, got [None, None]",
+        ),
+    ],
+)
+def test_other_content_is_an_error_of_one_line(tmp_path, content, message):
+    (tmp_path / "test.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        easy_vqa.questions(tmp_path)
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_a_file_of_questions_without_end_is_refused(tmp_path):
+    with (tmp_path / "test.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"test\.json: expected at most 67,108,864 bytes, got more"):
         easy_vqa.questions(tmp_path)
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from moddistill import generate
 from moddistill.convert.resolve import load
 from moddistill.data.chat_template import render
-from moddistill.inference.decode import _end_id, answer, decode
+from moddistill.errors import printable
+from moddistill.inference.decode import Answer, _end_id, answer, decode
 from moddistill.inference.prompts import Prompt, prompt_batch
 from moddistill.inference.sampling import Sampling, choose_token
 from moddistill.models.vlm import Vlm
@@ -178,6 +179,10 @@ def test_sampling_follows_its_seed(tiny_models, prompts, tokenizer):
     ("fields", "message"),
     [
         ({"temperature": -0.1}, r"^temperature: expected >= 0, got -0\.1"),
+        ({"temperature": float("nan")}, r"^temperature: expected >= 0, got nan"),
+        # A quotient by it overflows, and the first token would always be chosen.
+        ({"temperature": 1e-300}, r"^temperature: expected 0, or 0\.0001 to 10000, got 1e-300"),
+        ({"temperature": float("inf")}, r"^temperature: expected 0, or 0\.0001 to 10000, got inf"),
         ({"top_p": 0.0}, r"^top_p: expected > 0 and <= 1, got 0\.0"),
         ({"top_p": 1.5}, r"^top_p: expected > 0 and <= 1, got 1\.5"),
     ],
@@ -210,7 +215,19 @@ def test_generate_prints_only_the_text(tiny_models, tokenizer, capsys):
     [expected] = answer(
         *load(tiny_models["dense"]), tokenizer, [Prompt("is it red?")], max_new_tokens=NEW
     )
-    assert printed == expected.text + "\n"
+    assert printed == printable(expected.text) + "\n"
+
+
+def test_control_characters_of_an_answer_are_escaped(tiny_models, capsys, monkeypatch):
+    text = "a\x1b[2J\x07\x9b31m\tb\nc\u3000é"
+    monkeypatch.setattr(generate, "answer", lambda *_, **__: [Answer(text, [1], [2])])
+    command(tiny_models, "--prompt", "q")
+    assert capsys.readouterr().out == "a\\u001b[2J\\u0007\\u009b31m\tb\nc\u3000é\n"
+    command(tiny_models, "--prompt", "q", "--json")
+    printed = capsys.readouterr().out
+    assert printed.strip().isprintable() or "\u3000" in printed
+    assert "\x9b" not in printed
+    assert json.loads(printed)["text"] == text
 
 
 def test_a_broken_image_ends_with_one_line(tiny_models, tmp_path):

@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import pytest
 
@@ -34,3 +35,22 @@ def test_a_file_of_another_form_is_refused(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"text"))
     with pytest.raises(UserError, match=r"got a compressed one; `gzip -d` decompresses it"):
         files(tmp_path / "*")
+
+
+@pytest.mark.parametrize("pattern", ["{0..999999999999}", "{0..99999}{0..99999}"])
+def test_a_range_of_too_many_names_is_refused(tmp_path, pattern):
+    with pytest.raises(UserError, match=r"--from: expected ranges of at most 1,000,000 names, got"):
+        files(tmp_path / f"{pattern}.tar")
+
+
+def test_a_range_that_no_data_set_has_is_a_name(tmp_path):
+    with pytest.raises(UserError, match=r"which matches none"):
+        files(tmp_path / f"{{0..{'9' * 5000}}}.tar")
+
+
+def test_pipes_and_devices_are_not_inputs(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").symlink_to("/dev/zero")
+    for name in ("a.tar", "b.tar", "*.tar"):
+        with pytest.raises(UserError, match=r"--from: expected files, got .* which matches none"):
+            files(tmp_path / name)

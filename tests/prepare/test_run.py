@@ -113,7 +113,7 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(source, prepare, tmp_path
 
     def note(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if path.parent.name == ".work":
+        if path.parent.name == ".work" and path.suffix == ".array_record":
             synced.append(path.name)
             assert not (tmp_path / "out" / path.name).exists()
         sync(descriptor)

@@ -100,6 +100,10 @@ def link(name, kind=tarfile.SYMTYPE):
             [("1.0.jpg", BLUE), ("1.1.jpg", RED), ("1.json", as_json(talk(["1.0.jpg", "2.jpg"])))],
             r"images of 1: expected names of the files of the sample, .* got \['1.0.jpg', '2.jpg'",
         ),
+        (
+            [(f"1.{'9' * 5000}.jpg", BLUE), ("1.2.jpg", RED), ("1.txt", b"x")],
+            r"images of 1: expected names with a number",
+        ),
         ([("1.jpg", BLUE), ("1.json", b"{")], "1.json: expected JSON"),
         ([("1.jpg", BLUE), ("1.json", b"[]")], r"1.json: expected a JSON object, got \[\]"),
         ([("1.jpg", BLUE), ("1.txt", b"\xff")], "1.txt: expected UTF-8 text"),

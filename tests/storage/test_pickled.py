@@ -110,3 +110,10 @@ def test_tensor_beyond_its_storage_is_refused(tmp_path):
         ValueError, match=r"a: expected .* of 61 elements, got shape \(7, 9\) from element 0"
     ):
         read_pickled(tmp_path / "bad.bin")
+
+
+def test_name_of_a_tensor_that_is_not_printable_is_refused_and_escaped(tmp_path):
+    torch.save({"a\x1b[2J": torch.ones(2)}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="name of a tensor: expected printable char") as error:
+        read_pickled(tmp_path / "x.bin")
+    assert str(error.value).isprintable()

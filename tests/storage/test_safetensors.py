@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from moddistill.errors import UserError
 from moddistill.storage.safetensors import read_safetensors
 from moddistill.storage.shards import open_checkpoint
 
@@ -63,3 +64,11 @@ def test_damaged_file_is_named_with_its_offset(safetensors_file, damage, message
     with pytest.raises(ValueError, match=message) as error:
         read_safetensors(safetensors_file)
     assert str(safetensors_file) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\nerror: forged", "\x9b2J"])
+def test_name_of_a_tensor_that_is_not_printable_is_refused_and_escaped(tmp_path, name):
+    save_file({name: ARRAYS["a"]}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"name of a tensor: expected printable char") as error:
+        open_checkpoint(tmp_path)
+    assert str(error.value).isprintable()

@@ -80,7 +80,12 @@ def test_sizes_with_units_are_parsed(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "5TB"])
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "5TB", "9" * 20 + "GB"])
 def test_malformed_size_is_refused(text):
     with pytest.raises(ValueError, match=f"max_shard_size: expected .* 5GB, got {text!r}"):
         parse_size(text)
+
+
+def test_size_beyond_a_float_is_refused():
+    with pytest.raises(ValueError, match="max_shard_size: expected a number and a unit"):
+        parse_size("9" * 400 + "GB")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from moddistill.convert.resolve import load
+from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
 from moddistill.training import loading, loop
 from moddistill.training.architectures import resolve_models
-from moddistill.training.heldout import evaluate_heldout
+from moddistill.training.heldout import Heldout
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 from moddistill.training.streams import row_spec
@@ -85,7 +86,7 @@ def test_stage_runs_and_reports_its_parts(stage, finished):
         assert all(map(math.isfinite, row.values()))
     assert {path.name for path in workdir.iterdir()} == {
         "config.json", "models.json", "sources.json", "metrics.jsonl", "tensorboard",
-        "checkpoints", "model",
+        ".lock", "checkpoints", "model",
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["stage"] == stage
     model, _ = load(workdir / "model")
@@ -215,6 +216,22 @@ def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):
     assert 0 <= last["heldout_reward_accuracy"] <= 1
 
 
+class Records(Batches):
+    """A stream of a few batches."""
+
+    def __init__(self, batches):  # without those of a pipeline
+        self.batches = batches
+
+    def seek(self, row):
+        self.rest = iter(self.batches[row:])
+
+    def __next__(self):
+        return next(self.rest)
+
+    def close(self):
+        pass
+
+
 def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
     """Two batches of sixteen samples in halves; a mean over all of them."""
     sizes = []
@@ -225,11 +242,13 @@ def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
             return 0.0, {"x": (batch["x"].sum(), batch["x"].size)}
 
     config = tiny_config("sft", batch_size=16, grad_accum_steps=2, heldout_steps=2)
-    state = State(step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=())
-    records = iter([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
+    state = State(
+        step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=(), mean_loss=jnp.float32(1)
+    )
+    records = Records([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
     run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
-    means = evaluate_heldout(config, run, state, records, sharding.make_mesh(config.mesh))
-    assert means == {"heldout_x": 15.0}
+    heldout = Heldout(config, run, records, sharding.make_mesh(config.mesh))
+    assert [heldout(state) for _ in range(2)] == [{"heldout_x": 15.0}] * 2  # the same batches
     assert sizes == [(8,)]  # compiled once
 
 

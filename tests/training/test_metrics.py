@@ -1,6 +1,7 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -21,6 +22,7 @@ def step(loss, weight, tokens=100, **content):
         "squared_lengths": (0, 1),
         "images": (0, 1),
         "supervised": (0, tokens),
+        "diverged": (0, 1),
     }
     return {name: tuple(map(jnp.float32, pair)) for name, pair in (scalars | content).items()}
 
@@ -62,6 +64,24 @@ def test_report_writes_one_row_of_means(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_nothing_to_report_writes_nothing(tmp_path):
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=flops) as log:
+        log.add(step(1.0, 1))
+        for _ in range(2):
+            log.report(1, 0.5, "none yet")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_host_is_one_step_ahead_of_the_device(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(float(x["loss"][0])))
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=flops) as log:
+        for number in (1.0, 2.0, 3.0):
+            assert waited == [1.0, 2.0][: max(0, int(number) - 2)]
+            log.add(step(number, 1))
+    assert waited == [1.0, 2.0]
+
+
 def test_throughput_is_that_of_what_the_steps_contain(tmp_path):
     """Two steps of different content, 300 tokens together."""
     log = MetricsLog(tmp_path, 0, 4, "d2d", flops, peak_flops=1e13)
@@ -94,14 +114,42 @@ def test_rows_after_the_last_checkpoint_are_removed_and_seconds_continue(tmp_pat
     assert 20 < written[-1]["seconds"] < 30
 
 
-def test_rows_of_held_out_records_are_written_again(tmp_path):
-    """A run that was cut off between its last row and its model folder measures them once more."""
+def test_rows_of_held_out_records_stay_up_to_the_last_checkpoint(tmp_path):
+    """They are written before it."""
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": 2, "loss": 1.0, "seconds": 10.0}, {"step": 2, "heldout_loss": 1.0}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with MetricsLog(tmp_path, start=2, steps=2, title="sft", flops=flops):
-        pass
-    assert read_metrics(file) == rows[:1]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1] | {"step": 4}]))
+    with MetricsLog(tmp_path, start=2, steps=4, title="sft", flops=flops) as log:
+        assert log.heldout == rows[1:]
+        log.write_heldout(3, {"heldout_loss": 2.0})
+    assert read_metrics(file) == [*rows, {"step": 3, "heldout_loss": 2.0}]
+    assert log.heldout == [rows[1], {"step": 3, "heldout_loss": 2.0}]
+
+
+def test_loss_beyond_the_factor_stops_the_run(tmp_path):
+    with MetricsLog(tmp_path, start=4, steps=8, title="sft", flops=flops) as log:
+        for count in (0, 1, 1):
+            log.add(step(7.0, 2, diverged=(count, 1), param_norm=(2e6, 1)))
+        message = "step 6: the loss, 7, or the norm of the parameters, 2e[+]06, rose beyond"
+        with pytest.raises(FloatingPointError, match=message):
+            log.report(7, 0.5, "runs/a/4")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_skipped_steps_are_counted_and_only_so_many_in_a_row(tmp_path):
+    skipped, normal = step(0.0, 0, diverged=(1, 1)), step(3.0, 1)
+    with MetricsLog(tmp_path, 0, 8, "sft", flops, max_skipped=2) as log:
+        for each in (normal, skipped, skipped, normal, skipped):
+            log.add(each)
+        log.report(5, 0.5, "none yet")
+        log.add(skipped)
+        log.report(6, 0.5, "none yet")
+        log.add(skipped)
+        with pytest.raises(FloatingPointError, match="step 7: more than 2 steps in a row diverged"):
+            log.report(7, 0.5, "none yet")
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["loss"], first["skipped"]) == (3.0, 3)
+    assert math.isnan(second["loss"]) and second["skipped"] == 1
 
 
 def test_incomplete_last_line_is_left_out(tmp_path):

@@ -19,6 +19,7 @@ from moddistill.training.state import State
 from moddistill.training.step import content_metrics, make_step
 
 TEXT = preset("demo-language")
+NO_MEAN = np.float32("nan")
 
 
 def squares_share(params, frozen, teacher, batch, totals, rng):
@@ -48,7 +49,7 @@ def batch_of(rows=8, seed=0):
 def state_of(optimizer):
     params = {"slope": jnp.float32(0.5)}
     frozen = {"offset": jnp.float32(0.25)}
-    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), NO_MEAN)
 
 
 def run(optimizer, steps=1, accumulate=1, seed=0):
@@ -169,7 +170,7 @@ def test_accumulation_gives_the_same_step(language_model, init, terms):
     trained = flatten(params)
     results = []
     for accumulate in (1, 2, 4):
-        state = State(jnp.zeros((), jnp.int32), trained, {}, optimizer.init(trained))
+        state = State(jnp.zeros((), jnp.int32), trained, {}, optimizer.init(trained), NO_MEAN)
         step = jax.jit(make_step(loss, optimizer, accumulate, 0, model.config))
         state, metrics = step(state, teacher, batch)
         names = ("loss", *terms, "grad_norm", "tokens")

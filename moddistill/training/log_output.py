@@ -1,0 +1,37 @@
+"""What a run prints: its log on stderr, without what other libraries repeat there."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import logging as absl_logging
+
+from moddistill.distributed.processes import is_main_process
+
+LOG = logging.getLogger("moddistill")
+
+
+def start_logging() -> None:
+    """Logs to stderr: this library from INFO on (main process), all others from WARNING on."""
+    logging.basicConfig(
+        format="%(levelname).1s%(asctime)s %(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m%d %H:%M:%S",
+        force=True,  # Orbax has installed a handler of absl
+    )
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax
+    # Orbax raises the errors too whose tracebacks it logs.
+    absl_logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+    sys.unraisablehook = functools.partial(_print_error, sys.unraisablehook)
+    LOG.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+def _print_error(print_error: Callable[[Any], None], found: Any) -> None:
+    """Prints an error that could not be raised, but not what follows from one that was.
+
+    After a write that failed, TensorStore reports the others to an event loop that Orbax has
+    closed.
+    """
+    if str(found.exc_value) != "Event loop is closed":
+        print_error(found)
