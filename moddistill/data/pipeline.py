@@ -150,8 +150,8 @@ class Batches:
             self._rows = self._start()
         count = len(self._local_rows) // self._together
         rows = _combine([next(self._rows) for _ in range(count)], np.concatenate)
-        self.next_row += self._batch_size
         self._list(rows.rejected)
+        self.next_row += self._batch_size
         return rows.batch
 
     def seek(self, row: int) -> None:

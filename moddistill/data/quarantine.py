@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from moddistill.errors import printable
-from moddistill.storage.text_file import writing
+from moddistill.storage.text_file import write_all, writing
 
 _LONGEST_REASON = 500  # characters
 
@@ -57,7 +57,7 @@ class Quarantine:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._read_new()
                 lines = [_line(item) for key, item in new.items() if key not in self._known]
-                file.write(b"\n" * self._is_cut + b"".join(lines))
+                write_all(file, b"\n" * self._is_cut + b"".join(lines))
                 self._read_new()
 
     @property
@@ -83,12 +83,14 @@ class Quarantine:
 
 
 def _key(line: bytes) -> tuple[str, int] | None:
-    """Returns file and number of a listed record; None for a line that was interrupted."""
+    """Returns file and number of a listed record; None for a line that was cut or damaged."""
     try:
-        item = json.loads(line)
-        return item["file"], item["line"]
-    except (ValueError, KeyError, TypeError):
-        return None
+        match json.loads(line):
+            case {"file": str(file), "line": int(number)}:
+                return file, number
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def _line(item: Rejected) -> bytes:

@@ -53,6 +53,16 @@ def replace_text(file: Path, text: str) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         partial.replace(file)
+        sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append(file: Path, content: bytes) -> None:
@@ -62,7 +72,7 @@ def append(file: Path, content: bytes) -> None:
       UserError: the disk is full.
     """
     with writing(file), file.open("ab", buffering=0) as opened:
-        _write_all(opened, content)
+        write_all(opened, content)
 
 
 def append_lines(file: Path, lines: bytes) -> None:
@@ -77,9 +87,10 @@ def append_lines(file: Path, lines: bytes) -> None:
         if opened.seek(0, os.SEEK_END):
             opened.seek(-1, os.SEEK_END)
             lines = lines if opened.read(1) == b"\n" else b"\n" + lines
-        _write_all(opened, lines)
+        write_all(opened, lines)
 
 
-def _write_all(opened: IO[bytes], content: bytes) -> None:
-    while content:  # the disk may take a part only
+def write_all(opened: IO[bytes], content: bytes) -> None:
+    """Writes to a file without a buffer, whose disk may take a part only."""
+    while content:
         content = content[opened.write(content) :]

@@ -25,7 +25,7 @@ from moddistill.distributed.processes import barrier, broadcast_from_main, is_ma
 from moddistill.errors import UserError
 from moddistill.params import Flat, check_same
 from moddistill.storage.digests import NAME, verify, write_digests
-from moddistill.storage.text_file import writing
+from moddistill.storage.text_file import sync_folder, writing
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
@@ -117,6 +117,7 @@ def _finish(response: Any, unfinished: Path, step: int, keep: Keep) -> None:
             return
         write_digests(unfinished, "train")
         unfinished.rename(unfinished.with_name(str(step)))
+        sync_folder(unfinished.parent)  # before an older one is removed
     saved = _steps(unfinished.parent)
     for old in set(saved) - keep.steps(saved):
         folder = unfinished.with_name(str(old))

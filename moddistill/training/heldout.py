@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from moddistill.config import TrainConfig
 from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
+from moddistill.errors import not_one_of
 from moddistill.training.loading import Run
-from moddistill.training.metrics import weighted_means
+from moddistill.training.metrics import HELDOUT, weighted_means
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
-PREFIX = "heldout_"
 
 
 class Heldout:
@@ -28,6 +28,14 @@ class Heldout:
     def __init__(self, config: TrainConfig, run: Run, records: Batches, mesh: Mesh):
         self._config, self._run, self._records, self._mesh = config, run, records, mesh
         self._loss = jax.jit(run.loss.__call__)
+
+    def check_name(self, name: str, state: State, batch: Any) -> None:
+        """Raises UserError if `config.keep_best` is not a metric; computes nothing."""
+        rng = jax.random.key(0)
+        arguments = (state.params, state.frozen, self._run.teacher, batch, rng)
+        names = jax.eval_shape(self._run.loss.__call__, *arguments)[1]
+        if name not in names:
+            raise not_one_of("config.keep_best", name, sorted(names))
 
     def __call__(self, state: State) -> dict[str, float]:
         rng = jax.random.key(self._config.seed)
@@ -41,7 +49,7 @@ class Heldout:
                 metrics.append(found[1])
         self._records.close()
         means = weighted_means(jax.device_get(metrics))
-        means = {f"{PREFIX}{name}": mean for name, mean in means.items()}
+        means = {f"{HELDOUT}{name}": mean for name, mean in means.items()}
         LOG.info("held out: %s", ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
         return means
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from moddistill.distributed.processes import broadcast_from_main, is_main_process
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 
 _NAME = ".lock"
 
@@ -42,10 +42,13 @@ def _lock(file: IO[str]) -> int:
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError:  # held
         file.seek(0)
         text = file.read().strip()
         return int(text) if text.isdecimal() else -1
+    except OSError as error:
+        expected = "a folder on a file system with locks (flock)"
+        raise invalid("--workdir", str(Path(file.name).parent), f"{expected}: {error}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

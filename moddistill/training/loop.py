@@ -14,17 +14,17 @@ from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
 from moddistill.distributed.processes import barrier, check_equal_on_all_processes
-from moddistill.errors import StoppedError, at_field, not_one_of
+from moddistill.errors import StoppedError, UserError, at_field
 from moddistill.params import merge
 from moddistill.storage.atomic_dir import check_replaceable
 from moddistill.storage.model_folder import read_source, save_model
 from moddistill.training import checkpoint
 from moddistill.training.architectures import Models, resolve_models
-from moddistill.training.heldout import PREFIX, Heldout
+from moddistill.training.heldout import Heldout
 from moddistill.training.interruption import until_sigterm
 from moddistill.training.loading import Run, prepare
 from moddistill.training.lock import locked
-from moddistill.training.metrics import MetricsLog
+from moddistill.training.metrics import HELDOUT, MetricsLog
 from moddistill.training.optim import schedule
 from moddistill.training.provenance import check_models, check_sources, write_models
 from moddistill.training.resume import (
@@ -132,7 +132,17 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
         with _open_log(config, run, mesh, workdir, start) as log:
             for step in range(start + 1, config.steps + 1):
                 with _profiled(step, start, config, workdir):
-                    batch = sharding.put_batch(mesh, next(records))
+                    try:
+                        rows = next(records)
+                    except UserError:  # of a worker or the records; the state is as good as before
+                        unsaved = step > start + 1 and checkpoints.latest != step - 1
+                        if unsaved and jax.process_count() == 1:
+                            log.report(step - 1, rate, good)
+                            checkpoint.save(checkpoints, state, records.next_row, keep)
+                        raise
+                    batch = sharding.put_batch(mesh, rows)
+                    if config.keep_best and step == start + 1:
+                        heldout.check_name(config.keep_best, state, batch)
                     # Donates `state`: its buffers hold the new state, so it is never read again.
                     state, metrics = run.step(state, run.teacher, batch)
                     if step in config.profile_steps:
@@ -147,9 +157,10 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                     log.report(step, rate, good)
                 if heldout and (last or _is_due(step, config.heldout_every)):
                     log.write_heldout(step, heldout(state))
+                keep = _keep(config, log)
                 if saves:
-                    checkpoint.save(checkpoints, state, records.next_row, _keep(config, log))
-                if stopped and not last:
+                    checkpoint.save(checkpoints, state, records.next_row, keep)
+                if stopped:
                     raise StoppedError(f"{config.stage}: saved after step {step}, and stopped")
     warn_of_records(workdir)
     return state
@@ -163,13 +174,8 @@ def _open_log(config: TrainConfig, run: Run, mesh: Mesh, workdir: Path, start: i
 
 def _keep(config: TrainConfig, log: MetricsLog) -> checkpoint.Keep:
     """Returns which checkpoints remain."""
-    name = f"{PREFIX}{config.keep_best}"
-    scores = {}
-    for row in log.heldout if config.keep_best else ():
-        if name not in row:
-            names = [each.removeprefix(PREFIX) for each in row if each != "step"]
-            raise not_one_of("config.keep_best", config.keep_best, names)
-        scores[row["step"]] = row[name]
+    name = f"{HELDOUT}{config.keep_best}"
+    scores = {row["step"]: row[name] for row in log.heldout if name in row}
     return checkpoint.Keep(config.keep_last, config.keep_every, scores)
 
 

@@ -21,6 +21,8 @@ from moddistill.training.event_file import EventFile
 
 LOG = logging.getLogger("moddistill")
 
+HELDOUT = "heldout_"  # begins the names of metrics of held-out records
+
 Row = dict[str, float | int]  # `step` and named numbers
 HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
 
@@ -54,7 +56,12 @@ class MetricsLog:
         rows = read_metrics(self.path)
         saved_rows = [row for row in rows if row["step"] <= start]
         self.before = max((row.get("seconds", 0.0) for row in saved_rows), default=0.0)
-        self.heldout = [row for row in saved_rows if "loss" not in row]
+        if len(saved_rows) < len(rows):
+            LOG.warning(
+                "%s: rows of steps %d to %d are removed, since the steps are made again",
+                self.path, start + 1, rows[-1]["step"],
+            )  # fmt: skip
+        self.heldout = [row for row in saved_rows if any(name.startswith(HELDOUT) for name in row)]
         if self.writes:
             replace_text(self.path, "".join(json.dumps(row) + "\n" for row in saved_rows))
             self.board = EventFile(workdir / "tensorboard", start + 1)
@@ -69,7 +76,8 @@ class MetricsLog:
             mininterval=1.0,
             disable=not self.writes,
         )
-        self.max_skipped = max_skipped
+        # A run in which all steps are skipped has trained nothing.
+        self.max_skipped = max_skipped if start else min(max_skipped, steps - 1)
         self.skipped_in_a_row = 0
         self.pending: list[Metrics] = []
         self.began = self.last = time.monotonic()
@@ -112,12 +120,13 @@ class MetricsLog:
         means |= self._throughput(means, len(rows) / (now - self.last))
         for name in ("tokens", "squared_lengths", "images"):
             del means[name]
-        row = {"step": step, "loss": means.pop("loss"), **means, "lr": learning_rate}
+        loss = means.pop("loss")
+        row = {"step": step, "loss": loss, **means, "lr": learning_rate}
         row["seconds"] = self.before + now - self.began
         self.last = now
         self.write(row)
         self.bar.update(step - self.bar.n)
-        text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
         text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         self.bar.set_postfix_str(text, refresh=False)
 
@@ -167,7 +176,9 @@ class MetricsLog:
         """Appends a row to the file and to TensorBoard, in the first process."""
         if not self.writes:
             return
-        append_lines(self.path, (json.dumps(row) + "\n").encode())
+        # JSON has no NaN, the mean of a metric that no sample had.
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        append_lines(self.path, (json.dumps(row, allow_nan=False) + "\n").encode())
         self.board.add(row["step"], {name: x for name, x in row.items() if name != "step"})
 
 
@@ -207,8 +218,10 @@ def read_metrics(path: Path) -> list[Row]:
 def _row(line: str, origin: str) -> Row:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise invalid(origin, line, f"a JSON object ({error})") from None
-    if not isinstance(row, dict) or "step" not in row:
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise invalid(origin, line, "a JSON object with a step")
+    if not all(isinstance(value, int | float) for value in row.values()):
+        raise invalid(origin, line, "a JSON object of numbers")
     return row

@@ -102,7 +102,7 @@ def is_finished(config: TrainConfig, source: dict[str, Any]) -> bool:
 def last_step(workdir: Path) -> int | None:
     """The step of the newest checkpoint in a workdir, if there is one."""
     names = (path.name for path in (workdir / "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:

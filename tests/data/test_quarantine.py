@@ -5,7 +5,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from moddistill.data.quarantine import Quarantine, Rejected
+
+
+@pytest.mark.parametrize("line", ['{"file": ["a"], "line": 3}', "[" * 100_000, "1", "\0\0"])
+def test_damaged_lines_are_passed_over(line, tmp_path):
+    file = tmp_path / "quarantine.jsonl"
+    file.write_text(line + '\n{"file": "a", "line": 3, "reason": "x"}\n')
+    assert Quarantine(str(file)).count == 1
 
 
 def test_quarantine_contains_each_record_once_across_runs(tmp_path):

@@ -61,6 +61,6 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(text_file, "_write_all", full)
+    monkeypatch.setattr(text_file, "write_all", full)
     with pytest.raises(UserError, match=r"tfevents.*enough space, got 'No space left on device'"):
         file.add(1, {"loss": 1.0})

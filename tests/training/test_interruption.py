@@ -83,10 +83,33 @@ def test_second_sigterm_ends_the_run_at_once(start, tmp_path):
     wait_for(lambda: not alive(workers), seconds=5)
 
 
-def test_no_worker_outlives_a_killed_run(start):
+def test_second_sigterm_ends_a_process_that_is_in_a_call_of_c():
+    """As XLA compiles; a handler in Python would wait for its end."""
+    code = (
+        "import hashlib\n"
+        "from moddistill.training.interruption import until_sigterm\n"
+        "with until_sigterm():\n"
+        "    print(flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    run.stdout.readline()
+    for _ in range(2):
+        time.sleep(0.3)
+        run.send_signal(signal.SIGTERM)
+    assert run.wait(10) == 143
+    run.communicate()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_no_worker_outlives_a_killed_run(start, stops):
+    """Nor one that is stopped, whose own threads do not run."""
     run = start("--config.data.workers=2")
     workers = children(run.pid)
     assert len(workers) >= 2
+    if stops:
+        spawned = [pid for pid in workers if b"spawn_main" in command_line(pid)]
+        os.kill(spawned[0], signal.SIGSTOP)
     run.kill()
     wait_for(lambda: not alive(workers), seconds=5)
 

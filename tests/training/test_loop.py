@@ -11,6 +11,7 @@ import pytest
 from moddistill.convert.resolve import load
 from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
+from moddistill.errors import UserError
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
 from moddistill.training import loading, loop
@@ -214,6 +215,50 @@ def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last.keys() >= {"step", "heldout_loss", "heldout_reward_accuracy"}
     assert 0 <= last["heldout_reward_accuracy"] <= 1
+
+
+def kept_by(tiny_config, workdir, name):
+    """Trains four steps, each with a checkpoint, of which the newest and the best are kept."""
+    config = tiny_config("sft", steps=4, save_every=1, heldout_steps=1, heldout_every=1)
+    [source] = config.data.sources.values()
+    data = dataclasses.replace(config.data, heldout=source)
+    config = dataclasses.replace(config, data=data, keep_last=1, keep_best=name)
+    loop.train(config, workdir)
+    rows = read_metrics(workdir / "metrics.jsonl")
+    scores = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
+    return scores, sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_best_checkpoint_is_kept(tiny_config, tmp_path):
+    scores, kept = kept_by(tiny_config, tmp_path, "loss")
+    assert list(scores) == [1, 2, 3, 4]
+    assert kept == sorted({min(scores, key=scores.get), 4})
+
+
+def test_best_by_a_metric_that_does_not_exist_is_refused_before_the_first_step(
+    tiny_config, tmp_path
+):
+    with pytest.raises(ValueError, match=r"config\.keep_best: expected one of .*loss.*'lss'"):
+        kept_by(tiny_config, tmp_path, "lss")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_bad_records_end_a_run_that_saves_what_it_has_done(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config("sft", steps=4, save_every=4)
+    take, taken = Batches.__next__, []
+
+    def fail(batches):
+        taken.append(batches)
+        if len(taken) == 3:
+            raise UserError("too many are bad")
+        return take(batches)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="too many are bad"):
+        patched.setattr(Batches, "__next__", fail)
+        loop.train(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    loop.train(config, tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 4
 
 
 class Records(Batches):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moddistill.errors import UserError
 from moddistill.models.flops import StepFlops
 from moddistill.training.metrics import MetricsLog, check_finite, read_metrics, weighted_means
 
@@ -70,6 +71,43 @@ def test_nothing_to_report_writes_nothing(tmp_path):
         for _ in range(2):
             log.report(1, 0.5, "none yet")
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_metric_without_samples_is_left_out(tmp_path):
+    """JSON has no NaN."""
+    with MetricsLog(tmp_path, start=0, steps=4, title="sft", flops=flops) as log:
+        log.add(step(1.0, 1, kd=(0, 0)))
+        log.report(1, 0.5, "none yet")
+    [row] = read_metrics(tmp_path / "metrics.jsonl")
+    assert "kd" not in row and row["loss"] == 1.0
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "x"}', '{"step": 1, "loss": []}', "[" * 100_000, '{"loss": 1}', "\0" * 9]
+)
+def test_damaged_row_is_named(line, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a JSON object"):
+        read_metrics(file)
+
+
+def test_rows_that_are_made_again_are_logged(tmp_path, caplog):
+    rows = [{"step": number, "loss": 1.0, "seconds": 1.0} for number in range(1, 6)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with MetricsLog(tmp_path, start=3, steps=8, title="sft", flops=flops):
+        pass
+    assert "rows of steps 4 to 5 are removed" in caplog.text
+
+
+def test_a_run_that_skips_all_steps_fails(tmp_path):
+    with MetricsLog(tmp_path, 0, 3, "sft", flops, max_skipped=20) as log:
+        for _ in range(3):
+            log.add(step(0.0, 0, diverged=(1, 1)))
+        with pytest.raises(FloatingPointError, match="more than 2 steps in a row diverged"):
+            log.report(3, 0.5, "none yet")
 
 
 def test_host_is_one_step_ahead_of_the_device(tmp_path, monkeypatch):
@@ -149,7 +187,7 @@ def test_skipped_steps_are_counted_and_only_so_many_in_a_row(tmp_path):
             log.report(7, 0.5, "none yet")
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert (first["loss"], first["skipped"]) == (3.0, 3)
-    assert math.isnan(second["loss"]) and second["skipped"] == 1
+    assert "loss" not in second and second["skipped"] == 1
 
 
 def test_incomplete_last_line_is_left_out(tmp_path):
