@@ -241,14 +241,10 @@ class TrainConfig:
         int, Range(ge=0), "steps between such evaluations; 0: after the last one"
     ] = 0
     on_divergence: Annotated[
-        Literal["stop", "skip"],
-        "at a loss or norm that is not finite or too large; skip: no update",
+        Literal["stop", "skip"], "at a loss or norm not finite or too large; skip: no update"
     ] = "stop"
     divergence_factor: Annotated[
-        float,
-        Range(ge=0),
-        "what is too large: a loss beyond this multiple of its running mean, a norm of the "
-        "parameters beyond this multiple of that before the step; 0: nothing",
+        float, Range(ge=0), "of a loss to its running mean, of parameters in one step; 0: any"
     ] = 5.0
     max_skipped: Annotated[int, Range(ge=1), "steps in a row that may be skipped"] = 20
     profile_steps: Annotated[tuple[int, ...], "first and last step for the profiler"] = ()

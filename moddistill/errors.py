@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ class DivergedError(UserError, FloatingPointError):
 
 class StoppedError(Exception):
     """A run was asked to stop, and has saved what it has; the same call resumes it."""
+
+    exit_code = 128 + signal.SIGTERM  # that of a process which the signal ended
 
 
 def invalid(origin: str, value: Any, expected: str) -> UserError:

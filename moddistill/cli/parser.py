@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import re
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,6 @@ _ARGPARSE_MESSAGES = (
     (r"^(.+?): invalid (\w+) value: (.+)$", r"\1: expected a value of type \2, got \3"),
     (r"^the following arguments are required: (.+)$", r"expected \1, got no such argument"),
 )
-STOPPED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
 _INDENT = " " * 24  # column of descriptions, as in argparse
 _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 
@@ -50,7 +48,7 @@ def user_errors() -> Iterator[None]:
         sys.exit(printable(f"error: {error}"))
     except StoppedError as error:
         print(error, file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None:
             raise

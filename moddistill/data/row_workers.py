@@ -93,7 +93,7 @@ class RowWorkers:
 
 
 class _Worker:
-    """A process, and the rows that it has made and that nobody has taken."""
+    """A process, and the rows that it has made and that are not taken yet."""
 
     def __init__(self, make: Callable[[int], Any], first: int, step: int, queue: int):
         spawn = multiprocessing.get_context("spawn")  # threads of a forked one may hold locks
@@ -151,6 +151,8 @@ def _receive(receiver: Connection, made: "Queue[Any]") -> None:
                 item = pickle.loads(receiver.recv_bytes())
             except (EOFError, OSError):
                 item = _ENDED
+            except Exception as error:  # one that cannot be unpickled, in the place of its row
+                item = None, error
             made.put(item)
 
 

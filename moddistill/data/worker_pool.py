@@ -52,7 +52,7 @@ def _start(start: Callable[..., None] | None, args: Sequence[Any]) -> None:
         start(*args)
 
 
-def end_with_parent(*_: Any) -> None:
+def end_with_parent() -> None:
     """Ends a worker whose parent was killed; by itself, it would wait for work forever.
 
     Signals that a terminal or a scheduler sends to all processes are for the parent.

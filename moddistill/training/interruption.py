@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from moddistill.errors import StoppedError
+
 LOG = logging.getLogger("moddistill")
-_EXIT_CODE = 128 + signal.SIGTERM
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def _watched_signals() -> Iterator[threading.Event]:
             if number[0] != signal.SIGTERM:
                 continue
             if received.is_set():
-                os._exit(_EXIT_CODE)
+                os._exit(StoppedError.exit_code)
             received.set()
             LOG.warning("SIGTERM: stops after this step; a second one ends the process at once")
         os.close(reader)

@@ -34,7 +34,7 @@ def start(
     module: Sequence[str] = TRAIN,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen:
-    """Starts the `:tiny` experiment of a stage; its standard error goes beside the workdir.
+    """Starts the `:tiny` experiment of a stage; its standard error goes next to the workdir.
 
     Args:
       errors: another file for it.

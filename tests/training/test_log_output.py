@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from moddistill.training.log_output import start_logging
 
 
-def test_only_writes_beside_one_that_failed_are_not_printed(monkeypatch):
+def test_only_writes_next_to_one_that_failed_are_not_printed(monkeypatch):
     """TensorStore reports them to a loop of Orbax that is closed."""
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
