@@ -5,13 +5,10 @@ middle of a row, and nothing ever waits for it; a queue that several processes s
 """
 
 import contextlib
-import ctypes
 import itertools
 import math
-import multiprocessing
 import pickle
 import signal
-import sys
 import threading
 import traceback
 import weakref
@@ -21,12 +18,11 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from moddistill.data.worker_pool import end_with_parent
+from moddistill.data.worker_process import WorkerContext
 from moddistill.errors import UserError
 
 _ENDED = None  # in place of a row
 _START = 60  # seconds that workers may take besides, to start
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _STATES = {"T": "stopped", "D": "waiting for a disk", "Z": "ended", "R": "running", "S": "waiting"}
 
 
@@ -87,8 +83,7 @@ class RowWorkers:
         self.close()
         return UserError(
             "config.data.workers: expected processes that live as long as the run, got an ended "
-            f"one: {worker.process.pid} ({cause}); out of memory, or a script without "
-            "`if __name__ == '__main__':`?"
+            f"one: {worker.process.pid} ({cause}); out of memory?"
         )
 
 
@@ -96,40 +91,18 @@ class _Worker:
     """A process, and the rows that it has made and that are not taken yet."""
 
     def __init__(self, make: Callable[[int], Any], first: int, step: int, queue: int):
-        spawn = multiprocessing.get_context("spawn")  # threads of a forked one may hold locks
-        receiver, sender = spawn.Pipe(duplex=False)
-        self.process = spawn.Process(target=_make, args=(make, first, step, sender), daemon=True)
-        with _blocked_signals():
-            self.process.start()
+        context = WorkerContext()
+        receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_make, args=(make, first, step, sender), daemon=True)
+        self.process.start()
         sender.close()
         self.made: Queue[Any] = Queue(queue)
         self.thread = threading.Thread(target=_receive, args=(receiver, self.made), daemon=True)
         self.thread.start()
 
 
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Processes that start meanwhile never get the signals that are for the run.
-
-    A scheduler sends them to all processes, and `end_with_parent` comes after seconds of imports.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_if_stopped() -> None:
-    """Ends this process with the run also while it is stopped, where its own threads do not run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _make(make: Callable[[int], Any], first: int, step: int, sender: Connection) -> None:
     """Sends every `step`-th row, or an error, with which a worker ends."""
-    _end_if_stopped()
-    end_with_parent()
     for number in itertools.count(first, step):
         row, error = None, None
         try:

@@ -61,16 +61,6 @@ def test_closing_ends_processes_and_threads_at_once(start):
     assert threading.active_count() == threads
 
 
-def test_signals_for_the_run_do_not_end_a_worker_that_starts(start):
-    """A scheduler sends SIGTERM to all processes of a job."""
-    rows = start(large, 1)
-    for _ in range(5):
-        for sent in (signal.SIGTERM, signal.SIGINT):
-            os.kill(rows._workers[0].process.pid, sent)
-        time.sleep(0.02)
-    assert [int(next(rows)[0]) for _ in range(3)] == [0, 1, 2]
-
-
 def test_dropping_the_rows_ends_the_processes():
     rows = RowWorkers(large, 1, 4, 60)
     process = rows._workers[0].process

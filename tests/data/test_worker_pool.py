@@ -12,7 +12,7 @@ from moddistill.data.worker_pool import worker_pool
 NO_GUARD = """
 from moddistill.data.worker_pool import worker_pool
 with worker_pool(1) as pool:
-    pool.submit(abs, -1).result()
+    print(pool.submit(abs, -1).result())
 """
 
 
@@ -35,9 +35,8 @@ def test_killed_process_is_an_error():
         pool.submit(kill_self).result()
 
 
-def test_script_without_a_main_guard_is_told_of_it(tmp_path):
+def test_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(NO_GUARD)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "could not start (a script without `if __name__ == '__main__':`?)" in done.stderr
+    assert (done.stdout, done.stderr) == ("1\n", "")
