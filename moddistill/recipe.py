@@ -28,6 +28,7 @@ from moddistill.reports.summary import evaluation_folder, table_columns, table_r
 from moddistill.reports.table import format_table
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
+from moddistill.training.lock import locked
 from moddistill.training.log_output import start_logging
 from moddistill.training.loop import LOG, train
 from moddistill.training.resume import is_finished
@@ -39,16 +40,17 @@ def run(config: RecipeConfig, workdir: Path) -> None:
 
     Raises:
       UserError: if order and stages name different things, records, images or questions of any
-        stage are missing, or a stage fails.
+        stage are missing, a stage fails, or another recipe runs in the workdir.
     """
     check_recipe(config, workdir)
-    for name in config.order:
-        with _at_stage(name):
-            train(config.stages[name], workdir / name)
-        if name in config.evaluated:
-            _evaluate(config, workdir, name)
-    if is_main_process():
-        write_summary(config, workdir)
+    with locked(workdir):
+        for name in config.order:
+            with _at_stage(name):
+                train(config.stages[name], workdir / name)
+            if name in config.evaluated:
+                _evaluate(config, workdir, name)
+        if is_main_process():
+            write_summary(config, workdir)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from moddistill.evals import easy_vqa
 from moddistill.evals.results import write_results
 from moddistill.reports import summary
 from moddistill.training import loop
+from moddistill.training.lock import locked
 from moddistill.training.metrics import read_metrics
 
 ANSWERS = {
@@ -231,3 +232,10 @@ def test_a_finished_recipe_neither_trains_nor_evaluates_again(finished, monkeypa
     monkeypatch.setattr(summary, "_examples", lambda *_: [])
     recipe.run(config, workdir)
     assert summary.table_rows(config, workdir) == rows
+
+
+def test_one_recipe_at_a_time_runs_in_a_workdir(finished):
+    config, workdir = finished
+    message = "a folder without a run in progress"
+    with locked(workdir), pytest.raises(ValueError, match=message):
+        recipe.run(config, workdir)

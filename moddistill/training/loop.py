@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -129,17 +130,23 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
             records.seek(next_row)
             LOG.info("resumed at step %d", state.step)
         start = int(state.step)
+        if start == config.steps and stops(start):
+            raise _stopped(config, start)
         with _open_log(config, run, mesh, workdir, start) as log:
+
+            def report(step: int) -> None:
+                log.report(step, float(learning_rate(step - 1)), _last_good(checkpoints))
+
+            def save(step: int, state: State) -> None:
+                report(step)  # so that no checkpoint holds a state that is not finite
+                checkpoint.save(checkpoints, state, records.next_row, _keep(config, log))
+
             for step in range(start + 1, config.steps + 1):
                 with _profiled(step, start, config, workdir):
-                    try:
+                    # The state is as good as before if the next records are bad.
+                    unsaved = step > start + 1 and checkpoints.latest != step - 1
+                    with _on_error(save, step - 1, state) if unsaved else nullcontext():
                         rows = next(records)
-                    except UserError:  # of a worker or the records; the state is as good as before
-                        unsaved = step > start + 1 and checkpoints.latest != step - 1
-                        if unsaved and jax.process_count() == 1:
-                            log.report(step - 1, rate, good)
-                            checkpoint.save(checkpoints, state, records.next_row, keep)
-                        raise
                     batch = sharding.put_batch(mesh, rows)
                     if config.keep_best and step == start + 1:
                         heldout.check_name(config.keep_best, state, batch)
@@ -148,22 +155,32 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                     if step in config.profile_steps:
                         jax.block_until_ready(metrics)
                 log.add(metrics)
-                rate, good = float(learning_rate(step - 1)), _last_good(checkpoints)
-                if step % config.log_every == 0:
-                    log.report(step, rate, good)
                 last, stopped = step == config.steps, stops(step)
                 saves = last or stopped or step % config.save_every == 0
-                if saves:  # so that no checkpoint holds a state that is not finite
-                    log.report(step, rate, good)
+                if saves or step % config.log_every == 0:
+                    report(step)
                 if heldout and (last or _is_due(step, config.heldout_every)):
                     log.write_heldout(step, heldout(state))
-                keep = _keep(config, log)
                 if saves:
-                    checkpoint.save(checkpoints, state, records.next_row, keep)
+                    save(step, state)
                 if stopped:
-                    raise StoppedError(f"{config.stage}: saved after step {step}, and stopped")
+                    raise _stopped(config, step)
     warn_of_records(workdir)
     return state
+
+
+@contextlib.contextmanager
+def _on_error(save: Callable[[int, State], None], step: int, state: State) -> Iterator[None]:
+    """Saves before an error of records or workers ends the run.
+
+    Not with several processes, of which the others wait for this one's rows.
+    """
+    try:
+        yield
+    except UserError:
+        if jax.process_count() == 1:
+            save(step, state)
+        raise
 
 
 def _open_log(config: TrainConfig, run: Run, mesh: Mesh, workdir: Path, start: int) -> MetricsLog:
@@ -177,6 +194,10 @@ def _keep(config: TrainConfig, log: MetricsLog) -> checkpoint.Keep:
     name = f"{HELDOUT}{config.keep_best}"
     scores = {row["step"]: row[name] for row in log.heldout if name in row}
     return checkpoint.Keep(config.keep_last, config.keep_every, scores)
+
+
+def _stopped(config: TrainConfig, step: int) -> StoppedError:
+    return StoppedError(f"{config.stage}: saved after step {step}, and stopped")
 
 
 def _is_due(step: int, every: int) -> bool:

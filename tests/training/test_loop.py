@@ -2,23 +2,23 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import shutil
+import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moddistill.convert.resolve import load
 from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
-from moddistill.errors import UserError
+from moddistill.errors import StoppedError, UserError
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
-from moddistill.training import loading, loop
+from moddistill.training import checkpoint, loading, loop
 from moddistill.training.architectures import resolve_models
-from moddistill.training.heldout import Heldout
 from moddistill.training.metrics import read_metrics
-from moddistill.training.state import State
 from moddistill.training.streams import row_spec
 
 NORMS = ("grad_norm", "param_norm")
@@ -207,42 +207,6 @@ def test_records_left_out_are_counted(finished, tmp_path, caplog):
     assert "sources.some: 1 of 8 records are left out (1 x expected a text" in caplog.text
 
 
-def test_heldout_records_are_evaluated_after_the_last_step(finished, tmp_path):
-    config, _ = finished("preference")
-    [source] = config.data.sources.values()
-    data = dataclasses.replace(config.data, heldout=source)
-    loop.train(dataclasses.replace(config, data=data, heldout_steps=1), tmp_path)
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert last.keys() >= {"step", "heldout_loss", "heldout_reward_accuracy"}
-    assert 0 <= last["heldout_reward_accuracy"] <= 1
-
-
-def kept_by(tiny_config, workdir, name):
-    """Trains four steps, each with a checkpoint, of which the newest and the best are kept."""
-    config = tiny_config("sft", steps=4, save_every=1, heldout_steps=1, heldout_every=1)
-    [source] = config.data.sources.values()
-    data = dataclasses.replace(config.data, heldout=source)
-    config = dataclasses.replace(config, data=data, keep_last=1, keep_best=name)
-    loop.train(config, workdir)
-    rows = read_metrics(workdir / "metrics.jsonl")
-    scores = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
-    return scores, sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def test_best_checkpoint_is_kept(tiny_config, tmp_path):
-    scores, kept = kept_by(tiny_config, tmp_path, "loss")
-    assert list(scores) == [1, 2, 3, 4]
-    assert kept == sorted({min(scores, key=scores.get), 4})
-
-
-def test_best_by_a_metric_that_does_not_exist_is_refused_before_the_first_step(
-    tiny_config, tmp_path
-):
-    with pytest.raises(ValueError, match=r"config\.keep_best: expected one of .*loss.*'lss'"):
-        kept_by(tiny_config, tmp_path, "lss")
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
-
-
 def test_bad_records_end_a_run_that_saves_what_it_has_done(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("sft", steps=4, save_every=4)
     take, taken = Batches.__next__, []
@@ -259,42 +223,6 @@ def test_bad_records_end_a_run_that_saves_what_it_has_done(tiny_config, tmp_path
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     loop.train(config, tmp_path)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 4
-
-
-class Records(Batches):
-    """A stream of a few batches."""
-
-    def __init__(self, batches):  # without those of a pipeline
-        self.batches = batches
-
-    def seek(self, row):
-        self.rest = iter(self.batches[row:])
-
-    def __next__(self):
-        return next(self.rest)
-
-    def close(self):
-        pass
-
-
-def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
-    """Two batches of sixteen samples in halves; a mean over all of them."""
-    sizes = []
-
-    class Loss:
-        def __call__(self, params, frozen, teacher, batch, rng):
-            sizes.append(batch["x"].shape)
-            return 0.0, {"x": (batch["x"].sum(), batch["x"].size)}
-
-    config = tiny_config("sft", batch_size=16, grad_accum_steps=2, heldout_steps=2)
-    state = State(
-        step=jnp.zeros((), jnp.int32), params={}, frozen={}, opt_state=(), mean_loss=jnp.float32(1)
-    )
-    records = Records([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
-    run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
-    heldout = Heldout(config, run, records, sharding.make_mesh(config.mesh))
-    assert [heldout(state) for _ in range(2)] == [{"heldout_x": 15.0}] * 2  # the same batches
-    assert sizes == [(8,)]  # compiled once
 
 
 def test_run_interrupted_before_its_model_is_written_can_be_finished(
@@ -314,6 +242,23 @@ def test_run_interrupted_before_its_model_is_written_can_be_finished(
     loop.train(config, tmp_path)
     assert rows(tmp_path)[:4] == rows(whole)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 4]
+
+
+def test_sigterm_stops_a_run_that_has_all_its_steps(finished, tmp_path, monkeypatch):
+    """While its last checkpoint is read; or a recipe would begin its next stage."""
+    config, whole = finished("sft")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "model")
+    restore = checkpoint.restore
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return restore(*args)
+
+    monkeypatch.setattr(checkpoint, "restore", interrupted)
+    with pytest.raises(StoppedError, match="saved after step 4, and stopped"):
+        loop.train(config, tmp_path)
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
