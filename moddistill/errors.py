@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import logging
 import re
-import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,9 +27,14 @@ class DivergedError(UserError, FloatingPointError):
 
 
 class StoppedError(Exception):
-    """A run was asked to stop, and has saved what it has; the same call resumes it."""
+    """A run was asked to stop, and has saved what it has; the same call resumes it.
 
-    exit_code = 128 + signal.SIGTERM  # that of a process which the signal ended
+    `exit_code` is that of a process which the signal ended.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def invalid(origin: str, value: Any, expected: str) -> UserError:

@@ -19,7 +19,12 @@ from moddistill.config import RecipeConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.sources import check_source
-from moddistill.distributed.processes import broadcast_from_main, initialize, is_main_process
+from moddistill.distributed.processes import (
+    broadcast_from_main,
+    initialize,
+    is_main_process,
+    leaving_at_once,
+)
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, at_field, invalid
 from moddistill.evals.results import is_evaluated
@@ -182,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the recipe")
     add_process_flags(parser)
     args = parser.parse_args(argv)
-    with user_errors():
+    with leaving_at_once(), user_errors():
         initialize(args.coordinator, args.processes, args.process)
         start_logging()
         values = at_workdir(args.config.to_dict(), args.workdir)

@@ -117,6 +117,8 @@ def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) 
 
 def _check_setting(config: ConfigDict, setting: str) -> None:
     """Raises UserError with the nearest setting if there is none of that dotted name."""
+    if not setting.isprintable():
+        raise invalid("--config", setting, "the name of a setting")
     if "[" not in setting and _at(config, setting) is _MISSING:
         raise unknown_setting("config", setting, list(_settings(config)))
 

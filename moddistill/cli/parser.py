@@ -7,8 +7,11 @@ args = parser.parse_args(argv)                # args.config: a ConfigDict
 
 import argparse
 import contextlib
+import errno
+import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +31,7 @@ _ARGPARSE_MESSAGES = (
     (r"^(.+?): invalid (\w+) value: (.+)$", r"\1: expected a value of type \2, got \3"),
     (r"^the following arguments are required: (.+)$", r"expected \1, got no such argument"),
 )
+_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE)  # without a name
 _INDENT = " " * 24  # column of descriptions, as in argparse
 _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 
@@ -38,7 +42,7 @@ def user_errors() -> Iterator[None]:
 
     Lack of memory is one line too: sizes that users choose decide about it.
 
-    After SIGTERM, the exit code is that of a process that the signal ended, 143.
+    After SIGTERM or Ctrl-C, the exit code is that of a process that the signal ended, 143 or 130.
 
     All other exceptions are defects and keep their traceback.
     """
@@ -49,22 +53,33 @@ def user_errors() -> Iterator[None]:
     except StoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # of a reader such as `head`, which has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python has not written yet
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.filename is None:
+        name = error.filename2 or error.filename  # the second one is that to be replaced
+        if name is None and error.errno not in _OF_OUTPUT:
             raise
-        sys.exit(printable(f"error: {error.filename}: {error.strerror}"))
-    except (MemoryError, RuntimeError) as error:
-        reason = _out_of_memory(error)
-        if reason is None:
+        sys.exit(printable(f"error: {name or 'output'}: {error.strerror}"))
+    except (MemoryError, RuntimeError, ValueError) as error:
+        lacking = _lacking(error)
+        if lacking is None:
             raise
-        sys.exit(printable(f"error: memory: expected enough for this run, got an error: {reason}"))
+        sys.exit(printable(f"error: {lacking}"))
 
 
-def _out_of_memory(error: Exception) -> str | None:
-    """Returns the reason in an error for lack of memory; None for other errors."""
-    # Of JAX's errors only the text tells, and commands without a model do not import it.
-    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
-        return one_line(str(error)) or "out of memory"
+def _lacking(error: Exception) -> str | None:
+    """Returns what a run had too little of, memory or descriptors; None for other errors."""
+    # Of JAX's and TensorStore's errors only the text tells, and not all commands import these.
+    text = str(error)
+    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+        reason = one_line(text) or "out of memory"
+        return f"memory: expected enough for this run, got an error: {reason}"
+    reason = os.strerror(errno.EMFILE)
+    if reason in text:
+        return f"descriptors: expected enough for this run (ulimit -n), got {reason!r}"
     return None
 
 

@@ -6,7 +6,7 @@ processes, and writes
 
     FOLDER/columns.bin      one array after the other, memory-mapped at run time (`COLUMNS`)
     FOLDER/rejected.jsonl   line and reason of each record that breaks its form
-    FOLDER/index.json       the identity of the file, and counts
+    FOLDER/index.json       the identity of the file, counts, and the digest of the columns
 
 A build that is interrupted continues with the blocks of records that it has finished.
 """
@@ -158,11 +158,13 @@ def _is_current(folder: Path, path: str) -> bool:
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """Returns `index.json`; None if it or the columns are damaged, as after a power failure."""
+    """Returns `index.json`; None if it or the columns are damaged."""
     try:
         meta = read_json(folder / "index.json")
         size = meta["records"] * COLUMNS.itemsize
-        intact = (folder / "columns.bin").stat().st_size == size and "file" in meta
+        columns = folder / "columns.bin"
+        intact = columns.stat().st_size == size and _digest(columns) == meta["columns"]
+        intact = intact and "file" in meta
     except (UserError, OSError, KeyError, TypeError):
         return None
     return meta if intact else None
@@ -172,7 +174,7 @@ def _identity(path: str, digest: str) -> dict[str, Any]:
     return _stamp(path) | {"sha256": digest, "checked": time.time_ns()}
 
 
-def _digest(path: str) -> str:
+def _digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -203,6 +205,7 @@ def _build(path: str, spec: IndexSpec, target: Path) -> None:
         digest = hashing.submit(_digest, path)
         meta = index_records(open_file(path), spec, building)
         meta["file"] = _identity(path, digest.result())
+        meta["columns"] = _digest(building / "columns.bin")
     if before.items() - meta["file"].items():
         raise UserError(f"{path}: expected a file that does not change while it is indexed")
     write_json(building / "index.json", meta)

@@ -32,7 +32,7 @@ from moddistill.storage.json_file import read_json, write_json
 
 _WORKERS = min(16, os.cpu_count() or 1)
 _BLOCKS_WITHOUT_WORKERS = 8  # that are made in the time in which workers start
-_VERSION = 1  # of the columns and of what they mean
+_VERSION = 2  # of the columns and of what they mean
 COLUMNS = np.dtype(
     [
         ("offset", np.uint64), ("size", np.uint32), ("line", np.uint32), ("tokens", np.uint32),

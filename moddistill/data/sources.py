@@ -1,6 +1,8 @@
 """Sources of records: files behind their indices, and which of their records a run uses."""
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +11,16 @@ import numpy as np
 
 from moddistill.config import SourceConfig
 from moddistill.data.forms import parse_record
+from moddistill.data.image_files import ImageFile, read_bytes
 from moddistill.data.index import FileIndex, IndexSpec, open_index
 from moddistill.data.parquet_files import ParquetFile
 from moddistill.data.quarantine import Rejected
 from moddistill.data.record_files import RecordFile, find_files, open_file
-from moddistill.data.records import AnyRecord
+from moddistill.data.records import AnyRecord, ImageRef
 from moddistill.errors import UserError, invalid
+
+_SAMPLED = 32  # records whose images identify an image folder
+_LARGEST_IMAGE = 2**30  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +153,20 @@ class Source:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests of the content of the files by their paths."""
-        return {file.file.path: file.index.digest for file in self._files}
+        """Digests of the content of the files by their paths, and of some of their images."""
+        found = {file.file.path: file.index.digest for file in self._files}
+        if any(file.index.first_named for file in self._files):
+            found[f"images of {self.config.path}"] = self._images_digest()
+        return found
+
+    def _images_digest(self) -> str:
+        """A digest of the image files of a few records, spread evenly; of all, it takes hours."""
+        digest = hashlib.sha256()
+        for number in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)).tolist():
+            with contextlib.suppress(UserError):  # a bad record is left out when it is read
+                for image in self[number].images:
+                    digest.update(_file_digest(image))
+        return digest.hexdigest()
 
     @property
     def slow_files(self) -> list[str]:
@@ -197,6 +215,16 @@ class Source:
             f"{self.config.path}: expected a usable record, got {self.total} that are left out, "
             f"such as record {first.line} of {first.file}: {first.reason}"
         )
+
+
+def _file_digest(image: ImageRef) -> bytes:
+    """The digest of an image file; of no bytes for one in the records, whose digest covers it."""
+    if not isinstance(image, ImageFile):
+        return b""
+    try:
+        return hashlib.sha256(read_bytes(image, _LARGEST_IMAGE)).digest()
+    except UserError:  # missing; found when the record is read
+        return b"none"
 
 
 def check_source(config: SourceConfig) -> None:

@@ -4,9 +4,12 @@ All processes share a file system. The main process writes configs, metrics and 
 processes write checkpoints, each its own shards.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -72,6 +75,22 @@ def _check_single_task() -> None:
                 f"--coordinator: expected auto with {name}={os.environ[name]}, or one task, got "
                 "no coordinator"
             )
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends a process of several at once after an error.
+
+    At its exit JAX would wait for the others, for minutes, and these for its part of a collective.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        # After a signal all processes end together.
+        if isinstance(error.code, str) and jax.process_count() > 1:
+            print(error.code, file=sys.stderr, flush=True)
+            os._exit(1)
+        raise
 
 
 def check_equal_on_all_processes(name: str, text: str) -> None:

@@ -8,6 +8,7 @@ from moddistill.prepare.sections import Section
 from moddistill.reports.charts import histogram
 from moddistill.reports.table import format_table, html_table
 from moddistill.reports.template import STYLE
+from moddistill.storage.text_file import writing
 
 _WIDTH = 40  # characters of the longest bar
 _PAGE = """<!DOCTYPE html>
@@ -46,7 +47,8 @@ def _text_bars(bars: Sequence[tuple[str, int]]) -> list[str]:
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Writes the page."""
     page = _PAGE.format(title=escape(title), style=STYLE, sections="".join(map(_html, sections)))
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.write_text(page, encoding="utf-8")
 
 
 def _html(section: Section) -> str:

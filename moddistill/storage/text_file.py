@@ -7,6 +7,7 @@ last; readers drop a last line without its end. A full disk is a `UserError` tha
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -54,6 +55,14 @@ def replace_text(file: Path, text: str) -> None:
             os.fsync(opened.fileno())
         partial.replace(file)
         sync_folder(file.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,8 @@ Frozen parameters are not saved: a resumed run loads them from the models that i
 
 A checkpoint is written under a hidden name, gets digests of all its files, and is then renamed to
 its step. So one with a step as its name is complete; an interrupted one is never resumed from, and
-of one that was damaged later, which its digests tell, a run goes back to the one before it.
+of one that was damaged later, which its digests tell, a run goes back to the one before it. So it
+does from one that was renamed, or is of another run.
 """
 
 import contextlib
@@ -22,10 +23,10 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from moddistill.distributed.processes import barrier, broadcast_from_main, is_main_process
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.params import Flat, check_same
 from moddistill.storage.digests import NAME, verify, write_digests
-from moddistill.storage.text_file import sync_folder, writing
+from moddistill.storage.text_file import remove, sync_folder, writing
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
@@ -58,17 +59,20 @@ class Keep(NamedTuple):
 class Checkpoints:
     """The folder of a run's checkpoints, `directory/STEP/`.
 
-    `latest` is the newest step, which the thread may still be writing; None before the first.
+    Attributes:
+      run: id of the run.
+      latest: the newest step, which the thread may still be writing; None before the first.
     """
 
     directory: Path
+    run: str
     latest: int | None
     thread: ThreadPoolExecutor
     writing: Future[None] | None = None
 
 
 @contextlib.contextmanager
-def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
+def open_checkpoints(folder: Path, run: str) -> Iterator[Checkpoints]:
     """The checkpoints in a folder; on leaving, waits for the one still being written.
 
     All processes call this, and agree on the newest step. Unfinished checkpoints are removed.
@@ -84,7 +88,7 @@ def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
         latest = max(_steps(directory), default=-1)
     latest = broadcast_from_main(latest)
     with ThreadPoolExecutor(1) as thread:
-        checkpoints = Checkpoints(directory, None if latest < 0 else latest, thread)
+        checkpoints = Checkpoints(directory, run, None if latest < 0 else latest, thread)
         try:
             yield checkpoints
         finally:
@@ -102,7 +106,8 @@ def save(checkpoints: Checkpoints, state: State, next_row: int, keep: Keep) -> N
     unfinished = checkpoints.directory / f".{step}.partial"
     # Returns once all arrays are copied to the host, so the next step may donate `state`; only the
     # write to disk is asynchronous.
-    content = {"state": _saved(state), "data": {"next_row": next_row}}
+    data = {"next_row": next_row, "step": step, "run": checkpoints.run}
+    content = {"state": _saved(state), "data": data}
     with _writing(unfinished):
         response = ocp.save_checkpointables_async(unfinished, content)
     checkpoints.writing = checkpoints.thread.submit(_finish, response, unfinished, step, keep)
@@ -163,7 +168,7 @@ def restore(checkpoints: Checkpoints, state: State) -> tuple[State, int]:
     # Shapes before arrays: of these, Orbax reports differences as errors of many kinds.
     found = ocp.metadata(folder).metadata  # of the `state`
     check_same(_by_path(found), _by_path(abstract), f"checkpoint {folder}")
-    loaded = ocp.load_checkpointables(folder, {"state": abstract, "data": {"next_row": 0}})
+    loaded = ocp.load_checkpointables(folder, {"state": abstract, "data": None})
     return state.replace(**loaded["state"]), int(loaded["data"]["next_row"])
 
 
@@ -174,6 +179,7 @@ def _newest_undamaged(checkpoints: Checkpoints) -> Path:
         folder = directory / str(step)
         try:
             verify(folder, expected="an undamaged checkpoint", shared=True)
+            _check_identity(folder, checkpoints.run)
         except UserError as error:
             LOG.warning("%s; it is not resumed from", error)
             damaged.append(folder)
@@ -190,10 +196,19 @@ def _newest_undamaged(checkpoints: Checkpoints) -> Path:
     )
 
 
+def _check_identity(folder: Path, run: str) -> None:
+    """Raises UserError for a checkpoint of another step or another run."""
+    data = ocp.load_checkpointables(folder, {"data": None})["data"]
+    found = {name: data.get(name) for name in ("step", "run")}
+    expected = {"step": int(folder.name), "run": run}
+    if found != expected:
+        raise invalid(str(folder), found, f"a checkpoint of {expected}")
+
+
 def _set_aside(damaged: Sequence[Path]) -> None:
     for folder in damaged:
         aside = folder.with_name(f"{folder.name}{DAMAGED}")
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        remove(aside)  # of an earlier time
         folder.rename(aside)
         LOG.warning("%s is now named %s, and may be removed", folder, aside.name)
 

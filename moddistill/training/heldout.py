@@ -12,6 +12,7 @@ from moddistill.config import TrainConfig
 from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
 from moddistill.errors import not_one_of
+from moddistill.training.interruption import Stops, Waiting
 from moddistill.training.loading import Run
 from moddistill.training.metrics import HELDOUT, weighted_means
 from moddistill.training.state import State
@@ -20,7 +21,7 @@ LOG = logging.getLogger("moddistill")
 
 
 class Heldout:
-    """Held-out records: `heldout(state)` returns means of the stage's metrics over them.
+    """Held-out records: `heldout(state, stops)` returns means of the stage's metrics over them.
 
     Each call reads the same `heldout_steps` batches. Names are `heldout_NAME`.
     """
@@ -37,16 +38,29 @@ class Heldout:
         if name not in names:
             raise not_one_of("config.keep_best", name, sorted(names))
 
-    def __call__(self, state: State) -> dict[str, float]:
+    def is_due(self, step: int) -> bool:
+        """Returns whether the records are evaluated after a step."""
+        every = self._config.heldout_every
+        return step == self._config.steps or (every > 0 and step % every == 0)
+
+    def __call__(self, state: State, stops: Stops) -> dict[str, float] | None:
+        """Returns the means; None if a signal comes before the last batch."""
         rng = jax.random.key(self._config.seed)
         metrics = []
         self._records.seek(0)
         for _ in range(self._config.heldout_steps):
+            try:
+                with stops.while_waiting():
+                    rows = next(self._records)
+            except Waiting:
+                self._records.close()
+                return None
             # Metrics are sums and weights, so that micro-batches add up to their batch.
-            for part in _micro_batches(next(self._records), self._config.grad_accum_steps):
+            for part in _micro_batches(rows, self._config.grad_accum_steps):
                 batch = sharding.put_batch(self._mesh, part)
                 found = self._loss(state.params, state.frozen, self._run.teacher, batch, rng)
                 metrics.append(found[1])
+            jax.block_until_ready(metrics[-1])  # or a signal would wait for all that is dispatched
         self._records.close()
         means = weighted_means(jax.device_get(metrics))
         means = {f"{HELDOUT}{name}": mean for name, mean in means.items()}

@@ -1,11 +1,11 @@
-"""SIGTERM, by which schedulers end a process: a run saves after its step, and exits."""
+"""SIGTERM, by which schedulers end a process, and Ctrl-C: a run saves after its step, and exits."""
 
 import contextlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,52 +13,105 @@ from jax.experimental import multihost_utils
 from moddistill.errors import StoppedError
 
 LOG = logging.getLogger("moddistill")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Waiting(Exception):
+    """A signal came while the run waited."""
+
+
+class Stops:
+    """Whether a run must stop. Without signals, it never does."""
+
+    number = 0  # of the signal
+
+    def after(self, step: int) -> bool:
+        """Returns whether to stop after a step; every process asks once for each."""
+        del step
+        return bool(self.number)
+
+    @contextlib.contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """Ends the block with `Waiting` when a signal comes, in a run of one process."""
+        yield
+
+    def error(self, text: str) -> StoppedError:
+        """The error that ends the run, with the exit code of a process that the signal ended."""
+        return StoppedError(text, 128 + (self.number or signal.SIGTERM))
+
+
+class _OfProcesses(Stops):
+    """The processes of a run all stop after the same step, whichever of them gets the signal."""
+
+    def after(self, step: int) -> bool:
+        # JAX has installed a handler of SIGTERM in each process, which agrees with the others.
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+class _OfProcess(Stops):
+    """Set by the first signal; the second one ends the process."""
+
+    _waits = False
+
+    def handle(self, number: int, _: object) -> None:
+        """The handler in Python, which runs when the main thread returns from XLA."""
+        self.number = number
+        if self._waits:
+            raise Waiting
+
+    @contextlib.contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        self._waits = True
+        try:
+            if self.number:
+                raise Waiting
+            yield
+        finally:
+            self._waits = False
 
 
 @contextlib.contextmanager
-def until_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that returns whether a run must stop after a step, which it is given.
-
-    The processes of a run all stop after the same step, whichever of them gets the signal. In a
-    single process, a second signal ends it at once.
-    """
+def until_signal() -> Iterator[Stops]:
+    """Yields what tells whether a signal has come."""
     if jax.process_count() > 1:
-        # JAX has installed a handler in each process, which agrees with the others on a step.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda _: False  # only the main thread may have handlers
-        return
-    with _watched_signals() as received:
-        yield lambda _: received.is_set()
+        yield _OfProcesses()
+    elif threading.current_thread() is not threading.main_thread():
+        yield Stops()  # only the main thread may have handlers
+    else:
+        with _watched(_OfProcess()) as stops:
+            yield stops
 
 
 @contextlib.contextmanager
-def _watched_signals() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM sets; the second one ends the process.
+def _watched(stops: _OfProcess) -> Iterator[Stops]:
+    """Handles signals; the second one ends the process at once.
 
     Handlers in Python wait until the main thread returns from XLA, which may compile for minutes,
     and two signals count as one by then. The numbers of signals reach a thread at once.
     """
-    received, (reader, writer) = threading.Event(), os.pipe()
+    reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        while number := os.read(reader, 1):  # nothing once the other end is closed
-            if number[0] != signal.SIGTERM:
+        first = 0
+        while read := os.read(reader, 1):  # nothing once the other end is closed
+            number = read[0]
+            if number not in _SIGNALS:
                 continue
-            if received.is_set():
-                os._exit(StoppedError.exit_code)
-            received.set()
-            LOG.warning("SIGTERM: stops after this step; a second one ends the process at once")
+            if first:
+                os._exit(128 + number)
+            first = stops.number = number
+            name = signal.Signals(number).name
+            LOG.warning("%s: stops after this step; a second one ends the process at once", name)
         os.close(reader)
 
     threading.Thread(target=watch, daemon=True).start()
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = {number: signal.signal(number, stops.handle) for number in _SIGNALS}
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield received
+        yield stops
     finally:
         signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.close(writer)

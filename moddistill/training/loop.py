@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -15,19 +14,20 @@ from moddistill.config import TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
 from moddistill.distributed.processes import barrier, check_equal_on_all_processes
-from moddistill.errors import StoppedError, UserError, at_field
+from moddistill.errors import UserError, at_field
 from moddistill.params import merge
 from moddistill.storage.atomic_dir import check_replaceable
+from moddistill.storage.digests import read_digests, verify
 from moddistill.storage.model_folder import read_source, save_model
 from moddistill.training import checkpoint
 from moddistill.training.architectures import Models, resolve_models
 from moddistill.training.heldout import Heldout
-from moddistill.training.interruption import until_sigterm
+from moddistill.training.interruption import Stops, Waiting, until_signal
 from moddistill.training.loading import Run, prepare
 from moddistill.training.lock import locked
 from moddistill.training.metrics import HELDOUT, MetricsLog
 from moddistill.training.optim import schedule
-from moddistill.training.provenance import check_models, check_sources, write_models
+from moddistill.training.provenance import check_models, check_sources, run_id, write_models
 from moddistill.training.resume import (
     check_is_workdir,
     check_steps,
@@ -63,6 +63,8 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     changes = check_workdir(config, workdir)
     result = workdir / "model"
     if result.exists() and is_finished(config, read_source(result)):
+        expected = "an undamaged model, or none, which is then made again"
+        verify(result, list(read_digests(result).files), expected=expected, shared=True)
         LOG.info("%s is finished: %s", config.stage, result)
         return result
     with locked(workdir):
@@ -118,8 +120,8 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
     learning_rate = schedule(config.optim, config.steps)
     heldout = Heldout(config, run, streams.heldout, mesh) if streams.heldout else None
     with (
-        checkpoint.open_checkpoints(workdir / "checkpoints") as checkpoints,
-        until_sigterm() as stops,
+        checkpoint.open_checkpoints(workdir / "checkpoints", run_id(workdir)) as checkpoints,
+        until_signal() as stops,
         contextlib.closing(records),
     ):
         # Restore order: `run.state` exists first, since a checkpoint lacks the frozen parameters
@@ -130,8 +132,8 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
             records.seek(next_row)
             LOG.info("resumed at step %d", state.step)
         start = int(state.step)
-        if start == config.steps and stops(start):
-            raise _stopped(config, start)
+        if start == config.steps and stops.after(start):
+            raise stops.error(f"{config.stage}: stopped after step {start}")
         with _open_log(config, run, mesh, workdir, start) as log:
 
             def report(step: int) -> None:
@@ -141,11 +143,13 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 report(step)  # so that no checkpoint holds a state that is not finite
                 checkpoint.save(checkpoints, state, records.next_row, _keep(config, log))
 
+            if start and _evaluate(heldout, log, start, state, stops):
+                raise stops.error(f"{config.stage}: stopped after step {start}")
             for step in range(start + 1, config.steps + 1):
                 with _profiled(step, start, config, workdir):
                     # The state is as good as before if the next records are bad.
                     unsaved = step > start + 1 and checkpoints.latest != step - 1
-                    with _on_error(save, step - 1, state) if unsaved else nullcontext():
+                    with _saving(save if unsaved else None, step - 1, state, stops):
                         rows = next(records)
                     batch = sharding.put_batch(mesh, rows)
                     if config.keep_best and step == start + 1:
@@ -155,32 +159,58 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                     if step in config.profile_steps:
                         jax.block_until_ready(metrics)
                 log.add(metrics)
-                last, stopped = step == config.steps, stops(step)
+                if step % config.log_every == 0:
+                    report(step)  # waits for the step, in which a signal may come
+                last, stopped = step == config.steps, stops.after(step)
                 saves = last or stopped or step % config.save_every == 0
-                if saves or step % config.log_every == 0:
-                    report(step)
-                if heldout and (last or _is_due(step, config.heldout_every)):
-                    log.write_heldout(step, heldout(state))
                 if saves:
+                    report(step)
+                stopped = stopped or _evaluate(heldout, log, step, state, stops)
+                if saves or stopped:
                     save(step, state)
                 if stopped:
-                    raise _stopped(config, step)
+                    raise stops.error(f"{config.stage}: saved after step {step}, and stopped")
     warn_of_records(workdir)
     return state
 
 
 @contextlib.contextmanager
-def _on_error(save: Callable[[int, State], None], step: int, state: State) -> Iterator[None]:
-    """Saves before an error of records or workers ends the run.
+def _saving(
+    save: Callable[[int, State], None] | None, step: int, state: State, stops: Stops
+) -> Iterator[None]:
+    """Saves before an error of records or workers, or a signal, ends the wait for rows.
 
     Not with several processes, of which the others wait for this one's rows.
+
+    Raises:
+      StoppedError: after a signal.
     """
     try:
-        yield
-    except UserError:
-        if jax.process_count() == 1:
+        with stops.while_waiting():
+            yield
+    except (UserError, Waiting) as error:
+        if save is not None and jax.process_count() == 1:
             save(step, state)
+        if isinstance(error, Waiting):
+            raise stops.error(f"stopped after step {step}, while waiting for records") from None
         raise
+
+
+def _evaluate(
+    heldout: Heldout | None, log: MetricsLog, step: int, state: State, stops: Stops
+) -> bool:
+    """Evaluates held-out records if they are due and not evaluated yet.
+
+    Returns:
+      Whether a signal has ended it; then the run evaluates when it resumes.
+    """
+    evaluated = {row["step"] for row in log.heldout}
+    if heldout is None or not heldout.is_due(step) or step in evaluated:
+        return False
+    means = heldout(state, stops)
+    if means is not None:
+        log.write_heldout(step, means)
+    return means is None
 
 
 def _open_log(config: TrainConfig, run: Run, mesh: Mesh, workdir: Path, start: int) -> MetricsLog:
@@ -194,14 +224,6 @@ def _keep(config: TrainConfig, log: MetricsLog) -> checkpoint.Keep:
     name = f"{HELDOUT}{config.keep_best}"
     scores = {row["step"]: row[name] for row in log.heldout if name in row}
     return checkpoint.Keep(config.keep_last, config.keep_every, scores)
-
-
-def _stopped(config: TrainConfig, step: int) -> StoppedError:
-    return StoppedError(f"{config.stage}: saved after step {step}, and stopped")
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 @contextlib.contextmanager

@@ -218,10 +218,10 @@ def read_metrics(path: Path) -> list[Row]:
 def _row(line: str, origin: str) -> Row:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise invalid(origin, line, f"a JSON object ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise invalid(origin, line, "a JSON object with a step")
-    if not all(isinstance(value, int | float) for value in row.values()):
-        raise invalid(origin, line, "a JSON object of numbers")
+    except (json.JSONDecodeError, RecursionError):
+        row = None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+    if not whole or not all(isinstance(value, int | float) for value in row.values()):
+        expected = "a JSON object of numbers with a step (the run can go on without this line)"
+        raise invalid(origin, line, expected)
     return row

@@ -1,16 +1,19 @@
 """The models and records that a run began with, so that it never resumes with others.
 
-A checkpoint holds trained parameters only; frozen ones and the teacher are read again from the
-folders that the config names. `models.json` in the workdir records what these folders held.
+A checkpoint holds trained parameters only; frozen ones, the teacher and the tokenizer are read
+again from the folders that the config names. `models.json` in the workdir records what these held,
+and an id of the run, which its checkpoints have too. `sources.json` records the files of records
+and, of their images, some.
 """
 
 import dataclasses
 import hashlib
 import json
+import secrets
 from pathlib import Path
 
 from moddistill.distributed.processes import is_main_process
-from moddistill.errors import UserError, at_field
+from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.digests import fingerprint
 from moddistill.storage.json_file import read_json, write_json
@@ -18,30 +21,40 @@ from moddistill.storage.model_folder import read_source
 from moddistill.training.architectures import Models
 from moddistill.training.resume import last_step
 
-_NAME, _SOURCES = "models.json", "sources.json"
+_NAME, _SOURCES, _RUN = "models.json", "sources.json", "run"
 
 
 def check_models(models: Models, workdir: Path) -> None:
     """Compares the models of a run that is going to resume with those it began with.
 
     Raises:
-      UserError: if a model folder has other content now, or its record is missing.
+      UserError: if a model folder or the tokenizer has other content now, or their record is
+        missing.
     """
     recorded = read_json(workdir / _NAME)
     for name, digest in _fingerprints(models).items():
         if recorded.get(name) != digest:
-            spec = getattr(models, name).spec
+            model = getattr(models, name)
+            shown = f"{model.spec!r} with other content" if name != "tokenizer" else "another one"
             raise UserError(
-                f"config.{name}: expected the model that the run in {workdir} began with "
-                f"(digest {str(recorded.get(name))[:12]}), got {spec!r} with "
-                f"other content ({digest[:12]}); restore it, or use another --workdir"
+                f"config.{name}: expected the {'model' if name != 'tokenizer' else name} that the "
+                f"run in {workdir} began with (digest {str(recorded.get(name))[:12]}), got {shown} "
+                f"({digest[:12]}); restore it, or use another --workdir"
             )
 
 
 def write_models(models: Models, workdir: Path) -> None:
     """Records the models that a run begins with."""
     if is_main_process():
-        write_json(workdir / _NAME, _fingerprints(models))
+        write_json(workdir / _NAME, _fingerprints(models) | {_RUN: secrets.token_hex(16)})
+
+
+def run_id(workdir: Path) -> str:
+    """Returns the id of the run in a workdir, which begins once `models.json` is written."""
+    found = read_json(workdir / _NAME).get(_RUN)
+    if not isinstance(found, str):
+        raise invalid(f"{workdir / _NAME}: {_RUN}", found, "the id of the run")
+    return found
 
 
 def check_sources(digests: dict[str, str], workdir: Path) -> None:
@@ -60,14 +73,14 @@ def check_sources(digests: dict[str, str], workdir: Path) -> None:
     for path in sorted(digests.keys() | recorded.keys()):
         if digests.get(path) != recorded.get(path):
             raise UserError(
-                f"config.data.sources: expected the records that the run in {workdir} began with, "
-                f"got {path!r} with other content; restore it, or use another --workdir"
+                f"config.data: expected the records and images that the run in {workdir} began "
+                f"with, got {path!r} with other content; restore it, or use another --workdir"
             )
 
 
 def _fingerprints(models: Models) -> dict[str, str]:
-    """The digest of each model folder by the setting that names it; new weights have none."""
-    found = {}
+    """Digests of tokenizer and model folders by their settings; new weights have none."""
+    found = {"tokenizer": models.tokenizer.digest}
     for name in ("student", "teacher", "vision"):
         model = getattr(models, name)
         if model is not None and model.folder is not None:

@@ -9,7 +9,7 @@ from moddistill.config import TrainConfig
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, invalid
 from moddistill.params import flatten
-from moddistill.storage.digests import check_outside
+from moddistill.storage.digests import NAME, check_outside
 from moddistill.storage.json_file import write_json
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
@@ -20,6 +20,8 @@ _FREE = (
     "save_every", "keep_last", "keep_every", "keep_best", "heldout_every", "on_divergence",
     "divergence_factor", "max_skipped", "profile_steps",
 )  # fmt: skip
+
+_MOST_SHOWN = 5  # changed settings in an error
 
 # Side effects of changing a setting, for the log.
 _EFFECTS = {
@@ -34,6 +36,8 @@ def check_is_workdir(workdir: Path) -> None:
     """Raises UserError for a folder with files that a run would overwrite, but did not write."""
     file = workdir / "config.json"
     check_outside(file, "--workdir")
+    if workdir.exists() and not workdir.is_dir():
+        raise invalid("--workdir", str(workdir), "a folder")
     if file.is_file():
         try:
             settings = json.loads(file.read_text())
@@ -70,10 +74,11 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
         for name, (then, now) in changed.items()
         if name not in _FREE
     ]
+    more = f" and {len(fixed) - _MOST_SHOWN} more" if len(fixed) > _MOST_SHOWN else ""
     if fixed:
         raise UserError(
             f"--workdir: expected the settings that the run in {workdir} began with, of which "
-            f"{', '.join(_FREE)} may change, got {'; '.join(fixed)}"
+            f"{', '.join(_FREE)} may change, got {'; '.join(fixed[:_MOST_SHOWN])}{more}"
         )
     if last is None and "steps" in changed:
         made = changed["steps"][0]
@@ -101,8 +106,9 @@ def is_finished(config: TrainConfig, source: dict[str, Any]) -> bool:
 
 def last_step(workdir: Path) -> int | None:
     """The step of the newest checkpoint in a workdir, if there is one."""
-    names = (path.name for path in (workdir / "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+    # Those without digests are found to be damaged when they are read.
+    complete = (path.parent.name for path in (workdir / "checkpoints").glob(f"*/{NAME}"))
+    return max((int(name) for name in complete if name.isdecimal()), default=None)
 
 
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:

@@ -43,7 +43,7 @@ class Streams(NamedTuple):
       training: its position is saved in checkpoints.
       heldout: None for a run without held-out records.
       plan: of the rows of `training`.
-      digests: of the content of the files of `training`, by their paths.
+      digests: of the content of the files of both, by their paths.
     """
 
     training: Batches
@@ -62,13 +62,15 @@ def open_streams(config: TrainConfig, models: Models, mesh: Mesh, workdir: Path)
     sources = _open(config, data, models, workdir, origin)
     plan = plan_rows(data, sources, config.seed)
     training = _batches(config, data, models, sources, plan, mesh, workdir)
-    heldout = None
+    heldout, others = None, []
     if config.heldout_steps:
         data = dataclasses.replace(data, sources={"heldout": data.heldout})
         others = _open(config, data, models, workdir, "config.data")
         other_plan = plan_rows(data, others, config.seed)
         heldout = _batches(config, data, models, others, other_plan, mesh, workdir)
-    digests = {path: digest for each in sources for path, digest in each.digests.items()}
+    digests: dict[str, str] = {}
+    for source in [*sources, *others]:
+        digests |= source.digests
     return Streams(training, heldout, plan, digests)
 
 

@@ -1,5 +1,8 @@
+import errno
 import importlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -175,3 +178,47 @@ def test_only_user_errors_lose_their_traceback():
     with pytest.raises(ValueError, match="broadcast"), user_errors():
         np.zeros(2) + np.zeros(3)
     assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "error: output: No space left on device",
+        ),
+        (
+            OSError(errno.EISDIR, "Is a directory", ".a.partial", None, "a"),
+            "error: a: Is a directory",
+        ),
+        (
+            ValueError("os_error_code='24' Too many open files"),
+            "error: descriptors: expected enough",
+        ),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=str,
+)
+def test_errors_of_the_system_are_one_line(error, code):
+    with pytest.raises(SystemExit) as end, user_errors():
+        raise error
+    assert str(end.value.code).startswith(str(code))
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly():
+    script = (
+        "from moddistill.cli.parser import user_errors\n"
+        "with user_errors():\n    while True: print('x' * 1000)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True)
+    run.stdout.readline()
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(20)) == ("", 141)
+    run.stderr.close()
+
+
+def test_control_characters_in_the_name_of_a_setting_are_refused():
+    with pytest.raises(SystemExit, match=r"^error: --config: expected the name of a setting, got"):
+        run(
+            "train", "--config", "experiments/sft.py:tiny", "--workdir", "x", "--config.\x1b[31mx=1"
+        )

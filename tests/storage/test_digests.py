@@ -40,12 +40,12 @@ def run(tmp_path):
     """A checkpoint of step 2, and `resume()`, which restores it."""
     params = {"decoder/kernel": jax.random.normal(jax.random.key(0), (40, 50))}
     state = State(jnp.asarray(0), params, {}, optax.adamw(1.0).init(params), jnp.float32(1))
-    with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", "a run") as checkpoints:
         state = state.replace(step=jnp.asarray(2))
         checkpoint.save(checkpoints, state, 16, checkpoint.Keep())
 
     def resume():
-        with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with checkpoint.open_checkpoints(tmp_path / "checkpoints", "a run") as checkpoints:
             return checkpoint.restore(checkpoints, state)
 
     return tmp_path / "checkpoints", resume

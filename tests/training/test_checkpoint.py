@@ -1,5 +1,6 @@
 import errno
 import shutil
+from pathlib import Path
 
 import chex
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from moddistill.errors import UserError
 from moddistill.training import checkpoint
 from moddistill.training.checkpoint import Keep
 from moddistill.training.state import State
+
+RUN = "00ff"
 
 
 def state_at(step, shape=(2, 3), frozen=0.0):
@@ -25,14 +28,14 @@ def state_at(step, shape=(2, 3), frozen=0.0):
 @pytest.fixture
 def folder(tmp_path):
     """Checkpoints of steps 1, 2 and 3, each after eight times as many rows."""
-    with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", RUN) as checkpoints:
         for step in (1, 2, 3):
             checkpoint.save(checkpoints, state_at(step, frozen=5.0), 8 * step, Keep())
     return tmp_path / "checkpoints"
 
 
 def test_newest_state_comes_back_bit_for_bit(folder):
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         restored, next_row = checkpoint.restore(checkpoints, state_at(0, frozen=7.0))
     saved = state_at(3, frozen=7.0)  # frozen parameters are those of the state given
     chex.assert_trees_all_equal(restored, saved, strict=True)
@@ -53,7 +56,7 @@ def test_checkpoint_that_was_not_finished_is_removed(folder, caplog):
     """As a process leaves them that is killed while Orbax writes, or before the digests."""
     (folder / "3").rename(folder / ".3.partial")
     (folder / ".4.partial.orbax-checkpoint-tmp").mkdir()
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         assert checkpoints.latest == 2
         assert sorted(path.name for path in folder.iterdir()) == ["2"]
         state, _ = checkpoint.restore(checkpoints, state_at(0))
@@ -67,9 +70,9 @@ def test_checkpoint_interrupted_before_its_digests_is_not_resumed_from(folder, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "write_digests", killed)
-    with pytest.raises(KeyboardInterrupt), checkpoint.open_checkpoints(folder) as checkpoints:
+    with pytest.raises(KeyboardInterrupt), checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         checkpoint.save(checkpoints, state_at(4), 32, Keep())
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         assert checkpoints.latest == 3
         checkpoint.restore(checkpoints, state_at(0))
 
@@ -98,7 +101,7 @@ def make_folder(file):
 
 
 def restored_step(folder):
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         state, next_row = checkpoint.restore(checkpoints, state_at(0))
         assert next_row == 8 * int(state.step) == 8 * checkpoints.latest
         chex.assert_trees_all_equal(state.params, state_at(int(state.step)).params)
@@ -145,7 +148,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(folder, c
 def test_steps_of_a_damaged_checkpoint_are_saved_again(folder):
     for _ in range(2):
         delete(next((folder / "3" / "state").rglob("d/*")))
-        with checkpoint.open_checkpoints(folder) as checkpoints:
+        with checkpoint.open_checkpoints(folder, RUN) as checkpoints:
             checkpoint.restore(checkpoints, state_at(0))
             checkpoint.save(checkpoints, state_at(3, frozen=5.0), 24, Keep())
         assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "3.damaged"]
@@ -157,7 +160,7 @@ def test_folder_of_damaged_checkpoints_only_is_an_error(folder):
         (folder / step / "digests.json").unlink()
     message = "expected an undamaged checkpoint, or none to .*, got .* steps 3, 2: .*/3: expected"
     with (
-        checkpoint.open_checkpoints(folder) as checkpoints,
+        checkpoint.open_checkpoints(folder, RUN) as checkpoints,
         pytest.raises(ValueError, match=message),
     ):
         checkpoint.restore(checkpoints, state_at(0))
@@ -180,7 +183,7 @@ def test_kept_checkpoints(keep, expected):
 
 def test_checkpoints_are_kept_by_policy(tmp_path):
     scores = {}
-    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path, RUN) as checkpoints:
         for step in range(1, 8):
             scores[step] = abs(step - 2.1)
             checkpoint.save(checkpoints, state_at(step), 0, Keep(1, every=3, scores=dict(scores)))
@@ -202,7 +205,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(error, folder, monkeypatch):
     message = "checkpoints: expected a disk with enough space, got 'No space left on device'"
     with (
         pytest.raises(UserError, match=message),
-        checkpoint.open_checkpoints(folder) as checkpoints,
+        checkpoint.open_checkpoints(folder, RUN) as checkpoints,
     ):
         checkpoint.save(checkpoints, state_at(4), 32, Keep())
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
@@ -212,25 +215,25 @@ def test_checkpoints_without_digests_are_not_removed(folder):
     """Numbered ones too, of another trainer."""
     (folder / "1").mkdir()
     (folder / "1" / "model.bin").touch()
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         checkpoint.save(checkpoints, state_at(4), 32, Keep())
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"]
 
 
 def test_error_while_saving_in_the_background_ends_the_run(folder):
     (folder / "4").write_text("in the way")
-    with pytest.raises(OSError), checkpoint.open_checkpoints(folder) as checkpoints:
+    with pytest.raises(OSError), checkpoint.open_checkpoints(folder, RUN) as checkpoints:
         checkpoint.save(checkpoints, state_at(4), 32, Keep())
 
 
 def test_new_folder_has_no_checkpoint(tmp_path):
-    with checkpoint.open_checkpoints(tmp_path / "none") as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path / "none", RUN) as checkpoints:
         assert checkpoints.latest is None
 
 
 def test_checkpoint_of_another_architecture_is_refused(folder):
     with (
-        checkpoint.open_checkpoints(folder) as checkpoints,
+        checkpoint.open_checkpoints(folder, RUN) as checkpoints,
         pytest.raises(ValueError, match=r"3 does not fit the architecture") as error,
     ):
         checkpoint.restore(checkpoints, state_at(0, shape=(2, 4)))
@@ -238,7 +241,29 @@ def test_checkpoint_of_another_architecture_is_refused(folder):
 
 
 def test_position_may_be_beyond_32_bits(tmp_path):
-    with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path / "c", RUN) as checkpoints:
         checkpoint.save(checkpoints, state_at(1), 2**40 + 1, Keep())
-    with checkpoint.open_checkpoints(tmp_path / "c") as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path / "c", RUN) as checkpoints:
         assert checkpoint.restore(checkpoints, state_at(0))[1] == 2**40 + 1
+
+
+@pytest.mark.parametrize("other", ["renamed", "of another run"])
+def test_checkpoint_with_another_identity_is_not_resumed_from(folder, other, caplog, tmp_path):
+    if other == "renamed":
+        (folder / "3").rename(folder / "7")
+    else:
+        with checkpoint.open_checkpoints(tmp_path / "other", "11") as checkpoints:
+            checkpoint.save(checkpoints, state_at(7), 56, Keep())
+        (tmp_path / "other" / "7").rename(folder / "7")
+        shutil.rmtree(folder / "3")
+    assert restored_step(folder) == 2
+    assert "/7: expected a checkpoint of {'step': 7, 'run': '00ff'}, got {" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "7.damaged"]
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_damaged_checkpoint_takes_the_name_of_an_earlier_one(folder, make):
+    make(folder / "3.damaged")
+    delete(next((folder / "3").rglob("manifest.ocdbt")))
+    assert restored_step(folder) == 2
+    assert (folder / "3.damaged" / "digests.json").is_file()

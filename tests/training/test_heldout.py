@@ -1,6 +1,8 @@
 """Metrics of held-out records: when they are taken, of what, and which checkpoint they keep."""
 
 import dataclasses
+import os
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 
 from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
+from moddistill.errors import StoppedError
 from moddistill.training import loop
 from moddistill.training.heldout import Heldout
+from moddistill.training.interruption import Stops
 from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 
@@ -82,5 +86,32 @@ def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
     records = Records([{"x": np.arange(16.0)}, {"x": np.arange(16.0) * 3}])
     run = loop.Run(model=None, loss=Loss(), step=None, state=state, teacher=None, flops=None)
     heldout = Heldout(config, run, records, sharding.make_mesh(config.mesh))
-    assert [heldout(state) for _ in range(2)] == [{"heldout_x": 15.0}] * 2  # the same batches
+    assert [heldout(state, Stops()) for _ in range(2)] == [
+        {"heldout_x": 15.0}
+    ] * 2  # the same batches
     assert sizes == [(8,)]  # compiled once
+
+
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
+    tiny_config, tmp_path, monkeypatch
+):
+    config = tiny_config("sft", steps=3, heldout_steps=3, heldout_every=2)
+    [source] = config.data.sources.values()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=source))
+    loop.train(config, tmp_path / "whole")
+    is_due = Heldout.is_due
+
+    def interrupted(heldout, step):
+        if is_due(heldout, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return is_due(heldout, step)
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedError, match="after step 2"):
+        patched.setattr(Heldout, "is_due", interrupted)
+        loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
+    means = [
+        [(row["step"], row["heldout_loss"]) for row in read_metrics(file) if "heldout_loss" in row]
+        for file in sorted(tmp_path.glob("*/metrics.jsonl"))
+    ]
+    assert means[0] == means[1] and [step for step, _ in means[0]] == [2, 3]

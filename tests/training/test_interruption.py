@@ -72,6 +72,37 @@ def test_sigterm_saves_the_step_and_exits(workers, start, tmp_path):
     again.kill()
 
 
+def test_ctrl_c_saves_the_step_and_exits(start, tmp_path):
+    run = start()
+    run.send_signal(signal.SIGINT)
+    _, printed = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert "Traceback" not in printed and "SIGINT: stops after this step" in printed
+    [saved] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert rows(tmp_path)[-1]["step"] == saved
+
+
+def test_sigterm_ends_the_wait_for_a_worker_that_is_stopped(start, tmp_path):
+    run = start("--config.data.workers=1")
+    [worker] = [pid for pid in children(run.pid) if b"spawn_main" in command_line(pid)]
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(2)  # until all rows are used that are there
+    run.send_signal(signal.SIGTERM)
+    _, printed = run.communicate(timeout=20)
+    assert run.returncode == 143 and "while waiting for records" in printed
+    [saved] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert rows(tmp_path)[-1]["step"] == saved
+    wait_for(lambda: not alive([worker]), seconds=5)
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path):
+    command = [*RUN, "--workdir", str(tmp_path / "run"), "--config.steps=2"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stderr=full, timeout=90)
+    assert done.returncode == 0
+    assert [row["step"] for row in rows(tmp_path)][-1] == 2
+
+
 def test_second_sigterm_ends_the_run_at_once(start, tmp_path):
     run = start("--config.data.workers=1")
     workers = children(run.pid)
@@ -87,8 +118,8 @@ def test_second_sigterm_ends_a_process_that_is_in_a_call_of_c():
     """As XLA compiles; a handler in Python would wait for its end."""
     code = (
         "import hashlib\n"
-        "from moddistill.training.interruption import until_sigterm\n"
-        "with until_sigterm():\n"
+        "from moddistill.training.interruption import until_signal\n"
+        "with until_signal():\n"
         "    print(flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)\n"
     )

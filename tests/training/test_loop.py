@@ -256,7 +256,7 @@ def test_sigterm_stops_a_run_that_has_all_its_steps(finished, tmp_path, monkeypa
         return restore(*args)
 
     monkeypatch.setattr(checkpoint, "restore", interrupted)
-    with pytest.raises(StoppedError, match="saved after step 4, and stopped"):
+    with pytest.raises(StoppedError, match="stopped after step 4"):
         loop.train(config, tmp_path)
     assert not (tmp_path / "model").exists()
 
@@ -293,3 +293,14 @@ def test_profiled_steps_leave_a_trace(tiny_config, tmp_path):
     loop.train(config, tmp_path)
     [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
+
+
+def test_a_damaged_model_is_not_taken_for_a_finished_one(finished, tmp_path):
+    config, whole = finished("sft")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    next((tmp_path / "model").rglob("manifest.ocdbt")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"expected an undamaged model, or none, .*manifest\.ocdbt"):
+        loop.train(config, tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    loop.train(config, tmp_path)
+    assert rows(tmp_path) == rows(whole)

@@ -1,14 +1,18 @@
 """A run resumes only with the models and records that it began with."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
+from moddistill.data.tokenizer import train_bpe
 from moddistill.errors import UserError
 from moddistill.storage.digests import NAME, write_digests
+from moddistill.training import loop
 from moddistill.training.architectures import resolve_models
 from moddistill.training.provenance import check_models, check_sources, write_models
 from tests.convert import hf_folders
@@ -63,6 +67,43 @@ def test_run_does_not_resume_with_another_model_of_a_stage(tiny_config, tiny_mod
         check_models(resolve_models(config), tmp_path)
 
 
+def test_run_does_not_resume_with_another_tokenizer(tiny_config, tmp_path):
+    """That of a `random:` student is in no model folder."""
+    config = tiny_config("sft")
+    models = resolve_models(config)
+    write_models(models, tmp_path)
+    check_models(models, tmp_path)
+    others = models._replace(tokenizer=train_bpe(["another text"], 300))
+    with pytest.raises(UserError, match=r"^config\.tokenizer: expected the tokenizer that the run"):
+        check_models(others, tmp_path)
+
+
+@pytest.fixture
+def heldout(tiny_config, tmp_path):
+    """The config of a run with held-out records of its own, and their folder."""
+    [source] = tiny_config("sft").data.sources.values()
+    folder = tmp_path / "heldout"
+    shutil.copytree(Path(source.path).parent, folder)
+    own = dataclasses.replace(source, path=str(folder / Path(source.path).name), images=str(folder))
+    config = tiny_config("sft", steps=2, save_every=1, heldout_steps=1)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=own)), folder
+
+
+@pytest.mark.parametrize("changed", ["records", "images"])
+def test_run_does_not_resume_with_other_heldout_records_or_images(heldout, tmp_path, changed):
+    config, folder = heldout
+    loop.train(config, tmp_path / "run")
+    path = Path(config.data.heldout.path)
+    if changed == "records":
+        path.write_text(path.read_text().replace('"value": "', '"value": "so '))
+    else:
+        for image in sorted(folder.glob("*.png"))[1:]:
+            shutil.copy(folder / "0.png", image)
+    named = path if changed == "records" else f"images of {path}"
+    with pytest.raises(UserError, match=f"^config\\.data: expected .* got '{named}' with other"):
+        loop.train(dataclasses.replace(config, steps=4), tmp_path / "run")
+
+
 def test_resuming_needs_the_record_of_models(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"models\.json"):
         check_models(resolve_models(tiny_config("sft")), tmp_path)
@@ -73,6 +114,7 @@ def begun(tmp_path):
     """A workdir with a checkpoint and the digests of two files."""
     check_sources({"a.json": "1" * 64, "b.json": "2" * 64}, tmp_path)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "4" / "digests.json").touch()
     return tmp_path
 
 
@@ -89,9 +131,7 @@ def test_run_resumes_with_the_same_records(begun):
     ],
 )
 def test_run_does_not_resume_with_other_records(digests, path, begun):
-    message = (
-        rf"^config\.data\.sources: expected the records .* began with, got '{path}' with other"
-    )
+    message = rf"^config\.data: expected the records .* began with, got '{path}' with other"
     with pytest.raises(UserError, match=message):
         check_sources(digests, begun)
 

@@ -17,9 +17,7 @@ from moddistill.params import flatten
 from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.model_folder import VERSION, read_source
 from moddistill.training import loop, resume
-from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
-from moddistill.training.provenance import write_models
 from moddistill.training.resume import write_settings
 
 
@@ -270,8 +268,8 @@ def test_run_does_not_resume_from_a_checkpoint_of_another_architecture(finished,
     config, whole = finished("d2s")
     other = with_fields(config, moe={"num_experts": 2})
     write_settings(other, tmp_path)
-    write_models(resolve_models(other), tmp_path)
-    shutil.copy(whole / "sources.json", tmp_path)
+    for name in ("models.json", "sources.json"):
+        shutil.copy(whole / name, tmp_path)
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"checkpoint .*/4 does not fit the architecture") as error:
         loop.train(other, tmp_path)
