@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 
-from moddistill.distributed.processes import initialize
+from moddistill.distributed.processes import initialize, leaving_at_once
 from moddistill.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -137,6 +137,19 @@ def test_death_of_a_process_ends_the_other_and_the_run_resumes(tmp_path, start):
         assert len(losses(run)) < 30
     start.finish(run, "--config.steps=30", devices=4, launches=by_slurm(2))
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize(("code", "leaves"), [("error: x", True), (143, False)])
+def test_a_process_of_several_does_not_wait_for_the_others_after_an_error(
+    code, leaves, monkeypatch, capsys
+):
+    left = []
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("os._exit", left.append)
+    with pytest.raises(SystemExit), leaving_at_once():
+        sys.exit(code)
+    assert left == [1] * leaves
+    assert capsys.readouterr().err == "error: x\n" * leaves
 
 
 def test_sigterm_of_one_process_saves_the_run_and_ends_all(tmp_path, start):
