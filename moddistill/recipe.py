@@ -33,6 +33,7 @@ from moddistill.reports.summary import evaluation_folder, table_columns, table_r
 from moddistill.reports.table import format_table
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
+from moddistill.training.interruption import ctrl_c_ends_at_once
 from moddistill.training.lock import locked
 from moddistill.training.log_output import start_logging
 from moddistill.training.loop import LOG, train
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the recipe")
     add_process_flags(parser)
     args = parser.parse_args(argv)
-    with leaving_at_once(), user_errors():
+    with ctrl_c_ends_at_once(), leaving_at_once(), user_errors():
         initialize(args.coordinator, args.processes, args.process)
         start_logging()
         values = at_workdir(args.config.to_dict(), args.workdir)

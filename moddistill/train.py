@@ -13,6 +13,7 @@ from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import initialize, leaving_at_once
+from moddistill.training.interruption import ctrl_c_ends_at_once
 from moddistill.training.log_output import start_logging
 from moddistill.training.loop import train
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
     add_process_flags(parser)
     args = parser.parse_args(argv)
-    with leaving_at_once(), user_errors():
+    with ctrl_c_ends_at_once(), leaving_at_once(), user_errors():
         initialize(args.coordinator, args.processes, args.process)
         start_logging()
         train(from_config_dict(TrainConfig, args.config.to_dict()), args.workdir)

@@ -31,7 +31,7 @@ _ARGPARSE_MESSAGES = (
     (r"^(.+?): invalid (\w+) value: (.+)$", r"\1: expected a value of type \2, got \3"),
     (r"^the following arguments are required: (.+)$", r"expected \1, got no such argument"),
 )
-_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE)  # without a name
+_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # without a name
 _INDENT = " " * 24  # column of descriptions, as in argparse
 _FIELDS = "\nconfig fields, with defaults that an experiment file may replace:"
 
@@ -59,6 +59,8 @@ def user_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python has not written yet
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            sys.exit(printable(f"error: {_lacking(error)}"))
         name = error.filename2 or error.filename  # the second one is that to be replaced
         if name is None and error.errno not in _OF_OUTPUT:
             raise

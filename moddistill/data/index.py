@@ -6,7 +6,7 @@ processes, and writes
 
     FOLDER/columns.bin      one array after the other, memory-mapped at run time (`COLUMNS`)
     FOLDER/rejected.jsonl   line and reason of each record that breaks its form
-    FOLDER/index.json       the identity of the file, counts, and the digest of the columns
+    FOLDER/index.json       the identity of the file, counts, and digests of all three
 
 A build that is interrupted continues with the blocks of records that it has finished.
 """
@@ -162,9 +162,8 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = read_json(folder / "index.json")
         size = meta["records"] * COLUMNS.itemsize
-        columns = folder / "columns.bin"
-        intact = columns.stat().st_size == size and _digest(columns) == meta["columns"]
-        intact = intact and "file" in meta
+        intact = (folder / "columns.bin").stat().st_size == size
+        intact = intact and _digests(folder) == meta["digests"] and meta.pop("own") == _own(meta)
     except (UserError, OSError, KeyError, TypeError):
         return None
     return meta if intact else None
@@ -179,9 +178,17 @@ def _digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: _digest(folder / name) for name in ("columns.bin", "rejected.jsonl")}
+
+
+def _own(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
     try:
-        write_json(folder / "index.json", meta)
+        write_json(folder / "index.json", meta | {"own": _own(meta)})
     except OSError:
         return  # a folder that others own: the digest is compared again next time
 
@@ -205,10 +212,10 @@ def _build(path: str, spec: IndexSpec, target: Path) -> None:
         digest = hashing.submit(_digest, path)
         meta = index_records(open_file(path), spec, building)
         meta["file"] = _identity(path, digest.result())
-        meta["columns"] = _digest(building / "columns.bin")
+        meta["digests"] = _digests(building)
     if before.items() - meta["file"].items():
         raise UserError(f"{path}: expected a file that does not change while it is indexed")
-    write_json(building / "index.json", meta)
+    write_json(building / "index.json", meta | {"own": _own(meta)})
     begun.unlink()
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)

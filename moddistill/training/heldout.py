@@ -50,8 +50,7 @@ class Heldout:
         self._records.seek(0)
         for _ in range(self._config.heldout_steps):
             try:
-                with stops.while_waiting():
-                    rows = next(self._records)
+                rows = stops.wait(self._records.__next__)
             except Waiting:
                 self._records.close()
                 return None

@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,6 +15,8 @@ from jax.experimental import multihost_utils
 from moddistill.errors import StoppedError
 
 LOG = logging.getLogger("moddistill")
+T = TypeVar("T")
+_PATIENCE = 0.1  # seconds after which a wait looks for a signal
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -30,10 +34,13 @@ class Stops:
         del step
         return bool(self.number)
 
-    @contextlib.contextmanager
-    def while_waiting(self) -> Iterator[None]:
-        """Ends the block with `Waiting` when a signal comes, in a run of one process."""
-        yield
+    def wait(self, make: Callable[[], T]) -> T:
+        """Returns `make()`, which may take long; always called in the same thread.
+
+        Raises:
+          Waiting: a signal comes before, in a run of one process.
+        """
+        return make()
 
     def error(self, text: str) -> StoppedError:
         """The error that ends the run, with the exit code of a process that the signal ended."""
@@ -49,25 +56,40 @@ class _OfProcesses(Stops):
 
 
 class _OfProcess(Stops):
-    """Set by the first signal; the second one ends the process."""
+    """Set by the first signal; the second one ends the process.
 
-    _waits = False
+    What takes long is called in a thread of its own, since a handler that raised an error would do
+    so anywhere. It lives as long as the run, since data workers end with the thread that starts
+    them.
+    """
 
-    def handle(self, number: int, _: object) -> None:
-        """The handler in Python, which runs when the main thread returns from XLA."""
-        self.number = number
-        if self._waits:
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
+        self._made: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while (make := self._asked.get()) is not None:
+            try:
+                self._made.put((make(), None))
+            except BaseException as error:
+                self._made.put((None, error))
+
+    def wait(self, make: Callable[[], T]) -> T:
+        if self.number:
             raise Waiting
+        self._asked.put(make)
+        while not self.number:
+            with contextlib.suppress(Empty):
+                made, error = self._made.get(timeout=_PATIENCE)
+                if error is not None:
+                    raise error
+                return made
+        raise Waiting
 
-    @contextlib.contextmanager
-    def while_waiting(self) -> Iterator[None]:
-        self._waits = True
-        try:
-            if self.number:
-                raise Waiting
-            yield
-        finally:
-            self._waits = False
+    def close(self) -> None:
+        """Ends the thread, when it has made what was asked for."""
+        self._asked.put(None)
 
 
 @contextlib.contextmanager
@@ -78,12 +100,12 @@ def until_signal() -> Iterator[Stops]:
     elif threading.current_thread() is not threading.main_thread():
         yield Stops()  # only the main thread may have handlers
     else:
-        with _watched(_OfProcess()) as stops:
+        with contextlib.closing(_OfProcess()) as stops, _watched(stops):
             yield stops
 
 
 @contextlib.contextmanager
-def _watched(stops: _OfProcess) -> Iterator[Stops]:
+def _watched(stops: Stops) -> Iterator[None]:
     """Handles signals; the second one ends the process at once.
 
     Handlers in Python wait until the main thread returns from XLA, which may compile for minutes,
@@ -106,12 +128,25 @@ def _watched(stops: _OfProcess) -> Iterator[Stops]:
         os.close(reader)
 
     threading.Thread(target=watch, daemon=True).start()
-    before = {number: signal.signal(number, stops.handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield stops
+        yield
     finally:
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)
+
+
+@contextlib.contextmanager
+def ctrl_c_ends_at_once() -> Iterator[None]:
+    """Ends the process by Ctrl-C as by other signals, before a run handles it.
+
+    Callbacks of JAX swallow the exception that Python raises.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

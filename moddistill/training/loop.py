@@ -27,7 +27,14 @@ from moddistill.training.loading import Run, prepare
 from moddistill.training.lock import locked
 from moddistill.training.metrics import HELDOUT, MetricsLog
 from moddistill.training.optim import schedule
-from moddistill.training.provenance import check_models, check_sources, run_id, write_models
+from moddistill.training.provenance import (
+    RUN,
+    check_is_of_run,
+    check_models,
+    check_sources,
+    run_id,
+    write_models,
+)
 from moddistill.training.resume import (
     check_is_workdir,
     check_steps,
@@ -63,6 +70,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     changes = check_workdir(config, workdir)
     result = workdir / "model"
     if result.exists() and is_finished(config, read_source(result)):
+        check_is_of_run(result, workdir)
         expected = "an undamaged model, or none, which is then made again"
         verify(result, list(read_digests(result).files), expected=expected, shared=True)
         LOG.info("%s is finished: %s", config.stage, result)
@@ -86,7 +94,7 @@ def _train(config: TrainConfig, workdir: Path, changes: Sequence[str]) -> None:
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         streams = open_streams(config, models, mesh, workdir)
         check_sources(streams.digests, workdir)
-        source = dataclasses.asdict(config)
+        source = dataclasses.asdict(config) | {RUN: run_id(workdir)}
         config = with_steps(config, streams.plan)
         check_steps(config, workdir)
         run = prepare(config, models, mesh)
@@ -139,9 +147,9 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
             def report(step: int) -> None:
                 log.report(step, float(learning_rate(step - 1)), _last_good(checkpoints))
 
-            def save(step: int, state: State) -> None:
+            def save(step: int, state: State, next_row: int) -> None:
                 report(step)  # so that no checkpoint holds a state that is not finite
-                checkpoint.save(checkpoints, state, records.next_row, _keep(config, log))
+                checkpoint.save(checkpoints, state, next_row, _keep(config, log))
 
             if start and _evaluate(heldout, log, start, state, stops):
                 raise stops.error(f"{config.stage}: stopped after step {start}")
@@ -149,8 +157,9 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 with _profiled(step, start, config, workdir):
                     # The state is as good as before if the next records are bad.
                     unsaved = step > start + 1 and checkpoints.latest != step - 1
-                    with _saving(save if unsaved else None, step - 1, state, stops):
-                        rows = next(records)
+                    done = step - 1, state, records.next_row
+                    with _saving(save if unsaved else None, done, stops):
+                        rows = stops.wait(records.__next__)
                     batch = sharding.put_batch(mesh, rows)
                     if config.keep_best and step == start + 1:
                         heldout.check_name(config.keep_best, state, batch)
@@ -167,7 +176,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                     report(step)
                 stopped = stopped or _evaluate(heldout, log, step, state, stops)
                 if saves or stopped:
-                    save(step, state)
+                    save(step, state, records.next_row)
                 if stopped:
                     raise stops.error(f"{config.stage}: saved after step {step}, and stopped")
     warn_of_records(workdir)
@@ -176,7 +185,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
 
 @contextlib.contextmanager
 def _saving(
-    save: Callable[[int, State], None] | None, step: int, state: State, stops: Stops
+    save: Callable[[int, State, int], None] | None, done: tuple[int, State, int], stops: Stops
 ) -> Iterator[None]:
     """Saves before an error of records or workers, or a signal, ends the wait for rows.
 
@@ -186,13 +195,12 @@ def _saving(
       StoppedError: after a signal.
     """
     try:
-        with stops.while_waiting():
-            yield
+        yield
     except (UserError, Waiting) as error:
         if save is not None and jax.process_count() == 1:
-            save(step, state)
+            save(*done)
         if isinstance(error, Waiting):
-            raise stops.error(f"stopped after step {step}, while waiting for records") from None
+            raise stops.error(f"stopped after step {done[0]}, while waiting for records") from None
         raise
 
 

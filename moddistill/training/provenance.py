@@ -21,7 +21,8 @@ from moddistill.storage.model_folder import read_source
 from moddistill.training.architectures import Models
 from moddistill.training.resume import last_step
 
-_NAME, _SOURCES, _RUN = "models.json", "sources.json", "run"
+_NAME, _SOURCES = "models.json", "sources.json"
+RUN = "run"  # its id, in `models.json` and in the source of the model that it makes
 
 
 def check_models(models: Models, workdir: Path) -> None:
@@ -46,15 +47,26 @@ def check_models(models: Models, workdir: Path) -> None:
 def write_models(models: Models, workdir: Path) -> None:
     """Records the models that a run begins with."""
     if is_main_process():
-        write_json(workdir / _NAME, _fingerprints(models) | {_RUN: secrets.token_hex(16)})
+        write_json(workdir / _NAME, _fingerprints(models) | {RUN: secrets.token_hex(16)})
 
 
 def run_id(workdir: Path) -> str:
     """Returns the id of the run in a workdir, which begins once `models.json` is written."""
-    found = read_json(workdir / _NAME).get(_RUN)
+    found = read_json(workdir / _NAME).get(RUN)
     if not isinstance(found, str):
-        raise invalid(f"{workdir / _NAME}: {_RUN}", found, "the id of the run")
+        raise invalid(f"{workdir / _NAME}: {RUN}", found, "the id of the run")
     return found
+
+
+def check_is_of_run(model: Path, workdir: Path) -> None:
+    """Raises UserError for a model that another run than that of the workdir has made."""
+    found = read_source(model).get(RUN)
+    if (workdir / _NAME).exists() and found != run_id(workdir):
+        raise UserError(
+            f"{model}: expected the model that the run in {workdir} has made (run "
+            f"{run_id(workdir)[:8]}), or none, which is then made again, got one of run "
+            f"{str(found)[:8]}"
+        )
 
 
 def check_sources(digests: dict[str, str], workdir: Path) -> None:

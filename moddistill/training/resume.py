@@ -93,8 +93,9 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
 
 def check_steps(config: TrainConfig, workdir: Path) -> None:
     """Raises UserError for fewer steps than the run in a workdir has made."""
-    last = last_step(workdir)
-    if last is not None and config.steps < last:
+    # Folders without digests are found to be damaged when they are read.
+    last = max((step for step in _steps(workdir, f"*/{NAME}")), default=0)
+    if config.steps < last:
         expected = f">= {last}, the steps that the run in {workdir} has made"
         raise invalid("config.steps", config.steps, expected)
 
@@ -106,9 +107,13 @@ def is_finished(config: TrainConfig, source: dict[str, Any]) -> bool:
 
 def last_step(workdir: Path) -> int | None:
     """The step of the newest checkpoint in a workdir, if there is one."""
-    # Those without digests are found to be damaged when they are read.
-    complete = (path.parent.name for path in (workdir / "checkpoints").glob(f"*/{NAME}"))
-    return max((int(name) for name in complete if name.isdecimal()), default=None)
+    return max(_steps(workdir, "*"), default=None)
+
+
+def _steps(workdir: Path, pattern: str) -> list[int]:
+    folder = workdir / "checkpoints"
+    names = (path.relative_to(folder).parts[0] for path in folder.glob(pattern))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:

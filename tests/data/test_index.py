@@ -216,6 +216,19 @@ def test_damaged_index_is_made_again(name, damage, spec, data_file, caplog):
     assert f"{file.parent} is damaged and made again" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["columns.bin", "index.json", "rejected.jsonl"])
+def test_a_changed_byte_of_an_index_is_found(name, spec, data_file, caplog):
+    path = data_file(RECORDS)
+    file = open_index(path, spec, "").folder / name
+    content = file.read_bytes()
+    for place in range(0, len(content), 7):
+        changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        file.write_bytes(changed)
+        made = open_index(path, spec, "")
+        assert made.images.tolist() == [1, 0, 2, 0] and [n for n, _ in made.rejected()] == [2]
+    assert f"{file.parent} is damaged and made again" in caplog.text
+
+
 def test_damaged_part_of_an_interrupted_build_is_made_again(
     spec, data_file, blocks_of_two, built, monkeypatch
 ):

@@ -2,9 +2,7 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -13,10 +11,10 @@ import pytest
 from moddistill.convert.resolve import load
 from moddistill.data.pipeline import Batches
 from moddistill.distributed import sharding
-from moddistill.errors import StoppedError, UserError
+from moddistill.errors import UserError
 from moddistill.params import flatten
 from moddistill.storage.model_folder import save_model
-from moddistill.training import checkpoint, loading, loop
+from moddistill.training import loading, loop
 from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
 from moddistill.training.streams import row_spec
@@ -244,23 +242,6 @@ def test_run_interrupted_before_its_model_is_written_can_be_finished(
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 4]
 
 
-def test_sigterm_stops_a_run_that_has_all_its_steps(finished, tmp_path, monkeypatch):
-    """While its last checkpoint is read; or a recipe would begin its next stage."""
-    config, whole = finished("sft")
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "model")
-    restore = checkpoint.restore
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return restore(*args)
-
-    monkeypatch.setattr(checkpoint, "restore", interrupted)
-    with pytest.raises(StoppedError, match="stopped after step 4"):
-        loop.train(config, tmp_path)
-    assert not (tmp_path / "model").exists()
-
-
 def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
     config, _ = finished("sft")
     runs, prepare = [], loop.prepare
@@ -304,3 +285,13 @@ def test_a_damaged_model_is_not_taken_for_a_finished_one(finished, tmp_path):
     shutil.rmtree(tmp_path / "model")
     loop.train(config, tmp_path)
     assert rows(tmp_path) == rows(whole)
+
+
+def test_a_model_of_another_run_is_not_taken_for_its_own(finished, tiny_config, tmp_path):
+    config, whole = finished("sft")
+    loop.train(tiny_config("sft", seed=3), tmp_path / "other")
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.copytree(tmp_path / "other" / "model", tmp_path / "run" / "model")
+    with pytest.raises(UserError, match="/run/model: expected the model that the run in"):
+        loop.train(config, tmp_path / "run")

@@ -145,3 +145,22 @@ def test_resuming_needs_the_record_of_sources(begun):
     (begun / "sources.json").unlink()
     with pytest.raises(UserError, match=r"sources\.json"):
         check_sources({"a.json": "1" * 64}, begun)
+
+
+def test_a_refused_start_changes_nothing(tiny_config, tmp_path):
+    """All checkpoints are damaged; mended, the run goes on."""
+    config = tiny_config("sft")
+    loop.train(config, tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    digests = [folder / "digests.json" for folder in (tmp_path / "checkpoints").iterdir()]
+    contents = [file.read_text() for file in digests]
+    for file in digests:
+        file.unlink()
+    before = (tmp_path / "models.json").read_text()
+    with pytest.raises(UserError, match="expected an undamaged checkpoint"):
+        loop.train(config, tmp_path)
+    assert (tmp_path / "models.json").read_text() == before
+    for file, content in zip(digests, contents, strict=True):
+        file.write_text(content)
+    loop.train(config, tmp_path)
+    assert (tmp_path / "model").exists()
