@@ -80,7 +80,7 @@ def interrupted(source, tmp_path, monkeypatch):
         written.append(shard.name)
         return write(self, shard)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(shards.ShardWriter, "__call__", write_three)
         main([*source, "--to", str(tmp_path / "part"), "--workers", "0"])
     assert len(list((tmp_path / "part").glob("*.array_record"))) == 3
@@ -149,13 +149,13 @@ def is_running(pid):
 def test_a_conversion_interrupted_at_its_end_lists_each_record_once(
     source, prepare, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(
             run_module.Reasons, "commonest", lambda self, most: exec("raise KeyboardInterrupt")
         )
         prepare(*source, to="part")
     assert len(read_rejected(tmp_path / "part")) == 10
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(run_module, "write_digests", lambda *args: exec("raise KeyboardInterrupt"))
         prepare(*source, to="part")
     assert content(prepare(*source, to="part")) == content(prepare(*source, to="entire"))

@@ -200,19 +200,14 @@ def test_incomplete_last_line_is_left_out(tmp_path):
     assert [row["step"] for row in read_metrics(file)] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"expected a JSON object \(Expecting .*, got '\{'$"),
-        ("[1]", r"expected a JSON object with a step, got '\[1\]'$"),
-        ("", r"expected a JSON object \(.*, got ''$"),
-    ],
-)
-def test_broken_line_is_named(line, message, tmp_path):
+@pytest.mark.parametrize("line", ["{", "[1]", "", '{"loss": 1.0}', '{"step": 2, "loss": "x"}'])
+def test_broken_line_is_named(line, tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
-    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {message}"):
+    message = r"metrics\.jsonl, line 2: expected a JSON object of numbers with a step \(the run can"
+    with pytest.raises(ValueError, match=message) as error:
         read_metrics(file)
+    assert str(error.value).endswith(f"got {line!r}")
 
 
 def test_missing_metrics_file_has_no_rows(tmp_path):
