@@ -100,9 +100,7 @@ class DataConfig:
     index: Annotated[str, "folder for the indices of sources; empty: next to their files"] = ""
     workers: Annotated[int, Range(ge=0, le=1000), "worker processes; 0 reads in threads"] = 0
     worker_timeout: Annotated[
-        int,
-        Range(ge=1, le=10**6),
-        "seconds without a row after which the run stops, and names its workers",
+        int, Range(ge=1, le=10**6), "seconds without a row after which a run stops and says why"
     ] = 60
     # Evaluated for `heldout_steps` batches.
     heldout: SourceConfig = SourceConfig()

@@ -122,7 +122,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
     """Steps until `config.steps`, from the newest checkpoint if there is one.
 
     Raises:
-      StoppedError: after SIGTERM, with a checkpoint of the last step.
+      StoppedError: after a signal, with a checkpoint of the last step.
     """
     records = streams.training
     learning_rate = schedule(config.optim, config.steps)
@@ -173,7 +173,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 last, stopped = step == config.steps, stops.after(step)
                 saves = last or stopped or step % config.save_every == 0
                 if saves:
-                    report(step)
+                    report(step)  # before held-out records are evaluated with a diverged state
                 stopped = stopped or _evaluate(heldout, log, step, state, stops)
                 if saves or stopped:
                     save(step, state, records.next_row)
