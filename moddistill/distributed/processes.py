@@ -87,7 +87,7 @@ def leaving_at_once() -> Iterator[None]:
         yield
     except SystemExit as error:
         # After a signal all processes end together.
-        if isinstance(error.code, str) and jax.process_count() > 1:
+        if isinstance(error.code, str) and jax.distributed.is_initialized():
             print(error.code, file=sys.stderr, flush=True)
             os._exit(1)
         raise
