@@ -16,9 +16,10 @@ from benchmarks.device_inputs import on, random_batch, random_leaves, say
 from moddistill.config import DataConfig, ExpertConfig, TrainConfig
 from moddistill.distributed import sharding
 from moddistill.distributed.accelerators import peak_flops
-from moddistill.inference.decode import decode
+from moddistill.inference.decode import admit, empty_rows, step
 from moddistill.inference.sampling import Sampling
 from moddistill.models.compute import ComputeConfig
+from moddistill.models.layer_plan import separate_layers
 from moddistill.models.layers import SwiGLU
 from moddistill.models.moe.layer import MoE, check_moe
 from moddistill.models.presets import preset
@@ -120,7 +121,7 @@ def decoding(device: Any, tiny: bool, left: Left) -> dict[str, Any]:
 
 def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
     """Returns seconds of prefill and of each new token, computed from answers of two lengths."""
-    model = Vlm(config, ComputeConfig(dtype=jnp.bfloat16))
+    model = Vlm(config, ComputeConfig(dtype=jnp.bfloat16, stacked=False))
     length = config.vision.patches + _WORDS
     with on(device) as mesh:
         shapes = jax.eval_shape(
@@ -128,6 +129,7 @@ def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
         )
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
         params = random_leaves(with_shardings(shapes, everywhere), 0)
+        params["decoder"] |= separate_layers(params["decoder"], config.decoder.plan)
         settings = TrainConfig(batch_size=rows, data=DataConfig(max_length=length, packing=False))
         batch = random_batch(settings, config, mesh, full=True)
         batch = sharding.put_batch(mesh, batch)
@@ -135,15 +137,14 @@ def _decode(config: Any, rows: int, device: Any) -> dict[str, Any]:
         for new in (2, _WORDS + 2):
 
             def run(new: int = new) -> Any:
-                return decode(
-                    model,
-                    params,
-                    batch,
-                    jax.random.key(0),
-                    max_new_tokens=new,
-                    end_id=-1,  # not a token, so that answers have full length
-                    sampling=Sampling(),
-                )
+                """Answers of full length, since nothing here stops at an end token."""
+                static = {"sampling": Sampling(), "top_logprobs": 0}
+                state = empty_rows(model, rows, length + new, Sampling())
+                rngs = jax.random.split(jax.random.key(0), rows)
+                state, _ = admit(model, params, state, batch, jnp.arange(rows), rngs, **static)
+                for _ in range(new - 1):
+                    state, choice = step(model, params, state, **static)
+                return choice
 
             seconds[new] = median_seconds(run, 1)
     token = (seconds[_WORDS + 2] - seconds[2]) / _WORDS

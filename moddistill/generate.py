@@ -1,73 +1,81 @@
-"""Answers one question.
+"""Answers one question, or those of a file.
 
-python -m moddistill.generate --model DIR --image FILE --prompt TEXT [--json]
+    python -m moddistill.generate --model DIR --image FILE --prompt TEXT [--json]
+    python -m moddistill.generate --model DIR --jsonl FILE --out FILE
+
+Each line of the file is an object with `prompt` and, where there are any, `images` (files, relative
+to the folder of the file), `id`, `system` and `history` (pairs of question and answer). Lines of
+`--out` come in the order in which the answers finish. The same command again goes on where it was
+interrupted.
 """
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
-
-from moddistill.cli.model_flags import add_model_flags
+from moddistill.cli.generation_flags import (
+    add_generation_flags,
+    check_images,
+    decoding_of,
+    load_model,
+    with_images,
+)
 from moddistill.cli.parser import Parser, in_range, user_errors
-from moddistill.convert.resolve import as_model_folder, load
-from moddistill.data.records import IMAGE
-from moddistill.data.tokenizer import load_tokenizer
-from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import printable
-from moddistill.inference.decode import Answer, answer
+from moddistill.inference.answer import Answer
+from moddistill.inference.answer_file import answer_file
+from moddistill.inference.generation import stream
 from moddistill.inference.prompts import Prompt
-from moddistill.inference.sampling import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.generate`."""
     parser = Parser(__doc__, prog="python -m moddistill.generate")
-    add_model_flags(parser)
-    parser.add_argument("--image", action="append", default=[], help="file; repeat for several")
+    add_generation_flags(parser, max_new_tokens=128)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="question; without <image>, images go first")
+    asked.add_argument("--jsonl", type=Path, help="file of questions")
+    parser.add_argument("--out", type=Path, help="file of the answers to --jsonl")
+    parser.add_argument("--json", action="store_true", help="print all fields of the answer")
     parser.add_argument(
-        "--prompt", required=True, help=f"question; without {IMAGE}, images go first"
+        "--logprobs",
+        type=in_range(int, ge=0, le=1000),
+        default=0,
+        help="most probable tokens to report for each token",
     )
-    parser.add_argument("--json", action="store_true", help="print text, token_ids and prompt_ids")
-    parser.add_argument(
-        "--max_new_tokens", type=in_range(int, ge=1, le=10**6), default=128, help="longest answer"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="probability of the tokens sampled from"
-    )
-    parser.add_argument("--seed", type=in_range(int, ge=0, lt=2**32), default=0, help="of sampling")
     args = parser.parse_args(argv)
-    for path in args.image:
-        if not Path(path).is_file():
-            parser.error(f"--image: expected an image file, got {path!r}: no such file")
+    check_images(parser, args)
+    if (args.jsonl is None) != (args.out is None) or (args.jsonl and args.image):
+        parser.error("--jsonl: expected --out with it, and no --image")
     with user_errors():
-        result = _answer_one(args)
-    answer_json = json.dumps(dataclasses.asdict(result), ensure_ascii=False)
-    print(printable(answer_json if args.json else result.text))
+        if args.jsonl:
+            _answer_file(args)
+        else:
+            _answer_one(args)
 
 
-def _answer_one(args: argparse.Namespace) -> Answer:
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
-    folder = as_model_folder(args.model)
-    mesh = args.mesh and make_mesh(args.mesh)
-    model, params = load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh)
-    question = args.prompt
-    if IMAGE not in question:
-        question = f"{IMAGE}\n" * len(args.image) + question
-    [result] = answer(
-        model,
-        params,
-        load_tokenizer(str(folder)),
-        [Prompt(question, tuple(args.image))],
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        seed=args.seed,
-    )
-    return result
+def _answer_one(args: argparse.Namespace) -> None:
+    """Prints the answer, its text as it is written."""
+    decoding = decoding_of(args, args.logprobs)
+    prompt = Prompt(with_images(args.prompt, len(args.image)), tuple(args.image))
+    for part in stream(*load_model(args), prompt, decoding):
+        if not isinstance(part, Answer):
+            if not args.json:
+                print(printable(part), end="", flush=True)
+        elif args.json:
+            print(printable(json.dumps(dataclasses.asdict(part), ensure_ascii=False)))
+        else:
+            print()
+
+
+def _answer_file(args: argparse.Namespace) -> None:
+    decoding = decoding_of(args, args.logprobs)
+    failed = answer_file(lambda: load_model(args), args.jsonl, args.out, decoding)
+    if failed:
+        sys.exit(f"error: {args.out}: {failed} questions have an `error` in place of an answer")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import pytest
 from moddistill import chat
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.inference.decode import Answer, answer
+from moddistill.inference.answer import Answer, Decoding
+from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 
 
@@ -27,7 +28,7 @@ def test_each_answer_depends_on_the_earlier_turns(tiny_models, image):
         Prompt("is it red?", (image,), ((question, first),)),
     ]
     for reply, prompt in zip((first, second), prompts, strict=True):
-        [expected] = answer(model, params, tokenizer, [prompt], max_new_tokens=4)
+        [expected] = answer(model, params, tokenizer, [prompt], Decoding(max_new_tokens=4))
         assert reply == expected.text
 
 

@@ -16,6 +16,7 @@ from moddistill.convert.cache import import_once
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.sharding import check_divisible, param_shardings, unbox
 from moddistill.models.compute import ComputeConfig
+from moddistill.models.layer_plan import separate_layers
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params, dummy_batch
 from moddistill.params import cast_frozen
@@ -76,7 +77,11 @@ def as_model_folder(name: str | Path) -> Path:
 
 
 def load(
-    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    folder: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    stacked: bool = True,
 ) -> tuple[Vlm, dict[str, Any]]:
     """Loads a model for inference as `(model, params)`.
 
@@ -84,6 +89,7 @@ def load(
       folder: a model folder, a Hugging Face folder or a hub name.
       dtype: of computation and parameters; routers, norms and residual weights stay float32.
       mesh: devices to shard the parameters over; by default all are on the first device.
+      stacked: equal layers share arrays, as they are stored. Answers are made faster without.
 
     Raises:
       UserError: if it is none of these, its parameters do not fit its architecture, or the mesh
@@ -99,9 +105,15 @@ def load(
     # Evaluated on shapes, `cast_frozen` gives the dtype of each array before any is read.
     shapes = jax.eval_shape(lambda params: cast_frozen(params, dtype), unbox(boxed))
     dtypes = jax.tree.map(lambda x: x.dtype, shapes)
-    return Vlm(config, ComputeConfig(dtype=dtype)), load_params(
-        folder, config, dtype=dtypes, shardings=shardings
-    )
+    params = load_params(folder, config, dtype=dtypes, shardings=shardings)
+    if not stacked:
+        params["decoder"] = _separate(params["decoder"], config)
+    return Vlm(config, ComputeConfig(dtype=dtype, stacked=stacked)), params
+
+
+def _separate(decoder: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    layers = separate_layers(decoder, config.decoder.plan)
+    return layers | {name: x for name, x in decoder.items() if not name.startswith("segment_")}
 
 
 def load_or_init(model: ResolvedModel, mesh: Mesh, rng: jax.Array) -> dict[str, Any]:

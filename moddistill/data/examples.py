@@ -56,14 +56,18 @@ def encode_prompt(
     images_count: int,
     tokenizer: Tokenizer,
     image_tokens: int,
+    system: str | None = None,
 ) -> list[int]:
     """Encodes a generation prompt, with the image id repeated per patch.
+
+    Args:
+      system: system prompt in place of the template's.
 
     Raises:
       UserError: the number of `<image>` is not that of the images, or there are images for a
         text-only model.
     """
-    pieces = prompt(template, turns, question)
+    pieces = prompt(template, turns, question, system)
     placeholders = pieces.count(Piece(IMAGE, special=True))
     if placeholders != images_count:
         raise invalid(f"number of {IMAGE}", placeholders, f"{images_count}, one per image")

@@ -11,7 +11,13 @@ from moddistill.distributed.sharding import replicated
 from moddistill.inference.batching import batch_rows
 from moddistill.inference.decode import without_drops
 from moddistill.inference.placement import mesh_context, params_mesh, put_rows
-from moddistill.inference.prompts import Prompt, prompt_batch
+from moddistill.inference.prompts import (
+    Prompt,
+    bucket,
+    encode_prompt,
+    load_images,
+    prompt_batch,
+)
 from moddistill.models.vlm import Vlm
 
 
@@ -24,7 +30,8 @@ def expert_load(
       `{"layer": index, "image": shares, "text": shares}` for each expert layer; shares add up to 1.
     """
     mesh = params_mesh(params)
-    rows = batch_rows(model, params, tokenizer, prompts, 0)
+    ids = [encode_prompt(prompt, model.config, tokenizer) for prompt in prompts]
+    rows = batch_rows(model, params, bucket(max(map(len, ids))), len(prompts))
     # `load` counts computed assignments only: with drops, overfull experts would look balanced.
     model = without_drops(model)
     load_of = jax.jit(
@@ -34,8 +41,10 @@ def expert_load(
     # Loads are counts of assignments, so that batches of any size add up to the same numbers.
     load = 0.0
     for start in range(0, len(prompts), rows):
-        part = list(prompts[start : start + rows])
-        batch = prompt_batch(part + part[:1] * (rows - len(part)), model.config, tokenizer)
+        part = range(start, min(start + rows, len(prompts)))
+        filled = [*part, *[start] * (rows - len(part))]
+        images = [load_images(prompts[number], model.config.vision) for number in filled]
+        batch = prompt_batch([ids[number] for number in filled], images, tokenizer.pad_id)
         batch.segments[len(part) :] = 0  # padding is not routed
         with mesh_context(mesh):
             load = load + np.asarray(load_of(params, put_rows(mesh, batch)))

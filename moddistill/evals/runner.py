@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
@@ -18,7 +19,8 @@ from moddistill.evals import easy_vqa
 from moddistill.evals.expert_load import expert_load
 from moddistill.evals.results import check_results_folder, write_results
 from moddistill.evals.task import Question, Row, Task
-from moddistill.inference.batching import answer_in_batches
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import generate
 from moddistill.inference.prompts import Prompt
 from moddistill.models.layers import DType
 from moddistill.models.vlm import Vlm
@@ -86,7 +88,7 @@ def evaluate(
         check_results_folder(run.out)
     all_questions = [run.task.questions(run.data) for run in runs]
     folder = as_model_folder(folder)
-    model, params = load(folder, dtype=dtype, mesh=mesh)
+    model, params = load(folder, dtype=dtype, mesh=mesh, stacked=False)
     tokenizer = load_tokenizer(str(folder))
     all_scores = []
     for run, questions in zip(runs, all_questions, strict=True):
@@ -106,8 +108,11 @@ def answer_and_score(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Returns a row for each question with its greedy answer, and the scores of all rows."""
     prompts = [Prompt(question.prompt, question.images) for question in questions]
-    texts = answer_in_batches(model, params, tokenizer, prompts, task.max_new_tokens)
-    rows = [_row(question, text) for question, text in zip(questions, texts, strict=True)]
+    decoding = Decoding(max_new_tokens=task.max_new_tokens)
+    found = generate(model, params, tokenizer, prompts, decoding)
+    bar = tqdm(found, total=len(prompts), desc="answers", unit="answer", mininterval=1.0)
+    texts = {number: answer.text for number, answer in bar}
+    rows = [_row(question, texts[number]) for number, question in enumerate(questions)]
     scores: dict[str, Any] = task.score(rows)
     if absent := [column.key for column in task.columns if column.key not in scores]:
         raise UserError(f"task: expected scores for all columns, got none for {absent}")

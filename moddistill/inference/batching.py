@@ -1,21 +1,16 @@
-"""Answers to many prompts, in batches as large as the key/value cache allows."""
+"""How many rows fit: answers in progress, in the memory that the parameters leave."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
-from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.processes import broadcast_from_main
 from moddistill.distributed.sharding import num_batch_shards
-from moddistill.inference.decode import answer
 from moddistill.inference.placement import params_mesh
-from moddistill.inference.prompts import Prompt, encode_prompts, padded_length
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import DecoderConfig, init_cache
-from moddistill.models.layers import DType
 from moddistill.models.vlm import Vlm
 
 MAX_ROWS = 256
@@ -23,71 +18,41 @@ MEMORY_SHARE = 0.8  # of the free memory; the rest is for images, logits and fra
 CPU_BYTES = 4 * 2**30  # free memory assumed for all devices of a CPU, which reports none
 
 
-def answer_in_batches(
-    model: Vlm,
-    params: dict[str, Any],
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-) -> list[str]:
-    """Returns greedy answers; all batches have the same number of rows.
+def batch_rows(model: Vlm, params: dict[str, Any], slots: int, prompts: int) -> int:
+    """Returns the rows that fit in the memory left by the parameters, at most `prompts`.
 
     Args:
-      params: on one device or sharded over a mesh, whose batch axes the rows are spread over.
-
-    Raises:
-      UserError: if `<image>` does not occur once for every image of a prompt.
+      slots: positions of a row, prompt and answer.
     """
-    if not prompts:
-        return []
-    rows = batch_rows(model, params, tokenizer, prompts, max_new_tokens)
-    texts: list[str] = []
-    for start in tqdm(range(0, len(prompts), rows), desc="answers", unit="batch", mininterval=1.0):
-        part = list(prompts[start : start + rows])
-        # A last batch with fewer rows would compile another program.
-        filled = part + part[:1] * (rows - len(part))
-        answers = answer(model, params, tokenizer, filled, max_new_tokens=max_new_tokens)
-        texts += [item.text for item in answers[: len(part)]]
-    return texts
-
-
-def batch_rows(
-    model: Vlm,
-    params: dict[str, Any],
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-) -> int:
-    """Returns the rows of a batch that fit in the memory left by the parameters."""
     mesh = params_mesh(params)
     shards, tensor = (num_batch_shards(mesh), mesh.shape["tensor"]) if mesh else (1, 1)
     devices = mesh.local_devices if mesh else list(jax.tree.leaves(params)[0].devices())
-    slots = padded_length(encode_prompts(prompts, model.config, tokenizer)) + max_new_tokens
     # Heads and intermediate widths are sharded over `tensor`, rows over all other axes.
-    row_bytes = bytes_per_row(model.config.decoder, slots, model.compute.dtype) // tensor
+    row_bytes = bytes_per_row(model.config.decoder, model.compute, slots) // tensor
     # Shards are equal, so the device with the least free memory decides.
     budget = min(memory_budget(device.memory_stats()) for device in devices)
-    rows = fitting_rows(row_bytes, budget, shards, len(prompts))
+    rows = fitting_rows(row_bytes, budget, shards, prompts)
     # Free memory may differ between processes, which must agree on the shape of a batch.
     return broadcast_from_main(rows) if mesh else rows
 
 
-def bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
+def bytes_per_row(config: DecoderConfig, compute: ComputeConfig, slots: int) -> int:
     """Returns the bytes of one row with `slots` positions, prompt and answer.
 
-    The cache counts twice, since the layer scan reads one and writes another. The activations are
-    those of one layer at all positions: residual stream, query, key, value and feed-forward.
+    The cache counts twice, since that of new prompts exists beside that of all rows. The
+    activations are those of one layer at all positions: residual stream, query, key, value and
+    feed-forward.
     """
     experts = config.moe.top_k if config.moe else 1
     # The factor 3 is `gate`, `up` and their product, once for each expert of a token.
     values = 8 * config.hidden_size + 3 * experts * config.intermediate_size
-    activations = slots * values * jnp.dtype(dtype).itemsize
-    return 2 * cache_bytes_per_row(config, slots, dtype) + activations
+    activations = slots * values * jnp.dtype(compute.dtype).itemsize
+    return 2 * cache_bytes_per_row(config, compute, slots) + activations
 
 
-def cache_bytes_per_row(config: DecoderConfig, slots: int, dtype: DType) -> int:
+def cache_bytes_per_row(config: DecoderConfig, compute: ComputeConfig, slots: int) -> int:
     """Returns the bytes of keys and values of one row with `slots` positions."""
-    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots, dtype).layers))
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, compute, 1, slots).layers))
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 

@@ -1,136 +1,177 @@
-"""Decoding with an explicit key/value cache, on one device or sharded over a mesh."""
+"""The two programs of decoding: `admit` reads prompts into rows, `step` adds a token to each row.
+
+Rows are independent: each has its own slots of the key/value cache, its own position and random
+keys, so that a prompt takes the place of one that is answered while the others go on.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from moddistill.data.chat_template import end_token
-from moddistill.data.tokenizer import Tokenizer
-from moddistill.distributed.sharding import num_batch_shards
-from moddistill.inference.placement import mesh_context, params_mesh, put_rows
-from moddistill.inference.prompts import Prompt, prompt_batch
-from moddistill.inference.sampling import Sampling, choose_token
+from moddistill.inference.sampling import Sampling, choose_tokens
 from moddistill.models.batch import Batch
 from moddistill.models.decoder import init_cache
+from moddistill.models.kv_cache import KVCache
 from moddistill.models.logits import masked_logits
-from moddistill.models.vlm import Vlm
+from moddistill.models.vlm import Output, Vlm
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_id", "sampling"))
-def decode(
-    model: Vlm,
-    params: dict[str, Any],
-    batch: Batch,
-    rng: jax.Array,
-    *,
-    max_new_tokens: int,
-    end_id: int,
-    sampling: Sampling,
-) -> Int[Array, "B T"]:
-    """Decodes new tokens [B, max_new_tokens], `end_id` from each row's end on.
+@flax.struct.dataclass
+class Rows:
+    """Answers in progress.
 
-    One call of the model reads all prompts, padded on the right, into the cache. Then each call
-    reads one token per row, until every row has produced `end_id`.
+    Attributes:
+      last: the newest token, which is not in the cache yet.
+      rngs: a key of each answer.
+      count: tokens of each answer so far.
+      seen: the tokens of prompts and answers, if these are penalised.
     """
-    # Right padding stays in the cache as empty slots: new tokens go to slots from `length` on, but
-    # continue the positions of their own row from `lengths` on.
-    rows, length = batch.tokens.shape
-    lengths = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.int32)
-    slots = length + max_new_tokens
+
+    cache: KVCache
+    last: Int[Array, "B"]
+    rngs: Array
+    count: Int[Array, "B"]
+    seen: Bool[Array, "B V"] | None
+
+
+class Choice(NamedTuple):
+    """The new tokens, and log-probabilities before any setting of `Sampling`.
+
+    Attributes:
+      top: the most probable tokens, and `top_logprobs` those of them.
+    """
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    top: Int[Array, "B n"]
+    top_logprobs: Float[Array, "B n"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "slots", "sampling"))
+def empty_rows(model: Vlm, rows: int, slots: int, sampling: Sampling) -> Rows:
+    """Rows without an answer, for prompts and answers of up to `slots` tokens together."""
     decoder = model.config.decoder
-    cache = init_cache(decoder, rows, slots, model.compute.dtype)
-    output = model.apply({"params": params}, batch, cache)
-    # The last token of each prompt predicts the first new one.
-    hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
-
-    def next_token(output: Any, hidden: Array, step: Array) -> Array:
-        logits = masked_logits(hidden[:, 0], output.head, decoder.real_ids)
-        return choose_token(logits, sampling, jax.random.fold_in(rng, step))
-
-    # carry: step, tokens [B, max_new_tokens] so far, cache, rows that have produced `end_id`.
-    def unfinished(carry: Any) -> Bool[Array, ""]:
-        step, _, _, done = carry
-        return (step < max_new_tokens) & ~jnp.all(done)
-
-    def body(carry: Any) -> Any:
-        step, tokens, cache, done = carry
-        last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-        # Rows share the cache slot `length + step - 1`, but each continues its own positions, so
-        # that rotary embeddings are those of a prompt without padding.
-        inputs = Batch(last, (lengths + step - 1)[:, None], jnp.ones_like(last))
-        output = model.apply({"params": params}, inputs, cache)
-        # Rows that have ended go on in step with the others; their tokens are discarded.
-        token = jnp.where(done, end_id, next_token(output, output.hidden, step))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        return step + 1, tokens, output.cache, done | (token == end_id)
-
-    # Step 0 has no new token to read: it follows from the prompts.
-    first = next_token(output, hidden, jnp.zeros((), jnp.int32))
-    tokens = jnp.full((rows, max_new_tokens), end_id, jnp.int32).at[:, 0].set(first)
-    start = (jnp.ones((), jnp.int32), tokens, output.cache, first == end_id)
-    tokens = jax.lax.while_loop(unfinished, body, start)[1]
-    # Replicated, so that every process can read all rows. The cache needs no constraint: XLA gives
-    # it the sharding of the inputs of the layers.
-    return nn.with_logical_constraint(tokens, (None, None))
+    zeros = jnp.zeros(rows, jnp.int32)
+    seen = jnp.zeros((rows, decoder.vocab_size), bool) if sampling.penalises else None
+    rngs = jax.random.split(jax.random.key(0), rows)
+    cache = init_cache(decoder, model.compute, rows, slots)
+    return Rows(_sharded(cache), zeros, rngs, zeros, seen)
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The text and ids of an answer without its end token, and the ids of the prompt."""
-
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
+_STATIC = ("model", "sampling", "top_logprobs")
 
 
-def answer(
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="rows")
+def admit(
     model: Vlm,
     params: dict[str, Any],
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
+    rows: Rows,
+    batch: Batch,
+    at: Int[Array, "G"],
+    rngs: Array,
     *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-) -> list[Answer]:
-    """Answers a batch of prompts; no answer depends on the others, since experts drop nothing.
+    sampling: Sampling,
+    top_logprobs: int,
+) -> tuple[Rows, Choice]:
+    """Reads prompts, padded on the right, into the rows `at`, and chooses their first tokens.
 
     Args:
-      params: on one device or sharded over a mesh, whose batch axes the rows are spread over. All
-        processes of the mesh call this with the same prompts and get the same answers.
-
-    Raises:
-      UserError: if `<image>` does not occur once for every image of a prompt.
+      at: beyond the last row for prompts that only fill the batch.
+      rngs: a key for each prompt.
     """
-    mesh = params_mesh(params)
-    # Every batch shard needs the same number of rows.
-    surplus = -len(prompts) % num_batch_shards(mesh) if mesh else 0
-    batch = prompt_batch([*prompts, *prompts[:1] * surplus], model.config, tokenizer)
-    end_id = _end_id(model.config.template, tokenizer)
-    with mesh_context(mesh):
-        new = decode(
-            without_drops(model),
-            params,
-            put_rows(mesh, batch),
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            end_id=end_id,
-            sampling=sampling,
-        )
-    answers = []
-    for row, ids in enumerate(np.asarray(new)[: len(prompts)]):
-        ids = ids.tolist()
-        ids = ids[: ids.index(end_id)] if end_id in ids else ids
-        prompt_ids = batch.tokens[row][batch.segments[row] > 0]
-        answers.append(Answer(tokenizer.decode(ids).strip(), ids, prompt_ids.tolist()))
-    return answers
+    count, length = batch.tokens.shape
+    decoder = model.config.decoder
+    cache = init_cache(decoder, model.compute, count, length)
+    output = model.apply({"params": params}, batch, cache)
+    seen = None
+    if sampling.penalises:
+        real = jnp.where(batch.segments > 0, batch.tokens, decoder.vocab_size)
+        seen = jnp.zeros((count, decoder.vocab_size), bool)
+        seen = jax.vmap(lambda seen, ids: seen.at[ids].set(True, mode="drop"))(seen, real)
+    # The last token of each prompt predicts the first new one.
+    last = (output.cache.length - 1)[:, None, None]
+    hidden = jnp.take_along_axis(output.hidden, last, axis=1)
+    counts = jnp.zeros(count, jnp.int32)
+    drawn = rngs, counts, seen
+    choice, seen = _choose(model, output, hidden, drawn, sampling, top_logprobs)
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[at].set(new, mode="drop")
+
+    def put_slots(old: Array, new: Array) -> Array:  # [repeats, B, S, ...] from [..., G, T, ...]
+        return old.at[:, at, :length].set(new, mode="drop")
+
+    slots = rows.cache.segments.shape[1]
+    segments = jnp.pad(output.cache.segments, ((0, 0), (0, slots - length)))
+    cache = KVCache(
+        jax.tree.map(put_slots, rows.cache.layers, output.cache.layers),
+        put(rows.cache.segments, segments),
+        put(rows.cache.length, output.cache.length),
+    )
+    old = rows.last, rows.rngs, rows.count, rows.seen
+    new = choice.tokens, rngs, counts + 1, seen
+    return Rows(_sharded(cache), *jax.tree.map(put, old, new)), choice
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="rows")
+def step(
+    model: Vlm,
+    params: dict[str, Any],
+    rows: Rows,
+    *,
+    sampling: Sampling,
+    top_logprobs: int,
+) -> tuple[Rows, Choice]:
+    """Reads the newest token of each row and chooses the next; also in rows without an answer."""
+    tokens = rows.last[:, None]
+    batch = Batch(tokens, rows.cache.length[:, None], jnp.ones_like(tokens))
+    output = model.apply({"params": params}, batch, rows.cache)
+    drawn = rows.rngs, rows.count, rows.seen
+    choice, seen = _choose(model, output, output.hidden, drawn, sampling, top_logprobs)
+    cache = _sharded(output.cache)
+    return Rows(cache, choice.tokens, rows.rngs, rows.count + 1, seen), choice
+
+
+def _sharded(cache: KVCache) -> KVCache:
+    """A cache that is sharded like the activations of the layers."""
+    constrain = nn.with_logical_constraint
+    axes = (None, "act_batch", None, "kv_heads", None)
+    layers = jax.tree.map(lambda x: constrain(x, axes), cache.layers)
+    return cache.replace(layers=layers, segments=constrain(cache.segments, ("act_batch", None)))
+
+
+def _choose(
+    model: Vlm,
+    output: Output,
+    hidden: Float[Array, "B 1 D"],
+    drawn: tuple[Array, Int[Array, "B"], Bool[Array, "B V"] | None],
+    sampling: Sampling,
+    top_logprobs: int,
+) -> tuple[Choice, Bool[Array, "B V"] | None]:
+    """Returns the tokens that follow hidden states, and the tokens seen with them.
+
+    Args:
+      drawn: keys of the rows, how many tokens they have drawn, and the tokens seen so far.
+    """
+    rngs, count, seen = drawn
+    logits = masked_logits(hidden[:, 0], output.head, model.config.decoder.real_ids)
+    rngs = jax.vmap(jax.random.fold_in)(rngs, count)
+    tokens = choose_tokens(logits, sampling, rngs, seen)
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    top_values, top = jax.lax.top_k(logprobs, top_logprobs)
+    # Replicated, so that every process can read all rows.
+    choice = Choice(tokens, chosen, top.astype(jnp.int32), top_values)
+    choice = jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,) * x.ndim), choice)
+    if seen is not None:
+        seen = jax.vmap(lambda seen, token: seen.at[token].set(True))(seen, tokens)
+    return choice, seen
 
 
 def without_drops(model: Vlm) -> Vlm:
@@ -142,9 +183,3 @@ def without_drops(model: Vlm) -> Vlm:
     moe = dataclasses.replace(moe, dispatch="dropless")
     decoder = dataclasses.replace(model.config.decoder, moe=moe)
     return model.clone(config=dataclasses.replace(model.config, decoder=decoder))
-
-
-def _end_id(template: str, tokenizer: Tokenizer) -> int:
-    """The id of the template's end token, or of a line break for a template without one."""
-    end = end_token(template)
-    return tokenizer.encode(end)[-1] if end.isspace() else tokenizer.special(end)

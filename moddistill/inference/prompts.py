@@ -4,73 +4,97 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
-from moddistill.data.examples import encode_prompt
+from moddistill.data import examples
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import load_image, mean_color, preprocess
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.errors import invalid
 from moddistill.models.batch import Batch, padded_batch
+from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
 
-BUCKET = 16  # prompt lengths are padded to multiples of this, which limits compilations
+_SHORTEST = 16  # multiples of which lengths are rounded up to, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question with `<image>` once for every image, its image files, and the earlier turns."""
+    """A question with `<image>` once for every image, its images, and the earlier turns.
+
+    Attributes:
+      images: files, or RGB images.
+      system: system prompt in place of the template's.
+    """
 
     question: str
-    images: tuple[str, ...] = ()
+    images: tuple[str | Image.Image, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
 
 
-def encode_prompts(
-    prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Tokenizer
-) -> list[list[int]]:
-    """Returns the token ids of each prompt, the image id repeated once per patch.
+def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of a prompt, the image id repeated once per patch.
 
     Raises:
-      UserError: if `<image>` does not occur once for every image of a prompt.
+      UserError: the question is empty, or `<image>` does not occur once for every image.
     """
+    if not prompt.question.strip():
+        raise invalid("prompt", prompt.question, "a text or an image")
     patches = config.vision.patches if config.vision else 0
-    return [
-        encode_prompt(
-            config.template, prompt.history, prompt.question, len(prompt.images), tokenizer, patches
-        )
-        for prompt in prompts
-    ]
+    return examples.encode_prompt(
+        config.template,
+        prompt.history,
+        prompt.question,
+        len(prompt.images),
+        tokenizer,
+        patches,
+        prompt.system,
+    )
 
 
-def padded_length(ids: Sequence[Sequence[int]]) -> int:
-    """Returns the length of the longest prompt, rounded up to a multiple of `BUCKET`."""
-    return -max(map(len, ids)) // BUCKET * -BUCKET
+def bucket(length: int) -> int:
+    """Returns a length rounded up by an eighth at most, or to 16, which limits compilations."""
+    multiple = max(_SHORTEST, 2 ** (length.bit_length() - 4))
+    return -length // multiple * -multiple
 
 
-def prompt_batch(prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Tokenizer) -> Batch:
-    """Returns prompts as rows padded on the right to a common length, with their images.
+def load_images(prompt: Prompt, tower: VisionConfig | None) -> np.ndarray | None:
+    """Preprocessed images of a prompt, [I, h, w, 3] uint8; None if there are none.
 
     Raises:
-      UserError: if `<image>` does not occur once for every image of a prompt.
+      UserError: a file cannot be read.
     """
-    ids = encode_prompts(prompts, config, tokenizer)
-    tokens = np.full((len(ids), padded_length(ids)), tokenizer.pad_id, np.int32)
-    for row, prompt_ids in enumerate(ids):
-        tokens[row, : len(prompt_ids)] = prompt_ids
-    images = _images(prompts, config) if any(prompt.images for prompt in prompts) else None
-    return padded_batch(tokens, np.array(list(map(len, ids))), images=images)
-
-
-def _images(prompts: Sequence[Prompt], config: ModelConfig) -> np.ndarray:
-    """Preprocessed images [B, I, h, w, 3] uint8, zeros in unused slots."""
-    # One array serves the batch: every row has as many slots as the one with most images. Slots
-    # without an image are encoded too, but no placeholder reads their features.
-    tower = config.vision
+    if not prompt.images or tower is None:
+        return None
     pad_color = mean_color(tower.mean)
     rules = ImageRules(pad_color=pad_color)
-    count = max(len(prompt.images) for prompt in prompts)
-    images = np.zeros((len(prompts), count, tower.image_size, tower.image_size, 3), np.uint8)
-    for row, prompt in enumerate(prompts):
-        for slot, path in enumerate(prompt.images):
-            image = load_image(path, rules)
-            images[row, slot] = preprocess(image, tower.image_size, pad_color)
+    images = np.zeros((len(prompt.images), tower.image_size, tower.image_size, 3), np.uint8)
+    for slot, image in enumerate(prompt.images):
+        if not isinstance(image, Image.Image):
+            image = load_image(image, rules)
+        images[slot] = preprocess(image, tower.image_size, pad_color)
     return images
+
+
+def prompt_batch(
+    ids: Sequence[Sequence[int]], images: Sequence[np.ndarray | None], pad_id: int
+) -> Batch:
+    """Returns prompts as rows padded on the right to a common bucket.
+
+    Args:
+      images: of each prompt, [I, h, w, 3]. Rows have as many slots as the one with most images.
+        Those without an image are encoded too, but no placeholder reads their features.
+    """
+    lengths = list(map(len, ids))
+    tokens = np.full((len(ids), bucket(max(lengths))), pad_id, np.int32)
+    for row, prompt_ids in enumerate(ids):
+        tokens[row, : len(prompt_ids)] = prompt_ids
+    parts = {row: part for row, part in enumerate(images) if part is not None}
+    if not parts:
+        return padded_batch(tokens, np.array(lengths))
+    slots, shape = max(map(len, parts.values())), next(iter(parts.values())).shape[1:]
+    filled = np.zeros((len(ids), slots, *shape), np.uint8)
+    for row, part in parts.items():
+        filled[row, : len(part)] = part
+    return padded_batch(tokens, np.array(lengths), images=filled)

@@ -42,15 +42,19 @@ class Structure:
     Attributes:
       query_segments: the number of each query's sample within its row, from 1; 0 is padding.
       key_segments: the same for keys; with a cache, for all of its slots, 0 where they are empty.
-      offset: the slot of the first query; 0 without a cache.
+      offset: the slot of the first query, with a cache that of each row; 0 without a cache.
       one_segment: whether each row is known to be one sample, padded on the right. Kernels that
         take lengths in place of segments need that.
     """
 
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
-    offset: Int[Array, ""]
+    offset: Int[Array, "*B"]
     one_segment: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def slots(self, length: int) -> Int[Array, "#B T"]:
+        """The slots of `length` queries; of one row if they are the same in all."""
+        return self.offset.reshape(-1, 1) + jnp.arange(length)[None]
 
 
 def causal(segments: Int[Array, "B T"], one_segment: bool = False) -> Structure:
@@ -96,15 +100,15 @@ def kernel_name(query: Any, key: Any, structure: Structure | None) -> str:
 
 
 def visible(
-    query_segments: Int[Array, "B T"], slots: Int[Array, "T"], key_segments: Int[Array, "B S"]
+    query_segments: Int[Array, "B T"], slots: Int[Array, "#B T"], key_segments: Int[Array, "B S"]
 ) -> Bool[Array, "B T S"]:
     """The mask of some queries, which are at `slots` of their rows."""
     # Slots in the row or cache, not positions, which restart with every sample of a packed row.
-    keys = jnp.arange(key_segments.shape[1])
-    own = slots[:, None] == keys[None]
-    earlier = slots[:, None] >= keys[None]
+    keys = jnp.arange(key_segments.shape[1])[None, None]
+    own = slots[..., None] == keys
+    earlier = slots[..., None] >= keys
     same = query_segments[:, :, None] == key_segments[:, None]
-    return (earlier[None] & same & (key_segments > 0)[:, None]) | own[None]
+    return (earlier & same & (key_segments > 0)[:, None]) | own
 
 
 def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | None) -> Array:
@@ -121,7 +125,7 @@ def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | No
         return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
     length = query.shape[1]
-    segments, slots = structure.query_segments, structure.offset + jnp.arange(length)
+    segments, slots = structure.query_segments, structure.slots(length)
     if length <= _BLOCK:
         return block(query, segments, slots)
 
@@ -135,7 +139,7 @@ def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | No
 
     # The checkpoint saves each block's inputs instead of its scores and softmax. Filled-up queries
     # are padding of segment 0, cut off below, so no gradient passes through them.
-    parts = split(query, 1), split(segments, 1), split(slots, 0)
+    parts = split(query, 1), split(segments, 1), split(slots, 1)
     mixed = jax.lax.map(jax.checkpoint(lambda part: block(*part)), parts)
     return jnp.moveaxis(mixed, 0, 1).reshape(len(query), -1, *query.shape[2:])[:, :length]
 
@@ -162,7 +166,7 @@ def _by_cudnn(query: Array, key: Array, value: Array, structure: Structure | Non
 
 def _by_cudnn_mask(query: Array, key: Array, value: Array, structure: Structure) -> Array:
     """cuDNN's flash attention with a dense mask, which the layers of a model share."""
-    slots = structure.offset + jnp.arange(query.shape[1])
+    slots = structure.slots(query.shape[1])
     mask = visible(structure.query_segments, slots, structure.key_segments)
     odd = [(0, 0), *((0, count % 2) for count in mask.shape[1:])]
     return _fused(query, key, value, mask=jnp.pad(mask, odd)[:, None])

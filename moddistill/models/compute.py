@@ -16,6 +16,8 @@ class ComputeConfig:
       one_segment: each row of a batch is one sample, padded on the right, as without packing;
         attention kernels may then read its length in place of its segments.
       unroll: compile the layers one by one instead of as a loop.
+      stacked: equal layers share arrays, with the layers as first axis, as they are stored. Else
+        each layer has its own (`layer_plan.separate`), which decoding reads without a copy.
       quantized_layers: the decoder's layers are stored as `models/quantization.py` does.
       expert_transport: collective that moves tokens to their experts, as in `moe/expert_parallel`.
     """
@@ -24,5 +26,6 @@ class ComputeConfig:
     remat: str = "none"
     one_segment: bool = False
     unroll: bool = False
+    stacked: bool = True
     quantized_layers: bool = False
     expert_transport: str = "all_gather"

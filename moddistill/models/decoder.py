@@ -21,9 +21,8 @@ from moddistill.models.attention import Attention
 from moddistill.models.attention_kernels import Structure
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.kv_cache import KeyValues, KVCache
-from moddistill.models.layer_plan import Plan, make_plan, moe_layers
+from moddistill.models.layer_plan import Plan, make_plan, moe_layers, separate
 from moddistill.models.layers import (
-    DType,
     RMSNorm,
     SwiGLU,
     init_normal,
@@ -62,6 +61,10 @@ class DecoderConfig:
     @property
     def plan(self) -> Plan:
         return make_plan([i in self.moe_layers for i in range(self.num_layers)])
+
+    def plan_of(self, compute: ComputeConfig) -> Plan:
+        """The plan of the parameters and of the cache of a computation."""
+        return self.plan if compute.stacked else separate(self.plan)
 
 
 @flax.struct.dataclass
@@ -169,7 +172,7 @@ class Decoder(nn.Module):
             hidden = jnp.where(context.is_image[..., None], image_hidden, hidden)
         stats = []
         new_cache = []
-        for i, segment in enumerate(config.plan):
+        for i, segment in enumerate(config.plan_of(self.compute)):
             # Parameters and cache are stacked along axis 0 and sliced by the scan; the context is
             # the same for all repeats.
             scan = nn.scan(
@@ -215,12 +218,13 @@ def _layer_major(stats: list[RouterStats]) -> RouterStats:
     return jax.tree.map(interleave, *stats)
 
 
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DType) -> KVCache:
-    """An empty cache of `batch` rows."""
+def init_cache(config: DecoderConfig, compute: ComputeConfig, batch: int, slots: int) -> KVCache:
+    """An empty cache of `batch` rows, in the dtype of activations."""
 
     def empty(repeats: int) -> KeyValues:
         shape = (repeats, batch, slots, config.num_kv_heads, config.head_dim)
-        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+        return {name: jnp.zeros(shape, compute.dtype) for name in ("key", "value")}
 
-    layers = [[empty(segment.repeats) for _ in segment.pattern] for segment in config.plan]
-    return KVCache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    plan = config.plan_of(compute)
+    layers = [[empty(segment.repeats) for _ in segment.pattern] for segment in plan]
+    return KVCache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros(batch, jnp.int32))

@@ -88,6 +88,12 @@ def _longest_segment(kinds: tuple[bool, ...]) -> tuple[tuple[bool, ...], int]:
     return best
 
 
+def separate(plan: Plan) -> Plan:
+    """The plan of the same layers in segments of one layer."""
+    kinds = [kind for segment in plan for kind in segment.pattern * segment.repeats]
+    return tuple(Segment((kind,), 1) for kind in kinds)
+
+
 def layer_index(plan: Plan, segment: int, block: int) -> tuple[int, int]:
     """The layer index of a segment's block in its first repeat, and the step between repeats."""
     before = sum(len(part.pattern) * part.repeats for part in plan[:segment])
@@ -103,6 +109,31 @@ def unstack(params: dict[str, Any], plan: Plan) -> list[dict[str, Any]]:
         for repeat in range(segment.repeats):
             layers += [jax.tree.map(lambda x, r=repeat: x[r], block) for block in blocks]
     return layers
+
+
+def separate_layers(params: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Parameters for `separate(plan)`, of which one array at a time exists twice.
+
+    The arrays in `{segment_i: {block_j: stacked}}` are deleted.
+    """
+    layers: dict[str, Any] = {}
+    for i, segment in enumerate(plan):
+        for j in range(len(segment.pattern)):
+            first, step = layer_index(plan, i, j)
+            arrays, tree = jax.tree.flatten(params[f"segment_{i}"][f"block_{j}"])
+            split = [_split(x, segment.repeats) for x in arrays]
+            for repeat, leaves in enumerate(zip(*split, strict=True)):
+                block = jax.tree.unflatten(tree, leaves)
+                layers[f"segment_{first + repeat * step}"] = {"block_0": block}
+    return layers
+
+
+def _split(x: jax.Array, count: int) -> list[jax.Array]:
+    if count == 1:
+        return [x]
+    parts = jax.block_until_ready(jnp.split(x, count))
+    x.delete()
+    return parts
 
 
 def stack(layers: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:

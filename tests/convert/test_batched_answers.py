@@ -18,7 +18,8 @@ from moddistill.config import ExpertConfig
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
-from moddistill.inference.decode import answer
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.storage.model_folder import save_model
 from tests import torch_or_skip as torch
@@ -36,7 +37,7 @@ QUESTIONS = (
 def generate(model, inputs):
     """Greedy answers up to their end."""
     with torch.no_grad():
-        rows = model.generate(**inputs, max_new_tokens=LENGTH)[:, inputs["input_ids"].shape[1] :]
+        rows = model.generate(**inputs, Decoding(max_new_tokens=LENGTH))[:, inputs["input_ids"].shape[1] :]
     end = model.generation_config.eos_token_id
     return [row[: row.index(end)] if end in row else row for row in rows.tolist()]
 
@@ -109,7 +110,7 @@ def test_batched_answers_about_images_equal_single_ones(
         Prompt(f"<image>\n{question}", (path,))
         for question, path in zip(QUESTIONS, image_files, strict=True)
     ]
-    expected = answer(*load(folder), small_tokenizer, prompts, max_new_tokens=LENGTH)
+    expected = answer(*load(folder), small_tokenizer, prompts, Decoding(max_new_tokens=LENGTH))
     assert answers == [found.token_ids for found in expected]
 
 
@@ -135,7 +136,7 @@ def test_batched_answers_of_a_language_model_equal_single_ones(
         *load(tmp_path / "model"),
         small_tokenizer,
         [Prompt(question, ()) for question in QUESTIONS],
-        max_new_tokens=LENGTH,
+        Decoding(max_new_tokens=LENGTH),
     )
     assert answers == [found.token_ids for found in expected]
 

@@ -16,7 +16,8 @@ from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.inference.decode import answer
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.losses.distillation import token_loss
 from moddistill.losses.preference import preference_loss
@@ -153,7 +154,7 @@ def test_export_has_the_same_logits_and_answers(models, model_logits, torch_logi
     image.save(tmp_path / "image.png")
     question = "what colour is the <circle>?"
     prompt = Prompt(f"<image>\n{question}", (str(tmp_path / "image.png"),))
-    [mine] = answer(student_model, params, tokenizer, [prompt], max_new_tokens=24)
+    [mine] = answer(student_model, params, tokenizer, [prompt], Decoding(max_new_tokens=24))
     expected = answer_in_transformers(model, tmp_path / "out", image, question, 24)
     assert (mine.prompt_ids, mine.token_ids) == expected
     assert tokenizer.special("<circle>") in mine.prompt_ids
@@ -172,7 +173,7 @@ def test_image_token_is_never_generated(models):
     ):
         decoder = dataclasses.replace(model.config.decoder, real_ids=real_ids)
         changed = Vlm(dataclasses.replace(model.config, decoder=decoder))
-        [reply] = answer(changed, params, tokenizer, [prompt], max_new_tokens=2)
+        [reply] = answer(changed, params, tokenizer, [prompt], Decoding(max_new_tokens=2))
         assert reply.token_ids == [expected] * 2
 
 

@@ -19,7 +19,8 @@ from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
 from moddistill.distributed import sharding
 from moddistill.distributed.sharding import make_mesh
-from moddistill.inference.decode import answer
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.storage.model_folder import read_model_config
 from moddistill.training.architectures import resolve_models
@@ -205,6 +206,6 @@ def test_exported_student_answers_in_transformers(
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8))
     image.save(tmp_path / "a.png")
     question = Prompt("<image>\nwhat colour is it?", (str(tmp_path / "a.png"),))
-    [mine] = answer(model, params, qwen_tokenizer, [question], max_new_tokens=16)
+    [mine] = answer(model, params, qwen_tokenizer, [question], Decoding(max_new_tokens=16))
     expected = answer_in_transformers(exported, out, image, "what colour is it?", 16)
     assert (mine.prompt_ids, mine.token_ids) == expected

@@ -9,7 +9,8 @@ from moddistill.convert.resolve import load
 from moddistill.evals import easy_vqa, runner
 from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.inference import batching
-from moddistill.inference.decode import answer
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 from tests.evals import counting
 
@@ -66,7 +67,7 @@ def test_predictions_are_the_greedy_answers(results, data, tiny_models, tokenize
     for i, (row, (question, reply)) in enumerate(zip(rows, QUESTIONS, strict=True)):
         image = str(data / "images" / f"{i}.png")
         prompt = Prompt(f"<image>\n{question}", (image,))
-        [expected] = answer(*model, tokenizer, [prompt] * 2, max_new_tokens=16)[:1]
+        [expected] = answer(*model, tokenizer, [prompt] * 2, Decoding(max_new_tokens=16))[:1]
         fields = {"id": str(i), "question": question, "images": [image], "answers": [reply]}
         assert row == fields | {"prediction": expected.text}
 
@@ -80,7 +81,7 @@ def test_questions_have_any_number_of_images_and_the_tasks_own_answer_length(
     assert [row["answers"] for row in rows] == [answers for _, _, answers in COUNTING]
     for row, (prompt, images, _) in zip(rows, COUNTING, strict=True):
         prompt = Prompt(prompt, tuple(str(data / image) for image in images))
-        [expected] = answer(*model, tokenizer, [prompt], max_new_tokens=3)
+        [expected] = answer(*model, tokenizer, [prompt], Decoding(max_new_tokens=3))
         assert row["prediction"] == expected.text
         assert len(expected.token_ids) <= 3
 

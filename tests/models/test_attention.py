@@ -23,7 +23,7 @@ WIDTH = 12
 )
 def test_positions_see_earlier_ones_of_their_segment_and_padding_sees_itself(segments, expected):
     segments = jnp.array([segments], jnp.int32)
-    mask = visible(segments, jnp.arange(segments.shape[1]), segments)[0]
+    mask = visible(segments, jnp.arange(segments.shape[1])[None], segments)[0]
     assert ["".join(".x"[int(seen)] for seen in row) for row in mask] == expected
 
 
@@ -50,7 +50,7 @@ def test_a_group_of_query_heads_shares_the_keys_and_values_of_one_head(heads, kv
     hidden = draw.normal(2, 5, WIDTH)
     segments = jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 0]], jnp.int32)
     output, cache = draw.apply(module, params, hidden, causal(segments))
-    mask = visible(segments, jnp.arange(5), segments)
+    mask = visible(segments, jnp.arange(5)[None], segments)
 
     def project(name):
         kernel, bias = (np.asarray(params[name][x], np.float64) for x in ("kernel", "bias"))
@@ -100,7 +100,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(chunks):
     outputs, start = [], 0
     for chunk in chunks:
         now = slice(start, start + chunk)
-        structure = Structure(jnp.ones((2, chunk), jnp.int32), key_segments, jnp.int32(start))
+        structure = Structure(jnp.ones((2, chunk), jnp.int32), key_segments, jnp.full(2, start))
         output, cache = draw.apply(
             module, params, hidden[:, now], structure, positions[:, now], cache
         )
@@ -113,7 +113,9 @@ def test_decoding_with_a_cache_equals_the_full_forward(chunks):
 def test_a_cache_keeps_its_dtype():
     module, params = attention(2, 2)
     cache = {name: jnp.zeros((1, 3, 2, 4), jnp.bfloat16) for name in ("key", "value")}
-    structure = Structure(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.int32(0))
+    structure = Structure(
+        jnp.ones((1, 1), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.zeros(1, jnp.int32)
+    )
     module = module.clone(dtype=jnp.bfloat16)
     hidden = draw.normal(1, 1, WIDTH).astype(jnp.bfloat16)
     _, cache = draw.apply(module, params, hidden, structure, places(1, 1), cache)

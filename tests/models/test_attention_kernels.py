@@ -37,7 +37,7 @@ def plain(query, key, value, segments):
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / np.sqrt(query.shape[-1])
-    mask = visible(segments, jnp.arange(segments.shape[1]), segments)
+    mask = visible(segments, jnp.arange(segments.shape[1])[None], segments)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 
@@ -140,7 +140,7 @@ def test_the_position_that_makes_a_length_even_changes_nothing(on_any_device):
     every = jnp.full((2, 7), 1)
 
     def full(query, key, value):
-        mask = visible(every, jnp.full(7, 6), every)
+        mask = visible(every, jnp.full((1, 7), 6), every)
         scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / np.sqrt(8)
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
         return jnp.einsum("BNTS,BSNH->BTNH", weights, value)

@@ -1,0 +1,132 @@
+"""Answers to the questions of a JSONL file, in a file that grows as they finish."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moddistill.data.records import IMAGE
+from moddistill.errors import UserError, invalid
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import generate
+from moddistill.inference.prompts import Prompt
+from moddistill.storage.json_file import parse
+from moddistill.storage.text_file import append_lines, replace_text
+
+Row = dict[str, Any]
+
+
+def answer_file(
+    load: Callable[[], Sequence[Any]], questions: Path, out: Path, decoding: Decoding
+) -> int:
+    """Answers the questions that `out` has no answer of yet.
+
+    A question that cannot be answered, such as one whose image cannot be read, gets a row with an
+    `error`; the same call again tries it once more.
+
+    Args:
+      load: returns model, parameters and tokenizer; not called if all is answered.
+
+    Returns:
+      The number of rows with an error.
+
+    Raises:
+      UserError: a line is no question, `out` has answers to other questions, or the disk is full.
+    """
+    prompts = _read_prompts(questions)
+    done = _read_answered(out, prompts, questions)
+    replace_text(out, "".join(_line(row) for row in done.values()))
+    todo = [line for line in prompts if line not in done]
+    if not todo:
+        return 0
+    failed = 0
+
+    def write(number: int, fields: Row) -> None:
+        line = todo[number]
+        row = {"line": line, "id": prompts[line].id, "prompt": prompts[line].prompt.question}
+        append_lines(out, _line(row | fields).encode())
+        bar.update()
+
+    def write_error(number: int, error: UserError) -> None:
+        nonlocal failed
+        failed += 1
+        write(number, {"error": str(error)})
+
+    asked = [prompts[line].prompt for line in todo]
+    with tqdm(
+        total=len(prompts), initial=len(done), desc="answers", unit="answer", mininterval=1.0
+    ) as bar:
+        for number, answer in generate(*load(), asked, decoding, write_error):
+            write(number, dataclasses.asdict(answer))
+    return failed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    id: Any
+    prompt: Prompt
+
+
+def _read_prompts(file: Path) -> dict[int, _Question]:
+    """Returns the questions by their line, from 1."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = enumerate(text.splitlines(), start=1)
+    found = {
+        number: _question(line, f"{file}, line {number}", file)
+        for number, line in lines
+        if line.strip()
+    }
+    if not found:
+        raise UserError(f"{file}: expected at least one question, got none")
+    return found
+
+
+def _question(line: str, origin: str, file: Path) -> _Question:
+    fields = parse(line, origin)
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise invalid(origin, fields, "an object with a text `prompt`")
+    images, history = fields.get("images", []), fields.get("history", [])
+    if not isinstance(images, list) or not all(isinstance(each, str) for each in images):
+        raise invalid(f"{origin}: images", images, "a list of file names")
+    pairs = isinstance(history, list) and all(_is_pair(turn) for turn in history)
+    if not pairs:
+        raise invalid(f"{origin}: history", history, "a list of pairs of question and answer")
+    system = fields.get("system")
+    if not isinstance(system, str | None):
+        raise invalid(f"{origin}: system", system, "a text")
+    asked = fields["prompt"]
+    if not any(IMAGE in text for text in (asked, *(turn[0] for turn in history))):
+        asked = f"{IMAGE}\n" * len(images) + asked
+    paths = tuple(str(file.parent / name) for name in images)
+    turns = tuple((turn[0], turn[1]) for turn in history)
+    return _Question(fields.get("id"), Prompt(asked, paths, turns, system))
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(x, str) for x in turn)
+
+
+def _read_answered(out: Path, questions: dict[int, _Question], file: Path) -> dict[int, Row]:
+    """Returns the answers so far by their line; a cut last line and errors are left out."""
+    if not out.exists():
+        return {}
+    done = {}
+    for number, line in enumerate(out.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        origin = f"{out}, line {number}"
+        row = parse(line, origin)
+        if not isinstance(row, dict) or row.get("line") not in questions:
+            raise invalid(origin, row, f"an answer to a line of {file}")
+        asked = questions[row["line"]].prompt.question
+        if row.get("prompt") != asked:
+            expected = f"an answer to line {row['line']} of {file}, or another --out"
+            raise invalid(f"{origin}: prompt", row.get("prompt"), expected)
+        if "error" not in row:
+            done[row["line"]] = row
+    return done
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
