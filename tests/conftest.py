@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 from moddistill.config import ExpertConfig, TrainConfig
 from moddistill.configdict import from_config_dict
@@ -159,3 +160,16 @@ def tiny_models(tiny_architecture, init, tokenizer, tmp_path_factory):
     for seed, (name, config) in enumerate(architectures.items()):
         save_model(folder / name, config, init(config, seed), tokenizer, {"made": "by a test"})
     return {name: folder / name for name in architectures}
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory):
+    """`image(seed)`: the path of a small random image."""
+    folder = tmp_path_factory.mktemp("images")
+
+    def write(seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (20, 28, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+        return str(folder / f"{seed}.png")
+
+    return write

@@ -1,45 +1,126 @@
+"""A conversation in the terminal: questions, commands, and two models side by side."""
+
 import io
+import json
 
 import pytest
 
 from moddistill import chat
+from moddistill.cli.generation_flags import Loaded
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.inference.answer import Answer, Decoding
+from moddistill.errors import UserError
+from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 
+DECODING = Decoding(max_new_tokens=4)
+
 
 @pytest.fixture
-def image(tiny_config):
-    [source] = tiny_config("sft").data.sources.values()
-    return f"{source.images}/0.png"
+def conversation(tiny_models):
+    """`conversation(images)` with the dense model; other names are those of `tiny_models`."""
+
+    def start(*images):
+        def model(name):
+            folder = tiny_models[name]
+            return Loaded(*load(folder), load_tokenizer(str(folder)))
+
+        return chat.Chat(model, "dense", images, DECODING)
+
+    return start
 
 
-def test_each_answer_depends_on_the_earlier_turns(tiny_models, image):
-    folder = tiny_models["dense"]
-    model, params = load(folder)
+def said(conversation, line):
+    return "".join(conversation.reply(line))
+
+
+def expected(tiny_models, name, *prompt):
+    folder = tiny_models[name]
     tokenizer = load_tokenizer(str(folder))
-    asked = iter(["what colour is it?", "is it red?"])
-    first, second = chat.converse(model, params, tokenizer, asked, [image], 4)
-    question = "<image>\nwhat colour is it?"
-    prompts = [
-        Prompt(question, (image,)),
-        Prompt("is it red?", (image,), ((question, first),)),
+    [found] = answer(*load(folder), tokenizer, [Prompt(*prompt)], DECODING)
+    return found.text
+
+
+def test_each_answer_depends_on_the_earlier_turns_and_images(tiny_models, conversation, image):
+    asked, history, images = conversation(image(0)), (), (image(0),)
+    for line, question in [
+        ("what colour is it?", "<image>\nwhat colour is it?"),
+        ("is it red?", "is it red?"),
+    ]:
+        reply = expected(tiny_models, "dense", question, images, history)
+        assert said(asked, line) == reply + "\n"
+        history += ((question, reply),)
+    assert said(asked, f"/image {image(1)}") == "1 image(s) for the next question\n"
+    images += (image(1),)
+    reply = expected(tiny_models, "dense", "<image>\nand this?", images, history)
+    assert said(asked, "and this?") == reply + "\n"
+    assert said(asked, "/reset") == "a new conversation\n"
+    assert said(asked, "is it red?") == expected(tiny_models, "dense", "is it red?") + "\n"
+
+
+def test_two_models_answer_the_same_questions(tiny_models, conversation):
+    asked = conversation()
+    said(asked, "/compare sparse")
+    both = "".join(
+        f"[{name}] {expected(tiny_models, name, 'is it red?')}\n" for name in ("dense", "sparse")
+    )
+    assert said(asked, "is it red?") == both
+    said(asked, "/compare")
+    assert "[" not in said(asked, "/reset")
+
+
+def test_a_conversation_is_saved_as_a_record(tiny_models, conversation, image, tmp_path):
+    asked = conversation(image(0))
+    reply = said(asked, "what?").strip()
+    assert said(asked, f"/save {tmp_path}/a.json") == f"saved to {tmp_path}/a.json\n"
+    assert json.loads((tmp_path / "a.json").read_text()) == [
+        {
+            "id": "dense",
+            "image": [image(0)],
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat?"},
+                {"from": "gpt", "value": reply},
+            ],
+        }
     ]
-    for reply, prompt in zip((first, second), prompts, strict=True):
-        [expected] = answer(model, params, tokenizer, [prompt], Decoding(max_new_tokens=4))
-        assert reply == expected.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/image gone.png", "^/image: expected an image file, got 'gone.png'"),
+        ("/imagine", "^expected a question or one of /image FILE, .*, got '/imagine'"),
+        ("/save", "^expected a question or one of"),
+    ],
+)
+def test_wrong_commands_change_nothing(conversation, line, message):
+    asked = conversation()
+    first = said(asked, "is it red?")
+    with pytest.raises(UserError, match=message):
+        said(asked, line)
+    said(asked, "/reset")
+    assert said(asked, "is it red?") == first
+
+
+def test_an_image_that_cannot_be_read_costs_only_its_question(tiny_models, conversation, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    asked = conversation(str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="expected a readable image"):
+        said(asked, "what?")
+    said(asked, "/reset")
+    assert said(asked, "is it red?") == expected(tiny_models, "dense", "is it red?") + "\n"
 
 
 def test_an_empty_line_ends_the_conversation(tiny_models, image, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\nnever asked\n"))
-    chat.main(["--model", str(tiny_models["dense"]), "--image", image, "--max_new_tokens", "2"])
-    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n/nothing\n\nnever asked\n"))
+    chat.main(["--model", str(tiny_models["dense"]), "--image", image(0), "--max_new_tokens", "2"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 2 and "error: expected a question or one of" in printed
 
 
 def test_control_characters_of_a_reply_are_escaped(tiny_models, capsys, monkeypatch):
-    monkeypatch.setattr(chat, "answer", lambda *_, **__: [Answer("a\x1b]0;x\x07\nb", [], [])])
+    monkeypatch.setattr(chat, "stream", lambda *_: iter(["a\x1b]0;", "x\x07\nb"]))
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\n"))
     chat.main(["--model", str(tiny_models["dense"])])
     assert capsys.readouterr().out.endswith("a\\u001b]0;x\\u0007\nb\n> ")
@@ -48,6 +129,5 @@ def test_control_characters_of_a_reply_are_escaped(tiny_models, capsys, monkeypa
 def test_a_missing_image_is_an_error(tiny_models, capsys):
     with pytest.raises(SystemExit):
         chat.main(["--model", str(tiny_models["dense"]), "--image", "gone.png"])
-    assert (
-        "--image: expected an image file, got 'gone.png': no such file" in capsys.readouterr().err
-    )
+    message = "--image: expected an image file, got 'gone.png': no such file"
+    assert message in capsys.readouterr().err

@@ -37,7 +37,7 @@ QUESTIONS = (
 def generate(model, inputs):
     """Greedy answers up to their end."""
     with torch.no_grad():
-        rows = model.generate(**inputs, Decoding(max_new_tokens=LENGTH))[:, inputs["input_ids"].shape[1] :]
+        rows = model.generate(**inputs, max_new_tokens=LENGTH)[:, inputs["input_ids"].shape[1] :]
     end = model.generation_config.eos_token_id
     return [row[: row.index(end)] if end in row else row for row in rows.tolist()]
 

@@ -63,7 +63,8 @@ def test_greedy_answers_equal_those_of_transformers(name, sparse, small_tokenize
         image = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8))
         image.save(tmp_path / f"{number}.png")
         prompt = Prompt("<image>\nwhat colour is it?", (str(tmp_path / f"{number}.png"),))
-        [mine] = answer(student_model, params, small_tokenizer, [prompt], Decoding(max_new_tokens=32))
+        decoding = Decoding(max_new_tokens=32)
+        [mine] = answer(student_model, params, small_tokenizer, [prompt], decoding)
         expected = answer_in_transformers(model, out, image, "what colour is it?", 32)
         assert (mine.prompt_ids, mine.token_ids) == expected
         assert len(set(mine.token_ids)) > 3
@@ -241,7 +242,7 @@ def test_image_token_without_a_row_is_not_in_the_exported_tokenizer(
     inputs = tokenizer("say <image> please", return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        model.generate(**inputs, Decoding(max_new_tokens=2))
+        model.generate(**inputs, max_new_tokens=2)
         expected = model(**inputs).logits.numpy()
     tokens = inputs["input_ids"].numpy()
     assert tokens[0].tolist() == small_tokenizer.encode("say <image> please")

@@ -1,21 +1,6 @@
-import numpy as np
 import pytest
-from PIL import Image
 
 from moddistill.inference.prompts import Prompt
-
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory):
-    """`image(seed)`: the path of a small random image."""
-    folder = tmp_path_factory.mktemp("images")
-
-    def write(seed):
-        pixels = np.random.default_rng(seed).integers(0, 256, (20, 28, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{seed}.png")
-        return str(folder / f"{seed}.png")
-
-    return write
 
 
 @pytest.fixture(scope="session")

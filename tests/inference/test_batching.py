@@ -4,29 +4,29 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from PIL import Image
 
 from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.convert.resolve import load
 from moddistill.distributed.sharding import make_mesh
 from moddistill.inference import batching
+from moddistill.inference.answer import Decoding
 from moddistill.inference.batching import (
-    answer_in_batches,
     batch_rows,
     bytes_per_row,
     cache_bytes_per_row,
     fitting_rows,
     memory_budget,
 )
-from moddistill.inference.decode import answer, decode
-from moddistill.inference.placement import mesh_context, params_mesh, put_rows
-from moddistill.inference.prompts import Prompt, encode_prompts, padded_length, prompt_batch
+from moddistill.inference.decode import empty_rows
+from moddistill.inference.generation import answer
+from moddistill.inference.placement import mesh_context, params_mesh
 from moddistill.inference.sampling import Sampling
+from moddistill.models.compute import ComputeConfig
 from moddistill.models.presets import preset
 
-NEW = 5
+GREEDY = Decoding(max_new_tokens=5)
+FLOAT32, BFLOAT16 = ComputeConfig(), ComputeConfig(dtype=jnp.bfloat16)
 MESHES = {
     "data=8": MeshConfig(data=8),
     "fsdp=8": MeshConfig(data=1, fsdp=8),
@@ -35,36 +35,20 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    """Nine prompts of different lengths with 0, 1 or 2 images."""
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 256, (20, 28, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    images = [str(folder / f"{i}.png") for i in range(2)]
-    questions = ["what is it?", "is it red, green or blue?", "say what colour that is, in one word"]
-    return [
-        Prompt("<image>\n" * count + question, tuple(images[:count]))
-        for question in questions
-        for count in range(3)
-    ]
+def ids(*args):
+    return [item.token_ids for item in answer(*args, GREEDY)]
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_models, prompts, tokenizer):
-    """Each model's answers to each prompt by itself, on one device."""
+    """Tokens of each model's answers to each prompt by itself, on one device."""
 
     @functools.cache
     def answers(name):
         model = load(tiny_models[name])
-        single = [
-            item
-            for prompt in prompts
-            for item in answer(*model, tokenizer, [prompt], max_new_tokens=NEW)
-        ]
-        assert len({tuple(item.token_ids) for item in single}) > 3
-        return single
+        found = [ids(*model, tokenizer, [prompt])[0] for prompt in prompts]
+        assert len(set(map(tuple, found))) > 3
+        return found
 
     return answers
 
@@ -78,65 +62,47 @@ def test_answers_are_the_same_on_every_mesh(tiny_models, prompts, tokenizer, exp
     kernel = params["decoder"]["segment_0"]["block_0"]["attention"]["query"]["kernel"]
     [part, *_] = kernel.addressable_shards
     assert part.data.size == kernel.size // (sizes.fsdp * sizes.expert * sizes.tensor)
-    assert answer(model, params, tokenizer, prompts, max_new_tokens=NEW) == expected(name)
+    assert ids(model, params, tokenizer, prompts) == expected(name)
 
 
-@pytest.mark.parametrize(
-    ("rows", "mesh"),
-    [
-        (1, None),
-        (4, None),
-        (256, None),
-        (4, MeshConfig(data=4, tensor=2)),
-        (256, MeshConfig(data=4, tensor=2)),
-    ],
-)
-def test_answers_do_not_depend_on_the_batch_size(
-    tiny_models, prompts, tokenizer, expected, monkeypatch, rows, mesh
+@pytest.mark.parametrize("rows", [1, 4])
+def test_answers_do_not_depend_on_the_number_of_rows(
+    tiny_models, prompts, tokenizer, expected, monkeypatch, rows
 ):
+    """Rows are refilled on a mesh too, whose shards get the same number of prompts."""
     monkeypatch.setattr(batching, "MAX_ROWS", rows)
-    model, params = load(tiny_models["dense"], mesh=mesh and make_mesh(mesh))
-    texts = answer_in_batches(model, params, tokenizer, prompts, NEW)
-    assert texts == [item.text for item in expected("dense")]
+    loaded = load(tiny_models["dense"], mesh=make_mesh(MeshConfig(data=4, tensor=2)), stacked=False)
+    assert ids(*loaded, tokenizer, prompts) == expected("dense")
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8)])
-def test_the_cache_is_sharded_over_the_devices(tiny_models, prompts, tokenizer, mesh):
-    """Eight devices with one row each need a fraction of the memory of one device with all."""
-
-    def temporary_bytes(mesh):
-        model, params = load(tiny_models["dense"], mesh=mesh)
-        rows = put_rows(mesh, prompt_batch(prompts[:8], model.config, tokenizer))
-        options = {"max_new_tokens": 2000, "end_id": 2, "sampling": Sampling()}
-        with mesh_context(mesh):
-            lowered = decode.lower(model, params, rows, jax.random.key(0), **options)
-            return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(make_mesh(mesh)) < temporary_bytes(None) / 4
-
-
-def test_no_prompts_have_no_answers(tiny_models, tokenizer):
-    assert answer_in_batches(*load(tiny_models["dense"]), tokenizer, [], NEW) == []
+def test_the_cache_is_sharded_over_the_devices(tiny_models, mesh):
+    """Each of eight devices has the slots of one of eight rows."""
+    model, _ = load(tiny_models["dense"], mesh=make_mesh(mesh))
+    with mesh_context(make_mesh(mesh)):
+        rows = empty_rows(model, 8, 2000, Sampling())
+    for x in jax.tree.leaves(rows.cache.layers):
+        assert {part.data.shape[1] for part in x.addressable_shards} == {1}
 
 
 def test_cache_bytes_of_the_papers_student_by_hand():
     """Keys and values of 24 layers with 16 heads of 128: 64 GB for 256 rows in float32."""
     decoder = preset("qwen1.5-1.8b").decoder
     slots = 640
-    assert cache_bytes_per_row(decoder, slots, jnp.float32) == 2 * 24 * slots * 16 * 128 * 4
-    assert cache_bytes_per_row(decoder, slots, jnp.bfloat16) == 2 * 24 * slots * 16 * 128 * 2
-    assert 256 * cache_bytes_per_row(decoder, slots, jnp.float32) == 64_424_509_440
+    assert cache_bytes_per_row(decoder, FLOAT32, slots) == 2 * 24 * slots * 16 * 128 * 4
+    assert cache_bytes_per_row(decoder, BFLOAT16, slots) == 2 * 24 * slots * 16 * 128 * 2
+    assert 256 * cache_bytes_per_row(decoder, FLOAT32, slots) == 64_424_509_440
 
 
 def test_bytes_of_a_row_are_two_caches_and_the_activations_of_one_layer(tiny_architecture):
     decoder = preset("qwen1.5-1.8b").decoder
-    cache = cache_bytes_per_row(decoder, 656, jnp.float32)
+    cache = cache_bytes_per_row(decoder, FLOAT32, 656)
     activations = 656 * (8 * 2048 + 3 * 5504) * 4
-    assert bytes_per_row(decoder, 656, jnp.float32) == 2 * cache + activations
+    assert bytes_per_row(decoder, FLOAT32, 656) == 2 * cache + activations
     dense = tiny_architecture("tiny").decoder
     sparse = tiny_architecture("tiny", ExpertConfig(top_k=2)).decoder
     more = 7 * 3 * dense.intermediate_size * 4  # a second expert at seven positions
-    assert bytes_per_row(sparse, 7, jnp.float32) - bytes_per_row(dense, 7, jnp.float32) == more
+    assert bytes_per_row(sparse, FLOAT32, 7) - bytes_per_row(dense, FLOAT32, 7) == more
 
 
 @pytest.mark.parametrize(
@@ -162,22 +128,18 @@ def test_the_budget_is_a_share_of_the_free_memory():
     assert memory_budget(None) == int(batching.CPU_BYTES // 8 * 0.8)
 
 
-def test_rows_follow_length_dtype_and_tensor_parallelism(
-    tiny_models, prompts, tokenizer, monkeypatch
-):
-    config = load(tiny_models["dense"])[0].config
-    many = prompts[:1] * 1000
-    length = padded_length(encode_prompts(many, config, tokenizer))
-    row = bytes_per_row(config.decoder, length + NEW, jnp.float32)
+def test_rows_follow_length_dtype_and_tensor_parallelism(tiny_models, monkeypatch):
+    decoder = load(tiny_models["dense"])[0].config.decoder
+    row = bytes_per_row(decoder, FLOAT32, 48)
     monkeypatch.setattr(batching, "memory_budget", lambda stats: 10 * row)
 
-    def rows(dtype=jnp.float32, mesh=None, new=NEW):
+    def rows(dtype=jnp.float32, mesh=None, slots=48):
         model = load(tiny_models["dense"], dtype=dtype, mesh=mesh and make_mesh(mesh))
-        return batch_rows(*model, tokenizer, many, new)
+        return batch_rows(*model, slots, 1000)
 
     assert rows() == 10
     assert rows(jnp.bfloat16) == 20
-    assert rows(new=NEW + length + NEW) == 5
+    assert rows(slots=96) == 5
     assert rows(mesh=MeshConfig(data=4, tensor=2)) == 4 * 10 * 2
     assert rows(mesh=MeshConfig(data=8)) == 8 * 10
 
@@ -191,8 +153,7 @@ def test_bfloat16_keeps_routers_and_norms_in_float32(tiny_models, prompts, token
         if leaf.dtype == jnp.float32
     }
     assert kept == {"router", "scale"}
-    answers = answer(model, params, tokenizer, prompts, max_new_tokens=NEW)
-    assert all(len(item.token_ids) <= NEW for item in answers)
+    assert all(len(found) <= 5 for found in ids(model, params, tokenizer, prompts))
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_an_error(tiny_models):

@@ -39,10 +39,11 @@ def reread(folder, prompt, tokenizer):
     module, params = load(folder)
     ids = encode_prompt(prompt, module.config, tokenizer)
     images = [load_images(prompt, module.config.vision)]
+    logits_of = jax.jit(lambda batch: Vlm.logits(module.apply({"params": params}, batch)))
     real = module.config.decoder.real_ids[-1][1]
     for _ in range(NEW):
         batch = prompt_batch([ids], images, tokenizer.pad_id)
-        logits = Vlm.logits(module.apply({"params": params}, batch))[0, len(ids) - 1, :real]
+        logits = logits_of(batch)[0, len(ids) - 1, :real]
         ids = [*ids, int(jnp.argmax(logits))]
     return ids[-NEW:]
 
@@ -113,6 +114,7 @@ def test_logprobs_are_those_of_the_model(dense, prompts, tiny_models):
     ids = found.prompt_ids + found.token_ids
     images = [load_images(prompts[0], module.config.vision)]
     batch = prompt_batch([ids], images, dense[2].pad_id)
+    batch = jax.tree.map(jnp.asarray, batch)
     logits = Vlm.logits(module.apply({"params": params}, batch))[0]
     real = module.config.decoder.real_ids[-1][1]
     expected = jax.nn.log_softmax(logits[len(found.prompt_ids) - 1 : len(ids) - 1, :real])

@@ -1,0 +1,138 @@
+"""The plug-in for lmms-eval, with its own classes (installed without its dependencies)."""
+
+import importlib.metadata
+
+import pytest
+from PIL import Image
+
+from moddistill.convert.resolve import load
+from moddistill.data.tokenizer import load_tokenizer
+from moddistill.errors import UserError
+from moddistill.inference.answer import Decoding
+from moddistill.inference.generation import answer
+from moddistill.inference.prompts import Prompt
+from moddistill.inference.sampling import Sampling
+
+instance = pytest.importorskip("lmms_eval.api.instance")
+models = pytest.importorskip("lmms_eval.models")
+
+from moddistill.evals import lmms  # noqa: E402  needs lmms-eval
+
+
+@pytest.fixture
+def docs(image):
+    """Documents with 1, 0 and 2 images; the first one's has transparent pixels."""
+    pictures = []
+    for seed in range(3):
+        with Image.open(image(seed)) as picture:
+            pictures.append(picture.copy())
+    return [
+        {"question": "is it red?", "images": [pictures[0].convert("RGBA")]},
+        {"question": "what is the sum of two and two?", "images": []},
+        {"question": "which one is blue?", "images": pictures[1:]},
+    ]
+
+
+def requests(docs, form, settings):
+    """Requests as lmms-eval makes them."""
+    made = []
+    for number, doc in enumerate(docs):
+        place = (number, "task", "test")
+        if form == "simple":
+            args = (doc["question"], dict(settings), lambda doc: doc["images"], *place)
+        else:
+            args = (doc["question"], messages, dict(settings), *place)
+        made.append(instance.Instance("generate_until", args, number, {
+            "task": "task", "doc_id": number, "repeats": 1,
+        }))  # fmt: skip
+    return made
+
+
+def messages(doc):
+    content = [{"type": "image", "url": image} for image in doc["images"]]
+    content.append({"type": "text", "text": doc["question"]})
+    return [{"role": "user", "content": content}]
+
+
+@pytest.fixture(params=["simple", "chat"])
+def form(request):
+    return request.param
+
+
+@pytest.fixture
+def model(form, tiny_models, docs):
+    registered = models.get_model("moddistill", force_simple=form == "simple")
+    assert registered.is_simple == (form == "simple")
+    made = registered.create_from_arg_string(
+        f"model={tiny_models['sparse']}", {"batch_size": 1, "device": None}
+    )
+    made.task_dict = {"task": {"test": docs}}
+    return made
+
+
+def expected(tiny_models, docs, form, decoding):
+    folder = tiny_models["sparse"]
+    loaded = (*load(folder), load_tokenizer(str(folder)))
+    between = " " if form == "simple" else "\n"
+    prompts = []
+    for doc in docs:
+        images = tuple(image.convert("RGB") for image in doc["images"])
+        shown = between.join(["<image>"] * len(images)) + "\n" * bool(images)
+        prompts.append(Prompt(shown + doc["question"], images))
+    return answer(*loaded, prompts, decoding)
+
+
+def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
+    settings = {"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1}
+    found = model.generate_until(requests(docs, form, settings))
+    wanted = expected(tiny_models, docs, form, Decoding(max_new_tokens=5))
+    assert [each.text for each in found] == [each.text for each in wanted]
+    assert [each.token_counts.output_tokens for each in found] == [
+        len(each.token_ids) for each in wanted
+    ]
+
+
+def test_settings_of_requests_are_followed(model, form, tiny_models, docs):
+    """Each group of equal settings by itself; a stop text as in `until`."""
+    hot = {"max_new_tokens": 6, "temperature": 1.5, "top_p": 0.9, "do_sample": True}
+    [whole] = expected(tiny_models, docs[:1], form, Decoding(max_new_tokens=8))
+    stop = whole.text[2:4]
+    mixed = [
+        *requests(docs, form, hot),
+        *requests(docs[:1], form, {"max_new_tokens": 8, "until": ["never", stop]}),
+    ]
+    *sampled, stopped = [each.text for each in model.generate_until(mixed)]
+    sampling = Sampling(temperature=1.5, top_p=0.9)
+    wanted = expected(tiny_models, docs, form, Decoding(max_new_tokens=6, sampling=sampling))
+    assert sampled == [each.text for each in wanted]
+    assert stopped == whole.text[: whole.text.index(stop)].strip()
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"guidance": 2.0}])
+def test_settings_that_cannot_be_followed_are_an_error(model, form, docs, settings):
+    with pytest.raises(UserError, match=f"{next(iter(settings))}"):
+        model.generate_until(requests(docs, form, settings))
+
+
+def test_messages_have_a_system_prompt_and_turns():
+    def said(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    talk = [
+        said("system", "Be brief."),
+        said("user", "a"),
+        said("assistant", "b"),
+        said("user", "c"),
+    ]
+    assert lmms.prompt_of(talk) == Prompt("c", (), (("a", "b"),), "Be brief.")
+    with pytest.raises(UserError, match=r"roles of messages: expected user and assistant in turns"):
+        lmms.prompt_of(talk[:3])
+    with pytest.raises(
+        UserError, match="content of a message: expected text or image, got 'video'"
+    ):
+        lmms.prompt_of([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
+
+
+def test_the_entry_point_names_the_manifest():
+    [entry] = importlib.metadata.entry_points(group="lmms_eval.models", name="moddistill")
+    assert entry.load()().model_id == "moddistill"
