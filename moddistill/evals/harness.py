@@ -1,0 +1,81 @@
+"""Tasks of lmms-eval, run by lmms-eval in this process, and their results in our form."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moddistill.errors import UserError, did_you_mean, one_line
+from moddistill.evals.results import SCORES, check_results_folder, write_jsonl
+from moddistill.storage.json_file import write_json
+
+
+def evaluate_tasks(
+    model: str, tasks: Sequence[str], out: Path, arguments: Mapping[str, str], include: str = ""
+) -> dict[str, Any]:
+    """Evaluates a model on tasks of lmms-eval, and writes `scores.json` and `samples/TASK.jsonl`.
+
+    Answers are kept in `cache/` as they are made, so that the same call goes on where it ended.
+
+    Args:
+      arguments: of the model in lmms-eval, besides its name.
+      include: folder with tasks of one's own.
+
+    Raises:
+      UserError: lmms-eval is not installed, there is no such task, or its data set is not there.
+    """
+    check_results_folder(out)
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise UserError(
+            "--tasks: expected lmms-eval, which pip install 'moddistill[eval]' installs"
+        )
+    from lmms_eval.evaluator import simple_evaluate  # noqa: PLC0415  takes seconds
+    from lmms_eval.tasks import TaskManager  # noqa: PLC0415
+
+    manager = TaskManager(include_path=include or None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            known = did_you_mean(task, manager.all_tasks)
+            raise UserError(f"--tasks: expected tasks of lmms-eval, got {task!r}{known}")
+    try:
+        results = simple_evaluate(
+            model="moddistill",
+            model_args=",".join(
+                f"{k}={v}" for k, v in ({"model": model} | dict(arguments)).items()
+            ),
+            tasks=list(tasks),
+            task_manager=manager,
+            use_cache=str(out / "cache"),
+            log_samples=True,
+        )
+    except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, without a network
+        raise UserError(
+            f"--tasks: expected the data sets of {', '.join(tasks)}, which a machine with a network "
+            f"downloads to $HF_HOME, got an error: {one_line(str(error))}"
+        ) from error
+    scores = scores_of(results["results"])
+    for task, samples in results["samples"].items():
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        write_jsonl(out / "samples" / f"{task}.jsonl", [_sample(each) for each in samples])
+    write_json(out / SCORES, scores)
+    return scores
+
+
+def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns `{task: {metric: score}}` of the results of lmms-eval, with standard errors.
+
+    It names metrics `METRIC,FILTER`, and their standard errors `METRIC_stderr,FILTER`.
+    """
+    found = {}
+    for task, values in results.items():
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and "," in k}
+        plain = all(name.endswith(",none") for name in numbers)
+        found[task] = {k.removesuffix(",none") if plain else k: v for k, v in numbers.items()}
+    return found
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of a document, what was asked and answered, and what is right."""
+    answers = sample["filtered_resps"]
+    prediction = answers[0] if len(answers) == 1 else list(answers)
+    return {"id": sample["doc_id"], "answers": sample.get("target"), "prediction": prediction}
