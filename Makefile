@@ -2,6 +2,7 @@
 # make test   all tests
 # make lint   style, format and the order of imports
 # make soak   runs that are killed, filled disks and long runs, about an hour
+# make judge  lmms-eval with this library against its own llava_hf; MODEL=DIR, in .venv-judge
 # make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
 # Each makes the virtual environment .venv and installs what it needs, once.
 # `PYTHON=python3.13 make test` does so with another interpreter, in .venv-3.13.
@@ -16,7 +17,7 @@ VENV ?= .venv-$(VERSION)
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint tpu clean
+.PHONY: demo test soak lint judge tpu clean
 
 # Huge pages spare a quarter of the time on Linux, where each step allocates its buffers again.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -35,6 +36,9 @@ lint: $(VENV)/lint.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
 
+judge: .venv-judge/installed
+	.venv-judge/bin/python -m benchmarks.judge --model $(MODEL)
+
 # Runs last: with libtpu installed, JAX probes for TPUs at start-up and warns.
 tpu: $(VENV)/tpu.installed
 	$(BIN)/python -m pytest tests/test_tpu.py
@@ -52,10 +56,17 @@ $(VENV)/lint.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,lint]'
 	touch $@
 
+.venv-judge/installed: setup.cfg
+	test -x .venv-judge/bin/python || $(PYTHON) -m venv .venv-judge
+	.venv-judge/bin/python -m pip install --quiet --disable-pip-version-check -e '.[eval,judge]'
+	touch $@
+
 $(VENV)/tpu.installed: $(VENV)/test.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,tpu]'
 	touch $@
 
+# lmms-eval without its dependencies, which are gigabytes: tests use its classes.
 $(VENV)/test.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	touch $@

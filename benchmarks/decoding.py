@@ -2,8 +2,8 @@
 
     python -m benchmarks.decoding [--rounds 3]
 
-Qwen2-0.5B with CLIP ViT-L/14-336 and random weights, the same on both sides, a prompt of an image and
-text, 48 new tokens, batches of 1 and 8. The sides take turns, each time in a process of its own. The
+Qwen2-0.5B with CLIP ViT-L/14-336 and random weights, the same on both sides, a prompt of an image
+and text, 48 new tokens, batches of 1 and 8. The sides take turns, each in a process of its own. The
 time of a new token is what 48 of them take beyond one. Peak memory is that of answering, without
 loading; the file of weights is not mapped on either side.
 """

@@ -16,15 +16,17 @@ from moddistill.params import flatten
 _EXPERIMENT = ("config", "flagfile")
 _RUN = (*_EXPERIMENT, "workdir", "coordinator", "processes", "process")
 _MODEL = ("model", "dtype", "mesh")
+_ANSWERS = (
+    *_MODEL, "image", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty", "stop", "seed",
+)  # fmt: skip
 FLAGS = {
     "train": _RUN,
     "recipe": _RUN,
     "plan": (*_EXPERIMENT, "topology", "json", "fit", "utilisation"),
-    "evaluate": (*_MODEL, "task", "data", "out"),
-    "generate": (
-        *_MODEL, "image", "prompt", "json", "max_new_tokens", "temperature", "top_p", "seed",
-    ),
-    "chat": (*_MODEL, "image", "max_new_tokens"),
+    "evaluate": (*_MODEL, "tasks", "task", "data", "include_path", "out"),
+    "generate": (*_ANSWERS, "prompt", "jsonl", "out", "json", "logprobs"),
+    "chat": _ANSWERS,
     "convert_weights": (),
 }  # fmt: skip
 
