@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.models.layer_plan import Segment, make_plan, moe_layers, stack, unstack
+from moddistill.models.layer_plan import (
+    Segment,
+    make_plan,
+    moe_layers,
+    separate,
+    separate_layers,
+    stack,
+    unstack,
+)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,20 @@ def test_unstacking_undoes_stacking(seed):
     kinds = random_kinds(seed)
     plan = make_plan(kinds)
     chex.assert_trees_all_equal(unstack(stack(numbered(kinds), plan), plan), numbered(kinds))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_separate_layers_are_those_of_the_stack(seed):
+    """In order, each with arrays of its own; the stacked ones are given back."""
+    kinds = random_kinds(seed)
+    plan = make_plan(kinds)
+    stacked = stack(numbered(kinds), plan)
+    found = separate_layers(stacked, plan)
+    chex.assert_trees_all_equal(unstack(found, separate(plan)), numbered(kinds))
+    assert separate(plan) == tuple(Segment((kind,), 1) for kind in kinds)
+    for i, segment in enumerate(plan):
+        if segment.repeats > 1:
+            assert stacked[f"segment_{i}"]["block_0"]["norm"].is_deleted()
 
 
 def test_repeats_are_stacked_in_front_and_blocks_keep_their_place_in_the_period():
