@@ -50,8 +50,8 @@ def evaluate_tasks(
         )
     except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, without a network
         raise UserError(
-            f"--tasks: expected the data sets of {', '.join(tasks)}, which a machine with a network "
-            f"downloads to $HF_HOME, got an error: {one_line(str(error))}"
+            f"--tasks: expected the data sets of {', '.join(tasks)} in $HF_HOME, or a network to "
+            f"download them, got an error: {one_line(str(error))}"
         ) from error
     scores = scores_of(results["results"])
     for task, samples in results["samples"].items():

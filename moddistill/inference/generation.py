@@ -206,12 +206,12 @@ class _Table:
     def group_size(self, waiting: Sequence[Writing]) -> int:
         """Returns the number of prompts to read next.
 
-        It is a power of two for each shard, so that few programs are compiled.
+        It is a power of four for each shard, so that few programs are compiled.
         """
         most = min(len(self.free), len(waiting), max(1, _MOST_TOKENS // len(waiting[0].prompt_ids)))
         if most < self.shards:
             return most
-        return self.shards * 2 ** ((most // self.shards).bit_length() - 1)
+        return self.shards * 4 ** (((most // self.shards).bit_length() - 1) // 2)
 
     def admit(self, group: Sequence[Writing], images: Sequence[np.ndarray | None]) -> None:
         """Begins answers, of whose prompts the first one is the longest."""

@@ -13,6 +13,7 @@ from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.inference.sampling import Sampling
 
+pytest.importorskip("torch")
 instance = pytest.importorskip("lmms_eval.api.instance")
 models = pytest.importorskip("lmms_eval.models")
 
