@@ -18,8 +18,7 @@ from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.data.tokenizer import load_tokenizer
-from moddistill.inference import decode
-from moddistill.inference.answer import Decoding
+from moddistill.inference.answer import Decoding, end_id
 from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
 from moddistill.models.upcycle import upcycle, upcycle_config
@@ -227,7 +226,7 @@ def test_plain_answers_end_with_a_line_break(tmp_path, tiny_architecture, init, 
     export_model(tmp_path / "model", tmp_path / "out", max_shard_size=GB)
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     general = small_tokenizer.special("<|endoftext|>")
-    assert ends == [general, decode._end_id("plain", small_tokenizer)]
+    assert ends == [general, end_id("plain", small_tokenizer)]
 
 
 def test_image_token_without_a_row_is_not_in_the_exported_tokenizer(
