@@ -19,13 +19,14 @@ from tqdm import tqdm
 from moddistill.config import MeshConfig
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
-from moddistill.data.tokenizer import load_tokenizer
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, invalid
 from moddistill.inference.answer import Answer, Decoding
 from moddistill.inference.generation import generate
 from moddistill.inference.prompts import Prompt
 from moddistill.inference.sampling import Sampling
+from moddistill.models.vlm import Vlm
 
 _LONGEST = 1024  # tokens of an answer whose task does not say
 # Settings of requests for `transformers` that greedy answers, or images of one size, do not need.
@@ -66,6 +67,26 @@ class _Model(lmms):
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         loaded = load(folder, dtype=jnp.dtype(dtype), mesh=_mesh(mesh), stacked=False)
         self._loaded = (*loaded, load_tokenizer(str(folder)))
+        self._on_answer = lambda: None
+
+    @classmethod
+    def of(
+        cls,
+        model: Vlm,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        on_answer: Callable[[], None],
+    ) -> "_Model":
+        """Returns a model that is in memory, such as one in training.
+
+        Args:
+          on_answer: called after each answer; an error of it ends the evaluation.
+        """
+        made = cls.__new__(cls)
+        lmms.__init__(made)
+        made._loaded = model, params, tokenizer
+        made._on_answer = on_answer
+        return made
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise UserError("expected tasks that are answered, got one of likelihoods (loglikelihood)")
@@ -88,6 +109,7 @@ class _Model(lmms):
                     key = (prompts[place].question, request.args[self._settings])
                     self.cache_hook.add_partial("generate_until", key, answer.text)
                     bar.update()
+                    self._on_answer()
         return [_result(found[number]) for number in range(len(requests))]
 
     def _doc(self, request: Instance) -> Any:
