@@ -44,7 +44,6 @@ from moddistill.training.resume import (
     write_settings,
 )
 from moddistill.training.state import State
-from moddistill.training.tasks import Tasks, read_questions
 from moddistill.training.streams import (
     Streams,
     open_streams,
@@ -52,6 +51,7 @@ from moddistill.training.streams import (
     warn_of_records,
     with_steps,
 )
+from moddistill.training.tasks import Tasks, read_questions
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")

@@ -73,7 +73,7 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
     fixed = [
         f"{name} {now!r} instead of {then!r}"
         for name, (then, now) in changed.items()
-        if name not in _FREE and not name.startswith("tasks.")
+        if name not in _FREE and name.split(".")[0] not in _FREE
     ]
     more = f" and {len(fixed) - _MOST_SHOWN} more" if len(fixed) > _MOST_SHOWN else ""
     if fixed:
