@@ -95,22 +95,34 @@ class _Model(lmms):
         raise UserError("expected tasks of one round, got one of several (multi_round)")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Returns the answers in the order of the requests; those with equal settings together."""
+        """Returns the answers in the order of the requests; those with equal settings together.
+
+        Raises:
+          UserError: questions that cannot be answered, after all others, which are in the cache.
+        """
         groups: dict[Decoding, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(_decoding(request.args[self._settings]), []).append(number)
-        found: dict[int, Answer] = {}
+        found: dict[int, Answer | UserError] = {}
         with tqdm(total=len(requests), desc="answers", unit="answer", mininterval=1.0) as bar:
             for decoding, numbers in groups.items():
-                prompts = [self._prompt(requests[number]) for number in numbers]
-                for place, answer in generate(*self._loaded, prompts, decoding):
-                    request = requests[numbers[place]]
-                    found[numbers[place]] = answer
-                    key = (prompts[place].question, request.args[self._settings])
-                    self.cache_hook.add_partial("generate_until", key, answer.text)
-                    bar.update()
-                    self._on_answer()
+                group = [requests[number] for number in numbers]
+                found |= zip(numbers, self._answer(group, decoding, bar), strict=True)
+        _check_answered(requests, found)
         return [_result(found[number]) for number in range(len(requests))]
+
+    def _answer(
+        self, requests: list[Instance], decoding: Decoding, bar: tqdm
+    ) -> list[Answer | UserError]:
+        prompts = [self._prompt(request) for request in requests]
+        found: dict[int, Answer | UserError] = {}
+        for number, answer in generate(*self._loaded, prompts, decoding, found.__setitem__):
+            found[number] = answer
+            key = (prompts[number].question, requests[number].args[self._settings])
+            self.cache_hook.add_partial("generate_until", key, answer.text)
+            bar.update()
+            self._on_answer()
+        return [found[number] for number in range(len(requests))]
 
     def _doc(self, request: Instance) -> Any:
         *_, number, task, split = request.args
@@ -212,6 +224,16 @@ def _decoding(settings: dict[str, Any]) -> Decoding:
         expected = f"max_new_tokens, until, {', '.join(names)}"
         raise invalid("generation_kwargs of the task", sorted(unknown), expected)
     return Decoding(**found, sampling=Sampling(**sampling))
+
+
+def _check_answered(requests: list[Instance], found: dict[int, Answer | UserError]) -> None:
+    failed = [number for number in sorted(found) if isinstance(found[number], UserError)]
+    if failed:
+        *_, document, task, _ = requests[failed[0]].args
+        raise UserError(
+            f"{task}: {len(failed)} of {len(requests)} questions cannot be answered, of which the "
+            f"first one is document {document}: {found[failed[0]]}"
+        )
 
 
 def _result(answer: Answer) -> GenerationResult:
