@@ -142,7 +142,7 @@ def lower_answer(
         return with_shardings(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
 
     # Outside of the mesh context, in which even a constant would be put on the device.
-    params = on_device(jax.eval_shape(lambda x: _separate(x, config), loaded_params(config, dtype)))
+    params = on_device(answer_params(config, dtype))
     rows = on_device(jax.eval_shape(lambda: empty_rows(model, size.rows, size.slots, Sampling())))
     rngs = on_device(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size.rows)))
     at = on_device(jax.ShapeDtypeStruct((size.rows,), jnp.int32))
@@ -161,15 +161,18 @@ def lower_answer(
         }
 
 
-def _separate(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The parameters, each layer with arrays of its own; for shapes only."""
-    decoder = params["decoder"]
-    rest = {name: x for name, x in decoder.items() if not name.startswith("segment_")}
-    layers = {
-        f"segment_{i}": {"block_0": jax.tree.map(lambda x: x[None], layer)}
-        for i, layer in enumerate(unstack(decoder, config.decoder.plan))
-    }
-    return params | {"decoder": rest | layers}
+def answer_params(config: ModelConfig, dtype: Dtype) -> Any:
+    """Shapes of the parameters as answers read them: each layer has arrays of its own."""
+    params = loaded_params(config, dtype)
+    layers = jax.eval_shape(lambda x: unstack(x, config.decoder.plan), params["decoder"])
+    decoder = {
+        name: x for name, x in params["decoder"].items() if not name.startswith("segment_")
+    } | {f"segment_{i}": {"block_0": _stacked_once(layer)} for i, layer in enumerate(layers)}
+    return params | {"decoder": decoder}
+
+
+def _stacked_once(layer: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), layer)
 
 
 def format_answer(report: dict[str, Any]) -> str:
