@@ -15,6 +15,7 @@ An answer has 48 tokens, its prompt an image and 64 tokens of text. Three tables
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -90,14 +91,8 @@ def size_of(name: str, config: ModelConfig) -> AnswerSize:
     return AnswerSize(rows=1, prompt_tokens=TEXT + image, images=1, new_tokens=NEW)
 
 
-def measure(config: ModelConfig, size: AnswerSize, dtype: Dtype, cache: str) -> dict[str, float]:
-    """Returns seconds and peak memory of one answer after another that compiles the programs.
-
-    Args:
-      cache: folder of compiled programs.
-    """
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def measure(config: ModelConfig, size: AnswerSize, dtype: Dtype) -> dict[str, float]:
+    """Returns seconds and peak memory of an answer, after a short one, which compiles."""
     device = jax.devices()[0]
     model = without_drops(Vlm(config, answer_compute(dtype)))
     place = jax.sharding.SingleDeviceSharding(device)
@@ -107,11 +102,11 @@ def measure(config: ModelConfig, size: AnswerSize, dtype: Dtype, cache: str) -> 
     )
     params = random_leaves(shapes, 0)
     batch = jax.device_put(_prompt(config, size), device)
-    _answer(model, params, batch, size)
+    _answer(model, params, batch, size, new=2)
     if device.platform == "cpu":
         give_back()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    prefill, token = _answer(model, params, batch, size)
+    prefill, token = _answer(model, params, batch, size, size.new_tokens)
     stats = device.memory_stats() or {}
     peak = stats.get("peak_bytes_in_use") or resident_bytes("VmHWM")
     return {"prefill_seconds": prefill, "token_seconds": token, "peak_bytes": peak}
@@ -130,8 +125,8 @@ def _prompt(config: ModelConfig, size: AnswerSize) -> Any:
     return padded_batch(tokens.astype(np.int32), lengths, images=images)
 
 
-def _answer(model: Vlm, params: Any, batch: Any, size: AnswerSize) -> tuple[float, float]:
-    """Returns seconds of the prompt, and of each token after the first."""
+def _answer(model: Vlm, params: Any, batch: Any, size: AnswerSize, new: int) -> tuple[float, float]:
+    """Returns seconds of the prompt, and of each of `new` tokens after the first."""
     static = {"sampling": Sampling(), "top_logprobs": 0}
     state = jax.block_until_ready(empty_rows(model, size.rows, size.slots, Sampling()))
     rngs = jax.random.split(jax.random.key(0), size.rows)
@@ -139,10 +134,10 @@ def _answer(model: Vlm, params: Any, batch: Any, size: AnswerSize) -> tuple[floa
     state, choice = admit(model, params, state, batch, jnp.arange(size.rows), rngs, **static)
     jax.block_until_ready(choice)
     between = time.perf_counter()
-    for _ in range(size.new_tokens - 1):
+    for _ in range(new - 1):
         state, choice = step(model, params, state, **static)
     jax.block_until_ready(choice)
-    return between - began, (time.perf_counter() - between) / (size.new_tokens - 1)
+    return between - began, (time.perf_counter() - between) / (new - 1)
 
 
 def device_memory() -> tuple[str, float | None]:
@@ -167,11 +162,10 @@ def run(chips: list[str], rounds: int, most_gib: float | None) -> dict[str, Any]
     }
     chosen = [name for name in sizes if rounds and held[name] <= most]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    with tempfile.TemporaryDirectory() as cache:
-        for number in range(rounds):
-            for name in chosen:
-                say(f"round {number + 1}: {name}, {held[name] / GIB:.1f} GiB of parameters")
-                found[name].append(in_new_process(measure, *sizes[name], dtype, cache))
+    for number in range(rounds):
+        for name in chosen:
+            say(f"round {number + 1}: {name}, {held[name] / GIB:.1f} GiB of parameters")
+            found[name].append(in_new_process(measure, *sizes[name], dtype))
     measured = {name: _medians(each, held[name]) for name, each in found.items()}
     return {"device": kind, "dtype": dtype, "computed": computed, "measured": measured}
 
@@ -268,7 +262,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # here; the processes that measure use the device
-    result = run(args.chips, args.rounds, args.most_gib)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of all rounds
+        result = run(args.chips, args.rounds, args.most_gib)
     print(json.dumps(result) if args.json else tables(result))
 
 

@@ -14,7 +14,7 @@ from moddistill.config import Dtype, MeshConfig
 from moddistill.distributed import accelerators, sharding
 from moddistill.distributed.accelerators import CHIPS, GIB
 from moddistill.inference.batching import cache_bytes_per_row
-from moddistill.inference.decode import admit, empty_rows, step, without_drops
+from moddistill.inference.decode import Rows, admit, empty_rows, step, without_drops
 from moddistill.inference.placement import mesh_context
 from moddistill.inference.prompts import bucket
 from moddistill.inference.sampling import Sampling
@@ -137,13 +137,23 @@ def lower_answer(
     devices = accelerators.topology_devices(accelerators.one_chip(name))[:1]
     mesh = sharding.make_mesh(MeshConfig(), devices)
     model = without_drops(Vlm(config, answer_compute(dtype)))
+    static = {"sampling": Sampling(), "top_logprobs": 0}
 
     def on_device(shapes: Any) -> Any:
         return with_shardings(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
 
+    def empty() -> Rows:
+        return empty_rows(model, size.rows, size.slots, Sampling())
+
+    def prefill(params: Any, rows: list[Any], *prompts: Any) -> Any:
+        return admit(model, params, _like(empty(), rows), *prompts, **static)
+
+    def token(params: Any, rows: list[Any]) -> Any:
+        return step(model, params, _like(empty(), rows), **static)
+
     # Outside of the mesh context, in which even a constant would be put on the device.
     params = on_device(answer_params(config, dtype))
-    rows = on_device(jax.eval_shape(lambda: empty_rows(model, size.rows, size.slots, Sampling())))
+    rows = on_device(jax.eval_shape(lambda: jax.tree.leaves(empty())))
     rngs = on_device(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size.rows)))
     at = on_device(jax.ShapeDtypeStruct((size.rows,), jnp.int32))
     batch = make_batch(
@@ -153,12 +163,19 @@ def lower_answer(
         images=(size.images, config.vision.image_size) if size.images else None,
     )
     batch = on_device(batch._replace(loss_mask=None))
-    static = {"sampling": Sampling(), "top_logprobs": 0}
     with mesh_context(mesh):
         return {
-            "prefill": admit.lower(model, params, rows, batch, at, rngs, **static),
-            "token": step.lower(model, params, rows, **static),
+            "prefill": jax.jit(prefill, donate_argnums=1).lower(params, rows, batch, at, rngs),
+            "token": jax.jit(token, donate_argnums=1).lower(params, rows),
         }
+
+
+def _like(tree: Any, leaves: list[Any]) -> Any:
+    """The leaves in the structure of a tree, whose own are not used.
+
+    Arguments are lists of leaves, since fields of `Rows` are arrays and never their shapes.
+    """
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def answer_params(config: ModelConfig, dtype: Dtype) -> Any:
