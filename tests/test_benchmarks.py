@@ -9,12 +9,17 @@ from benchmarks import (
     data_loading,
     data_parquet,
     digests,
+    efficiency,
     kd_step,
     vision_tower,
 )
 from benchmarks.head_to_head import check_agreement, compare
+from moddistill.config import ExpertConfig
 from moddistill.convert.sources import open_source
+from moddistill.models.flops import parameter_counts
 from moddistill.models.limits import check_architecture
+from moddistill.models.presets import preset
+from moddistill.models.upcycle import upcycle_config
 from tests import torch_or_skip
 
 MIB = 2**20
@@ -103,3 +108,30 @@ def test_parquet_benchmark_reads_batches(monkeypatch):
     assert 0.2 < figures["file_mib"] < 0.6
     assert figures["samples_per_second"] > 0
     assert 100 < figures["index_memory_mib"] <= figures["memory_mib"] < 1024
+
+
+def test_efficiency_benchmark_computes_every_model_and_measures_those_that_fit(monkeypatch):
+    """In this process, with a model that may be measured and one that is too large."""
+    tiny = preset("tiny")
+    sparse = upcycle_config(tiny, ExpertConfig(num_experts=16))
+    monkeypatch.setattr(efficiency, "models", lambda: {"small": tiny, "large": sparse})
+    monkeypatch.setattr(efficiency, "in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(efficiency, "NEW", 4)
+    monkeypatch.setattr(efficiency, "_PAIRS", ("large", "small"))
+    monkeypatch.setattr(efficiency, "resident_bytes", lambda _: 3 * efficiency.GIB)
+    result = efficiency.run(["v5e", "a100"], rounds=1, most_gib=0.0002)
+    assert result["computed"].keys() == {"small", "large"}
+    [(name, figures)] = result["measured"].items()
+    seconds = figures["prefill_seconds"] + 3 * figures["token_seconds"]
+    assert (name, figures["tokens_per_second"]) == ("small", pytest.approx(4 / seconds))
+    text = efficiency.tables(result)
+    assert text.count("\n| small |") == 2
+    assert "| 3.00 GiB |" in text
+
+
+def test_shape_of_qwen_vl_chat_has_the_published_numbers_of_parameters():
+    """9.6 G: a language model of 7.7, a vision encoder of 1.9, an adapter of 0.08."""
+    config = efficiency.models()[efficiency.QWEN_VL]
+    assert parameter_counts(config)[0] == pytest.approx(9.6e9, rel=0.01)
+    size = efficiency.size_of(efficiency.QWEN_VL, config)
+    assert size.prompt_tokens == 256 + 64

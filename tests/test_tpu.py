@@ -18,7 +18,9 @@ from moddistill.models.attention_kernels import attend, causal
 from moddistill.models.moe.expert_parallel import mix_experts
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
+from moddistill.planning.answers import plan_answer
 from moddistill.planning.planner import abstract_batch
+from moddistill.planning.roofline import answer_size
 from moddistill.training.program import make_program, with_shardings
 
 pytest.importorskip("libtpu", reason="needs the compiler for TPUs: make tpu")
@@ -96,6 +98,14 @@ def test_a_step_is_planned_for_every_kind_of_chip(tiny_config, topology):
     assert report["chips"] == 4
     assert report["fits"]
     assert report["collectives"]["all-gather"]["bytes"] > 0
+
+
+def test_answers_of_a_sparse_model_are_planned_for_a_chip():
+    config = upcycle_config(preset("tiny"), ExpertConfig())
+    size = answer_size(config, rows=2, text_tokens=124, images=1, new_tokens=16)
+    report = plan_answer(config, size, ["v5e"], "bfloat16", compiled=True)
+    assert report["chips"]["v5e"]["fits"]
+    assert report["chips"]["v5e"]["temp_bytes"] > 0
 
 
 SMALL = "student=qwen2-0.5b,teacher=qwen2-7b"

@@ -22,31 +22,33 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Published specification of one chip.
+    """Published specification of one chip: Google Cloud's page of a TPU, NVIDIA's data sheet.
 
     Attributes:
       kind: prefix of JAX's `device_kind`.
       memory: bytes.
+      bandwidth: bytes per second of this memory.
       flops: dense bfloat16 FLOP/s.
       devices: JAX devices per chip.
     """
 
     kind: str
     memory: int
+    bandwidth: float
     flops: float
     devices: int = 1
 
 
 CHIPS = {
-    "v4": Chip(kind="TPU v4", memory=32 * GIB, flops=275e12),
-    "v5e": Chip(kind="TPU v5 lite", memory=16 * GIB, flops=197e12),
-    "v5p": Chip(kind="TPU v5", memory=95 * GIB, flops=459e12),
-    "v6e": Chip(kind="TPU v6 lite", memory=32 * GIB, flops=918e12),
-    "tpu7x": Chip(kind="TPU7x", memory=192 * GIB, flops=2307e12, devices=2),
-    "a100": Chip(kind="NVIDIA A100", memory=80 * GIB, flops=312e12),
-    "h100": Chip(kind="NVIDIA H100", memory=80 * GIB, flops=989e12),
-    "h200": Chip(kind="NVIDIA H200", memory=141 * 10**9, flops=989e12),
-    "b200": Chip(kind="NVIDIA B200", memory=180 * 10**9, flops=2250e12),
+    "v4": Chip(kind="TPU v4", memory=32 * GIB, bandwidth=1.2e12, flops=275e12),
+    "v5e": Chip(kind="TPU v5 lite", memory=16 * GIB, bandwidth=0.819e12, flops=197e12),
+    "v5p": Chip(kind="TPU v5", memory=95 * GIB, bandwidth=2.765e12, flops=459e12),
+    "v6e": Chip(kind="TPU v6 lite", memory=32 * GIB, bandwidth=1.638e12, flops=918e12),
+    "tpu7x": Chip(kind="TPU7x", memory=192 * GIB, bandwidth=7.38e12, flops=2307e12, devices=2),
+    "a100": Chip(kind="NVIDIA A100", memory=80 * GIB, bandwidth=2.039e12, flops=312e12),
+    "h100": Chip(kind="NVIDIA H100", memory=80 * GIB, bandwidth=3.35e12, flops=989e12),
+    "h200": Chip(kind="NVIDIA H200", memory=141 * 10**9, bandwidth=4.8e12, flops=989e12),
+    "b200": Chip(kind="NVIDIA B200", memory=180 * 10**9, bandwidth=8.0e12, flops=2250e12),
 }
 
 # Dimensions of the torus of a TPU generation.
@@ -62,7 +64,6 @@ class Gpu:
       cores: streaming multiprocessors.
       shared_per_core: bytes of shared memory per multiprocessor.
       cache: bytes of L2 cache.
-      bandwidth: bytes per second of device memory.
       clock_ghz: boost clock.
     """
 
@@ -70,7 +71,6 @@ class Gpu:
     cores: int
     shared_per_core: int
     cache: int
-    bandwidth: float
     clock_ghz: float
 
 
@@ -80,7 +80,6 @@ GPUS = {
         cores=108,
         shared_per_core=164 * KIB,
         cache=40 * MIB,
-        bandwidth=2.039e12,
         clock_ghz=1.41,
     ),
     "h100": Gpu(
@@ -88,7 +87,6 @@ GPUS = {
         cores=132,
         shared_per_core=228 * KIB,
         cache=50 * MIB,
-        bandwidth=3.35e12,
         clock_ghz=1.98,
     ),
     "h200": Gpu(
@@ -96,7 +94,6 @@ GPUS = {
         cores=132,
         shared_per_core=228 * KIB,
         cache=50 * MIB,
-        bandwidth=4.8e12,
         clock_ghz=1.98,
     ),
     "b200": Gpu(
@@ -104,7 +101,6 @@ GPUS = {
         cores=148,
         shared_per_core=228 * KIB,
         cache=126 * MIB,
-        bandwidth=8.0e12,
         clock_ghz=1.97,
     ),
 }
@@ -134,6 +130,11 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
         example = f"{name}:{'x'.join('2' * dimensions)}"
         raise invalid("topology", topology, f"{dimensions} sizes, as {example}")
     return name, counts
+
+
+def one_chip(name: str) -> str:
+    """Returns the topology of a single chip of that name, such as `v5e:1x1`."""
+    return f"{name}:{'x'.join('1' * _TORUS_DIMENSIONS.get(name, 1))}"
 
 
 def topology_devices(topology: str) -> list[Any]:
@@ -196,7 +197,7 @@ gpu_device_info {{
   fpus_per_core: {64 if major == 8 else 128}
   clock_rate_ghz: {gpu.clock_ghz}
   device_memory_size: {chip.memory}
-  memory_bandwidth: {round(gpu.bandwidth)}
+  memory_bandwidth: {round(chip.bandwidth)}
   l2_cache_size: {gpu.cache}
   shared_memory_per_core: {gpu.shared_per_core}
   shared_memory_per_block_optin: {gpu.shared_per_core - KIB}

@@ -34,7 +34,7 @@ from moddistill.training.stages import stage_of
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")
-_USABLE_MEMORY = 0.97  # fraction for programs; the runtime reserves the rest
+USABLE_MEMORY = 0.97  # fraction for programs; the runtime reserves the rest
 
 
 def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         program = program._replace(teacher=without_tower(program.teacher))
     batch = abstract_batch(config, student, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        compiled = _compile(program.step.lower(state, program.teacher, batch), topology)
+        compiled = compile_program(program.step.lower(state, program.teacher, batch), topology)
     cores = accelerators.devices_per_chip(topology)
     report = {
         "topology": topology,
@@ -114,19 +114,20 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
     A model that does not exist yet, such as the result of an earlier stage, is that of the preset
     in its path.
     """
-    student = _architecture(config.student)
+    student = architecture(config.student)
     if config.stage == "preference" and not student.decoder.moe:
         student = upcycle_config(student, config.moe)  # stands for the result of `d2s`
-    encoder = _architecture(config.vision) if config.vision else None
+    encoder = architecture(config.vision) if config.vision else None
     student = trained_architecture(config, student, encoder)
     if not config.teacher:
         return student, None
-    teacher = _architecture(config.teacher)
+    teacher = architecture(config.teacher)
     check_teacher(teacher, student, config.teacher)
     return student, teacher
 
 
-def _architecture(spec: str) -> ModelConfig:
+def architecture(spec: str) -> ModelConfig:
+    """Returns the config of a model; of the preset in its path if it does not exist yet."""
     if not spec.startswith(RANDOM) and Path(spec).exists():
         return resolve(spec).config
     names = {part for part in re.split(r"[/:]", spec) if part in PRESETS}
@@ -182,8 +183,8 @@ def peak_bytes(memory: Any, name: str) -> int:
     return sizes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-def _compile(lowered: Any, topology: str) -> Any:
-    """Compiles the step; None if the compiler runs out of device memory."""
+def compile_program(lowered: Any, topology: str) -> Any:
+    """Compiles a program for a topology; None if the compiler runs out of device memory."""
     try:
         return lowered.compile(compiler_options=accelerators.compiler_options(topology))
     except jax.errors.JaxRuntimeError as error:
@@ -234,7 +235,7 @@ def _fit_and_duration(report: dict[str, Any], topology: str, utilisation: float)
     if name == "cpu":
         return {"fits": None}
     chip = accelerators.CHIPS[name]
-    allowed = round(chip.memory * _USABLE_MEMORY)
+    allowed = round(chip.memory * USABLE_MEMORY)
     flops = report["model_flops_per_step"] + report["teacher_flops_per_step"]
     speed = chip.flops * report["chips"] * utilisation
     return {
