@@ -1,12 +1,15 @@
 """Tasks of lmms-eval, run by lmms-eval in this process, and their results in our form."""
 
+import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moddistill.errors import UserError, did_you_mean, one_line
+from moddistill.evals import tasks as own_tasks
 from moddistill.evals.results import SCORES, check_results_folder, write_jsonl
+from moddistill.evals.tasks._task_utils.errors import TaskError
 from moddistill.storage.json_file import write_json
 
 
@@ -16,10 +19,11 @@ def evaluate_tasks(
     """Evaluates a model on tasks of lmms-eval, and writes `scores.json` and `samples/TASK.jsonl`.
 
     Answers are kept in `cache/` as they are made, so that the same call goes on where it ended.
+    Files that tasks write for a judge or a server are in `submissions/`.
 
     Args:
       arguments: of the model in lmms-eval, besides its name.
-      include: folder with tasks of one's own.
+      include: folder with tasks of one's own, besides those in `evals/tasks`.
 
     Raises:
       UserError: lmms-eval is not installed, there is no such task, or its data set is not there.
@@ -32,7 +36,7 @@ def evaluate_tasks(
     from lmms_eval.evaluator import simple_evaluate  # noqa: PLC0415  takes seconds
     from lmms_eval.tasks import TaskManager  # noqa: PLC0415
 
-    manager = TaskManager(include_path=include or None)
+    manager = TaskManager(include_path=[str(own_tasks.FOLDER), *filter(None, [include])])
     for task in tasks:
         if task not in manager.all_tasks:
             known = did_you_mean(task, manager.all_tasks)
@@ -47,18 +51,35 @@ def evaluate_tasks(
             task_manager=manager,
             use_cache=str(out / "cache"),
             log_samples=True,
+            cli_args=argparse.Namespace(output_path=str(out), process_with_media=False),
         )
-    except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, without a network
-        raise UserError(
-            f"--tasks: expected the data sets of {', '.join(tasks)} in $HF_HOME, or a network to "
-            f"download them, got an error: {one_line(str(error))}"
-        ) from error
+    except Exception as error:
+        if message := data_error(error, tasks):
+            raise UserError(message) from error
+        raise
     scores = scores_of(results["results"])
     for task, samples in results["samples"].items():
         (out / "samples").mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "samples" / f"{task}.jsonl", [_sample(each) for each in samples])
     write_json(out / SCORES, scores)
     return scores
+
+
+def data_error(error: BaseException, tasks: Sequence[str]) -> str:
+    """Returns what to do about something that a task needs, or nothing for another error.
+
+    lmms-eval loads a data set several times, and then raises an error that has the last one.
+    """
+    cause = getattr(error, "last_attempt", None)
+    error = cause.exception() if cause else error
+    if isinstance(error, TaskError):
+        return f"--tasks: {error}"
+    if not isinstance(error, ConnectionError | FileNotFoundError):
+        return ""
+    return (
+        f"--tasks: expected the data sets of {', '.join(tasks)} in $HF_HOME, or a network to "
+        f"download them, got an error: {one_line(str(error))}"
+    )
 
 
 def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from moddistill.evals.tasks._task_utils.errors import TaskError
+
 _LOG = logging.getLogger(__name__)
 _FINAL = frozenset({400, 401, 403, 404, 405, 413, 422})  # statuses that a retry does not change
 
@@ -50,12 +52,12 @@ class Judge:
         None without `JUDGE_BASE_URL`: a key that is set for other programs costs nothing here.
 
         Raises:
-          ValueError: no `JUDGE_MODEL`, or a value that is no number.
+          TaskError: no `JUDGE_MODEL`, or a value that is no number.
         """
         if not (base_url := os.environ.get("JUDGE_BASE_URL")):
             return None
         if not (model := os.environ.get("JUDGE_MODEL")):
-            raise ValueError("$JUDGE_MODEL: expected the name of a model with $JUDGE_BASE_URL")
+            raise TaskError("$JUDGE_MODEL: expected the name of a model with $JUDGE_BASE_URL")
         numbers: dict[str, Any] = {}
         kinds = {"timeout": float, "tries": int, "workers": int}
         for name, kind in kinds.items():
@@ -64,7 +66,7 @@ class Judge:
                 try:
                     numbers[name] = kind(text)
                 except ValueError:
-                    raise ValueError(f"${variable}: expected a number, got {text!r}") from None
+                    raise TaskError(f"${variable}: expected a number, got {text!r}") from None
         key = os.environ.get("JUDGE_API_KEY", "")
         return cls(base_url=base_url, model=model, key=key, **numbers)
 

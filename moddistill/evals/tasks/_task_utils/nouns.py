@@ -6,6 +6,8 @@ NLTK is a dependency of lmms-eval; spaCy and its vectors are needed by AMBER onl
 import functools
 from typing import Any
 
+from moddistill.evals.tasks._task_utils.errors import TaskError
+
 _DATA = ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet")
 
 
@@ -30,21 +32,20 @@ def load_nltk() -> None:
     """Loads NLTK's data, before threads use them: its lazy loading is not safe there.
 
     Raises:
-      FileNotFoundError: NLTK or its data are not installed.
+      TaskError: NLTK or its data are not installed.
     """
     try:
         singular_words(" ".join(nouns("Words load.")))
-    except (ImportError, LookupError) as error:
+    except (ImportError, LookupError, OSError) as error:
         command = f"pip install nltk; python -m nltk.downloader {' '.join(_DATA)}"
-        raise FileNotFoundError(f"NLTK: expected its data {', '.join(_DATA)}: {command}") from error
+        raise TaskError(f"NLTK: expected its data {', '.join(_DATA)}: {command}") from error
 
 
 class Vectors:
     """Words of a spaCy model, similar where the cosine of their vectors exceeds a threshold.
 
     Raises:
-      FileNotFoundError: spaCy or the model is not installed.
-      ValueError: the model has no vectors, as `en_core_web_sm`.
+      TaskError: spaCy or the model is not installed, or has no vectors, as `en_core_web_sm`.
     """
 
     def __init__(self, model: str, threshold: float):
@@ -54,9 +55,9 @@ class Vectors:
             language = spacy.load(model)
         except (ImportError, OSError) as error:
             command = f"pip install spacy; python -m spacy download {model}"
-            raise FileNotFoundError(f"spaCy: expected the model {model!r}: {command}") from error
+            raise TaskError(f"spaCy: expected the model {model!r}: {command}") from error
         if not language.vocab.vectors.size:
-            raise ValueError(f"spaCy: expected a model with vectors, got {model!r}")
+            raise TaskError(f"spaCy: expected a model with vectors, got {model!r}")
         # Similarity needs vectors only, so no tagger or parser runs.
         self._document = functools.cache(language.make_doc)
         self._threshold = threshold

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from moddistill.evals.tasks._task_utils.errors import TaskError
+
 _SHOWN = 3  # missing images that a message names
 
 
@@ -19,7 +21,7 @@ def find_folder(files: Iterable[Mapping[str, str]]) -> Path:
         that file is published.
 
     Raises:
-      FileNotFoundError: the variable is not set, or a file is missing; names all that are.
+      TaskError: the variable is not set, or a file is missing; names all that are.
     """
     files = list(files)
     variable = files[0]["variable"]
@@ -28,25 +30,25 @@ def find_folder(files: Iterable[Mapping[str, str]]) -> Path:
     if not name or missing:
         where = f"the folder {name!r} has not got" if name else "it is not set, for the folder of"
         listed = ", ".join(f"{row['file']} ({row['published']})" for row in missing)
-        raise FileNotFoundError(f"${variable}: {where} {listed}")
+        raise TaskError(f"${variable}: {where} {listed}")
     return Path(name)
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Raises FileNotFoundError if any of the images is missing."""
+    """Raises TaskError if any of the images is missing."""
     missing = sorted({path for path in paths if not path.is_file()})
     if missing:
         names = ", ".join(path.name for path in missing[:_SHOWN])
         more = ", ..." if len(missing) > _SHOWN else ""
         count = f"{len(missing):,} of {len(set(paths)):,} images are missing"
-        raise FileNotFoundError(f"{missing[0].parent}: {count}: {names}{more}")
+        raise TaskError(f"{missing[0].parent}: {count}: {names}{more}")
 
 
 def open_image(image: Mapping[str, Any], question: Any) -> Image.Image:
     """Returns an RGB image of a column of `datasets.Image(decode=False)`.
 
     Raises:
-      ValueError: it cannot be read; names the question.
+      TaskError: it cannot be read; names the question.
     """
     content = image["bytes"]
     try:
@@ -54,7 +56,7 @@ def open_image(image: Mapping[str, Any], question: Any) -> Image.Image:
             return opened.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         source = image["path"] if content is None else "the publisher's file"
-        raise ValueError(f"image of question {question} in {source}: {error}") from error
+        raise TaskError(f"image of question {question} in {source}: {error}") from error
 
 
 def dataset_of(documents: Sequence[Mapping[str, Any]]) -> Any:

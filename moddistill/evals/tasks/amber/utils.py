@@ -66,7 +66,7 @@ def read_documents(folder: Path) -> list[dict[str, Any]]:
     `truth` is a list of objects, or `["yes"]` or `["no"]`.
 
     Raises:
-      FileNotFoundError: an image is missing.
+      TaskError: an image is missing.
     """
     annotations = json.loads((folder / "data/annotations.json").read_text())
     by_id = {each["id"]: each for each in annotations}

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.evals.tasks._task_utils.errors import TaskError
 from moddistill.evals.tasks._task_utils.judge import Judge, Verdict, verdicts_once
 from moddistill.evals.tasks._task_utils.published_files import (
     check_images,
@@ -48,7 +49,7 @@ def read_documents(folder: Path) -> list[dict[str, Any]]:
     """Returns the publisher's records, with their images.
 
     Raises:
-      FileNotFoundError: an image is missing.
+      TaskError: an image is missing.
     """
     records = json.loads((folder / "response_template.json").read_text())
     documents = []
@@ -88,7 +89,7 @@ def judge_prompt() -> str:
     """Returns the publisher's prompt, with a `{}` for each part.
 
     Raises:
-      FileNotFoundError: there is none.
+      TaskError: there is none.
     """
     path = Path(os.environ.get(_VARIABLE, "")) / _PROMPT_FILE
     if path.is_file():
@@ -98,7 +99,7 @@ def judge_prompt() -> str:
                     targets=[ast.Name(id="template")], value=ast.Constant(value=str(text))
                 ):
                     return text
-    raise FileNotFoundError(
+    raise TaskError(
         f"${_VARIABLE}: a judge needs the prompt of {_PROMPT_FILE}, `template`, in {path.parent} "
         "(https://huggingface.co/datasets/Shengcao1006/MMHal-Bench)"
     )

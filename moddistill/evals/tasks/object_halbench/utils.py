@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moddistill.evals.tasks._task_utils.errors import TaskError
 from moddistill.evals.tasks._task_utils.nouns import load_nltk, singular_words
 from moddistill.evals.tasks._task_utils.published_files import dataset_of, find_folder, open_image
 
@@ -75,7 +76,7 @@ def read_documents(
     """Returns questions with the COCO classes in their images.
 
     Raises:
-      ValueError: no file of annotations has one of the images.
+      TaskError: no file of annotations has one of the images.
     """
     vocabulary = read_vocabulary(folder / "synonyms_refine.txt")
     lines = (folder / "obj_halbench_300_with_image.jsonl").read_text().splitlines()
@@ -91,7 +92,7 @@ def read_documents(
                 known.add(image)
                 objects[image].update(mentions(words_of(caption), vocabulary))
     if unknown := objects.keys() - known:
-        raise ValueError(f"{folder}/annotations: no captions of image {min(unknown)}")
+        raise TaskError(f"{folder}/annotations: no captions of image {min(unknown)}")
     return [
         {
             "number": number,
