@@ -133,7 +133,7 @@ def verdicts(
                 continue
             stored[asked[future]] = found
             row = {"key": asked[future], "judge": judge.model, **dataclasses.asdict(found)}
-            file.write(f"{json.dumps(row)}\n")
+            file.write(f"\n{json.dumps(row)}")  # first, to end a line that was written in part
             file.flush()
     if failures:
         _LOG.warning(

@@ -213,7 +213,7 @@ def _scorer() -> tuple[WordLists, Callable[[str, str], bool]]:
     return lists, words.Vectors(model, _THRESHOLD).similar
 
 
-def _percent(part: float, whole: float) -> Score:
+def _percent(part: int, whole: int) -> Score:
     return 100 * part / whole if whole else "N/A"
 
 

@@ -182,7 +182,7 @@ def _ratings(rows: Sequence[Row], args: Any) -> list[tuple[Row, int]]:
     return [(row, each.rating) for row, each in zip(rows, found, strict=True) if each]
 
 
-def _mean(values: Sequence[float]) -> Score:
+def _mean(values: Sequence[int]) -> Score:
     return sum(values) / len(values) if values else "N/A"
 
 

@@ -165,7 +165,7 @@ def _vocabulary() -> Vocabulary:
     return read_vocabulary(Path(os.environ["OBJECT_HALBENCH_DIR"]) / "synonyms_refine.txt")
 
 
-def _percent(part: float, whole: float) -> Score:
+def _percent(part: int, whole: int) -> Score:
     return 100 * part / whole if whole else "N/A"
 
 
