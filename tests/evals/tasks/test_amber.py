@@ -124,8 +124,8 @@ def test_scores_of_questions(documents):
 def test_the_amber_score_needs_both_parts(lists):
     [row] = [utils.describe(["sky", "dog"], ["sky"], ["dog"], lists, similar)]
     answers = [{"answer": "no", "truth": "no"}, {"answer": "no", "truth": "yes"}]
-    assert utils.amber_score([row, *answers]) == pytest.approx((50 + 100 * 2 / 3) / 2)
-    assert utils.amber_score(answers) == "N/A"
+    assert utils.overall([row, *answers]) == pytest.approx((50 + 100 * 2 / 3) / 2)
+    assert utils.overall(answers) == "N/A"
 
 
 def test_a_description_is_scored_by_its_nouns(documents, monkeypatch):

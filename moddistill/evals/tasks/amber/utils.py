@@ -262,7 +262,9 @@ def unclear(rows: Sequence[Row]) -> Score:
     return _percent(sum(row["answer"] is None for row in rows), len(rows))
 
 
-def amber_score(rows: Sequence[Row]) -> Score:
+# lmms-eval would bootstrap a function with "amber_" in its name, 100,000 times.
+def overall(rows: Sequence[Row]) -> Score:
+    """Returns the AMBER score."""
     descriptions = [row for row in rows if "objects" in row]
     answers = [row for row in rows if "answer" in row]
     parts = chair(descriptions), f1(answers)
