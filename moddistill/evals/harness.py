@@ -82,7 +82,7 @@ def data_error(error: BaseException, tasks: Sequence[str]) -> str:
     )
 
 
-def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int | float]]:
     """Returns `{task: {metric: score}}` of the results of lmms-eval, with standard errors.
 
     It names metrics `METRIC,FILTER`, and their standard errors `METRIC_stderr,FILTER`.

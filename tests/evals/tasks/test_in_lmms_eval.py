@@ -122,8 +122,17 @@ def test_mmhal_bench(mmhal_folder, judge_server, evaluated, tmp_path):
     assert len(judge_server.requests) == 3
 
 
+def test_a_judge_that_does_not_answer_is_asked_once_for_all_metrics(
+    mmhal_folder, judge_server, evaluated, monkeypatch
+):
+    monkeypatch.setenv("JUDGE_TRIES", "1")
+    judge_server.reply = lambda prompt: 503
+    assert evaluated("mmhal_bench", "Yellow.")["mmhal_missing_verdicts"] == 3
+    assert len(judge_server.requests) == 3
+
+
 @pytest.mark.slow  # lmms-eval loads the data five times, with pauses
 def test_missing_files_are_one_line_of_the_command(tiny_models, tmp_path, monkeypatch):
     monkeypatch.delenv("AMBER_DIR", raising=False)
-    with pytest.raises(UserError, match=r"^--tasks: \$AMBER_DIR: it is not set, for the folder of"):
+    with pytest.raises(UserError, match=r"^--tasks: \$AMBER_DIR: expected a folder with data"):
         harness.evaluate_tasks(str(tiny_models["dense"]), ["amber"], tmp_path / "out", {})

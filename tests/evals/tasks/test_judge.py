@@ -9,7 +9,7 @@ import pytest
 from moddistill.evals.tasks._task_utils import judge
 from moddistill.evals.tasks._task_utils.errors import TaskError
 from moddistill.evals.tasks._task_utils.judge import Verdict, verdicts
-from moddistill.evals.tasks.mmhal_bench.utils import rating_of
+from moddistill.evals.tasks.mmhal_bench.utils import RATING
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def asked(judge_server, tmp_path):
 
     def ask(*prompts, **changes):
         client = dataclasses.replace(judge.Judge.from_environment(), pause=0.0, **changes)
-        return verdicts(client, prompts, rating_of, path)
+        return verdicts(client, prompts, RATING, path)
 
     ask.path = path
     return ask
@@ -56,8 +56,8 @@ def test_another_model_gives_its_own_verdicts(judge_server, asked):
         (0.5, 2, "TimeoutError: timed out"),
         (503, 2, "HTTP Error 503"),
         (401, 1, "HTTP Error 401"),  # another try would not change that
-        ("I like it.", 2, "no rating in the reply 'I like it.'"),
-        ("Rating: 2 or Rating: 3", 2, "no rating in the reply"),
+        ("I like it.", 2, "no ratings in the reply 'I like it.'"),
+        ("Rating: 2 or Rating: 3", 2, "2 ratings in the reply"),
         (b"<html>", 2, "JSONDecodeError"),
         (b'{"choices": []}', 2, r"ValueError: expected choices\[0\].message.content"),
         (b'{"choices": [{"message": {"content": null}}]}', 2, "ValueError: expected choices"),

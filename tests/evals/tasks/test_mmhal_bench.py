@@ -129,5 +129,7 @@ def test_a_judge_without_the_publishers_prompt_is_an_error(mmhal_folder, rows, o
         ("five", None),
     ],
 )
-def test_a_review_has_one_rating(review, rating):
-    assert utils.rating_of(review) == rating
+def test_a_review_has_one_rating(review, rating, rows, out, judge_server, monkeypatch):
+    monkeypatch.setenv("JUDGE_TRIES", "1")
+    judge_server.reply = lambda prompt: review
+    assert utils.score(rows, out) == ("N/A" if rating is None else rating)

@@ -11,10 +11,11 @@ import http.client
 import json
 import logging
 import os
+import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,14 @@ class Verdict:
 def verdicts(
     judge: Judge | None,
     prompts: tuple[str, ...],
-    rating_of: Callable[[str], int | None],
+    rating: re.Pattern[str],
     path: Path,
 ) -> list[Verdict | None]:
     """Returns a verdict for each prompt: stored, or asked for now and stored.
 
     Args:
       judge: None asks nobody; then every verdict is None.
-      rating_of: the rating in a reply, or None if there is none: then the judge is asked again.
+      rating: its group is the rating in a reply; a reply without one rating is no verdict.
       path: a line is appended for every verdict.
     """
     if judge is None:
@@ -125,7 +126,7 @@ def verdicts(
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     with ThreadPoolExecutor(judge.workers) as pool, path.open("a") as file:
-        asked = {pool.submit(_decide, judge, text, rating_of): key for key, text in missing.items()}
+        asked = {pool.submit(_decide, judge, text, rating): key for key, text in missing.items()}
         for future in as_completed(asked):
             found = future.result()
             if isinstance(found, str):
@@ -145,11 +146,12 @@ def verdicts(
     return [stored.get(key) for key in keys]
 
 
-# Every metric of a task needs the same verdicts; a judge that does not answer is asked once.
+# Every metric of a task needs the same verdicts; a judge that does not answer is asked once. The
+# arguments are values, since lmms-eval executes `utils.py` again for each of its functions.
 verdicts_once = functools.lru_cache(maxsize=1)(verdicts)
 
 
-def _decide(judge: Judge, prompt: str, rating_of: Callable[[str], int | None]) -> Verdict | str:
+def _decide(judge: Judge, prompt: str, rating: re.Pattern[str]) -> Verdict | str:
     """Returns a verdict, or why there is none after the last try."""
     reason = ""
     for attempt in range(judge.tries):
@@ -164,9 +166,9 @@ def _decide(judge: Judge, prompt: str, rating_of: Callable[[str], int | None]) -
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            if (rating := rating_of(review)) is not None:
-                return Verdict(review, rating)
-            reason = f"no rating in the reply {review[:80]!r}"
+            if len(ratings := set(rating.findall(review))) == 1:
+                return Verdict(review, int(ratings.pop()))
+            reason = f"{len(ratings) or 'no'} ratings in the reply {review[:80]!r}"
     return reason
 
 

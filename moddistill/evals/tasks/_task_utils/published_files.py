@@ -1,6 +1,7 @@
 """The files of a benchmark that its publisher has people download themselves."""
 
 import io
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,11 @@ def find_folder(files: Iterable[Mapping[str, str]]) -> Path:
     name = os.environ.get(variable)
     missing = [row for row in files if not name or not (Path(name) / row["file"]).exists()]
     if not name or missing:
-        where = f"the folder {name!r} has not got" if name else "it is not set, for the folder of"
-        listed = ", ".join(f"{row['file']} ({row['published']})" for row in missing)
-        raise TaskError(f"${variable}: {where} {listed}")
+        places = itertools.groupby(missing, key=lambda row: row["published"])
+        listed = "; ".join(
+            f"{', '.join(row['file'] for row in rows)} ({place})" for place, rows in places
+        )
+        raise TaskError(f"${variable}: expected a folder with {listed}, got {name or 'nothing'}")
     return Path(name)
 
 

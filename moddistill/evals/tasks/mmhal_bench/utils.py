@@ -39,7 +39,7 @@ _FIELDS = (
 _ANSWERS, _VERDICTS = "mmhal_bench_answers.json", "mmhal_bench_verdicts.jsonl"
 _VARIABLE, _PROMPT_FILE = "MMHAL_BENCH_DIR", "eval_gpt4.py"
 _HALLUCINATION = 3  # ratings below it
-_RATING = re.compile(r"rating\**:\**\s*([0-6])\b", re.IGNORECASE)  # also "**Rating:** 4"
+RATING = re.compile(r"rating\**:\**\s*([0-6])\b", re.IGNORECASE)  # also "**Rating:** 4"
 
 Row = Mapping[str, Any]
 Score = float | str  # "N/A" without a verdict
@@ -105,12 +105,6 @@ def judge_prompt() -> str:
     )
 
 
-def rating_of(review: str) -> int | None:
-    """Returns the one rating that a review has, or None."""
-    ratings = {int(found) for found in _RATING.findall(review)}
-    return ratings.pop() if len(ratings) == 1 else None
-
-
 def judged(rows: Sequence[Row], folder: Path) -> list[Verdict | None]:
     """Stores answers and returns their verdicts; the judge is asked for those it has not given."""
     judge = Judge.from_environment()
@@ -120,7 +114,7 @@ def judged(rows: Sequence[Row], folder: Path) -> list[Verdict | None]:
         prompts = tuple(_fill(template, row) for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / _ANSWERS, rows)
-    found = verdicts_once(judge, prompts, rating_of, folder / _VERDICTS)
+    found = verdicts_once(judge, prompts, RATING, folder / _VERDICTS)
     reviews = [each and {"judge_review": each.review, "rating": each.rating} for each in found]
     rated = [dict(row) | (each or {}) for row, each in zip(rows, reviews, strict=True)]
     _write(folder / _ANSWERS, rated)
