@@ -114,7 +114,7 @@ def test_object_halbench(halbench_folder, evaluated):
 def test_mmhal_bench(mmhal_folder, judge_server, evaluated, tmp_path):
     judge_server.reply = lambda prompt: "Rating: 2" if "Question 1?" in prompt else "Rating: 5"
     found = evaluated("mmhal_bench", "Yellow.")
-    assert (found["mmhal_score"], found["mmhal_hallucination_rate"]) == (4, pytest.approx(1 / 3))
+    assert (found["mmhal_score"], found["mmhal_hallucination_rate"]) == (4, pytest.approx(100 / 3))
     assert (found["mmhal_score_attribute"], found["mmhal_score_other"]) == (5, 2)
     assert (found["mmhal_answers"], found["mmhal_missing_verdicts"]) == (3, 0)
     answers = json.loads((tmp_path / "out/submissions/mmhal_bench_answers.json").read_text())

@@ -92,8 +92,11 @@ def test_a_half_written_verdict_is_asked_for_again(judge_server, asked):
     assert json.loads(first)["judge"] == "tiny-judge"
 
 
-def test_a_judge_needs_a_model_and_numbers(monkeypatch):
+def test_a_judge_needs_an_address_a_model_and_numbers(monkeypatch):
     assert judge.Judge.from_environment() is None
+    monkeypatch.setenv("JUDGE_BASE_URL", "127.0.0.1:9")
+    with pytest.raises(TaskError, match=r"^\$JUDGE_BASE_URL: expected http:// or https://, got"):
+        judge.Judge.from_environment()
     monkeypatch.setenv("JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.delenv("JUDGE_MODEL", raising=False)
     with pytest.raises(TaskError, match=r"^\$JUDGE_MODEL: expected the name of a model"):

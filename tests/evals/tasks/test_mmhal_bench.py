@@ -67,7 +67,7 @@ def test_the_judge_gets_the_publishers_prompt(rows, out, judge_server):
 
 def test_scores_are_of_the_ratings(rows, out, judge_server):
     judge_server.reply = lambda prompt: f"So.\nRating: {RATINGS[question_of(prompt)]}, because"
-    assert scores(rows, out) == [11 / 3, 1 / 3, 0]
+    assert scores(rows, out) == [11 / 3, 100 / 3, 0]
     assert utils.score_attribute(rows, out) == 4.5
     assert utils.score_other(rows, out) == 2
     assert utils.score_counting(rows, out) == "N/A"
@@ -100,11 +100,16 @@ def test_a_missing_verdict_is_counted_and_asked_for_later(rows, out, judge_serve
     utils.main([out.output_path])
     assert capsys.readouterr().out.split() == [
         "mmhal_score:", "3.0",
-        "mmhal_hallucination_rate:", str(1 / 3),
+        "mmhal_hallucination_rate:", str(100 / 3),
         "mmhal_missing_verdicts:", "0",
     ]  # fmt: skip
     assert len(judge_server.requests) == 1
     assert [row["rating"] for row in stored(out)] == [4, 1, 4]
+
+
+def test_answers_that_are_not_there_are_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*No such file.*mmhal_bench_answers.json"):
+        utils.main([str(tmp_path)])
 
 
 def test_a_judge_without_the_publishers_prompt_is_an_error(mmhal_folder, rows, out, judge_server):

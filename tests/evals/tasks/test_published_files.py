@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from moddistill.evals.tasks._task_utils.errors import TaskError
-from moddistill.evals.tasks._task_utils.published_files import check_images, open_image
+from moddistill.evals.tasks._task_utils.published_files import check_images, open_image, read_json
 
 
 def test_an_image_is_a_file_or_its_bytes(tmp_path):
@@ -31,3 +31,11 @@ def test_many_missing_images_are_shortened(tmp_path):
     paths = [tmp_path / f"{number}.jpg" for number in range(5)]
     with pytest.raises(TaskError, match=r"5 of 5 images are missing: 0.jpg, 1.jpg, 2.jpg, \.\.\.$"):
         check_images(paths)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", '{"a": ['), ("a.jsonl", "{}\n{")])
+def test_a_file_that_was_not_downloaded_completely_is_named(name, text, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(TaskError, match=rf"{name}: expected JSON, got invalid text: "):
+        read_json(path)

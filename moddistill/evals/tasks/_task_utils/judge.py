@@ -53,10 +53,12 @@ class Judge:
         None without `JUDGE_BASE_URL`: a key that is set for other programs costs nothing here.
 
         Raises:
-          TaskError: no `JUDGE_MODEL`, or a value that is no number.
+          TaskError: no `JUDGE_MODEL`, or a value that is no address or no number.
         """
         if not (base_url := os.environ.get("JUDGE_BASE_URL")):
             return None
+        if not base_url.startswith(("http://", "https://")):
+            raise TaskError(f"$JUDGE_BASE_URL: expected http:// or https://, got {base_url!r}")
         if not (model := os.environ.get("JUDGE_MODEL")):
             raise TaskError("$JUDGE_MODEL: expected the name of a model with $JUDGE_BASE_URL")
         numbers: dict[str, Any] = {}

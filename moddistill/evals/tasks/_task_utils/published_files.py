@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,21 @@ def find_folder(files: Iterable[Mapping[str, str]]) -> Path:
         )
         raise TaskError(f"${variable}: expected a folder with {listed}, got {name or 'nothing'}")
     return Path(name)
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file, or a list of the lines of a `.jsonl` file.
+
+    Raises:
+      TaskError: it is no JSON, as after a download that ended early.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
+    except ValueError as error:
+        raise TaskError(f"{path}: expected JSON, got invalid text: {error}") from error
 
 
 def check_images(paths: Sequence[Path]) -> None:

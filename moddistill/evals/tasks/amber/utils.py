@@ -8,7 +8,6 @@ score is the mean of 100 - CHAIR and F1. All are percentages.
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from moddistill.evals.tasks._task_utils.published_files import (
     dataset_of,
     find_folder,
     open_image,
+    read_json,
 )
 
 DIMENSIONS = {
@@ -55,7 +55,7 @@ class WordLists(NamedTuple):
 
 def read_word_lists(folder: Path) -> WordLists:
     """Returns the word lists in the folder of the publisher's files."""
-    association = json.loads((folder / "data/relation.json").read_text())
+    association = read_json(folder / "data/relation.json")
     safe = frozenset((folder / "data/safe_words.txt").read_text().splitlines())
     return WordLists(association, safe, frozenset(association).union(*association.values()))
 
@@ -68,10 +68,10 @@ def read_documents(folder: Path) -> list[dict[str, Any]]:
     Raises:
       TaskError: an image is missing.
     """
-    annotations = json.loads((folder / "data/annotations.json").read_text())
+    annotations = read_json(folder / "data/annotations.json")
     by_id = {each["id"]: each for each in annotations}
     documents = []
-    for query in json.loads((folder / "data/query/query_all.json").read_text()):
+    for query in read_json(folder / "data/query/query_all.json"):
         known = by_id[query["id"]]
         truth = known["truth"]
         documents.append(

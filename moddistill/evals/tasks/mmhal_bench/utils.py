@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moddistill.evals.tasks._task_utils.published_files import (
     dataset_of,
     find_folder,
     open_image,
+    read_json,
 )
 
 TYPES = (
@@ -51,7 +53,7 @@ def read_documents(folder: Path) -> list[dict[str, Any]]:
     Raises:
       TaskError: an image is missing.
     """
-    records = json.loads((folder / "response_template.json").read_text())
+    records = read_json(folder / "response_template.json")
     documents = []
     for record in records:
         name = record["image_src"].rpartition("/")[2]
@@ -140,8 +142,8 @@ def score(rows: Sequence[Row], args: Any, of: str = "") -> Score:
 
 
 def hallucination_rate(rows: Sequence[Row], args: Any) -> Score:
-    """Returns the share of the answers with a verdict that hallucinate."""
-    return _mean([rating < _HALLUCINATION for _, rating in _ratings(rows, args)])
+    """Returns the share of the answers with a verdict that hallucinate, in percent."""
+    return _mean([100 * (rating < _HALLUCINATION) for _, rating in _ratings(rows, args)])
 
 
 def missing_verdicts(rows: Sequence[Row], args: Any) -> int:
@@ -185,12 +187,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output_path", help=f"folder of the results, with submissions/{_ANSWERS}")
     args = parser.parse_args(argv)
-    rows = [
-        {name: row[name] for name in (*_FIELDS, "model_answer")}
-        for row in json.loads((_folder(args) / _ANSWERS).read_text())
-    ]
-    for measure in (score, hallucination_rate, missing_verdicts):
-        print(f"mmhal_{measure.__name__}: {measure(rows, args)}")
+    try:
+        rows = [
+            {name: row[name] for name in (*_FIELDS, "model_answer")}
+            for row in read_json(_folder(args) / _ANSWERS)
+        ]
+        for measure in (score, hallucination_rate, missing_verdicts):
+            print(f"mmhal_{measure.__name__}: {measure(rows, args)}")
+    except (OSError, TaskError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

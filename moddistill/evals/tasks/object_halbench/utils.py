@@ -10,7 +10,6 @@ References: arXiv 2312.00849 (RLHF-V), arXiv 1809.02156 (CHAIR).
 
 import base64
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,12 @@ from typing import Any, NamedTuple
 
 from moddistill.evals.tasks._task_utils.errors import TaskError
 from moddistill.evals.tasks._task_utils.nouns import load_nltk, singular_words
-from moddistill.evals.tasks._task_utils.published_files import dataset_of, find_folder, open_image
+from moddistill.evals.tasks._task_utils.published_files import (
+    dataset_of,
+    find_folder,
+    open_image,
+    read_json,
+)
 
 # Pairs of words that are no synonym of a class, or not the class of their second word.
 _ANIMALS = (
@@ -79,8 +83,7 @@ def read_documents(
       TaskError: no file of annotations has one of the images.
     """
     vocabulary = read_vocabulary(folder / "synonyms_refine.txt")
-    lines = (folder / "obj_halbench_300_with_image.jsonl").read_text().splitlines()
-    questions = [json.loads(line) for line in lines]
+    questions = read_json(folder / "obj_halbench_300_with_image.jsonl")
     objects: dict[int, set[str]] = {int(each["image_id"]): set() for each in questions}
     known: set[int] = set()
     for split in ("train", "val"):  # one file at a time: they are hundreds of megabytes
@@ -107,14 +110,14 @@ def read_documents(
 
 def _segmented(path: Path) -> Iterable[tuple[int, str]]:
     """Yields (number of an image, name of the class) for every segmentation."""
-    content = json.loads(path.read_text())
+    content = read_json(path)
     names = {each["id"]: each["name"] for each in content["categories"]}
     for each in content["annotations"]:
         yield each["image_id"], names[each["category_id"]]
 
 
 def _captions(path: Path) -> Iterable[tuple[int, str]]:
-    for each in json.loads(path.read_text())["annotations"]:
+    for each in read_json(path)["annotations"]:
         yield each["image_id"], each["caption"]
 
 
