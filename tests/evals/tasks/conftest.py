@@ -153,7 +153,7 @@ class JudgeServer:
 
 @pytest.fixture
 def judge_server(monkeypatch):
-    """A `JudgeServer` that the environment names, with a time limit of 0.2 seconds."""
+    """A `JudgeServer` that the environment names."""
     served = JudgeServer()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -171,7 +171,7 @@ def judge_server(monkeypatch):
         "BASE_URL": f"http://127.0.0.1:{server.server_port}/v1/",
         "MODEL": "tiny-judge",
         "API_KEY": "secret",
-        "TIMEOUT": "0.2",
+        "TIMEOUT": "30",
         "TRIES": "2",
     }.items():
         monkeypatch.setenv(f"JUDGE_{name}", value)

@@ -11,11 +11,13 @@ pytest.importorskip("evaluate", reason="lmms-eval is installed without its depen
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import load_yaml_config
 
 from moddistill.errors import UserError
 from moddistill.evals import harness, tasks
 from moddistill.evals.tasks._task_utils import nouns
 from moddistill.evals.tasks._task_utils.judge import verdicts_once
+from moddistill.evals.tasks.llava_mod.utils import mmbench_accuracy
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of its dependencies
 
@@ -129,6 +131,28 @@ def test_a_judge_that_does_not_answer_is_asked_once_for_all_metrics(
     judge_server.reply = lambda prompt: 503
     assert evaluated("mmhal_bench", "Yellow.")["mmhal_missing_verdicts"] == 3
     assert len(judge_server.requests) == 3
+
+
+@pytest.mark.parametrize("name", ["textvqa_val", "mmbench_en_dev", "mmbench_cn_dev"])
+def test_functions_of_prompt_variants_are_those_of_lmms_eval(name):
+    path = tasks.FOLDER / f"llava_mod/{name}_llava_mod.yaml"
+    found = load_yaml_config(str(path))
+    assert found["process_results"].__module__.startswith("lmms_eval.tasks.")
+    assert all(
+        callable(each["aggregation"]) or each["aggregation"] == "mean"
+        for each in found["metric_list"]
+    )
+
+
+def test_letters_of_mmbench_are_read_by_rules():
+    cells = {"question": "?", "hint": "nan", "source": "s", "split": "dev", "category": "c"}
+    options = {"L2-category": "d", "A": "a cat", "B": "a dog", "C": "nan", "D": "nan", "E": "nan"}
+    answers = ["B", "B. a dog", "The answer is (B).", "A", "I do not know"]
+    rows = [
+        {"index": number, "answer": "B", "prediction": text, **cells, **options}
+        for number, text in enumerate(answers)
+    ]
+    assert mmbench_accuracy(rows) == 60
 
 
 @pytest.mark.slow  # lmms-eval loads the data five times, with pauses

@@ -53,7 +53,7 @@ def test_another_model_gives_its_own_verdicts(judge_server, asked):
 @pytest.mark.parametrize(
     ("reply", "requests", "reason"),
     [
-        (0.5, 2, "TimeoutError: timed out"),
+        (0.6, 2, "timed out"),
         (503, 2, "HTTP Error 503"),
         (401, 1, "HTTP Error 401"),  # another try would not change that
         ("I like it.", 2, "no ratings in the reply 'I like it.'"),
@@ -67,7 +67,8 @@ def test_a_judge_that_gives_no_verdict_is_tried_again_and_counted(
     reply, requests, reason, judge_server, asked, caplog
 ):
     judge_server.reply = lambda prompt: reply
-    assert asked("a") == [None]
+    limit = {"timeout": 0.3} if isinstance(reply, float) else {}
+    assert asked("a", **limit) == [None]
     assert len(judge_server.requests) == requests
     [message] = [record.getMessage() for record in caplog.records]
     assert message.startswith("1 of 1 answers have no verdict; the same command asks again")

@@ -98,18 +98,32 @@ def test_a_missing_verdict_is_counted_and_asked_for_later(rows, out, judge_serve
     judge_server.reply = lambda prompt: "**Rating:** 1"
     verdicts_once.cache_clear()
     utils.main([out.output_path])
-    assert capsys.readouterr().out.split() == [
-        "mmhal_score:", "3.0",
-        "mmhal_hallucination_rate:", str(100 / 3),
-        "mmhal_missing_verdicts:", "0",
-    ]  # fmt: skip
+    assert capsys.readouterr().out == (
+        "mmhal_bench mmhal_score: 3.0\n"
+        f"mmhal_bench mmhal_hallucination_rate: {100 / 3}\n"
+        "mmhal_bench mmhal_missing_verdicts: 0\n"
+    )
     assert len(judge_server.requests) == 1
     assert [row["rating"] for row in stored(out)] == [4, 1, 4]
 
 
-def test_answers_that_are_not_there_are_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: .*No such file.*mmhal_bench_answers.json"):
+def test_answers_that_are_not_there_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         utils.main([str(tmp_path)])
+    message = "error: output_path: expected .*submissions/mmhal_bench_answers.json$"
+    assert re.search(message, capsys.readouterr().err.strip())
+    (tmp_path / "submissions").mkdir()
+    (tmp_path / "submissions/mmhal_bench_answers.json").write_text("[{")
+    with pytest.raises(SystemExit, match=r"^error: .*answers.json: expected JSON"):
+        utils.main([str(tmp_path)])
+
+
+def test_answers_of_a_variant_have_their_own_file(mmhal_folder, out):
+    [doc, *_] = utils.read_documents(mmhal_folder, "mmhal_bench_llava_mod")
+    rows = [utils.process_results(doc, ["Yellow."])["mmhal_score"]]
+    utils.score(rows, out)
+    folder = utils.Path(out.output_path, "submissions")
+    assert [path.name for path in folder.iterdir()] == ["mmhal_bench_llava_mod_answers.json"]
 
 
 def test_a_judge_without_the_publishers_prompt_is_an_error(mmhal_folder, rows, out, judge_server):

@@ -127,6 +127,7 @@ OPTIONS = {"hint": "nan", "question": "Which one?", "A": "one", "B": "two", "C":
             {"hint": "", "question": "Which?", "choices": ["a cat", "a dog"]},
             f"Which?\nA. a cat\nB. a dog{LETTER}",
         ),
+        ("mmhal_bench_llava_mod", {"question": "What is it?"}, f"What is it?{WORD}"),
         ("mmbench_en_dev_llava_mod", OPTIONS, f"Which one?\nA. one\nB. two{LETTER}"),
         (
             "mmbench_en_dev_llava_mod",

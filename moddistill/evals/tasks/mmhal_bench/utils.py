@@ -38,7 +38,7 @@ _FIELDS = (
     "question_type", "question_topic", "image_id", "image_src", "image_content", "question",
     "gt_answer",
 )  # fmt: skip
-_ANSWERS, _VERDICTS = "mmhal_bench_answers.json", "mmhal_bench_verdicts.jsonl"
+_ANSWERS, _VERDICTS = "_answers.json", "mmhal_bench_verdicts.jsonl"
 _VARIABLE, _PROMPT_FILE = "MMHAL_BENCH_DIR", "eval_gpt4.py"
 _HALLUCINATION = 3  # ratings below it
 RATING = re.compile(r"rating\**:\**\s*([0-6])\b", re.IGNORECASE)  # also "**Rating:** 4"
@@ -47,8 +47,8 @@ Row = Mapping[str, Any]
 Score = float | str  # "N/A" without a verdict
 
 
-def read_documents(folder: Path) -> list[dict[str, Any]]:
-    """Returns the publisher's records, with their images.
+def read_documents(folder: Path, task: str = "mmhal_bench") -> list[dict[str, Any]]:
+    """Returns the publisher's records, with their images and the name of the task.
 
     Raises:
       TaskError: an image is missing.
@@ -58,17 +58,20 @@ def read_documents(folder: Path) -> list[dict[str, Any]]:
     for record in records:
         name = record["image_src"].rpartition("/")[2]
         fields = {field: record[field] for field in _FIELDS}
-        documents.append(fields | {"image": str(folder / "images" / name)})
+        documents.append({"task": task, **fields, "image": str(folder / "images" / name)})
     check_images([Path(each["image"]) for each in documents])
     return documents
 
 
-def process_docs(files: Any) -> Any:
+def process_docs(files: Any, task: str = "mmhal_bench") -> Any:
     """The publisher's records for the list of the publisher's files."""
-    documents = read_documents(find_folder(files))
+    documents = read_documents(find_folder(files), task)
     if Judge.from_environment():  # what it lacks is reported before the model answers
         judge_prompt()
     return dataset_of(documents)
+
+
+process_docs_llava_mod = functools.partial(process_docs, task="mmhal_bench_llava_mod")
 
 
 def doc_to_visual(doc: Row) -> list[Any]:
@@ -82,7 +85,7 @@ def doc_to_text(doc: Row, lmms_eval_specific_kwargs: Mapping[str, str]) -> str:
 
 def process_results(doc: Row, results: Sequence[str]) -> dict[str, Row]:
     """Returns the record with the answer, under every metric."""
-    row = {field: doc[field] for field in _FIELDS} | {"model_answer": results[0]}
+    row = {field: doc[field] for field in ("task", *_FIELDS)} | {"model_answer": results[0]}
     names = ("score", "hallucination_rate", "answers", "missing_verdicts", "words")
     return {f"mmhal_{name}": row for name in (*names, *(f"score_{name}" for name in TYPES))}
 
@@ -115,11 +118,12 @@ def judged(rows: Sequence[Row], folder: Path) -> list[Verdict | None]:
         template = judge_prompt()
         prompts = tuple(_fill(template, row) for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _ANSWERS, rows)
+    path = folder / f"{rows[0]['task']}{_ANSWERS}"
+    _write(path, rows)
     found = verdicts_once(judge, prompts, RATING, folder / _VERDICTS)
     reviews = [each and {"judge_review": each.review, "rating": each.rating} for each in found]
     rated = [dict(row) | (each or {}) for row, each in zip(rows, reviews, strict=True)]
-    _write(folder / _ANSWERS, rated)
+    _write(path, rated)
     return found
 
 
@@ -185,16 +189,20 @@ def _mean(values: Sequence[int]) -> Score:
 def main(argv: Sequence[str] | None = None) -> None:
     """Asks for missing verdicts, and prints the scores."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("output_path", help=f"folder of the results, with submissions/{_ANSWERS}")
+    parser.add_argument("output_path", help=f"folder with submissions/mmhal_bench{_ANSWERS}")
     args = parser.parse_args(argv)
+    paths = sorted(_folder(args).glob(f"mmhal_bench*{_ANSWERS}"))
+    if not paths:
+        parser.error(f"output_path: expected {_folder(args)}/mmhal_bench{_ANSWERS}")
     try:
-        rows = [
-            {name: row[name] for name in (*_FIELDS, "model_answer")}
-            for row in read_json(_folder(args) / _ANSWERS)
-        ]
-        for measure in (score, hallucination_rate, missing_verdicts):
-            print(f"mmhal_{measure.__name__}: {measure(rows, args)}")
-    except (OSError, TaskError) as error:
+        for path in paths:
+            rows = [
+                {name: row[name] for name in ("task", *_FIELDS, "model_answer")}
+                for row in read_json(path)
+            ]
+            for measure in (score, hallucination_rate, missing_verdicts):
+                print(f"{rows[0]['task']} mmhal_{measure.__name__}: {measure(rows, args)}")
+    except TaskError as error:
         sys.exit(f"error: {error}")
 
 
