@@ -3,16 +3,14 @@
 Tasks are read from the YAML files of the installed lmms-eval, and questions rendered by its code.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-from unittest import mock
+import importlib
 
 import pytest
 import yaml
 
 from moddistill.evals import tasks
 from moddistill.evals.tasks.llava_mod import utils
+from tests.evals.tasks.installed import lmms_eval, load_file
 
 WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -32,13 +30,6 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-
-
-def lmms_eval():
-    spec = importlib.util.find_spec("lmms_eval")
-    if spec is None:
-        pytest.skip("lmms-eval is not installed")
-    return Path(spec.submodule_search_locations[0])
 
 
 def config(path):
@@ -78,11 +69,8 @@ def rendered(name, doc):
     module, _, function = found["doc_to_text"].rpartition(".")
     root = tasks.FOLDER.parents[2] if module.startswith("moddistill.") else lmms_eval().parent
     path = root / f"{module.replace('.', '/')}.py"
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in UNUSED}):
-        spec = importlib.util.spec_from_file_location("utils", path)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    return getattr(loaded, function)(doc, found["lmms_eval_specific_kwargs"]["default"])
+    text_of = getattr(load_file(path, UNUSED), function)
+    return text_of(doc, found["lmms_eval_specific_kwargs"]["default"])
 
 
 OPTIONS = {"hint": "nan", "question": "Which one?", "A": "one", "B": "two", "C": "nan", "D": "four"}
