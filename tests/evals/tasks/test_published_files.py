@@ -33,6 +33,13 @@ def test_many_missing_images_are_shortened(tmp_path):
         check_images(paths)
 
 
+def test_lines_of_json_end_at_line_feeds_only(tmp_path):
+    """A text may have other line separators in it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "x\u2028y"}\n\n{"a": "z"}\n')
+    assert read_json(path) == [{"a": "x\u2028y"}, {"a": "z"}]
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.json", '{"a": ['), ("a.jsonl", "{}\n{")])
 def test_a_file_that_was_not_downloaded_completely_is_named(name, text, tmp_path):
     path = tmp_path / name

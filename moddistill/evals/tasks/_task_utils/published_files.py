@@ -47,7 +47,7 @@ def read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
     except ValueError as error:
         raise TaskError(f"{path}: expected JSON, got invalid text: {error}") from error
