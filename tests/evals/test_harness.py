@@ -1,9 +1,20 @@
 """Results of lmms-eval in our form; `make judge` runs it whole."""
 
+from concurrent.futures import Future
+
 import pytest
 
 from moddistill import evaluate
 from moddistill.evals import harness
+from moddistill.evals.tasks._task_utils.errors import TaskError
+
+
+class Retried(Exception):
+    """As lmms-eval raises it, which loads data several times."""
+
+    def __init__(self, error):
+        self.last_attempt = Future()
+        self.last_attempt.set_exception(error)
 
 
 def test_scores_have_the_names_of_the_metrics():
@@ -43,3 +54,22 @@ def test_data_belong_to_a_task_of_this_library(flags, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--model", "m", "--out", "o", *flags])
     assert "--data: expected with --task, and only there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raised", [lambda error: error, Retried])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TaskError("$AMBER_DIR: expected a folder"), "--tasks: $AMBER_DIR: expected a folder"),
+        (
+            FileNotFoundError("Couldn't reach\nthe Hub"),
+            "--tasks: expected the data sets of a, b in $HF_HOME, or a network to download them, "
+            r"got an error: Couldn't reach\nthe Hub",
+        ),
+        (ConnectionError("offline"), "--tasks: expected the data sets of a, b in"),
+        (KeyError("a defect keeps its traceback"), ""),
+    ],
+)
+def test_missing_data_are_one_line(error, message, raised):
+    found = harness.data_error(raised(error), ["a", "b"])
+    assert found.startswith(message) and bool(found) == bool(message)
