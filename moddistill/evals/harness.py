@@ -1,12 +1,22 @@
 """Tasks of lmms-eval, run by lmms-eval in this process, and their results in our form."""
 
 import importlib.util
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.convert.resolve import as_model_folder
 from moddistill.errors import UserError, did_you_mean, one_line
-from moddistill.evals.results import SCORES, check_results_folder, write_jsonl
+from moddistill.evals.results import (
+    SCORES,
+    check_results_folder,
+    check_same_model,
+    is_evaluated,
+    read_scores,
+)
+from moddistill.evals.samples import write_samples
+from moddistill.storage import digests
 from moddistill.storage.json_file import write_json
 
 
@@ -15,50 +25,112 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Evaluates a model on tasks of lmms-eval, and writes `scores.json` and `samples/TASK.jsonl`.
 
-    Answers are kept in `cache/` as they are made, so that the same call goes on where it ended.
+    See `run_tasks`, of which this is the strict form.
+
+    Raises:
+      UserError: lmms-eval is not installed, there is no such task (before any task runs), or tasks
+        failed (after the others have run).
+    """
+    manager = _task_manager(include)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise UserError(f"--tasks: {_unknown(task, manager)}")
+    failures = run_tasks(model, tasks, out, arguments, include)
+    if failures:
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
+        raise UserError(f"--tasks: {reasons}")
+    return read_scores(out)
+
+
+def run_tasks(
+    model: str, tasks: Sequence[str], out: Path, arguments: Mapping[str, str], include: str = ""
+) -> dict[str, str]:
+    """Evaluates a model on those tasks that have no scores yet, and returns why others have none.
+
+    The model is loaded once. Each task is written when it is finished, and its answers are saved in
+    `cache/` as they are made, so that the same call goes on where it ended. A task that fails does
+    not stop the others; its traceback is printed.
 
     Args:
       arguments: of the model in lmms-eval, besides its name.
       include: folder with tasks of one's own.
 
     Raises:
-      UserError: lmms-eval is not installed, there is no such task, or its data set is not there.
+      UserError: lmms-eval is not installed, or the folder has results of another model.
     """
     check_results_folder(out)
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise UserError(
-            "--tasks: expected lmms-eval, which pip install 'moddistill[eval]' installs"
+    manager = _task_manager(include)
+    check_same_model(out, {"model": model, "arguments": dict(arguments)} | _digest(model))
+    scores = read_scores(out) if is_evaluated(out) else {}
+    failures = {task: _unknown(task, manager) for task in tasks if task not in manager.all_tasks}
+    missing = [task for task in tasks if task not in failures and task not in scores]
+    if not missing:
+        return failures
+    text = ",".join(f"{k}={v}" for k, v in ({"model": model} | dict(arguments)).items())
+    from lmms_eval.models import get_model  # noqa: PLC0415  takes seconds
+
+    loaded = get_model("moddistill").create_from_arg_string(text, {})
+    for task in missing:
+        try:
+            results = _evaluate(loaded, text, task, manager, out)
+        except Exception as error:  # of a task, whose code and data are not ours
+            failures[task] = _reason(error)
+            continue
+        write_samples(out, results, loaded.task_dict)
+        scores |= scores_of(results["results"])
+        if load := loaded.expert_load():
+            scores.setdefault(task, {})["expert_load"] = load
+        write_json(out / SCORES, scores)
+    return failures
+
+
+def _reason(error: Exception) -> str:
+    """Words an error of a task; prints the traceback of one that is not about its data."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = one_line(str(error))
+    if isinstance(error, ConnectionError | FileNotFoundError):  # of `datasets`, without a network
+        return (
+            "expected its data set in $HF_HOME, or a network to download it, got an error: " + text
         )
-    from lmms_eval.evaluator import simple_evaluate  # noqa: PLC0415  takes seconds
+    traceback.print_exception(error)
+    return f"expected a task that runs, got {type(error).__name__}: {text}"
+
+
+def _task_manager(include: str) -> Any:
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise UserError("expected lmms-eval, which pip install 'moddistill[eval]' installs")
     from lmms_eval.tasks import TaskManager  # noqa: PLC0415
 
-    manager = TaskManager(include_path=include or None)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            known = did_you_mean(task, manager.all_tasks)
-            raise UserError(f"--tasks: expected tasks of lmms-eval, got {task!r}{known}")
-    try:
-        results = simple_evaluate(
-            model="moddistill",
-            model_args=",".join(
-                f"{k}={v}" for k, v in ({"model": model} | dict(arguments)).items()
-            ),
-            tasks=list(tasks),
-            task_manager=manager,
-            use_cache=str(out / "cache"),
-            log_samples=True,
-        )
-    except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, without a network
-        raise UserError(
-            f"--tasks: expected the data sets of {', '.join(tasks)} in $HF_HOME, or a network to "
-            f"download them, got an error: {one_line(str(error))}"
-        ) from error
-    scores = scores_of(results["results"])
-    for task, samples in results["samples"].items():
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        write_jsonl(out / "samples" / f"{task}.jsonl", [_sample(each) for each in samples])
-    write_json(out / SCORES, scores)
-    return scores
+    return TaskManager(include_path=include or None)
+
+
+def _unknown(task: str, manager: Any) -> str:
+    known = did_you_mean(task, manager.all_tasks)
+    return f"expected a task of lmms-eval, got {task!r}{known}"
+
+
+def _digest(model: str) -> dict[str, str]:
+    """The digest of a model folder, whose weights may be others when the same folder is evaluated
+    again; hub names and Hugging Face folders have none.
+    """
+    folder = as_model_folder(model)
+    return {"digest": digests.fingerprint(folder)} if (folder / digests.NAME).is_file() else {}
+
+
+def _evaluate(loaded: Any, arguments: str, task: str, manager: Any, out: Path) -> dict[str, Any]:
+    from lmms_eval.evaluator import simple_evaluate  # noqa: PLC0415
+
+    return simple_evaluate(
+        model=loaded,
+        model_args=arguments,
+        tasks=[task],
+        task_manager=manager,
+        use_cache=str(out / "cache"),
+        log_samples=True,
+        # Standard errors of means are exact; those of other scores come from `evals.bootstrap`.
+        bootstrap_iters=0,
+    )
 
 
 def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -72,10 +144,3 @@ def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
         plain = all(name.endswith(",none") for name in numbers)
         found[task] = {k.removesuffix(",none") if plain else k: v for k, v in numbers.items()}
     return found
-
-
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of a document, what was asked and answered, and what is right."""
-    answers = sample["filtered_resps"]
-    prediction = answers[0] if len(answers) == 1 else list(answers)
-    return {"id": sample["doc_id"], "answers": sample.get("target"), "prediction": prediction}

@@ -22,6 +22,7 @@ from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, invalid
+from moddistill.evals.expert_load import LOAD_SAMPLES, expert_load
 from moddistill.inference.answer import Answer, Decoding
 from moddistill.inference.generation import generate
 from moddistill.inference.prompts import Prompt
@@ -66,6 +67,11 @@ class _Model(lmms):
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         loaded = load(folder, dtype=jnp.dtype(dtype), mesh=_mesh(mesh), stacked=False)
         self._loaded = (*loaded, load_tokenizer(str(folder)))
+        self._prompts: list[Prompt] = []
+
+    def __str__(self) -> str:
+        """The name by which the cache of lmms-eval knows the model, whatever the process."""
+        return "moddistill"
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise UserError("expected tasks that are answered, got one of likelihoods (loglikelihood)")
@@ -75,6 +81,7 @@ class _Model(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Returns the answers in the order of the requests; those with equal settings together."""
+        self._prompts = [self._prompt(request) for request in requests[:LOAD_SAMPLES]]
         groups: dict[Decoding, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(_decoding(request.args[self._settings]), []).append(number)
@@ -89,6 +96,15 @@ class _Model(lmms):
                     self.cache_hook.add_partial("generate_until", key, answer.text)
                     bar.update()
         return [_result(found[number]) for number in range(len(requests))]
+
+    def expert_load(self) -> list[dict[str, Any]]:
+        """Returns the expert load over the prompts that were answered last (see `expert_load`).
+
+        It is empty for dense models, and if all answers came from the cache.
+        """
+        prompts, self._prompts = self._prompts, []
+        sparse = self._loaded[0].config.decoder.moe is not None
+        return expert_load(*self._loaded, prompts) if prompts and sparse else []
 
     def _doc(self, request: Instance) -> Any:
         *_, number, task, split = request.args
