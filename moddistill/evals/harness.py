@@ -2,7 +2,7 @@
 
 import importlib.util
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,21 @@ def _reason(error: Exception) -> str:
     """Words an error of a task; prints the traceback of one that is not about its data."""
     if isinstance(error, UserError):
         return str(error)
-    text = one_line(str(error))
-    if isinstance(error, ConnectionError | FileNotFoundError):  # of `datasets`, without a network
-        return (
-            "expected its data set in $HF_HOME, or a network to download it, got an error: " + text
-        )
+    for cause in _causes(error):
+        if isinstance(cause, ConnectionError | FileNotFoundError):  # of `datasets`
+            return (
+                "expected its data set in $HF_HOME, or a network to download it, got an error: "
+                + one_line(str(cause))
+            )
     traceback.print_exception(error)
-    return f"expected a task that runs, got {type(error).__name__}: {text}"
+    return f"expected a task that runs, got {type(error).__name__}: {one_line(str(error))}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, that from which it was raised, and so on: lmms-eval tries again, and wraps it."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _task_manager(include: str) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of `samples/TASK.jsonl` from the samples that lmms-eval logs, and small images for reports."""
+"""Rows of `samples/TASK.jsonl` from the samples that lmms-eval logs, and images for reports."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

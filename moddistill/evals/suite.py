@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from moddistill.errors import UserError, not_one_of
+from moddistill.errors import not_one_of
 from moddistill.evals import bootstrap
 from moddistill.evals.bootstrap import Units
 from moddistill.evals.harness import run_tasks
+from moddistill.evals.labels import labels
 from moddistill.evals.question_scores import units_of
 from moddistill.evals.results import SAMPLES, is_evaluated, read_rows, read_scores
+from moddistill.storage.json_file import parse, read_text
 
 _FOLDER = Path(__file__).parent / "suites"
 AVERAGE = "average"
@@ -32,6 +34,8 @@ class Benchmark:
       task, metric: of lmms-eval.
       units: the form of the metric's values for each question (`question_scores.FORMS`), or none.
       scale: factor from the metric to the paper's number.
+      rows: a JSON list of the questions in the folder of results, if its units need more than what
+        lmms-eval logs.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Benchmark:
     units: str
     scale: float
     lower_is_better: bool = False
+    rows: str = ""
     note: str = ""
 
 
@@ -78,25 +83,6 @@ def read_suite(name: str) -> Suite:
     )
 
 
-def labels(models: Sequence[str]) -> list[str]:
-    """Returns a short name for each model: the last parts of its path that tell it from others.
-
-    A last part `model`, as in `runs/demo/d2s/model`, is left out where there is another.
-
-    Raises:
-      UserError: two models are the same.
-    """
-    parts = [Path(model).parts for model in models]
-    parts = [each[:-1] if len(each) > 1 and each[-1] == "model" else each for each in parts]
-    if len(set(parts)) < len(parts):
-        raise UserError(f"--compare: expected different models, got {' '.join(models)}")
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(each[-length:]).strip("/") for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"--compare: expected models with different names, got {' '.join(models)}")
-
-
 def evaluate_models(
     suite: Suite, models: Sequence[str], out: Path, arguments: Mapping[str, str], include: str
 ) -> tuple[dict[str, Path], dict[str, dict[str, str]]]:
@@ -112,7 +98,7 @@ def evaluate_models(
       UserError: as `run_tasks`.
     """
     folders, failures = {}, {}
-    for label, model in zip(labels(models), models, strict=True):
+    for label, model in zip(labels(models, "--compare"), models, strict=True):
         if is_evaluated(Path(model)):
             folders[label], failures[label] = Path(model), {}
         else:
@@ -180,14 +166,9 @@ def _cell(
         return {"note": f"no score {benchmark.metric!r} of the task {benchmark.task!r}"}, None
     score = scores[benchmark.task][benchmark.metric]
     cell: dict[str, Any] = {"score": score * benchmark.scale}
-    samples, damaged = read_rows(folder / SAMPLES / f"{benchmark.task}.jsonl")
-    rows = [row for row in samples if benchmark.metric in row.get("metrics", {})]
-    ids, values = (
-        [row["id"] for row in rows],
-        [row["metrics"][benchmark.metric] for row in rows],
-    )
+    ids, values, damaged = _questions(benchmark, folder)
     units = units_of(benchmark.units, ids, values)
-    cell["questions"] = len(rows)
+    cell["questions"] = len(ids)
     if units is None:
         return cell | {"note": "no interval: the questions have no scores"}, None
     found = bootstrap.point(units)
@@ -196,6 +177,17 @@ def _cell(
         text = f"no interval: the questions give {found * benchmark.scale:.2f}{lost}"
         return cell | {"note": text}, None
     return cell, units
+
+
+def _questions(benchmark: Benchmark, folder: Path) -> tuple[list[str], list[Any], int]:
+    """The ids of questions, the metric's values of them, and the number of damaged lines."""
+    if benchmark.rows and (folder / benchmark.rows).is_file():
+        values = parse(read_text(folder / benchmark.rows), benchmark.rows)
+        return [str(number) for number in range(len(values))], values, 0
+    samples, damaged = read_rows(folder / SAMPLES / f"{benchmark.task}.jsonl")
+    rows = [row for row in samples if benchmark.metric in row.get("metrics", {})]
+    values = [row["metrics"][benchmark.metric] for row in rows]
+    return [row["id"] for row in rows], values, damaged
 
 
 def _add_intervals(
@@ -222,7 +214,10 @@ def _add_difference(cell: dict[str, Any], first: dict[str, Any], values: np.ndar
 
 
 def _averages(
-    suite: Suite, rows: Sequence[dict[str, Any]], drawn: dict[str, dict[str, np.ndarray]], first: str
+    suite: Suite,
+    rows: Sequence[dict[str, Any]],
+    drawn: dict[str, dict[str, np.ndarray]],
+    first: str,
 ) -> dict[str, dict[str, Any]]:
     """Means over the benchmarks of the average, which are independent of each other."""
     chosen = [row for row in rows if row["name"] in suite.average]

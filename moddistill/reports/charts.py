@@ -19,7 +19,12 @@ WIDTH, HEIGHT = 300, 100  # of a curve, in SVG units
 
 
 def number(value: float | int) -> str:
-    """Returns a number with three significant digits, without padding zeros."""
+    """Returns a number with three significant digits, without padding zeros.
+
+    Thousands are written out.
+    """
+    if 1e3 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
     digits, _, exponent = f"{value:.3g}".partition("e")
     return f"{digits}e{int(exponent)}" if exponent else digits
 

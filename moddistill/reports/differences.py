@@ -57,16 +57,14 @@ def _scores(results: Results) -> dict[str, float]:
 
 def _estimate(scores: dict[str, float], task: str) -> Estimate:
     units = mean_units(list(scores), list(scores.values()))
-    return Estimate(
-        bootstrap.point(units), *bootstrap.interval(bootstrap.replicates(units, task))
-    )
+    return Estimate(bootstrap.point(units), *bootstrap.interval(bootstrap.replicates(units, task)))
 
 
 def _difference(
     by_model: dict[str, dict[str, float]], name: str, teacher: str, task: str
 ) -> Estimate | None:
     """The mean difference over shared questions; None of the teacher, or without any."""
-    if name == teacher or teacher not in by_model:
+    if name == teacher or teacher not in by_model:  # whose questions may have no scores
         return None
     ours, its = by_model[name], by_model[teacher]
     # The mean of differences is the difference of means, so that pairs are units by themselves.

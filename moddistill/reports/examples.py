@@ -36,7 +36,7 @@ def answers(task: Sequence[Results], problems: list[str]) -> Html:
     examples = [_example(chosen[row["id"]], missing) for row in rows if row["id"] in chosen]
     if missing:
         problems.append(
-            f"{task[0].task}: {len(missing)} images of examples cannot be read, such as {missing[0]}"
+            f"{task[0].task}: {len(missing)} images of examples cannot be read, as {missing[0]}"
         )
     group = anchor(f"show {task[0].task}")
     choices = join(

@@ -66,16 +66,16 @@ def _differences(content: Content, teacher: str) -> list[_Section]:
     tables = {name: found for name, found in content.tasks.items() if len(found) > 1}
     note = (
         f"The mean score of the questions. Intervals are from {RESAMPLES:,} bootstrap draws of the "
-        "questions; those of differences are paired: each draw has the same questions for both models."
+        "questions; those of differences are paired: each draw has the same questions for both."
     )
-    return [
-        (
-            f"{name} against {teacher}",
-            note,
-            _table_card(f"{name} against {teacher}", differences_table(found, teacher)),
-        )
-        for name, found in tables.items()
-    ]
+    sections = []
+    for name, found in tables.items():
+        models = [each.model for each in found]
+        reference = teacher if teacher in models else models[0]
+        title = f"{name} against {reference}"
+        card = _table_card(title, differences_table(found, reference))
+        sections.append((title, "" if sections else note, card))
+    return sections
 
 
 def _training(content: Content) -> list[_Section]:
@@ -93,8 +93,8 @@ def _training(content: Content) -> list[_Section]:
 
 def _answers(content: Content) -> list[_Section]:
     note = (
-        f"Up to {EXAMPLES} questions at even distances, and as many on which models differ. ✓ counts as"
-        " correct, ✗ does not; a number is a partial score."
+        f"Up to {EXAMPLES} questions at even distances, and as many on which models differ. ✓ is "
+        "right, ✗ is wrong; a number is a partial score."
     )
     return [
         (f"Answers: {name}", note, answers(found, content.problems))

@@ -1,4 +1,4 @@
-"""Loads of experts: shares of image and text tokens, and how tasks and modalities differ in them."""
+"""Loads of experts: shares of image and text tokens, and how modalities and tasks differ."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

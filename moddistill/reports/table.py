@@ -35,7 +35,9 @@ def html_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> 
     """
     head = join(part("head_cell", text=column.title) for column in columns)
     body = join(
-        part("table_row", cells=join(part("table_cell", text=cell) for cell in _cells(columns, row)))
+        part(
+            "table_row", cells=join(part("table_cell", text=cell) for cell in _cells(columns, row))
+        )
         for row in rows
     )
     return part("table", head=head, body=body)

@@ -34,6 +34,7 @@ def page(title: str, sections: Html) -> str:
 
 def section(title: str, note: str | Html, content: Html) -> Html:
     """Returns a part of a page with a heading, which links may point to by `anchor(title)`."""
+    note = part("note", text=note) if note else note
     return part("section", id=anchor(title), title=title, note=note, content=content)
 
 

@@ -5,6 +5,7 @@ the given folders and below, so that the workdir of a recipe, of one training ru
 `moddistill.evaluate` all serve. Damage is listed, and the rest is read.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.errors import UserError
+from moddistill.evals.labels import labels
 from moddistill.evals.results import (
     EVALUATION,
     PREDICTIONS,
@@ -108,31 +110,41 @@ def read_workdirs(folders: Sequence[Path]) -> Content:
       UserError: no folder has a run or results.
     """
     content = Content()
-    for folder in folders:
-        if not folder.is_dir():
-            content.problems.append(f"{folder}: expected a folder, got none")
-            continue
-        before = len(content.runs) + len(content.results)
-        recipe = _recipe(folder, content)
-        prefix = f"{folder.resolve().name}/" if len(folders) > 1 else ""
-        for run in _ordered(_find(folder, _METRICS), recipe):
-            _read(content, run, lambda run=run: _add_run(content, run, folder, prefix))
-        for found in _ordered(_find(folder, SCORES), recipe):
-            _read(content, found, lambda f=found: _add_results(content, f, folder, prefix, recipe))
-        if len(content.runs) + len(content.results) == before:
-            content.problems.append(
-                f"{folder}: expected a workdir or a folder of results, got neither {_METRICS} nor "
-                f"{SCORES} in it or below"
-            )
+    names = labels([str(folder.resolve()) for folder in folders], "DIR")
+    for folder, name in zip(folders, names, strict=True):
+        _read_folder(content, folder, f"{name}/" if len(folders) > 1 else "")
     if not content.runs and not content.results:
-        raise UserError("; ".join(dict.fromkeys(content.problems)))
+        raise UserError("; ".join(content.problems))
     return content
 
 
-def _read(content: Content, folder: Path, add: Any) -> None:
-    """Adds a run or results; what is damaged becomes a problem."""
+def _read_folder(content: Content, folder: Path, prefix: str) -> None:
+    if not folder.is_dir():
+        content.problems.append(f"{folder}: expected a folder, got none")
+        return
+    recipe: Mapping[str, Any] = {}
+    if (folder / RECIPE).is_file():
+        with _listed(content, folder):
+            recipe = read_json(folder / RECIPE)
+    runs, results = (_ordered(_find(folder, name), recipe) for name in (_METRICS, SCORES))
+    for run in runs:
+        with _listed(content, run):
+            _add_run(content, run, folder, prefix)
+    for found in results:
+        with _listed(content, found):
+            _add_results(content, found, folder, prefix, recipe)
+    if not runs and not results:
+        content.problems.append(
+            f"{folder}: expected a workdir or a folder of results, got neither {_METRICS} nor "
+            f"{SCORES} in it or below"
+        )
+
+
+@contextlib.contextmanager
+def _listed(content: Content, folder: Path) -> Iterator[None]:
+    """Makes an error of what is in a folder one of the problems."""
     try:
-        add()
+        yield
     except UserError as error:
         text = str(error)
         content.problems.append(text if str(folder) in text else f"{folder}: {text}")
@@ -143,14 +155,6 @@ def _find(folder: Path, name: str) -> Iterator[Path]:
         folders[:] = sorted(each for each in folders if each not in _PASSED_OVER)
         if name in files:
             yield Path(found)
-
-
-def _recipe(folder: Path, content: Content) -> Mapping[str, Any]:
-    try:
-        return read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
-    except UserError as error:
-        content.problems.append(str(error))
-        return {}
 
 
 def _ordered(folders: Iterator[Path], recipe: Mapping[str, Any]) -> list[Path]:
@@ -177,9 +181,11 @@ def _add_run(content: Content, folder: Path, root: Path, prefix: str) -> None:
         raise UserError(f"{folder / _METRICS}: expected rows of training steps, got none")
     parameters, teacher = None, ""
     if (folder / "model").is_dir():
-        parameters = parameter_counts(read_model_config(folder / "model"))
+        with _listed(content, folder):
+            parameters = parameter_counts(read_model_config(folder / "model"))
     if (folder / _CONFIG).is_file():
-        teacher = str(read_json(folder / _CONFIG).get("teacher", ""))
+        with _listed(content, folder):
+            teacher = str(read_json(folder / _CONFIG).get("teacher", ""))
     name = _name(folder, root, prefix)
     content.runs.append(Run(name=name, rows=rows, parameters=parameters, teacher=teacher))
 
