@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -53,9 +54,7 @@ class Estimate:
     high: float
 
 
-def ratio_units(
-    ids: Sequence[str], numerators: Sequence[float], denominators: Sequence[float]
-) -> Units:
+def ratio_units(ids: Sequence[str], numerators: ArrayLike, denominators: ArrayLike) -> Units:
     """Returns the units of a ratio of sums over questions."""
     return Units(
         ids=tuple(ids),
@@ -65,9 +64,9 @@ def ratio_units(
     )
 
 
-def mean_units(ids: Sequence[str], values: Sequence[float]) -> Units:
+def mean_units(ids: Sequence[str], values: ArrayLike) -> Units:
     """Returns the units of a mean over questions."""
-    return ratio_units(ids, values, [1.0] * len(ids))
+    return ratio_units(ids, values, np.ones(len(ids)))
 
 
 def point(units: Units) -> float:

@@ -31,6 +31,7 @@ def evaluate_tasks(
       UserError: lmms-eval is not installed, there is no such task (before any task runs), or tasks
         failed (after the others have run).
     """
+    check_results_folder(out)
     manager = _task_manager(include)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -67,9 +68,7 @@ def run_tasks(
     if not missing:
         return failures
     text = ",".join(f"{k}={v}" for k, v in ({"model": model} | dict(arguments)).items())
-    from lmms_eval.models import get_model  # noqa: PLC0415  takes seconds
-
-    loaded = get_model("moddistill").create_from_arg_string(text, {})
+    loaded = _load(text)
     for task in missing:
         try:
             results = _evaluate(loaded, text, task, manager, out)
@@ -124,6 +123,13 @@ def _digest(model: str) -> dict[str, str]:
     """
     folder = as_model_folder(model)
     return {"digest": digests.fingerprint(folder)} if (folder / digests.NAME).is_file() else {}
+
+
+def _load(arguments: str) -> Any:
+    """The model as lmms-eval has it (`lmms.Chat`)."""
+    from lmms_eval.models import get_model  # noqa: PLC0415  takes seconds
+
+    return get_model("moddistill").create_from_arg_string(arguments, {})
 
 
 def _evaluate(loaded: Any, arguments: str, task: str, manager: Any, out: Path) -> dict[str, Any]:

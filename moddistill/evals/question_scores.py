@@ -42,9 +42,15 @@ def _mean(ids: Sequence[str], values: Sequence[Any]) -> Units:
 
 
 def _f1(ids: Sequence[str], values: Sequence[Any]) -> Units:
-    """F1 of "yes": 2 true positives / (predicted positives + actual positives)."""
+    """F1 of "yes": 2 true positives / (predicted positives + actual positives).
+
+    As in lmms-eval, an answer with neither yes nor no is no false negative.
+    """
     predicted = np.array([each["prediction"] == "yes" for each in values], float)
-    actual = np.array([each["ground_truth"] == "yes" for each in values], float)
+    actual = np.array(
+        [each["ground_truth"] == "yes" and each["prediction"] in ("yes", "no") for each in values],
+        float,
+    )
     return ratio_units(ids, 2 * predicted * actual, predicted + actual)
 
 

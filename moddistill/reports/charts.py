@@ -108,7 +108,7 @@ def interval_bar(found: Estimate, largest: float, alt: str) -> Html:
     return part(
         "interval",
         alt=alt,
-        zero=f"{place(0):.2%}",
+        zero=f"{place(0.0):.2%}",
         low=f"{place(found.low):.2%}",
         width=f"{place(found.high) - place(found.low):.2%}",
         at=f"{place(found.score):.2%}",

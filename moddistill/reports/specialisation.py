@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moddistill.errors import UserError
 from moddistill.evals.task import Column
@@ -101,7 +102,7 @@ def specialisation_table(content: Content) -> tuple[Sequence[Column], list[dict[
     return _COLUMNS, rows
 
 
-def distance(first: Sequence[float], second: Sequence[float]) -> float | None:
+def distance(first: ArrayLike, second: ArrayLike) -> float | None:
     """Returns the total variation distance of two loads: 0 if their shares are equal, 1 if they
     share no expert. None if a load is empty, as that of images is for questions without any.
     """

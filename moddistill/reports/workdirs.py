@@ -60,7 +60,7 @@ class Results:
 
     model: str
     task: str
-    scores: Mapping[str, float]
+    scores: Mapping[str, float | int]
     loads: Sequence[Mapping[str, Any]]
     rows: Sequence[Row]
     definition: Task | None
@@ -159,13 +159,14 @@ def _find(folder: Path, name: str) -> Iterator[Path]:
 
 def _ordered(folders: Iterator[Path], recipe: Mapping[str, Any]) -> list[Path]:
     """Folders in the order of the recipe's stages, or else in that in which they were begun."""
-    order = list(recipe.get("order", ()))
+    order, tasks = (list(recipe.get(name, ())) for name in ("order", "tasks"))
 
-    def key(folder: Path) -> tuple[int, float, str]:
+    def key(folder: Path) -> tuple[int, float, int, str]:
         stage = next((part for part in folder.parts[::-1] if part in order), None)
         run = next((each for each in (folder, *folder.parents) if (each / _CONFIG).is_file()), None)
         began = (run / _CONFIG).stat().st_mtime if run else 0.0
-        return (order.index(stage) if stage else len(order), began, str(folder))
+        task = tasks.index(folder.name) if folder.name in tasks else len(tasks)
+        return (order.index(stage) if stage else len(order), began, task, str(folder))
 
     return sorted(folders, key=key)
 
