@@ -29,6 +29,7 @@ from moddistill.cli.parser import Parser, user_errors
 from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
 from moddistill.evals.harness import evaluate_tasks
+from moddistill.evals.results import EVALUATION
 from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
 from moddistill.evals.suite import compare, evaluate_models, read_suite
 from moddistill.reports.comparison import comparison_table, write_comparison
@@ -85,6 +86,7 @@ def _evaluate_one(args: argparse.Namespace) -> dict[str, Any]:
     run = TaskRun(task, args.data, args.out)
     mesh = make_mesh(args.mesh)
     [scores] = evaluate(args.model, [run], dtype=jnp.dtype(args.dtype), mesh=mesh)
+    write_json(args.out / EVALUATION, {"model": args.model, "task": args.task})
     return scores
 
 

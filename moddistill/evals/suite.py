@@ -42,7 +42,7 @@ class Benchmark:
     task: str
     metric: str
     units: str
-    scale: float
+    scale: float | int
     lower_is_better: bool = False
     rows: str = ""
     note: str = ""
