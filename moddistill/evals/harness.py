@@ -1,5 +1,6 @@
 """Tasks of lmms-eval, run by lmms-eval in this process, and their results in our form."""
 
+import argparse
 import importlib.util
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,6 +145,8 @@ def _evaluate(loaded: Any, arguments: str, task: str, manager: Any, out: Path) -
         log_samples=True,
         # Standard errors of means are exact; those of other scores come from `evals.bootstrap`.
         bootstrap_iters=0,
+        # Where tasks write files for a server: `submissions/`.
+        cli_args=argparse.Namespace(output_path=str(out), process_with_media=False),
     )
 
 

@@ -36,7 +36,7 @@ def write_report(path: Path, content: Content, title: str, teacher: str = "") ->
     teacher = find_teacher(content, teacher)
     sections = [
         _results(content),
-        *_differences(content, teacher),
+        *_intervals(content, teacher),
         *_training(content),
         *_answers(content),
         *_loads(content),
@@ -62,19 +62,21 @@ def _results(content: Content) -> _Section:
     return "Results", " ".join([*notes, sizes]), _table_card("Results", table)
 
 
-def _differences(content: Content, teacher: str) -> list[_Section]:
-    tables = {name: found for name, found in content.tasks.items() if len(found) > 1}
+def _intervals(content: Content, teacher: str) -> list[_Section]:
     note = (
         f"The mean score of the questions. Intervals are from {RESAMPLES:,} bootstrap draws of the "
         "questions; those of differences are paired: each draw has the same questions for both."
     )
     sections = []
-    for name, found in tables.items():
-        models = [each.model for each in found]
-        reference = teacher if teacher in models else models[0]
-        title = f"{name} against {reference}"
-        card = _table_card(title, differences_table(found, reference))
-        sections.append((title, "" if sections else note, card))
+    for name, found in content.tasks.items():
+        models = [
+            each.model for each in found if any(each.score(row) is not None for row in each.rows)
+        ]
+        if models:
+            reference = teacher if teacher in models else models[0]
+            title = f"{name} against {reference}" if len(models) > 1 else f"{name}: interval"
+            card = _table_card(title, differences_table(found, reference))
+            sections.append((title, "" if sections else note, card))
     return sections
 
 
@@ -96,10 +98,13 @@ def _answers(content: Content) -> list[_Section]:
         f"Up to {EXAMPLES} questions at even distances, and as many on which models differ. ✓ is "
         "right, ✗ is wrong; a number is a partial score."
     )
+    answered = {
+        name: [each for each in found if each.rows] for name, found in content.tasks.items()
+    }
     return [
         (f"Answers: {name}", note, answers(found, content.problems))
-        for name, found in content.tasks.items()
-        if all(each.rows for each in found)
+        for name, found in answered.items()
+        if found
     ]
 
 

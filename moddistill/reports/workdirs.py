@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moddistill.errors import UserError
+from moddistill.errors import UserError, invalid
 from moddistill.evals.labels import labels
 from moddistill.evals.results import (
     EVALUATION,
@@ -246,11 +246,15 @@ def _results(
         for key, value in scores.items()
         if isinstance(value, int | float) and "_stderr" not in key
     }
+    loads = scores.get("expert_load", [])
+    for load in loads:
+        if not isinstance(load, dict) or not {"layer", "image", "text"} <= load.keys():
+            raise invalid(f"{model}, {task}: expert_load", load, "layer, image and text")
     return Results(
         model=model,
         task=task,
         scores=numbers,
-        loads=scores.get("expert_load", []),
+        loads=loads,
         rows=rows,
         definition=definition,
         images=images,

@@ -91,6 +91,11 @@ def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
     assert [each.token_counts.output_tokens for each in found] == [
         len(each.token_ids) for each in wanted
     ]
+    if form == "chat":
+        loads = model.expert_load()
+        assert [sorted(load) for load in loads] == [["image", "layer", "text"]] * len(loads)
+        assert loads and sum(loads[0]["image"]) == pytest.approx(1)
+        assert model.expert_load() == []  # of the next answers, of which there are none
 
 
 def test_settings_of_requests_are_followed(model, form, tiny_models, docs):

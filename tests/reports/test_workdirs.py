@@ -12,6 +12,7 @@ from moddistill.reports.results_table import results_table
 from moddistill.reports.table import format_table
 from moddistill.reports.workdirs import read_workdirs
 
+LOAD = {"layer": 0, "image": [1.0], "text": [1.0]}
 ROW = {"step": 10, "loss": 1.0, "seconds": 2.0}
 
 
@@ -76,13 +77,13 @@ def test_names_of_several_folders_begin_with_theirs(workdir, tmp_path):
 def test_results_of_lmms_eval_have_a_task_each(tmp_path):
     folder = tmp_path / "results"
     (folder / "samples").mkdir(parents=True)
-    scores = {"exact_match": 0.5, "exact_match_stderr": 0.1, "expert_load": [{"layer": 0}]}
+    scores = {"exact_match": 0.5, "exact_match_stderr": 0.1, "expert_load": [LOAD]}
     (folder / "scores.json").write_text(json.dumps({"gqa": scores, "pope": {"f1": 0.25}}))
     row = {"id": "0", "prediction": "a", "metrics": {"exact_match": 1.0}}
     (folder / "samples" / "gqa.jsonl").write_text(json.dumps(row) + "\n")
     content = read_workdirs([folder])
     gqa, pope = content.results
-    assert (gqa.scores, gqa.loads) == ({"exact_match": 0.5}, [{"layer": 0}])
+    assert (gqa.scores, gqa.loads) == ({"exact_match": 0.5}, [LOAD])
     assert gqa.score(gqa.rows[0]) == 1.0 and pope.rows == []
     [problem] = content.problems
     assert problem.endswith("pope.jsonl: expected questions with their answers, got none")
