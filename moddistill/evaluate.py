@@ -1,12 +1,18 @@
-"""Evaluates a model on tasks: those of lmms-eval, or one of this library.
+"""Evaluates a model on tasks: those of lmms-eval, or one of this library; or compares models.
 
     python -m moddistill.evaluate --model DIR --tasks mme,pope,gqa --out DIR
     python -m moddistill.evaluate --model DIR --task easy_vqa --data DIR --out DIR
+    python -m moddistill.evaluate --suite llava-mod --compare MODEL MODEL ... --out DIR
 
 With `--tasks`, lmms-eval (pip install 'moddistill[eval]') asks and scores; `--out` gets
 `scores.json`, `samples/TASK.jsonl` and a cache, from which the same command goes on. With `--task`,
 `--out` gets `scores.json` and `predictions.jsonl` (id, question, images, answers, prediction).
 Questions are spread over all devices, each with a copy of the model unless `--mesh` shards it.
+
+With `--suite`, each model is evaluated on the benchmarks of a paper, into a folder of its own below
+`--out`; a model, or a folder of results, that has scores is not evaluated again. The scores with
+bootstrap intervals are printed next to the published ones, and written to `comparison.json` and
+`comparison.html`. What could not be evaluated is said there.
 """
 
 import argparse
@@ -23,13 +29,34 @@ from moddistill.cli.parser import Parser, user_errors
 from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
 from moddistill.evals.harness import evaluate_tasks
+from moddistill.evals.results import EVALUATION
 from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
+from moddistill.evals.suite import compare, evaluate_models, read_suite
+from moddistill.reports.comparison import comparison_table, write_comparison
+from moddistill.storage.json_file import write_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m moddistill.evaluate`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if (args.task is None) != (args.data is None):
+        parser.error("--data: expected with --task, and only there")
+    if (args.suite is None) != (args.compare is None):
+        parser.error("--compare: expected with --suite, and only there")
+    if (args.suite is None) == (args.model is None):
+        parser.error("--model: expected with --task and --tasks, and only there")
+    with user_errors():
+        if args.suite:
+            print(_compare(args))
+        else:
+            scores = _evaluate_one(args) if args.task else _evaluate_tasks(args)
+            print(json.dumps(scores, indent=2))
+
+
+def _parser() -> Parser:
     parser = Parser(__doc__, prog="python -m moddistill.evaluate")
-    add_model_flags(parser)
+    add_model_flags(parser, required=False)
     parser.set_defaults(mesh=MeshConfig())
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--tasks", metavar="NAME,...", help="tasks of lmms-eval")
@@ -37,17 +64,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--task",
         help=f"{', '.join(TASKS)}, or a module that defines TASK, such as my_project.chartqa",
     )
+    asked.add_argument("--suite", metavar="NAME", help="benchmarks of a paper: llava-mod")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="MODEL",
+        help="with --suite: models as --model takes, or folders of finished results",
+    )
     parser.add_argument("--data", type=Path, help="with --task: folder of questions and images")
     parser.add_argument(
-        "--include_path", default="", help="with --tasks: folder with tasks of your own"
+        "--include_path",
+        default="",
+        help="with --tasks and --suite: folder with tasks of your own",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    args = parser.parse_args(argv)
-    if (args.task is None) != (args.data is None):
-        parser.error("--data: expected with --task, and only there")
-    with user_errors():
-        scores = _evaluate_one(args) if args.task else _evaluate_tasks(args)
-        print(json.dumps(scores, indent=2))
+    return parser
 
 
 def _evaluate_one(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,14 +86,32 @@ def _evaluate_one(args: argparse.Namespace) -> dict[str, Any]:
     run = TaskRun(task, args.data, args.out)
     mesh = make_mesh(args.mesh)
     [scores] = evaluate(args.model, [run], dtype=jnp.dtype(args.dtype), mesh=mesh)
+    write_json(args.out / EVALUATION, {"model": args.model, "task": args.task})
     return scores
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
-    mesh = ":".join(f"{axis}={size}" for axis, size in dataclasses.asdict(args.mesh).items())
-    arguments = {"dtype": args.dtype, "mesh": mesh}
     names = args.tasks.split(",")
-    return evaluate_tasks(args.model, names, args.out, arguments, args.include_path)
+    return evaluate_tasks(args.model, names, args.out, _arguments(args), args.include_path)
+
+
+def _compare(args: argparse.Namespace) -> str:
+    """Writes the comparison, and returns its table."""
+    suite = read_suite(args.suite)
+    folders, failures = evaluate_models(
+        suite, args.compare, args.out, _arguments(args), args.include_path
+    )
+    comparison = compare(suite, folders, failures)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "comparison.json", comparison)
+    write_comparison(args.out / "comparison.html", comparison)
+    return comparison_table(comparison)
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, str]:
+    """Arguments of the model in lmms-eval."""
+    mesh = ":".join(f"{axis}={size}" for axis, size in dataclasses.asdict(args.mesh).items())
+    return {"dtype": args.dtype, "mesh": mesh}
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, at_field, invalid
 from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
-from moddistill.reports.summary import evaluation_folder, table_columns, table_rows, write_summary
-from moddistill.reports.table import format_table
+from moddistill.reports.summary import evaluation_folder, write_recipe, write_summary
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
 from moddistill.training.interruption import ctrl_c_ends_at_once
@@ -41,8 +40,11 @@ from moddistill.training.resume import is_finished
 from moddistill.training.validation import check_settings
 
 
-def run(config: RecipeConfig, workdir: Path) -> None:
+def run(config: RecipeConfig, workdir: Path) -> str:
     """Trains and evaluates the stages, then writes predictions and the report.
+
+    Returns:
+      The table of scores, in the first process and if a stage is evaluated; else an empty text.
 
     Raises:
       UserError: if order and stages name different things, records, images or questions of any
@@ -50,13 +52,14 @@ def run(config: RecipeConfig, workdir: Path) -> None:
     """
     check_recipe(config, workdir)
     with locked(workdir):
+        if is_main_process():
+            write_recipe(config, workdir)
         for name in config.order:
             with _at_stage(name):
                 train(config.stages[name], workdir / name)
             if name in config.evaluated:
                 _evaluate(config, workdir, name)
-        if is_main_process():
-            write_summary(config, workdir)
+        return write_summary(workdir) if is_main_process() else ""
 
 
 @contextlib.contextmanager
@@ -193,10 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_logging()
         values = at_workdir(args.config.to_dict(), args.workdir)
         config, workdir = from_config_dict(RecipeConfig, values), Path(args.workdir)
-        run(config, workdir)
+        table = run(config, workdir)
         if is_main_process():
-            if config.evaluated:
-                print(format_table(table_columns(config), table_rows(config, workdir)))
+            print(table, end="\n" if table else "")
             print(f"report: {args.workdir}/report.html")
 
 

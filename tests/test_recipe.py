@@ -11,7 +11,9 @@ from moddistill.config import RecipeConfig, TaskConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.evals import easy_vqa
 from moddistill.evals.results import write_results
-from moddistill.reports import summary
+from moddistill.reports.results_table import results_table
+from moddistill.reports.table import format_table
+from moddistill.reports.workdirs import read_workdirs
 from moddistill.training import loop
 from moddistill.training.lock import locked
 from moddistill.training.metrics import read_metrics
@@ -169,18 +171,16 @@ def finished(tiny_config, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(recipe, "evaluate", fake_evaluate)
-        # The images do not exist; the report has its own tests.
-        patched.setattr(summary, "_examples", lambda *_: [])
         recipe.run(config, workdir)
     return config, workdir
 
 
 def test_the_table_has_the_scores_sizes_and_seconds_of_each_model(finished):
-    config, workdir = finished
-    titles = [column.title for column in summary.table_columns(config)]
+    workdir = finished[1]
+    columns, rows = results_table(read_workdirs([workdir]))
     scores = ["Accuracy", "Yes/no", "Other", "False yes"]
+    titles = [column.title for column in columns]
     assert titles == ["Model", *scores, "Parameters", "Activated", "Seconds"]
-    rows = summary.table_rows(config, workdir)
     assert [row["model"] for row in rows] == ["first", "second"]
     assert [row["vqa/accuracy"] for row in rows] == [2 / 3, 1.0]
     assert [row["vqa/accuracy_yes_no"] for row in rows] == [0.5, 1.0]
@@ -209,9 +209,11 @@ def test_predictions_of_all_models_are_in_one_file(finished):
     ]
 
 
-def test_the_report_is_titled_by_the_stages(finished):
+def test_the_report_has_the_stages_and_lists_images_that_are_missing(finished):
     page = (finished[1] / "report.html").read_text()
     assert "first → second" in page
+    assert "<h2>vqa against first</h2>" in page
+    assert "vqa: 3 images of examples cannot be read, as 0.png" in page
 
 
 def test_more_steps_for_a_finished_stage_are_an_error(finished):
@@ -226,12 +228,10 @@ def test_more_steps_for_a_finished_stage_are_an_error(finished):
 
 def test_a_finished_recipe_neither_trains_nor_evaluates_again(finished, monkeypatch):
     config, workdir = finished
-    rows = summary.table_rows(config, workdir)
+    table = format_table(*results_table(read_workdirs([workdir])))
     monkeypatch.setattr(loop, "prepare", None)
     monkeypatch.setattr(recipe, "evaluate", None)
-    monkeypatch.setattr(summary, "_examples", lambda *_: [])
-    recipe.run(config, workdir)
-    assert summary.table_rows(config, workdir) == rows
+    assert recipe.run(config, workdir) == table
 
 
 def test_one_recipe_at_a_time_runs_in_a_workdir(finished):

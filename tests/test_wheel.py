@@ -16,7 +16,10 @@ from PIL import Image
 from moddistill.convert.exporting import export_model
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "recipe", "plan", "prepare", "evaluate", "generate", "chat", "convert")
+COMMANDS = (
+    *("train", "recipe", "plan", "prepare", "evaluate", "generate", "chat", "convert"),
+    "report",
+)
 EXPERIMENT = """
 from moddistill.config import DataConfig, SourceConfig, TrainConfig
 from moddistill.configdict import to_config_dict

@@ -9,10 +9,14 @@ import jax
 from moddistill.config import Dtype, MeshConfig
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags; `args.mesh` is a `MeshConfig`, or None."""
+def add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the flags; `args.mesh` is a `MeshConfig`, or None.
+
+    Args:
+      required: whether `--model` is; a command may have another flag that names models.
+    """
     parser.add_argument(
-        "--model", required=True, help="model folder, Hugging Face folder or hub name"
+        "--model", required=required, help="model folder, Hugging Face folder or hub name"
     )
     parser.add_argument(
         "--dtype",

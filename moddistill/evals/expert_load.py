@@ -20,6 +20,8 @@ from moddistill.inference.prompts import (
 )
 from moddistill.models.vlm import Vlm
 
+LOAD_SAMPLES = 512  # prompts of a task that are measured
+
 
 def expert_load(
     model: Vlm, params: dict[str, Any], tokenizer: Tokenizer, prompts: Sequence[Prompt]

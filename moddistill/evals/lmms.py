@@ -5,7 +5,10 @@ two forms: `Simple` ones are a text and images, `Chat` ones are messages. Both b
 are answered together, whatever their task; the longest come first.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,15 +25,14 @@ from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, invalid
-from moddistill.inference.answer import Answer, Decoding
+from moddistill.evals.answer_log import AnswerLog, Given, given
+from moddistill.evals.expert_load import LOAD_SAMPLES, expert_load
+from moddistill.evals.requests import decoding_of, images_of, prompt_of
+from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import generate
 from moddistill.inference.prompts import Prompt
-from moddistill.inference.sampling import Sampling
 from moddistill.models.vlm import Vlm
-
-_LONGEST = 1024  # tokens of an answer whose task does not say
-# Settings of requests for `transformers` that greedy answers, or images of one size, do not need.
-_UNUSED = ("do_sample", "num_beams", "use_cache", "image_aspect_ratio", "image_sizes")
+from moddistill.storage.digests import fingerprint
 
 
 def manifest() -> ModelManifest:
@@ -49,6 +51,7 @@ class _Model(lmms):
       model: a model folder, a Hugging Face folder or a hub name.
       dtype: of parameters, computation and cache; by default float32 on CPUs, else bfloat16.
       mesh: `MeshConfig` as AXIS=SIZE:AXIS=SIZE; by default all devices have a copy of the model.
+      answers: file to which greedy answers are added, and from which they are taken (`AnswerLog`).
       batch_size: not used, nor are the others that lmms-eval passes: as many rows as fit.
     """
 
@@ -57,17 +60,17 @@ class _Model(lmms):
         model: str,
         dtype: str = "",
         mesh: str = "",
+        answers: str = "",
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
     ):
-        super().__init__()
         del batch_size, max_batch_size, device
         folder = as_model_folder(model)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         loaded = load(folder, dtype=jnp.dtype(dtype), mesh=_mesh(mesh), stacked=False)
-        self._loaded = (*loaded, load_tokenizer(str(folder)))
-        self._on_answer = lambda: None
+        log = AnswerLog(Path(answers) if answers else None, f"{fingerprint(folder)} {dtype}")
+        self._begin((*loaded, load_tokenizer(str(folder))), log, lambda: None)
 
     @classmethod
     def of(
@@ -83,10 +86,19 @@ class _Model(lmms):
           on_answer: called after each answer; an error of it ends the evaluation.
         """
         made = cls.__new__(cls)
-        lmms.__init__(made)
-        made._loaded = model, params, tokenizer
-        made._on_answer = on_answer
+        made._begin((model, params, tokenizer), AnswerLog(None, ""), on_answer)
         return made
+
+    def _begin(
+        self, loaded: tuple[Any, ...], log: AnswerLog, on_answer: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._loaded, self._log, self._on_answer = loaded, log, on_answer
+        self._asked: list[Prompt] = []
+
+    def __str__(self) -> str:
+        """The name by which the cache of lmms-eval knows the model, whatever the process."""
+        return "moddistill"
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise UserError("expected tasks that are answered, got one of likelihoods (loglikelihood)")
@@ -98,31 +110,69 @@ class _Model(lmms):
         """Returns the answers in the order of the requests; those with equal settings together.
 
         Raises:
-          UserError: questions that cannot be answered, after all others, which are in the cache.
+          UserError: questions that cannot be answered, after all others, which are in `answers`.
         """
         groups: dict[Decoding, list[int]] = {}
+        prompts = [self._prompt(request) for request in requests]
         for number, request in enumerate(requests):
-            groups.setdefault(_decoding(request.args[self._settings]), []).append(number)
-        found: dict[int, Answer | UserError] = {}
+            groups.setdefault(decoding_of(request.args[self._settings]), []).append(number)
+        self._asked = prompts[:LOAD_SAMPLES]
+        found: dict[int, Given | UserError] = {}
         with tqdm(total=len(requests), desc="answers", unit="answer", mininterval=1.0) as bar:
             for decoding, numbers in groups.items():
-                group = [requests[number] for number in numbers]
-                found |= zip(numbers, self._answer(group, decoding, bar), strict=True)
+                asked = {number: (requests[number], prompts[number]) for number in numbers}
+                found |= self._answer(asked, decoding, bar)
         _check_answered(requests, found)
         return [_result(found[number]) for number in range(len(requests))]
 
     def _answer(
-        self, requests: list[Instance], decoding: Decoding, bar: tqdm
-    ) -> list[Answer | UserError]:
-        prompts = [self._prompt(request) for request in requests]
-        found: dict[int, Answer | UserError] = {}
-        for number, answer in generate(*self._loaded, prompts, decoding, found.__setitem__):
-            found[number] = answer
-            key = (prompts[number].question, requests[number].args[self._settings])
-            self.cache_hook.add_partial("generate_until", key, answer.text)
+        self, asked: dict[int, tuple[Instance, Prompt]], decoding: Decoding, bar: tqdm
+    ) -> dict[int, Given | UserError]:
+        """Returns the answers, or errors, of prompts with equal settings by their numbers."""
+        keys = {
+            number: self._log.key(request.args[-3:], prompt, decoding)
+            for number, (request, prompt) in asked.items()
+        }
+        found: dict[int, Given | UserError] = {}
+        # A sampled answer depends on the number of its prompt.
+        if not decoding.sampling.temperature:
+            before = {number: self._log.get(key) for number, key in keys.items()}
+            found = {number: answer for number, answer in before.items() if answer is not None}
+        bar.update(len(found))
+        todo = [number for number in asked if number not in found]
+        prompts = [asked[number][1] for number in todo]
+
+        def fail(place: int, error: UserError) -> None:
+            found[todo[place]] = error
+
+        for place, answer in generate(*self._loaded, prompts, decoding, fail):
+            number = todo[place]
+            found[number] = given(answer)
+            self._log.add(keys[number], found[number])
             bar.update()
             self._on_answer()
-        return [found[number] for number in range(len(requests))]
+        return found
+
+    def expert_load(self) -> list[dict[str, Any]]:
+        """Returns the expert load over the prompts that were asked last (see `expert_load`).
+
+        It is empty for dense models, and if lmms-eval took all answers from its own cache.
+        """
+        prompts, self._asked = self._asked, []
+        sparse = self._loaded[0].config.decoder.moe is not None
+        return expert_load(*self._loaded, prompts) if prompts and sparse else []
+
+    def _prompt(self, request: Instance) -> Prompt:
+        """The prompt of a request, whose images are read again when they are needed.
+
+        The pictures of a data set would fill the memory.
+        """
+        prompt = self._read(request)
+        later = [functools.partial(self._image, request, i) for i in range(len(prompt.images))]
+        return dataclasses.replace(prompt, images=tuple(later))
+
+    def _image(self, request: Instance, index: int) -> Image.Image | str:
+        return self._read(request).images[index]
 
     def _doc(self, request: Instance) -> Any:
         *_, number, task, split = request.args
@@ -135,9 +185,9 @@ class Simple(_Model):
     is_simple = True
     _settings = 1
 
-    def _prompt(self, request: Instance) -> Prompt:
-        text, _, images_of, *_ = request.args
-        images = _images(images_of(self._doc(request)) or ())
+    def _read(self, request: Instance) -> Prompt:
+        text, _, pictures_of, *_ = request.args
+        images = images_of(pictures_of(self._doc(request)) or ())
         if IMAGE not in text:
             text = " ".join([IMAGE] * len(images)) + "\n" * bool(images) + text
         return Prompt(text, images)
@@ -149,84 +199,11 @@ class Chat(_Model):
     is_simple = False
     _settings = 2
 
-    def _prompt(self, request: Instance) -> Prompt:
+    def _read(self, request: Instance) -> Prompt:
         return prompt_of(request.args[1](self._doc(request)))
 
 
-def prompt_of(messages: Sequence[dict[str, Any]]) -> Prompt:
-    """Returns the prompt of messages with contents of type `text` and `image`.
-
-    An image is `<image>` and a line break, as in the chat template of an export.
-
-    Raises:
-      UserError: another content than texts and images, or roles that do not alternate.
-    """
-    texts: list[tuple[str, str]] = []
-    images: list[Any] = []
-    for message in messages:
-        parts = []
-        for content in message["content"]:
-            if content["type"] == "text":
-                parts.append(content["text"])
-            elif content["type"] == "image":
-                parts.append(f"{IMAGE}\n")
-                images.append(content["url"])
-            else:
-                raise invalid("content of a message", content["type"], "text or image")
-        texts.append((message["role"], "".join(parts)))
-    system = texts.pop(0)[1] if texts and texts[0][0] == "system" else None
-    roles = [role for role, _ in texts]
-    if len(roles) % 2 == 0 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-        expected = "user and assistant in turns, the user first and last"
-        raise invalid("roles of messages", roles, expected)
-    said = [text for _, text in texts]
-    history = tuple(zip(said[:-1:2], said[1::2], strict=True))
-    return Prompt(said[-1], _images(images), history, system)
-
-
-def _images(images: Sequence[Any]) -> tuple[Image.Image | str, ...]:
-    """Images as prompts have them: RGB, or files."""
-    found: list[Image.Image | str] = []
-    for image in images:
-        if isinstance(image, Image.Image):
-            found.append(image.convert("RGB"))
-        elif isinstance(image, str):
-            found.append(image)
-        else:
-            raise invalid("image of a question", type(image).__name__, "a picture, not a video")
-    return tuple(found)
-
-
-def _decoding(settings: dict[str, Any]) -> Decoding:
-    """Returns the settings of a request.
-
-    Raises:
-      UserError: a setting that no answer follows here.
-    """
-    settings = dict(settings)
-    until = settings.pop("until", None) or ()
-    sampled = bool(settings.get("temperature")) and settings.get("do_sample", True)
-    if settings.get("num_beams") not in (None, 1):
-        raise invalid("num_beams", settings["num_beams"], "1")
-    found = {
-        "max_new_tokens": settings.pop("max_new_tokens", None) or _LONGEST,
-        "stop": (until,) if isinstance(until, str) else tuple(until),
-    }
-    names: dict[str, Callable[[Any], Any]] = {
-        "temperature": float, "top_p": float, "top_k": int, "min_p": float,
-        "repetition_penalty": float,
-    }  # fmt: skip
-    sampling = {name: kind(settings[name]) for name, kind in names.items() if settings.get(name)}
-    if not sampled:
-        sampling = {name: x for name, x in sampling.items() if name == "repetition_penalty"}
-    unknown = settings.keys() - names.keys() - set(_UNUSED)
-    if unknown:
-        expected = f"max_new_tokens, until, {', '.join(names)}"
-        raise invalid("generation_kwargs of the task", sorted(unknown), expected)
-    return Decoding(**found, sampling=Sampling(**sampling))
-
-
-def _check_answered(requests: list[Instance], found: dict[int, Answer | UserError]) -> None:
+def _check_answered(requests: list[Instance], found: dict[int, Given | UserError]) -> None:
     failed = [number for number in sorted(found) if isinstance(found[number], UserError)]
     if failed:
         *_, document, task, _ = requests[failed[0]].args
@@ -236,9 +213,8 @@ def _check_answered(requests: list[Instance], found: dict[int, Answer | UserErro
         )
 
 
-def _result(answer: Answer) -> GenerationResult:
-    counts = TokenCounts(len(answer.prompt_ids), len(answer.token_ids))
-    return GenerationResult(answer.text, counts)
+def _result(answer: Given) -> GenerationResult:
+    return GenerationResult(answer.text, TokenCounts(answer.prompt_tokens, answer.tokens))
 
 
 def _mesh(text: str) -> Any:

@@ -1,15 +1,23 @@
-"""Files of one evaluation: `predictions.jsonl`, a row for each question, and `scores.json`."""
+"""Files of one evaluation, in a folder of its own.
+
+`evaluation.json`: the model, and how it was run. `scores.json`: written last.
+`predictions.jsonl`: a row for each question of a task of this library; for tasks of lmms-eval,
+`samples/TASK.jsonl`, with the values of the task's metrics for each question.
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.errors import UserError
 from moddistill.evals.task import Row
 from moddistill.storage import digests
-from moddistill.storage.json_file import write_json
+from moddistill.storage.json_file import read_json, write_json
 
-PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
+PREDICTIONS, SCORES, SAMPLES = "predictions.jsonl", "scores.json", "samples"
+EVALUATION = "evaluation.json"
+_LARGEST_SCORES = 256 * 2**20  # bytes
 
 
 def check_results_folder(folder: Path) -> None:
@@ -23,7 +31,7 @@ def is_evaluated(folder: Path) -> bool:
 
 
 def write_results(folder: Path, rows: Sequence[Row], scores: dict[str, Any]) -> None:
-    """Writes both files, creating the folder."""
+    """Writes predictions and scores, creating the folder."""
     # Scores come last: after an interruption the evaluation runs again.
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / PREDICTIONS, rows)
@@ -41,5 +49,49 @@ def read_predictions(folder: Path) -> list[Row]:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Returns the object in scores.json."""
-    return json.loads((folder / SCORES).read_text())
+    """Returns the object in scores.json.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    return read_json(folder / SCORES, _LARGEST_SCORES)
+
+
+def read_rows(path: Path) -> tuple[list[Row], int]:
+    """Returns the JSON objects in the lines of a file, and the number of lines that are none.
+
+    An interruption leaves a last line that is none. A file that does not exist has no lines.
+    """
+    if not path.is_file():
+        return [], 0
+    rows, damaged = [], 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
+
+
+def check_same_model(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Records what is evaluated into a folder, or compares it with what was recorded before.
+
+    Raises:
+      UserError: the folder has results of another model, or of another way to run it.
+    """
+    file = folder / EVALUATION
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, evaluation)
+        return
+    recorded = read_json(file)
+    for name, value in evaluation.items():
+        if recorded.get(name) != value:
+            raise UserError(
+                f"{folder}: expected results of {name} {value!r}, got those of "
+                f"{recorded.get(name)!r}; choose another --out"
+            )

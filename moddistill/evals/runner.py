@@ -16,7 +16,7 @@ from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, did_you_mean
 from moddistill.evals import easy_vqa
-from moddistill.evals.expert_load import expert_load
+from moddistill.evals.expert_load import LOAD_SAMPLES, expert_load
 from moddistill.evals.results import check_results_folder, write_results
 from moddistill.evals.task import Question, Row, Task
 from moddistill.inference.answer import Decoding
@@ -26,7 +26,6 @@ from moddistill.models.layers import DType
 from moddistill.models.vlm import Vlm
 
 TASKS = {"easy_vqa": easy_vqa.TASK}
-LOAD_SAMPLES = 512  # prompts that the expert load is measured on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +128,7 @@ def answer_and_score(
         texts[number] = answer.text
         on_answer()
     rows = [_row(question, texts[number]) for number, question in enumerate(questions)]
+    rows = [row | {"correct": task.is_correct(row)} for row in rows]
     scores: dict[str, Any] = task.score(rows)
     if absent := [column.key for column in task.columns if column.key not in scores]:
         raise UserError(f"task: expected scores for all columns, got none for {absent}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# One line of predictions.jsonl: id, question, images, answers, prediction.
+# One line of predictions.jsonl: id, question, images, answers, prediction, correct.
 Row = dict[str, Any]
 
 

@@ -1,7 +1,7 @@
 """Prompts, and batches of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -23,12 +23,12 @@ class Prompt:
     """A question with `<image>` once for every image, its images, and the earlier turns.
 
     Attributes:
-      images: files, or RGB images.
+      images: files, RGB images, or functions that return one of these, called when they are needed.
       system: system prompt in place of the template's.
     """
 
     question: str
-    images: tuple[str | Image.Image, ...] = ()
+    images: tuple[str | Image.Image | Callable[[], str | Image.Image], ...] = ()
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
 
@@ -78,6 +78,8 @@ def load_images(prompt: Prompt, tower: VisionConfig | None) -> np.ndarray | None
     rules = ImageRules(pad_color=pad_color)
     images = np.zeros((len(prompt.images), tower.image_size, tower.image_size, 3), np.uint8)
     for slot, image in enumerate(prompt.images):
+        if callable(image):
+            image = image()
         if not isinstance(image, Image.Image):
             image = load_image(image, rules)
         images[slot] = preprocess(image, tower.image_size, pad_color)

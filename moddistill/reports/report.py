@@ -1,113 +1,127 @@
-"""The report of a recipe: one self-contained HTML page.
+"""The report on runs and results: one HTML page without other files.
 
-It shows a table of models, the training curves of each stage and, for each task, questions with
-the answers of two models and the load of the experts.
+A table of models, differences from the teacher, the training curves of each run and, for each
+task, questions with the answers of all models and the load of the experts.
 """
 
-import base64
-import dataclasses
-import io
-from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from moddistill.errors import UserError
-from moddistill.evals.task import Column
+from moddistill.evals.bootstrap import RESAMPLES
 from moddistill.reports import template
-from moddistill.reports.charts import load_card, stage_card
+from moddistill.reports.charts import stage_card
+from moddistill.reports.differences import differences_table, find_teacher
+from moddistill.reports.examples import EXAMPLES, answers
+from moddistill.reports.results_table import results_table
+from moddistill.reports.specialisation import load_cards, specialisation_table
 from moddistill.reports.table import html_table
+from moddistill.reports.template import Html, join, part
+from moddistill.reports.workdirs import Content
+from moddistill.storage.text_file import replace_text
 
-MAX_IMAGE_SIZE = 256  # pixels of the longer side
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSection:
-    """The part of the page about one task.
-
-    Attributes:
-      title: name of the task.
-      note: explanation of its table columns.
-      examples: `question`, `images` (files), `answers`, and `predictions`, a (text, is correct)
-        pair for each model.
-      loads: `layer`, and one number per expert for its `image` and its `text` tokens.
-    """
-
-    title: str
-    note: str
-    examples: Sequence[Mapping[str, Any]]
-    loads: Sequence[Mapping[str, Any]]
+_Section = tuple[str, str | Html, Html]
 
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    stages: Mapping[str, Sequence[Mapping[str, Any]]],
-    columns: Sequence[Column],
-    table: Sequence[Mapping[str, Any]],
-    tasks: Sequence[TaskSection],
-) -> None:
-    """Writes the page.
+def write_report(path: Path, content: Content, title: str, teacher: str = "") -> None:
+    """Writes the page. What cannot be drawn is added to the problems, which the page lists.
 
     Args:
       path: the HTML file.
       title: heading of the page.
-      stages: rows of `metrics.jsonl` (`step`, `loss`, named parts, `tokens_per_second`, `seconds`
-        since the start) by the name of the stage.
-      columns: the columns of the table.
-      table: a row for each model with the keys of the columns.
-      tasks: examples and expert loads of each task.
+      teacher: the model that others are compared with; by default that which taught most runs.
 
     Raises:
-      UserError: if a row of the table has other keys than the columns, an image is missing, or a
-        chart cannot be drawn (see `charts`).
+      UserError: no model has the name of the teacher.
     """
-    page = template.PAGE.format(
-        title=escape(title),
-        style=template.STYLE,
-        notes="".join(f"{escape(task.note)}\n" for task in tasks),
-        table=html_table(columns, table),
-        stages="".join(stage_card(name, rows) for name, rows in stages.items()),
-        tasks="".join(map(_task_section, tasks)),
+    teacher = find_teacher(content, teacher)
+    sections = [
+        _results(content),
+        *_intervals(content, teacher),
+        *_training(content),
+        *_answers(content),
+        *_loads(content),
+    ]
+    if content.problems:
+        items = join(part("item", text=text) for text in content.problems)
+        note = "The rest of the page is complete."
+        sections.insert(0, ("Not read", note, part("items", items=items)))
+    links = join(part("link", id=template.anchor(name), title=name) for name, *_ in sections)
+    body = [part("navigation", links=links), *(template.section(*each) for each in sections)]
+    replace_text(path, template.page(title, join(body)))
+
+
+def _table_card(label: str, table: Html) -> Html:
+    return part("table_card", label=label, table=table)
+
+
+def _results(content: Content) -> _Section:
+    definitions = {name: found[0].definition for name, found in content.tasks.items()}
+    notes = dict.fromkeys(each.note for each in definitions.values() if each and each.note)
+    sizes = "Parameters are those stored, and those that one token uses."
+    table = html_table(*results_table(content))
+    return "Results", " ".join([*notes, sizes]), _table_card("Results", table)
+
+
+def _intervals(content: Content, teacher: str) -> list[_Section]:
+    note = (
+        f"The mean score of the questions. Intervals are from {RESAMPLES:,} bootstrap draws of the "
+        "questions; those of differences are paired: each draw has the same questions for both."
     )
-    Path(path).write_text(page, encoding="utf-8")
+    sections = []
+    for name, found in content.tasks.items():
+        models = [
+            each.model for each in found if any(each.score(row) is not None for row in each.rows)
+        ]
+        if models:
+            reference = teacher if teacher in models else models[0]
+            title = f"{name} against {reference}" if len(models) > 1 else f"{name}: interval"
+            card = _table_card(title, differences_table(found, reference))
+            sections.append((title, "" if sections else note, card))
+    return sections
 
 
-def _task_section(task: TaskSection) -> str:
-    title = escape(task.title)
-    html = template.ANSWERS.format(title=title, examples="".join(map(_example, task.examples)))
-    if task.loads:
-        html += template.LOADS.format(title=title, loads="".join(map(load_card, task.loads)))
-    return html
+def _training(content: Content) -> list[_Section]:
+    cards = []
+    for run in content.runs:
+        try:
+            cards.append(stage_card(run.name, run.rows))
+        except UserError as error:
+            content.problems.append(f"{run.name}: {error}")
+    if not cards:
+        return []
+    note = "Each curve spans its own lowest and highest value; its last value is at the top right."
+    return [("Training", note, part("grid", least="100%", cards=join(cards)))]
 
 
-def _example(example: Mapping[str, Any]) -> str:
-    return template.EXAMPLE.format(
-        images="".join(
-            template.IMAGE.format(data=_png_base64(Path(path))) for path in example["images"]
-        ),
-        question=escape(example["question"]),
-        answers=escape(" / ".join(example["answers"])),
-        predictions="".join(
-            _prediction(model, *prediction) for model, prediction in example["predictions"].items()
-        ),
+def _answers(content: Content) -> list[_Section]:
+    note = (
+        f"Up to {EXAMPLES} questions at even distances, and as many on which models differ. ✓ is "
+        "right, ✗ is wrong; a number is a partial score."
     )
+    answered = {
+        name: [each for each in found if each.rows] for name, found in content.tasks.items()
+    }
+    return [
+        (f"Answers: {name}", note, answers(found, content.problems))
+        for name, found in answered.items()
+        if found
+    ]
 
 
-def _prediction(model: str, text: str, is_correct: bool) -> str:
-    mark, kind = ("✓", "right") if is_correct else ("✗", "wrong")
-    return template.PREDICTION.format(model=escape(model), kind=kind, mark=mark, text=escape(text))
-
-
-def _png_base64(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"{path}: expected the image file of an example, got no such file")
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    image.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()
+def _loads(content: Content) -> list[_Section]:
+    sections = []
+    for name, found in content.tasks.items():
+        cards = load_cards(found, content.problems)
+        if cards:
+            note = join([part("load_key"), part("load_note")])
+            grid = part("grid", least="18rem", cards=join(cards))
+            sections.append((f"Expert load: {name}", note, grid))
+    if sections:
+        table = html_table(*specialisation_table(content))
+        note = (
+            "How different two loads of a layer are, from 0 (the same) to 1 (no expert in common): "
+            "half the sum of absolute differences of shares. Image against text tokens of a task; "
+            "all tokens of a task against those of the other tasks."
+        )
+        sections.append(("Specialisation", note, _table_card("Specialisation", table)))
+    return sections

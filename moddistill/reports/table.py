@@ -1,11 +1,13 @@
 """Results tables, as Markdown and as HTML."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from moddistill.errors import UserError
 from moddistill.evals.task import Column
+from moddistill.reports.template import Html, join, part
+
+UNKNOWN = "–"  # a cell whose value is None
 
 
 def format_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -25,20 +27,27 @@ def format_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -
     return "\n".join(lines)
 
 
-def html_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+def html_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Html:
     """Returns the same table as an HTML element.
 
     Raises:
       UserError: if the keys of a row are not those of the columns.
     """
-    head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
-    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in _cells(columns, row)) for row in rows]
-    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+    head = join(part("head_cell", text=column.title) for column in columns)
+    body = join(
+        part(
+            "table_row", cells=join(part("table_cell", text=cell) for cell in _cells(columns, row))
+        )
+        for row in rows
+    )
+    return part("table", head=head, body=body)
 
 
 def _cells(columns: Sequence[Column], row: Mapping[str, Any]) -> tuple[str, ...]:
     keys = [column.key for column in columns]
     if set(row) != set(keys):
         raise UserError(f"table row: expected exactly the keys {', '.join(keys)}, got {dict(row)}")
-    return tuple(format(row[column.key], column.format) for column in columns)
+    return tuple(
+        UNKNOWN if row[column.key] is None else format(row[column.key], column.format)
+        for column in columns
+    )

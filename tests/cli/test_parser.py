@@ -24,9 +24,10 @@ FLAGS = {
     "train": _RUN,
     "recipe": _RUN,
     "plan": (*_EXPERIMENT, "topology", "json", "fit", "utilisation"),
-    "evaluate": (*_MODEL, "tasks", "task", "data", "include_path", "out"),
+    "evaluate": (*_MODEL, "tasks", "task", "suite", "compare", "data", "include_path", "out"),
     "generate": (*_ANSWERS, "prompt", "jsonl", "out", "json", "logprobs"),
     "chat": _ANSWERS,
+    "report": ("out", "title", "teacher"),
     "convert_weights": (),
 }  # fmt: skip
 
@@ -108,7 +109,7 @@ def test_help_of_the_converter_shows_the_flags_of_each_command(command, flags, c
         ),
         (["train", "--flagfile", "gone.txt"], "--flagfile: .*gone.txt"),
         (["generate", "--model=m", "--prompt=p", "--max_new_tokens=0"], "--max_new_tokens: exp"),
-        (["evaluate", "--modle", "m"], "expected --model"),
+        (["evaluate", "--modle", "m"], "expected --out"),
         (["convert_weights", "imprt"], r".*: expected one of .*, got .imprt."),
     ],
 )

@@ -1,10 +1,14 @@
 """Results of lmms-eval in our form; `make judge` runs it whole."""
 
+import json
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from moddistill import evaluate
+from moddistill.errors import UserError
 from moddistill.evals import harness
 from moddistill.evals.tasks._task_utils.errors import TaskError
 
@@ -39,7 +43,7 @@ def test_scores_have_the_names_of_the_metrics():
 def test_tasks_need_lmms_eval(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = ["--model", str(tiny_models["dense"]), "--tasks", "mme", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"^error: --tasks: expected lmms-eval, which pip install"):
+    with pytest.raises(SystemExit, match=r"^error: expected lmms-eval, which pip install"):
         evaluate.main(flags)
 
 
@@ -60,16 +64,136 @@ def test_data_belong_to_a_task_of_this_library(flags, capsys):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (TaskError("$AMBER_DIR: expected a folder"), "--tasks: $AMBER_DIR: expected a folder"),
+        (TaskError("$AMBER_DIR: expected a folder"), "$AMBER_DIR: expected a folder"),
         (
             FileNotFoundError("Couldn't reach\nthe Hub"),
-            "--tasks: expected the data sets of a, b in $HF_HOME, or a network to download them, "
-            r"got an error: Couldn't reach\nthe Hub",
+            "expected its data set in $HF_HOME, or a network to download it, got an error: "
+            r"Couldn't reach\nthe Hub",
         ),
-        (ConnectionError("offline"), "--tasks: expected the data sets of a, b in"),
+        (ConnectionError("offline"), "expected its data set in"),
         (KeyError("a defect keeps its traceback"), ""),
     ],
 )
 def test_missing_data_are_one_line(error, message, raised):
-    found = harness.data_error(raised(error), ["a", "b"])
+    found = harness._known_reason(raised(error))
     assert found.startswith(message) and bool(found) == bool(message)
+
+
+# Tasks that fail or are finished, with lmms-eval replaced by what it gives.
+
+
+class Loaded:
+    """A model of lmms-eval, with the data set that its task read."""
+
+    def __init__(self, image):
+        docs = [{"image": image, "question": "is it red?"}, {"image": image, "question": "and?"}]
+        self.task_dict = {"good": {"test": docs}}
+
+    def expert_load(self):
+        return [{"layer": 0, "image": [1.0], "text": [1.0]}]
+
+
+def results_of(task):
+    """As lmms-eval 0.7.3 gives them: a task with a number and an object for each question."""
+    samples = [
+        {
+            "doc_id": number,
+            "doc": {"question": "q"},
+            "target": ["yes", "no"][number],
+            "arguments": ["is it red?", {"max_new_tokens": 4}],
+            "resps": [["yes"]],
+            "filtered_resps": ["yes"],
+            "doc_hash": "x",
+            "exact_match": 1.0 - number,
+            "mme_perception_score": {"question_id": "a.png", "score": 1.0 - number},
+        }
+        for number in range(2)
+    ]
+    return {
+        "results": {task: {"exact_match,none": 0.5, "exact_match_stderr,none": 0.1}},
+        "samples": {task: samples},
+        "configs": {task: {"test_split": "test"}},
+    }
+
+
+@pytest.fixture
+def run(tiny_models, tmp_path, monkeypatch):
+    """`run(tasks, faults)`: the reasons of failures; `run.evaluated` are tasks that ran."""
+
+    def evaluate(loaded, task, manager, out):
+        run.evaluated.append(task)
+        if task in run.faults:
+            raise run.faults[task]
+        return results_of(task)
+
+    def run(tasks, faults=None, model="dense"):
+        run.evaluated, run.faults = [], faults or {}
+        folder = str(tiny_models[model])
+        return harness.run_tasks(folder, tasks, tmp_path, {"dtype": "float32"})
+
+    manager = SimpleNamespace(all_tasks=["good", "offline", "broken"])
+    monkeypatch.setattr(harness, "_task_manager", lambda *_: manager)
+    monkeypatch.setattr(harness, "_load", lambda arguments: Loaded(Image.new("RGB", (600, 300))))
+    monkeypatch.setattr(harness, "_evaluate", evaluate)
+    run.out = tmp_path
+    return run
+
+
+def wrapped(error):
+    """An error as tenacity raises it after the last attempt."""
+    outer = RuntimeError("RetryError[<Future>]")
+    outer.__cause__ = error
+    return outer
+
+
+def test_a_task_that_fails_does_not_stop_the_others(run, capsys):
+    faults = {"offline": wrapped(ConnectionError("no hub")), "broken": KeyError("answer")}
+    failures = run(["offline", "broken", "unknown", "good"], faults)
+    assert failures["offline"].startswith("expected its data set in $HF_HOME, or a network")
+    assert failures["offline"].endswith("no hub")
+    assert failures["broken"] == "expected a task that runs, got KeyError: 'answer'"
+    assert failures["unknown"] == "expected a task of lmms-eval, got 'unknown'"
+    assert "Traceback" in capsys.readouterr().err  # of the broken one
+    scores = json.loads((run.out / "scores.json").read_text())
+    assert scores["good"]["exact_match"] == 0.5
+    assert scores["good"]["expert_load"] == [{"layer": 0, "image": [1.0], "text": [1.0]}]
+
+
+def test_finished_tasks_are_not_evaluated_again(run):
+    run(["good", "broken"], {"broken": KeyError("answer")})
+    assert run(["good", "broken"]) == {}
+    assert run.evaluated == ["broken"]
+    assert set(json.loads((run.out / "scores.json").read_text())) == {"good", "broken"}
+
+
+def test_another_model_needs_another_folder(run):
+    run(["good"])
+    with pytest.raises(UserError, match=r"expected results of model .*choose another --out"):
+        run(["good"], model="sparse")
+
+
+def test_samples_have_the_values_of_each_metric_and_images(run):
+    run(["good"])
+    lines = (run.out / "samples" / "good.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows[1] == {
+        "id": "1",
+        "question": "is it red?",
+        "images": ["images/good/1-0.jpg"],
+        "answers": ["no"],
+        "prediction": "yes",
+        "metrics": {
+            "exact_match": 0.0,
+            "mme_perception_score": {"question_id": "a.png", "score": 0.0},
+        },
+    }
+    with Image.open(run.out / "samples" / rows[0]["images"][0]) as image:
+        assert image.size == (256, 128)
+
+
+def test_failed_tasks_are_an_error_of_the_command_after_the_others(run, tiny_models):
+    flags = ["--model", str(tiny_models["dense"]), "--out", str(run.out)]
+    run.evaluated, run.faults = [], {"broken": KeyError("answer")}
+    with pytest.raises(SystemExit, match=r"^error: --tasks: broken: expected a task that runs"):
+        evaluate.main([*flags, "--dtype", "float32", "--tasks", "broken,good"])
+    assert "good" in json.loads((run.out / "scores.json").read_text())

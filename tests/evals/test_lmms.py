@@ -17,7 +17,8 @@ pytest.importorskip("torch")
 instance = pytest.importorskip("lmms_eval.api.instance")
 models = pytest.importorskip("lmms_eval.models")
 
-from moddistill.evals import lmms  # noqa: E402  needs lmms-eval
+from moddistill.evals.answer_log import AnswerLog  # noqa: E402
+from moddistill.evals.requests import prompt_of  # noqa: E402
 
 
 @pytest.fixture
@@ -91,6 +92,11 @@ def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
     assert [each.token_counts.output_tokens for each in found] == [
         len(each.token_ids) for each in wanted
     ]
+    if form == "chat":
+        loads = model.expert_load()
+        assert [sorted(load) for load in loads] == [["image", "layer", "text"]] * len(loads)
+        assert loads and sum(loads[0]["image"]) == pytest.approx(1)
+        assert model.expert_load() == []  # of the next answers, of which there are none
 
 
 def test_settings_of_requests_are_followed(model, form, tiny_models, docs):
@@ -110,13 +116,35 @@ def test_settings_of_requests_are_followed(model, form, tiny_models, docs):
 
 
 def test_a_question_that_cannot_be_answered_is_said_after_the_others(model, form, docs, tmp_path):
-    kept = []
-    model.cache_hook.add_partial = lambda *args: kept.append(args[2])
+    model._log = AnswerLog(tmp_path / "answers.jsonl", "model")
     docs[1]["images"] = [str(tmp_path / "gone.png")]
     message = r"^task: 1 of 3 questions cannot be answered, .* is document 1: .*gone\.png"
     with pytest.raises(UserError, match=message):
         model.generate_until(requests(docs, form, {"max_new_tokens": 5}))
-    assert len(kept) == 2
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_greedy_answers_are_taken_from_the_file_that_they_were_added_to(
+    model, form, docs, tiny_models, tmp_path
+):
+    folder, file = tiny_models["sparse"], tmp_path / "answers.jsonl"
+
+    def read(settings, folder=folder):
+        made = type(model)(str(folder), answers=str(file))
+        made.task_dict = model.task_dict
+        found = made.generate_until(requests(docs, form, settings))
+        return found, len(file.read_text().splitlines())
+
+    first, lines = read({"max_new_tokens": 5})
+    assert lines == 3
+    whole = file.read_text().splitlines()
+    file.write_text(f"{whole[0]}\n{whole[1]}\n{whole[2][:20]}")  # interrupted in the third one
+    assert read({"max_new_tokens": 5}) == (first, 4)
+    assert read({"max_new_tokens": 5}) == (first, 4)
+    assert read({"max_new_tokens": 6})[1] == 7  # of other settings
+    assert read({"max_new_tokens": 5}, tiny_models["dense"])[1] == 10  # of another model
+    hot = {"max_new_tokens": 5, "temperature": 1.0}
+    assert read(hot)[1] == 13 and read(hot)[1] == 16  # sampled ones are made again
 
 
 def test_a_model_in_memory_says_after_each_answer(model, form, docs):
@@ -144,13 +172,13 @@ def test_messages_have_a_system_prompt_and_turns():
         said("assistant", "b"),
         said("user", "c"),
     ]
-    assert lmms.prompt_of(talk) == Prompt("c", (), (("a", "b"),), "Be brief.")
+    assert prompt_of(talk) == Prompt("c", (), (("a", "b"),), "Be brief.")
     with pytest.raises(UserError, match=r"roles of messages: expected user and assistant in turns"):
-        lmms.prompt_of(talk[:3])
+        prompt_of(talk[:3])
     with pytest.raises(
         UserError, match="content of a message: expected text or image, got 'video'"
     ):
-        lmms.prompt_of([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
+        prompt_of([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
 
 
 def test_the_entry_point_names_the_manifest():

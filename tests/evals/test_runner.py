@@ -69,7 +69,8 @@ def test_predictions_are_the_greedy_answers(results, data, tiny_models, tokenize
         prompt = Prompt(f"<image>\n{question}", (image,))
         [expected] = answer(*model, tokenizer, [prompt] * 2, Decoding(max_new_tokens=16))[:1]
         fields = {"id": str(i), "question": question, "images": [image], "answers": [reply]}
-        assert row == fields | {"prediction": expected.text}
+        marked = {"prediction": expected.text, "correct": expected.text == reply}
+        assert row == fields | marked
 
 
 def test_questions_have_any_number_of_images_and_the_tasks_own_answer_length(

@@ -1,0 +1,80 @@
+"""Rows of `samples/TASK.jsonl` from the samples that lmms-eval logs, and images for reports."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from moddistill.evals.results import SAMPLES, write_jsonl
+
+_IMAGES, _SIDE = 48, 256  # documents of a task whose images are saved; pixels of the longer side
+# What lmms-eval logs of a question next to the values of the metrics.
+_LOGGED = {
+    "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash",
+    "input_media",
+}  # fmt: skip
+
+
+def write_samples(out: Path, results: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Writes the samples of each task, with the images of some, at even distances.
+
+    Args:
+      results: of lmms-eval.
+      data: the data set of each task, by split.
+    """
+    folder = out / SAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, samples in results["samples"].items():
+        config = results["configs"].get(task, {})
+        docs = (data.get(task) or {}).get(config.get("test_split"))
+        shown = range(0, len(samples), max(1, len(samples) // _IMAGES))
+        files = {
+            number: _thumbnails(docs[samples[number]["doc_id"]], folder / "images" / task, number)
+            for number in shown
+            if docs is not None
+        }
+        rows = [sample_row(each, files.get(i, [])) for i, each in enumerate(samples)]
+        write_jsonl(folder / f"{task}.jsonl", rows)
+
+
+def _thumbnails(doc: Mapping[str, Any], folder: Path, number: int) -> list[str]:
+    """Writes the images of a document small; returns their paths below `samples/`."""
+    images = [value for value in doc.values() if isinstance(value, Image.Image)]
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for place, image in enumerate(images):
+        small = image.convert("RGB")
+        small.thumbnail((_SIDE, _SIDE))
+        file = folder / f"{number}-{place}.jpg"
+        small.save(file, quality=85)
+        names.append(str(file.relative_to(folder.parents[1])))
+    return names
+
+
+def sample_row(sample: Mapping[str, Any], images: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns a row of `samples/TASK.jsonl` from a sample that lmms-eval logs.
+
+    `id` (the number of the document), `question`, `images` (those that were saved), `answers`,
+    `prediction`, and `metrics`: the values of the question for each metric, as the task gives them
+    to its aggregation.
+    """
+    metrics = {name: value for name, value in sample.items() if name not in _LOGGED}
+    answers = sample["filtered_resps"]
+    texts = [text for text in sample.get("arguments", ()) if isinstance(text, str)]
+    return {
+        "id": str(sample["doc_id"]),
+        "question": texts[0] if texts else "",
+        "images": list(images),
+        "answers": list(_texts(sample.get("target"))),
+        "prediction": answers[0] if len(answers) == 1 else list(answers),
+        "metrics": json.loads(json.dumps(metrics, default=str)),
+    }
+
+
+def _texts(target: Any) -> Iterator[str]:
+    """The right answers, of which a task may have one, several or none."""
+    for each in target if isinstance(target, list | tuple) else [target]:
+        if each is not None:
+            yield str(each)
