@@ -133,9 +133,10 @@ class _Model(lmms):
             number: self._log.key(request.args[-3:], prompt, decoding)
             for number, (request, prompt) in asked.items()
         }
+        # A sampled answer depends on the number of its prompt among those that are asked.
+        greedy = not decoding.sampling.temperature
         found: dict[int, Given | UserError] = {}
-        # A sampled answer depends on the number of its prompt.
-        if not decoding.sampling.temperature:
+        if greedy:
             before = {number: self._log.get(key) for number, key in keys.items()}
             found = {number: answer for number, answer in before.items() if answer is not None}
         bar.update(len(found))
@@ -148,7 +149,8 @@ class _Model(lmms):
         for place, answer in generate(*self._loaded, prompts, decoding, fail):
             number = todo[place]
             found[number] = given(answer)
-            self._log.add(keys[number], found[number])
+            if greedy:
+                self._log.add(keys[number], found[number])
             bar.update()
             self._on_answer()
         return found

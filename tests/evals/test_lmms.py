@@ -144,7 +144,7 @@ def test_greedy_answers_are_taken_from_the_file_that_they_were_added_to(
     assert read({"max_new_tokens": 6})[1] == 7  # of other settings
     assert read({"max_new_tokens": 5}, tiny_models["dense"])[1] == 10  # of another model
     hot = {"max_new_tokens": 5, "temperature": 1.0}
-    assert read(hot)[1] == 13 and read(hot)[1] == 16  # sampled ones are made again
+    assert read(hot)[1] == 10  # a sampled one is always made
 
 
 def test_a_model_in_memory_says_after_each_answer(model, form, docs):
