@@ -18,7 +18,7 @@ from moddistill.models.batch import Batch
 from moddistill.models.vlm import Vlm
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
     """Router probabilities of one row of tokens in each expert layer.
 
@@ -108,18 +108,13 @@ def _token_probs(model: Vlm, params: dict[str, Any], batch: Batch) -> Float[Arra
     return nn.with_logical_constraint(probs[:, : batch.tokens.shape[1]], (None, None, None))
 
 
-def agreement(
-    a: Routing, b: Routing, layer: int, choice: int, tokens: Bool[np.ndarray, "T"]
-) -> float | None:
-    """Returns the share of tokens whose expert of a choice is the same in two models.
+def same_experts(
+    a: Routing, b: Routing, layer: int, choice: int, length: int
+) -> Bool[np.ndarray, "n"]:
+    """Marks those of the first `length` tokens whose expert of a choice two models share.
 
     Args:
       layer: position in the `layers` of both.
-      choice: 0 for the first.
-      tokens: marks those that count.
-
-    Returns:
-      None if no token counts.
+      choice: 0 for the most probable expert.
     """
-    same = a.experts[layer, :, choice] == b.experts[layer, :, choice]
-    return float(np.mean(same[tokens])) if tokens.any() else None
+    return a.experts[layer, :length, choice] == b.experts[layer, :length, choice]

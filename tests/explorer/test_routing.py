@@ -10,7 +10,7 @@ from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.convert.resolve import load
 from moddistill.distributed.sharding import make_mesh
 from moddistill.evals.expert_load import expert_load
-from moddistill.explorer.routing import Routing, agreement, route
+from moddistill.explorer.routing import Routing, route, same_experts
 from moddistill.inference.prompts import Prompt, encode_prompt, load_images
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, unflatten
@@ -98,13 +98,12 @@ def test_of_equal_experts_the_first_is_chosen_and_entropy_is_in_bits():
     np.testing.assert_allclose(found.entropy, [[2, 0]], atol=1e-6)
 
 
-def test_no_token_has_no_load_and_no_agreement():
+def test_tokens_that_do_not_exist_have_no_load():
     one = routing([[[0.6, 0.4], [0.3, 0.7]]])
-    none = np.zeros(2, bool)
-    assert one.load(0, none).tolist() == [0, 0] and agreement(one, one, 0, 0, none) is None
+    assert one.load(0, np.zeros(2, bool)).tolist() == [0, 0]
 
 
-def test_agreement_is_the_share_of_tokens_with_the_same_expert():
+def test_models_share_experts_by_token_and_choice():
     one, other = routing([[[0.6, 0.4], [0.3, 0.7]]]), routing([[[0.9, 0.1], [0.8, 0.2]]])
-    assert agreement(one, other, 0, 0, np.array([True, True])) == 0.5
-    assert agreement(one, other, 0, 1, np.array([True, False])) == 1.0
+    assert same_experts(one, other, 0, 0, 2).tolist() == [True, False]
+    assert same_experts(one, other, 0, 1, 1).tolist() == [True]
