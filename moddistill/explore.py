@@ -20,6 +20,7 @@ from moddistill.cli.generation_flags import (
 from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.convert.resolve import as_model_folder
 from moddistill.errors import UserError
+from moddistill.explorer.address import listen
 from moddistill.explorer.conversation import compile_ahead
 from moddistill.explorer.models import ExploredModel, context_length
 
@@ -49,22 +50,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def explore(args: argparse.Namespace) -> None:
-    """Loads the models and serves the page."""
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("explore: expected gradio, which pip install 'moddistill[explore]' installs")
-    # Gradio is an extra, and takes seconds to import.
-    from moddistill.explorer.page import build_page  # noqa: PLC0415
-    from moddistill.explorer.server import listen, serve  # noqa: PLC0415
-
+    """Loads the models and serves the page until the process is interrupted."""
     with listen(args.host, args.port, args.password) as listening:
-        models = _load(args)
-        decoding = decoding_of(args, _TOP_LOGPROBS)
+        if importlib.util.find_spec("gradio") is None:
+            raise UserError(
+                "explore: expected gradio (pip install 'moddistill[explore]'), got none"
+            )
+        models, decoding = _load(args), decoding_of(args, _TOP_LOGPROBS)
+        # Gradio is an extra, and takes seconds to import.
+        from moddistill.explorer.page import build_page  # noqa: PLC0415
+        from moddistill.explorer.server import page_server  # noqa: PLC0415
+
         compile_ahead(models, decoding)
-        page = build_page(models, decoding, args.image)
+        server = page_server(build_page(models, decoding, args.image), args.password)
         host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"explore: http://{shown}:{port}", flush=True)
-        serve(page, listening, args.password)
+        print(f"explore: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        server.run(sockets=[listening])
 
 
 def _load(args: argparse.Namespace) -> list[ExploredModel]:

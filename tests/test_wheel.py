@@ -16,7 +16,17 @@ from PIL import Image
 from moddistill.convert.exporting import export_model
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "recipe", "plan", "prepare", "evaluate", "generate", "chat", "convert")
+COMMANDS = (
+    "train",
+    "recipe",
+    "plan",
+    "prepare",
+    "evaluate",
+    "generate",
+    "chat",
+    "explore",
+    "convert",
+)
 EXPERIMENT = """
 from moddistill.config import DataConfig, SourceConfig, TrainConfig
 from moddistill.configdict import to_config_dict

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from moddistill.explorer.markup import percent
 from moddistill.explorer.marks import expert_classes
+from moddistill.explorer.markup import percent
 from moddistill.explorer.routing import Routing
 
 KINDS = ("patches", "words")

@@ -4,8 +4,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from moddistill.explorer.markup import percent
 from moddistill.explorer.routing import Routing
 
@@ -20,7 +18,7 @@ class Mark:
     """How one token is shown.
 
     Attributes:
-      classes: of the style sheet, for an expert.
+      classes: of the style sheet: the expert, and its colour and texture unless `color` is set.
       color: a CSS colour, for an entropy.
       label: the number of the expert, or bits.
       title: the router's choices in words.
@@ -45,21 +43,21 @@ def marks(routing: Routing, layer: int, choice: int) -> list[Mark]:
       layer: position in `routing.layers`.
       choice: 0 for the most probable expert, up to `top_k` - 1, or `ENTROPY`.
     """
-    experts, probs = routing.experts[layer], routing.probs[layer]
+    experts, probs = routing.experts[layer].tolist(), routing.probs[layer].tolist()
     most = math.log2(routing.num_experts)
     found = []
     for token, entropy in enumerate(routing.entropy[layer].tolist()):
-        chosen = experts[token].tolist()
+        chosen = experts[token]
         title = _title(chosen, probs[token], entropy)
         if choice == ENTROPY:
             color = ramp(entropy / most if most else 0.0)
-            found.append(Mark("", color, f"{entropy:.1f}", title))
+            found.append(Mark(f"expert-{chosen[0]}", color, f"{entropy:.1f}", title))
         else:
             found.append(Mark(expert_classes(chosen[choice]), "", str(chosen[choice]), title))
     return found
 
 
-def _title(chosen: Sequence[int], probs: np.ndarray, entropy: float) -> str:
+def _title(chosen: Sequence[int], probs: Sequence[float], entropy: float) -> str:
     choices = ", ".join(f"expert {expert} ({percent(probs[expert])})" for expert in chosen)
     return f"{choices}; entropy {entropy:.2f} bits"
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from moddistill.explorer.markup import html_text
 from moddistill.explorer.marks import Mark
+from moddistill.explorer.markup import html_text
 from moddistill.explorer.pictures import data_uri
 
 _SHOWN = 512  # pixels of the longer side
@@ -68,7 +68,8 @@ def overlay(
         for number, (mark, outlined) in enumerate(zip(patch_marks, changed, strict=True))
     )
     return (
-        f'<svg class="overlay" viewBox="0 0 {grid} {grid}" role="img" aria-label="{html_text(alt)}">'
+        f'<svg class="overlay" viewBox="0 0 {grid} {grid}" role="img" '
+        f'aria-label="{html_text(alt)}">'
         f'{_DEFINITIONS}<rect class="padding" width="{grid}" height="{grid}"/>'
         f'<image href="{data_uri(image, _SHOWN)}" x="{box.x:.5g}" y="{box.y:.5g}" '
         f'width="{box.width:.5g}" height="{box.height:.5g}" preserveAspectRatio="none"/>'
@@ -83,12 +84,12 @@ def _patch(number: int, mark: Mark, outlined: bool, box: Box, grid: int) -> str:
     place += ", padding" if is_padding(number, box, grid) else ""
     style = f' style="fill:{mark.color}"' if mark.color else ""
     shapes = f'<rect class="fill" {corner}{style}/>'
-    if not mark.classes.endswith("texture-0") and mark.classes:
-        texture = mark.classes.rsplit(" ", 1)[1]
-        shapes += f'<rect class="texture" {corner} fill="url(#{texture})"/>'
+    if not mark.color:
+        shapes += f'<rect class="texture" {corner}/>'
     if grid <= _MOST_LABELS:
         shapes += f'<text x="{column + 0.5}" y="{row + 0.5}">{mark.label}</text>'
     if outlined:
-        shapes += f'<rect class="changed" x="{column + 0.06}" y="{row + 0.06}" width=".88" height=".88"/>'
+        inner = f'x="{column + 0.06}" y="{row + 0.06}" width=".88" height=".88"'
+        shapes += f'<rect class="changed" {inner}/>'
     title = f"<title>{place}: {html_text(mark.title)}</title>"
     return f'<g class="mark patch {mark.classes}">{shapes}{title}</g>'

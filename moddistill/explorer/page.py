@@ -1,5 +1,6 @@
 """The page: components and events of Gradio, and nothing else."""
 
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import gradio as gr
 from moddistill.errors import UserError
 from moddistill.explorer.answers import transcript
 from moddistill.explorer.conversation import Conversation, ask, routing_of
-from moddistill.explorer.markup import html_text
 from moddistill.explorer.marks import ENTROPY
+from moddistill.explorer.markup import html_text
 from moddistill.explorer.models import ExploredModel
 from moddistill.explorer.panels import Panel, experts_view
 from moddistill.inference.answer import Decoding
 
-_ORDINALS = ("Most probable", "Second", "Third")
+_ORDINALS = ("Most probable expert", "Second expert", "Third expert")
+_UPLOADS_DELETED = (600, 3600)  # seconds: how often, and how old
 _EMPTY = '<p class="hint">After an answer, the experts of its patches and words are shown here.</p>'
 
 
@@ -27,7 +29,9 @@ def build_page(
     Args:
       images: files of the first question.
     """
-    with gr.Blocks(title="moddistill explore", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title="moddistill explore", analytics_enabled=False, delete_cache=_UPLOADS_DELETED
+    ) as page:
         conversation, panels = gr.State(()), gr.State(())
         gr.HTML("<h1>moddistill explore</h1>")
         with gr.Row(equal_height=False):
@@ -48,6 +52,7 @@ def build_page(
                 layer, choice, view = _expert_controls(models)
 
         @gr.on([box.submit], inputs=[box, conversation], outputs=[box, notice, shown, conversation])
+        @typing.no_type_check  # a checked function hides from Gradio that it is a generator
         def answer(
             asked: dict[str, Any], before: Conversation
         ) -> Iterator[tuple[Any, str, Any, Any]]:
@@ -90,22 +95,21 @@ def _expert_controls(models: Sequence[ExploredModel]) -> tuple[Any, Any, Any]:
     for model in models:
         if not model.is_sparse:
             gr.HTML(
-                f'<p class="hint">{html_text(model.title)} is dense: every token passes the same '
-                "feed-forward layers, so there is no choice of an expert to show.</p>"
+                f'<p class="hint">None to show for “{html_text(model.title)}”: the model is '
+                "dense, so that every token passes the same feed-forward layers.</p>"
             )
     if not sparse:
         return None, None, None
     count = max(len(config.moe_layers) for config in sparse)
-    layer = gr.Slider(1, max(count, 2), 1, step=1, label=f"Expert layer, of {count}")
-    layer.interactive = count > 1
+    layer = gr.Slider(1, count, 1, step=1, label=f"Expert layer, of {count}", visible=count > 1)
     top_k = max(config.moe.top_k for config in sparse)
     choices = [(_ordinal(number), number) for number in range(top_k)]
-    choice = gr.Radio([*choices, ("Router entropy", ENTROPY)], value=0, label="Show expert")
+    choice = gr.Radio([*choices, ("Router entropy", ENTROPY)], value=0, label="Colours show")
     return layer, choice, gr.HTML(_EMPTY, elem_id="experts")
 
 
 def _ordinal(number: int) -> str:
-    return _ORDINALS[number] if number < len(_ORDINALS) else f"Number {number + 1}"
+    return _ORDINALS[number] if number < len(_ORDINALS) else f"Expert {number + 1} by probability"
 
 
 def _panels(models: Sequence[ExploredModel], conversation: Conversation) -> tuple[Panel, ...]:

@@ -7,8 +7,8 @@ from PIL import Image
 
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.explorer.loads import entropy_sentence, layer_table, load_table, tokens_of_kinds
-from moddistill.explorer.markup import html_text, percent, token_texts, visible
 from moddistill.explorer.marks import ENTROPY, Mark, marks, ramp
+from moddistill.explorer.markup import html_text, percent, token_texts, visible
 from moddistill.explorer.overlay import overlay
 from moddistill.explorer.routing import Routing, same_experts
 
@@ -47,8 +47,7 @@ def experts_view(panels: Sequence[Panel], layer: int, choice: int) -> str:
 def _highlights(num_experts: int) -> str:
     """Rules that dim all other experts while the load of one is pointed at or has the focus."""
     return "".join(
-        f".panels:has(.load-{expert}:is(:hover,:focus)) .mark:not(.expert-{expert})"
-        "{opacity:.15}"
+        f".panels:has(.load-{expert}:is(:hover,:focus)) .mark:not(.expert-{expert}){{opacity:.15}}"
         for expert in range(num_experts)
     )
 
@@ -96,9 +95,7 @@ def _images(panel: Panel, found: Sequence[Mark], changed: Sequence[bool]) -> str
     for number, image in enumerate(panel.images):
         part = _patches_of(patches, number, len(panel.images))
         alt = f"Image {number + 1} with the expert of each patch; numbers are in the table below"
-        overlays.append(
-            overlay(image, [found[i] for i in part], [changed[i] for i in part], alt)
-        )
+        overlays.append(overlay(image, [found[i] for i in part], [changed[i] for i in part], alt))
     return f'<div class="overlays">{"".join(overlays)}</div>'
 
 
@@ -139,9 +136,10 @@ def _words(panel: Panel, found: Sequence[Mark], changed: Sequence[bool]) -> str:
 def _word(text: str, mark: Mark, changed: bool) -> str:
     style = f' style="background:{mark.color};color:{_ink(mark)}"' if mark.color else ""
     classes = f"mark word {mark.classes}" + " changed" * changed
+    shown, title = html_text(visible(text)), html_text(mark.title)
     return (
-        f'<span class="{classes}"{style} title="{html_text(visible(text))}: {html_text(mark.title)}">'
-        f"{html_text(visible(text))}<sub>{mark.label}</sub></span>"
+        f'<span class="{classes}"{style} title="{shown}: {title}">'
+        f"{shown}<sub>{mark.label}</sub></span>"
     )
 
 

@@ -1,15 +1,12 @@
-"""Serving of the page: to this machine only, or to others with a password."""
+"""The server of the page, which loads nothing from other hosts and may ask for a password."""
 
 import hmac
-import ipaddress
-import socket
 from collections.abc import Awaitable, Callable
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from moddistill.errors import UserError, invalid
 from moddistill.explorer.page import style_file
 
 # The browser refuses everything from other hosts. Gradio compiles the templates of its components,
@@ -23,45 +20,16 @@ _FONTS = ("system-ui", "sans-serif")
 _FIXED_WIDTH = ("ui-monospace", "monospace")
 
 
-def listen(host: str, port: int, password: str) -> socket.socket:
-    """Returns a socket that listens on a port of a host; port 0 is any that is free.
-
-    Raises:
-      UserError: the host is not this machine alone and there is no password, it has no such
-        address, or the port is in use.
-    """
-    if not password and not _is_loopback(host):
-        expected = "a loopback address such as 127.0.0.1, or --password with it"
-        raise invalid("--host", host, expected)
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--host, --port: expected a free port, got {host}:{port}: {reason}") from None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def serve(page: gr.Blocks, listening: socket.socket, password: str) -> None:
-    """Serves the page until the process is interrupted.
+def page_server(page: gr.Blocks, password: str = "") -> uvicorn.Server:
+    """Returns a server of the page, to be run with a listening socket.
 
     Args:
       password: if not empty, asked for with any user name.
     """
-    config = uvicorn.Config(application(page, password), log_level="warning")
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(uvicorn.Config(_application(page, password), log_level="warning"))
 
 
-def application(page: gr.Blocks, password: str) -> FastAPI:
-    """Returns the page as an application that loads nothing from other hosts."""
+def _application(page: gr.Blocks, password: str) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")

@@ -50,9 +50,7 @@ def test_probabilities_are_those_of_the_router_worked_by_hand(tiny_architecture,
     np.testing.assert_array_equal(found.experts[0, :, 0], first)
     without = np.where(np.arange(5) == first[:, None], -1, expected)
     np.testing.assert_array_equal(found.experts[0, :, 1], np.argmax(without, axis=-1))
-    np.testing.assert_allclose(
-        found.entropy[0], -(expected * np.log2(expected)).sum(-1), rtol=1e-4
-    )
+    np.testing.assert_allclose(found.entropy[0], -(expected * np.log2(expected)).sum(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -72,9 +70,7 @@ def test_routing_does_not_depend_on_the_mesh_nor_on_capacity(tiny_models, tokeni
     prompt = Prompt("<image>\nis it red?", (image(0),))
     model, params = load(tiny_models["sparse"])
     expected = routing_of(model, params, prompt, tokenizer)
-    moe = dataclasses.replace(
-        model.config.decoder.moe, dispatch="capacity", capacity_factor=0.1
-    )
+    moe = dataclasses.replace(model.config.decoder.moe, dispatch="capacity", capacity_factor=0.1)
     decoder = dataclasses.replace(model.config.decoder, moe=moe)
     capped = model.clone(config=dataclasses.replace(model.config, decoder=decoder))
     found = routing_of(capped, params, prompt, tokenizer)
