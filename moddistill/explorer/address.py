@@ -20,7 +20,7 @@ def listen(host: str, port: int, password: str) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = error.strerror or error
+        reason = (error.strerror or str(error)).partition(" (")[0]  # which repeats the address
         raise UserError(
             f"--host, --port: expected a free port, got {host}:{port}: {reason}"
         ) from None

@@ -17,6 +17,7 @@ _ENDINGS = {
     "length": "cut at the longest answer",
 }
 _THUMBNAIL = 160  # pixels
+_UNBROKEN_SPACE = "\u00a0"
 
 
 def transcript(conversation: Conversation, models: Sequence[ExploredModel]) -> str:
@@ -45,17 +46,17 @@ def _answer(answer: str | Answer, model: ExploredModel) -> str:
         return f'<section class="answer" aria-busy="true">{title}<p>{text}</p></section>'
     texts = token_texts([token.token_id for token in answer.logprobs], model.tokenizer)
     rows = [
-        (visible(text), percent(math.exp(token.logprob)), alternatives(token, model.tokenizer))
+        (f"{visible(text)} {_percent_of(token.logprob)}", _others(token, model.tokenizer))
         for text, token in zip(texts, answer.logprobs, strict=True)
     ]
     spans = []
     for number, (text, token, row) in enumerate(zip(texts, answer.logprobs, rows, strict=True)):
         is_end = number == len(answer.token_ids)
-        name, share, others = map(html_text, row)
+        shown = "■" if is_end else html_text(text.lstrip() if number == 0 else text)
+        hover = "&#10;or ".join(map(html_text, row))
         spans.append(
             f'<span class="token{" end" * is_end}" style="--p:{math.exp(token.logprob):.3f}" '
-            f'title="{name}: {share}&#10;{others}">'
-            f"{'■' if is_end else html_text(text.lstrip() if number == 0 else text)}</span>"
+            f'title="{hover}">{shown}</span>'
         )
     count = len(answer.token_ids)
     note = f"{count} token{'s' * (count != 1)}, {_ENDINGS[answer.ended]}"
@@ -65,18 +66,23 @@ def _answer(answer: str | Answer, model: ExploredModel) -> str:
     )
 
 
-def alternatives(token: TokenLogprobs, tokenizer: Tokenizer) -> str:
-    """Returns the most probable tokens in a token's place, with their probabilities."""
+def _others(token: TokenLogprobs, tokenizer: Tokenizer) -> str:
+    """The most probable other tokens, with their probabilities."""
     found = []
     for token_id, logprob in token.top:
-        [text] = token_texts([token_id], tokenizer)
-        found.append(f"{visible(text)} {percent(math.exp(logprob))}")
-    return " · ".join(found)
+        if token_id != token.token_id:
+            [text] = token_texts([token_id], tokenizer)
+            found.append(f"{visible(text)} {_percent_of(logprob)}")
+    return ", ".join(found)
 
 
-def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+def _percent_of(logprob: float) -> str:
+    return percent(math.exp(logprob)).replace(" ", _UNBROKEN_SPACE)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{html_text(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
-    head = "<tr><th>token</th><th>probability</th><th>most probable</th></tr>"
+    head = "<tr><th>token</th><th>other likely tokens</th></tr>"
     return f'<div class="scroll"><table class="probabilities">{head}{body}</table></div>'

@@ -41,9 +41,11 @@ def visible(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Returns a share of 1 with two or three significant digits.
+    """Returns a share of 1 in percent.
 
-    >>> percent(0.9312), percent(0.0004)
-    ('93.1 %', '0.04 %')
+    >>> percent(0.9312), percent(0.0004), percent(1e-9)
+    ('93.1 %', '0.04 %', '< 0.01 %')
     """
-    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.2g} %"
+    if 0 < share < 0.0001:
+        return "< 0.01 %"
+    return f"{share:.1%}".replace("%", " %") if share >= 0.001 else f"{100 * share:.2g} %"

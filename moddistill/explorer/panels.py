@@ -62,9 +62,9 @@ def _panel(panel: Panel, first: Panel, layer: int, choice: int) -> str:
         sentence, changed = _compare(panel, first, layer, choice)
     return (
         f'<section class="panel"><h3>{html_text(panel.title)}</h3>'
-        f"<p>Layer {routing.layers[layer]} of the decoder. {entropy_sentence(routing, layer)}"
-        f"{html_text(sentence)}</p>"
+        f"<p>Layer {routing.layers[layer]} of the decoder. {entropy_sentence(routing, layer)}</p>"
         f"{_images(panel, found, changed)}{_scale(routing) if choice == ENTROPY else ''}"
+        f"{f'<p>{html_text(sentence)}</p>' if sentence else ''}"
         f"{_words(panel, found, changed)}{load_table(routing, layer)}"
         f"{layer_table(routing, layer)}{_numbers(panel, found)}</section>"
     )
@@ -74,10 +74,10 @@ def _compare(panel: Panel, first: Panel, layer: int, choice: int) -> tuple[str, 
     """Returns a sentence, and the tokens of the prompt whose expert is not that of `first`."""
     a, b, length = panel.routing, first.routing, panel.prompt_length
     changed = [False] * len(a.token_ids)
-    if layer >= len(b.layers) or choice >= b.top_k or a.num_experts != b.num_experts:
-        return " Not compared: the models have other numbers of layers or experts.", changed
+    if (a.layers, a.top_k, a.num_experts) != (b.layers, b.top_k, b.num_experts):
+        return "Not compared: the models have other expert layers or numbers of experts.", changed
     if a.token_ids[:length] != b.token_ids[: first.prompt_length]:
-        return " Not compared: the prompts have other tokens, such as earlier answers.", changed
+        return "Not compared: the prompts have other tokens, such as earlier answers.", changed
     same = same_experts(a, b, layer, choice, length)
     changed[:length] = (~same).tolist()
     parts = [
@@ -85,7 +85,7 @@ def _compare(panel: Panel, first: Panel, layer: int, choice: int) -> tuple[str, 
         for kind, tokens in tokens_of_kinds(a).items()
     ]
     shares = " and ".join(parts)
-    return f" Same expert as in {first.title}: {shares} of the prompt; others are framed.", changed
+    return f"Same expert as in {first.title}: {shares} of the prompt; others are framed.", changed
 
 
 def _images(panel: Panel, found: Sequence[Mark], changed: Sequence[bool]) -> str:

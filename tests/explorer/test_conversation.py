@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,13 +23,16 @@ PROGRAMS = (admit, step, _token_probs)
 
 @pytest.fixture(scope="module")
 def models(explored):
-    return [explored("sparse"), explored("teacher")]
+    """Two models of one architecture, which have their programs in common."""
+    one = explored("sparse")
+    other = jax.tree.map(lambda x: 1.5 * x, one.params)
+    return [one, dataclasses.replace(one, title="other", params=other)]
 
 
 @pytest.fixture(scope="module")
 def dialogue(models, image):
     """What two questions with an image each yield, one list for each question."""
-    first = list(ask(models, (), "what is it?", [image(0)], DECODING))
+    first = list(ask(models, (), "what is in it?", [image(0)], DECODING))
     return first, list(ask(models, first[-1], "and that?", [image(1)], DECODING))
 
 
@@ -47,7 +51,7 @@ def test_programs_of_a_short_question_are_compiled_before_it(models, image):
 
 def test_each_model_goes_on_from_its_own_answers_and_sees_all_images(models, dialogue, image):
     first, both = (parts[-1] for parts in dialogue)
-    question = "<image>\nwhat is it?"
+    question = "<image>\nwhat is in it?"
     for number, model in enumerate(models):
         before = expected(model, question, (image(0),))
         assert first[0].answers[number] == before
@@ -75,28 +79,28 @@ def test_routing_is_that_of_the_last_prompt_and_its_answer(models, dialogue):
     assert not changed[first].any() and changed[second].all()
 
 
-def test_a_dense_model_has_no_routing(models, dialogue):
-    assert routing_of(models[1], dialogue[0][-1], 1) is None
+def test_a_dense_model_has_no_routing(explored, dialogue):
+    assert routing_of(explored("dense"), dialogue[0][-1], 0) is None
 
 
 def test_a_transparent_image_is_seen_as_in_generate(models, tmp_path):
     Image.new("RGBA", (20, 20), (200, 0, 0, 99)).save(tmp_path / "a.png")
-    [*_, [turn]] = ask(models[:1], (), "what is it?", [tmp_path / "a.png"], DECODING)
+    [*_, [turn]] = ask(models[:1], (), "what is in it?", [tmp_path / "a.png"], DECODING)
     assert turn.answers[0] == expected(
-        models[0], "<image>\nwhat is it?", (str(tmp_path / "a.png"),)
+        models[0], "<image>\nwhat is in it?", (str(tmp_path / "a.png"),)
     )
 
 
 def test_an_answer_ends_where_the_context_does(models, image):
     sparse = models[0]
-    length = len(expected(sparse, "<image>\nwhat is it?", (image(0),)).prompt_ids)
+    length = len(expected(sparse, "<image>\nwhat is in it?", (image(0),)).prompt_ids)
     limited = [dataclasses.replace(sparse, context=length + 2)]
-    [*_, [turn]] = ask(limited, (), "what is it?", [image(0)], DECODING)
+    [*_, [turn]] = ask(limited, (), "what is in it?", [image(0)], DECODING)
     assert len(turn.answers[0].token_ids) == 2
     full = [dataclasses.replace(sparse, context=length)]
     message = f"fewer than {length} tokens .* the context of 'sparse', got {length}; begin a new"
     with pytest.raises(UserError, match=message):
-        next(ask(full, (), "what is it?", [image(0)], DECODING))
+        next(ask(full, (), "what is in it?", [image(0)], DECODING))
 
 
 @pytest.mark.parametrize(
@@ -122,10 +126,12 @@ def test_a_transcript_shows_probabilities_and_alternatives(models, dialogue):
     shown = transcript((turn,), models)
     assert "<p>is &#123;&#123;it&#125;&#125; &lt;b&gt;?</p>" in shown
     tokens = [token for each in turn.answers for token in each.logprobs]
-    assert shown.count('<span class="token') == len(tokens) == shown.count("&#10;")
+    assert shown.count('<span class="token') == len(tokens) == shown.count("&#10;or ")
     for token in tokens:
         assert f'style="--p:{np.exp(token.logprob):.3f}"' in shown
-        assert f" {percent(float(np.exp(token.top[1][1])))}" in shown
+        [other] = (logprob for token_id, logprob in token.top if token_id != token.token_id)
+        share = percent(float(np.exp(other))).replace(" ", "\u00a0")
+        assert f' {share}">' in shown and f" {share}</td>" in shown
 
 
 def test_an_answer_that_is_being_written_has_no_probabilities_yet(models, dialogue):

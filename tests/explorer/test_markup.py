@@ -31,7 +31,7 @@ def test_control_tokens_and_line_breaks_can_be_seen(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(1.0, "100.0 %"), (0.0, "0 %"), (0.5, "50.0 %"), (0.0004, "0.04 %")]
+    ("share", "text"), [(1.0, "100.0 %"), (0.0, "0 %"), (0.0004, "0.04 %"), (1e-9, "< 0.01 %")]
 )
 def test_percentages(share, text):
     assert percent(share) == text

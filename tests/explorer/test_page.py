@@ -118,7 +118,7 @@ def test_an_image_is_asked_about_and_its_experts_are_shown_by_layer(visit, image
 
 def test_the_load_of_an_expert_points_at_its_patches(visit, image):
     page = visit()
-    ask(page, "what is it?", image(0))
+    ask(page, "what is in it?", image(0))
     page.locator(".panel .overlay").first.wait_for()
     opacities = "nodes => nodes.map(node => +getComputedStyle(node).opacity)"
     page.locator(".load-1").first.focus()
@@ -130,7 +130,7 @@ def test_the_load_of_an_expert_points_at_its_patches(visit, image):
 def test_what_is_wrong_is_a_sentence_and_the_conversation_goes_on(visit, image, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     page = visit()
-    ask(page, "what is it?", tmp_path / "bad.png")
+    ask(page, "what is in it?", tmp_path / "bad.png")
     alert = page.get_by_role("alert")
     alert.get_by_text("bad.png: expected a readable image").wait_for()
     page.get_by_role("button", name="New conversation").click()
@@ -139,6 +139,6 @@ def test_what_is_wrong_is_a_sentence_and_the_conversation_goes_on(visit, image, 
     alert.get_by_text("prompt: expected a text or an image, got ''").wait_for()
     ask(page, "why? " * 8000)
     alert.get_by_text("question: expected fewer than 32,768 tokens").wait_for()
-    ask(page, "what is it?", image(0))
+    ask(page, "what is in it?", image(0))
     page.locator(".panel .overlay").first.wait_for()
     assert not alert.is_visible() and page.locator(".turn").count() == 1
