@@ -1,6 +1,5 @@
 """The page: components and events of Gradio, and nothing else."""
 
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,6 @@ def build_page(
                 layer, choice, view = _expert_controls(models)
 
         @gr.on([box.submit], inputs=[box, conversation], outputs=[box, notice, shown, conversation])
-        @typing.no_type_check  # a checked function hides from Gradio that it is a generator
         def answer(
             asked: dict[str, Any], before: Conversation
         ) -> Iterator[tuple[Any, str, Any, Any]]:

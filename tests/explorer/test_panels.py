@@ -1,5 +1,6 @@
 """The experts of two models side by side: loads, entropies, comparison."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -57,6 +58,20 @@ def test_patches_and_words_have_the_experts_of_the_layer_and_choice(panel, layer
         str(x) for x in np.delete(expected, range(2, 11))
     ]
     assert f"Layer {one.routing.layers[layer]} of the decoder" in html
+
+
+def test_each_image_has_its_own_patches(panel):
+    one = panel(0)
+    is_image = one.routing.is_image.copy()
+    is_image[2] = False
+    routing = dataclasses.replace(one.routing, is_image=is_image)
+    html = experts_view([dataclasses.replace(one, images=one.images * 2, routing=routing)], 0, 0)
+    expected = [str(x) for x in routing.experts[0, 3:11, 0]]
+    assert numbers(html) == expected and expected[:4] != expected[4:]
+    first, second = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    for svg, part in ((first, expected[:4]), (second, expected[4:])):
+        assert re.findall(r"<text [^>]*>(\d)</text>", svg) == part
+    assert re.findall(r">image (\d)</span>", html) == ["1", "2"]
 
 
 def test_loads_are_shares_of_the_patches_and_of_the_words(panel):
