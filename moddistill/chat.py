@@ -23,13 +23,12 @@ from moddistill.cli.generation_flags import (
     check_images,
     decoding_of,
     load_model,
-    with_images,
 )
 from moddistill.cli.parser import Parser, user_errors
 from moddistill.errors import UserError, invalid, printable
 from moddistill.inference.answer import Answer, Decoding
 from moddistill.inference.generation import stream
-from moddistill.inference.prompts import Prompt
+from moddistill.inference.prompts import Prompt, with_images
 from moddistill.storage.json_file import write_json
 
 _COMMANDS = "/image FILE, /compare [MODEL], /save FILE, /reset"

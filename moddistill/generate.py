@@ -21,14 +21,13 @@ from moddistill.cli.generation_flags import (
     check_images,
     decoding_of,
     load_model,
-    with_images,
 )
 from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.errors import printable
 from moddistill.inference.answer import Answer
 from moddistill.inference.answer_file import answer_file
 from moddistill.inference.generation import stream
-from moddistill.inference.prompts import Prompt
+from moddistill.inference.prompts import Prompt, with_images
 
 
 def main(argv: Sequence[str] | None = None) -> None:

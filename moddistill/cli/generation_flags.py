@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from moddistill.cli.model_flags import add_model_flags
 from moddistill.cli.parser import in_range
 from moddistill.convert.resolve import as_model_folder, load
-from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.answer import Decoding
@@ -77,8 +76,3 @@ def check_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for path in args.image:
         if not Path(path).is_file():
             parser.error(f"--image: expected an image file, got {path!r}: no such file")
-
-
-def with_images(question: str, count: int) -> str:
-    """Returns a question that has `<image>`, or one with it for each of `count` images first."""
-    return question if IMAGE in question else f"{IMAGE}\n" * count + question

@@ -9,6 +9,7 @@ from PIL import Image
 from moddistill.data import examples
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import load_image, mean_color, preprocess
+from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError, invalid
 from moddistill.models.batch import Batch, padded_batch
@@ -31,6 +32,11 @@ class Prompt:
     images: tuple[str | Image.Image | Callable[[], str | Image.Image], ...] = ()
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
+
+
+def with_images(question: str, count: int) -> str:
+    """Returns a question that has `<image>`, or one with it for each of `count` images first."""
+    return question if IMAGE in question else f"{IMAGE}\n" * count + question
 
 
 def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:

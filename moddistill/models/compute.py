@@ -20,6 +20,7 @@ class ComputeConfig:
         each layer has its own (`layer_plan.separate`), which decoding reads without a copy.
       quantized_layers: the decoder's layers are stored as `models/quantization.py` does.
       expert_transport: collective that moves tokens to their experts, as in `moe/expert_parallel`.
+      token_routing: the statistics of routers include the probabilities of every token.
     """
 
     dtype: Any = jnp.float32
@@ -29,3 +30,4 @@ class ComputeConfig:
     stacked: bool = True
     quantized_layers: bool = False
     expert_transport: str = "all_gather"
+    token_routing: bool = False

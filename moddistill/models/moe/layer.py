@@ -83,8 +83,9 @@ class MoE(nn.Module, kw_only=True):
         shape = (tokens.shape[-1], config.num_experts)
         kernel = self.param("router", init_normal("embed", "router"), shape, jnp.float32)
         logits = router_logits(tokens, kernel)
+        probs = jax.nn.softmax(logits)
         experts, weights = top_k_routing(
-            jax.nn.softmax(logits),
+            probs,
             config.top_k,
             config.norm_topk_prob and config.dispatch == "dropless",
         )
@@ -105,7 +106,8 @@ class MoE(nn.Module, kw_only=True):
         mixed = mixed.reshape(hidden.shape)
         if config.residual:
             mixed = self._add_residual(hidden, mixed)
-        return mixed, router_stats(logits, experts, keep, valid, is_image)
+        stats = router_stats(logits, experts, keep, valid, is_image)
+        return mixed, stats.replace(token_probs=probs) if self.compute.token_routing else stats
 
     def _experts(self, tokens: Float[Array, "T D"]) -> dict[str, Array]:
         config = self.config

@@ -17,6 +17,7 @@ class RouterStats:
       load: assignments that each expert computed, of text tokens and of image tokens.
       dropped: assignments beyond an expert's capacity.
       tokens: number of valid tokens.
+      token_probs: router probabilities of each token, padding too; only with `token_routing`.
     """
 
     first: Float[Array, "*R E"]
@@ -25,6 +26,7 @@ class RouterStats:
     load: Float[Array, "*R M E"]
     dropped: Float[Array, "*R"]
     tokens: Float[Array, "*R"]
+    token_probs: Float[Array, "*R T E"] | None = None
 
 
 def router_logits(tokens: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
