@@ -19,7 +19,7 @@ from pathlib import Path
 from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.config import TEMPLATES, UPCYCLE_METHODS, ExpertConfig, Placement, UpcycleConfig
 from moddistill.convert.describe import describe
-from moddistill.convert.exporting import export_model
+from moddistill.convert.exporting import VOCABULARIES, export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.errors import not_one_of
@@ -92,6 +92,17 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="", help="float32, bfloat16 or float16; as stored if absent"
     )
+    parser.add_argument(
+        "--vocabulary",
+        default="cut",
+        choices=VOCABULARIES,
+        help="cut: without embedding rows that are no tokens, which engines could generate",
+    )
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="writes dense layers as equal experts, for engines that know only sparse ones",
+    )
     _output_arguments(parser)
     parser.set_defaults(run=_export)
 
@@ -145,6 +156,8 @@ def _export(args: argparse.Namespace) -> None:
         args.out,
         max_shard_size=parse_size(args.max_shard_size),
         dtype=args.dtype,
+        vocabulary=args.vocabulary,
+        uniform=args.uniform,
         overwrite=args.overwrite,
     )
     print(f"{args.out}: {fields['architectures'][0]}, {fields['dtype']}")

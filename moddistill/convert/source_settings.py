@@ -91,15 +91,18 @@ def _is_nested_at_most(levels: int, value: Any) -> bool:
 
 def merge_generation(
     computed: Mapping[str, Any], source: Mapping[str, Any], rows: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Merges the generation settings of a source into those computed by the export.
 
     Sampling settings and lengths are those of the source. Its end-of-sequence ids are used if they
     include the computed ones; suppressed tokens are merged. Ids without an embedding row are
-    dropped. Every replaced setting is logged.
+    dropped.
 
     Args:
       rows: number of rows of the embedding.
+
+    Returns:
+      The merged settings, and `name old -> new` of each that is replaced.
     """
     valid = {name: _with_row(x, rows) if _has_ids(name) else x for name, x in source.items()}
     merged = {**computed, **{name: x for name, x in valid.items() if name not in _COMPUTED}}
@@ -112,9 +115,7 @@ def merge_generation(
         for name, value in source.items()
         if not _is_preserved(name, value, merged.get(name))
     ]
-    if replaced:
-        LOG.warning("generation settings of the source are replaced: %s", ", ".join(replaced))
-    return merged
+    return merged, replaced
 
 
 def _has_ids(name: str) -> bool:
