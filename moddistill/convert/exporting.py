@@ -19,7 +19,7 @@ from moddistill.convert.finite import FiniteCheck
 from moddistill.convert.jinja_template import read_chat_template
 from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import MappedTensor, Rules, mapped_tensors, prefixed
-from moddistill.convert.source_settings import check_generation
+from moddistill.convert.source_settings import check_generation, check_processor
 from moddistill.convert.uniform import uniform_config, uniform_tensors, zero_routers
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import invalid, not_one_of
@@ -197,6 +197,7 @@ def _imported(model: Path) -> dict[str, Any]:
     imported = read_source(model).get("imported", {})
     field = "source.imported.generation.{}".format
     check_generation(imported.get("generation", {}), str(model / "model.json"), field)
+    check_processor(imported.get("processor", {}), f"{model / 'model.json'}: source.imported.processor")
     return imported
 
 

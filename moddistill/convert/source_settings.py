@@ -154,6 +154,26 @@ def image_processor(folder: Path) -> dict[str, Any]:
     return processor
 
 
+def exportable_processor(folder: Path) -> dict[str, Any]:
+    """Returns the image processor of a folder; empty if `transformers` would not know its class.
+
+    Raises:
+      UserError: settings that are not valid JSON.
+    """
+    fields = image_processor(folder)
+    check_processor(fields, f"{folder}: image processor")
+    return fields if isinstance(fields.get("image_processor_type"), str) else {}
+
+
+def check_processor(fields: Mapping[str, Any], origin: str) -> None:
+    """Raises UserError for settings of an image processor that are not valid JSON."""
+    for name, value in fields.items():
+        if not _is_writable({name: value}):
+            expected = f"finite numbers and text in UTF-8, nested at most {_MAX_DEPTH} times"
+            field = ascii(name)[1:-1]
+            raise UserError(f"{origin}: {field}: expected {expected}, got {reprlib.repr(value)}")
+
+
 def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:
     """Returns the settings of the image processor that training and the export replace.
 
