@@ -104,7 +104,11 @@ def in_vllm(export: Path, asked: list[tuple[Path, str]]) -> list[list[list[int]]
     # torchvision resizes to pixels of which some differ by 1 / 255 from PIL's.
     pil = {"backend": "pil"}
     llm = LLM(
-        str(export), dtype="float32", enforce_eager=True, max_model_len=1024, mm_processor_kwargs=pil
+        str(export),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        mm_processor_kwargs=pil,
     )
     end = llm.get_tokenizer().eos_token_id
     messages = [
@@ -153,7 +157,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = questions(folder)
-        for label, (model, export) in export_all(args.models or make_models(folder), folder).items():
+        for label, (model, export) in export_all(
+            args.models or make_models(folder), folder
+        ).items():
             log = folder / "log"
             mine = run("moddistill", model, asked, log)
             theirs = run("vllm", export, asked, log)

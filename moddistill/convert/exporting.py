@@ -67,7 +67,9 @@ def export_model(
     original, model = model, as_model_folder(model)
     stored = read_model_config(model)
     tokenizer = load_tokenizer(str(model))
-    config, mapped = _layout(stored, exported_tensors(stored, model), tokenizer, vocabulary, uniform)
+    config, mapped = _layout(
+        stored, exported_tensors(stored, model), tokenizer, vocabulary, uniform
+    )
     reader = Reader(model / "params")
     reader.check(stored)
     pooling = _pooling(model)
@@ -197,7 +199,9 @@ def _imported(model: Path) -> dict[str, Any]:
     imported = read_source(model).get("imported", {})
     field = "source.imported.generation.{}".format
     check_generation(imported.get("generation", {}), str(model / "model.json"), field)
-    check_processor(imported.get("processor", {}), f"{model / 'model.json'}: source.imported.processor")
+    check_processor(
+        imported.get("processor", {}), f"{model / 'model.json'}: source.imported.processor"
+    )
     return imported
 
 

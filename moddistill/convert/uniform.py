@@ -44,9 +44,7 @@ def uniform_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(decoder, moe=every))
 
 
-def uniform_tensors(
-    mapped: Sequence[MappedTensor], decoder: DecoderConfig
-) -> list[MappedTensor]:
+def uniform_tensors(mapped: Sequence[MappedTensor], decoder: DecoderConfig) -> list[MappedTensor]:
     """Returns the tensors with each dense layer's repeated for every expert."""
     tensors = []
     for tensor in mapped:
