@@ -1,4 +1,4 @@
-"""Files of an export next to its weights: tokenizer, chat template, generation settings, processor."""
+"""Files of an export next to its weights: tokenizer, chat template, settings, image processor."""
 
 import json
 from importlib.metadata import version

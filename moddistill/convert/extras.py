@@ -60,7 +60,8 @@ def _log_settings(
         size = config.vision.image_size
         LOG.warning(
             "%s: images are padded to squares and resized to %d x %d pixels here; its own image "
-            "processor, which comes back from an export until a stage trains the model, differs in %s",
+            "processor, which comes back from an export until a stage trains the model, differs "
+            "in %s",
             folder,
             size,
             size,
