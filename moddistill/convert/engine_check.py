@@ -30,7 +30,7 @@ def check_engine(folder: Path, engine: str) -> int:
             faults.append(f"{found}: {rule.remedy} ({rule.origins[engine]})")
     if faults:
         lines = "\n  ".join(faults)
-        raise UserError(f"{folder}: {engine} refuses it, for {len(faults)} reasons:\n  {lines}")
+        raise UserError(f"{folder}: {engine} refuses this export:\n  {lines}")
     return len(rules)
 
 

@@ -3,10 +3,9 @@
 import dataclasses
 import logging
 import re
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -33,8 +32,7 @@ from moddistill.storage.shards import create_shards
 from moddistill.storage.tensor import DTYPES, Tensor, TensorSpec
 
 LOG = logging.getLogger("moddistill")
-Vocabulary = Literal["cut", "padded"]
-VOCABULARIES = typing.get_args(Vocabulary)
+_VOCABULARIES = ("cut", "padded")
 _DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED_PREFIXES
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
@@ -45,7 +43,7 @@ def export_model(
     *,
     max_shard_size: int,
     dtype: str = "",
-    vocabulary: Vocabulary = "cut",
+    vocabulary: str = "cut",
     uniform: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -58,7 +56,8 @@ def export_model(
     Args:
       max_shard_size: bytes of a weight file.
       dtype: of all weights; as stored if empty.
-      vocabulary: whether embedding rows that are no tokens are cut, see `cut_vocabulary`.
+      vocabulary: `cut` drops embedding rows that are no tokens, see `cut_vocabulary`; `padded` does
+        not.
       uniform: whether dense layers are written as equal experts, see `uniform`.
 
     Raises:
@@ -103,8 +102,8 @@ def _layout(
     uniform: bool,
 ) -> tuple[ModelConfig, list[MappedTensor]]:
     """Returns the architecture to write and its tensors."""
-    if vocabulary not in VOCABULARIES:
-        raise not_one_of("--vocabulary", vocabulary, VOCABULARIES)
+    if vocabulary not in _VOCABULARIES:
+        raise not_one_of("--vocabulary", vocabulary, _VOCABULARIES)
     if uniform:
         config = uniform_config(config)
         mapped = uniform_tensors(mapped, config.decoder)
