@@ -1,8 +1,9 @@
-"""Imports, upcycles, exports and inspects weights.
+"""Imports, upcycles, exports, checks and inspects weights.
 
     python -m tools.convert_weights import --hf DIR_OR_NAME [--vision DIR_OR_NAME] --out DIR
     python -m tools.convert_weights upcycle --model DIR --num_experts 4 --top_k 2 --out DIR
     python -m tools.convert_weights export --model DIR --out DIR [--max_shard_size 5GB]
+    python -m tools.convert_weights check DIR --engine vllm
     python -m tools.convert_weights inspect DIR
 
 An existing folder is only replaced with --overwrite; an interrupted command leaves no folder.
@@ -19,6 +20,7 @@ from pathlib import Path
 from moddistill.cli.parser import Parser, in_range, user_errors
 from moddistill.config import TEMPLATES, UPCYCLE_METHODS, ExpertConfig, Placement, UpcycleConfig
 from moddistill.convert.describe import describe
+from moddistill.convert.engine_check import ENGINES, check_engine
 from moddistill.convert.exporting import export_model
 from moddistill.convert.importing import import_model
 from moddistill.convert.upcycling import upcycle_model
@@ -40,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     module = "moddistill" if __name__ == "__main__" else "tools"
     parser = Parser(__doc__, prog=f"python -m {module}.convert_weights")
-    commands = parser.add_subparsers(required=True, metavar="import|upcycle|export|inspect")
+    commands = parser.add_subparsers(required=True, metavar="import|upcycle|export|check|inspect")
     _import_arguments(commands.add_parser("import", help="Hugging Face weights to a model folder"))
     _upcycle_arguments(commands.add_parser("upcycle", help="a dense model folder to a sparse one"))
     _export_arguments(commands.add_parser("export", help="a model folder to Hugging Face weights"))
+    _check_arguments(commands.add_parser("check", help="what an engine would refuse of an export"))
     inspect = commands.add_parser("inspect", help="parameters, dtypes and uses of a folder")
     inspect.add_argument("folder", help="model folder, Hugging Face folder or hub name")
     inspect.set_defaults(run=lambda args: print(json.dumps(describe(args.folder), indent=2)))
@@ -92,8 +95,24 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="", help="float32, bfloat16 or float16; as stored if absent"
     )
+    parser.add_argument(
+        "--vocabulary",
+        default="cut",
+        help="cut: without embedding rows that are no tokens, which engines could generate; padded",
+    )
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="writes dense layers as equal experts, for engines that know only sparse ones",
+    )
     _output_arguments(parser)
     parser.set_defaults(run=_export)
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="folder that export has written")
+    parser.add_argument("--engine", required=True, help=", ".join(ENGINES))
+    parser.set_defaults(run=_check)
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,9 +164,16 @@ def _export(args: argparse.Namespace) -> None:
         args.out,
         max_shard_size=parse_size(args.max_shard_size),
         dtype=args.dtype,
+        vocabulary=args.vocabulary,
+        uniform=args.uniform,
         overwrite=args.overwrite,
     )
     print(f"{args.out}: {fields['architectures'][0]}, {fields['dtype']}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    rules = check_engine(args.folder, args.engine)
+    print(f"{args.folder}: {args.engine} loads it, by {rules} rules")
 
 
 def _print_written(folder: Path, config: ModelConfig) -> None:

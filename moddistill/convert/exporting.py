@@ -1,88 +1,154 @@
 """Export of a model folder: weights, tokenizer, processor and chat template for `transformers`."""
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from moddistill.convert.companions import TRANSFORMERS_VERSION, write_companions
+from moddistill.convert.cut_vocabulary import cut_rows, cut_tables, write_mean_rows
 from moddistill.convert.extras import POOLING
 from moddistill.convert.families import llava, qwen
 from moddistill.convert.finite import FiniteCheck
-from moddistill.convert.jinja_template import FILE, chat_template, read_chat_template, stop_token
+from moddistill.convert.jinja_template import read_chat_template
 from moddistill.convert.resolve import as_model_folder
 from moddistill.convert.rules import MappedTensor, Rules, mapped_tensors, prefixed
-from moddistill.convert.source_settings import check_generation, merge_generation
-from moddistill.data.chat_template import end_token
-from moddistill.data.records import IMAGE
+from moddistill.convert.source_settings import check_generation, check_processor
+from moddistill.convert.uniform import uniform_config, uniform_tensors, zero_routers
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import invalid, not_one_of
 from moddistill.models.vlm import ModelConfig
-from moddistill.models.vocabulary import token_mask
 from moddistill.storage.atomic_dir import write_folder
 from moddistill.storage.json_file import write_json
-from moddistill.storage.model_folder import preprocessor_config, read_model_config, read_source
+from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.storage.orbax_layout import Reader
 from moddistill.storage.safetensors import read_safetensors, write
 from moddistill.storage.shards import create_shards
 from moddistill.storage.tensor import DTYPES, Tensor, TensorSpec
 
 LOG = logging.getLogger("moddistill")
-# Without this field, `transformers` warns of a tokenizer bug of earlier releases.
-_TRANSFORMERS_VERSION = {"transformers_version": version("transformers")}
+_VOCABULARIES = ("cut", "padded")
 _DECODER, _HEAD, _TOWER, _ = llava.PUBLISHED_PREFIXES
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
 
 def export_model(
-    model: Path, out: Path, *, max_shard_size: int, dtype: str = "", overwrite: bool = False
+    model: Path,
+    out: Path,
+    *,
+    max_shard_size: int,
+    dtype: str = "",
+    vocabulary: str = "cut",
+    uniform: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a Hugging Face folder from a model folder and returns its config.
 
     Dense models become `LlavaForConditionalGeneration` with Qwen2 or Qwen3, sparse ones with
-    `qwen2_moe` or `qwen3_moe`; a model without a vision tower becomes the language model.
+    `qwen2_moe` or `qwen3_moe`; a model without a vision tower becomes the language model. What the
+    export changes against its source is logged.
 
     Args:
       max_shard_size: bytes of a weight file.
       dtype: of all weights; as stored if empty.
+      vocabulary: `cut` drops embedding rows that are no tokens, see `cut_vocabulary`; `padded` does
+        not.
+      uniform: whether dense layers are written as equal experts, see `uniform`.
 
     Raises:
-      UserError: no class of `transformers` computes the model.
+      UserError: no class of `transformers` computes the model, or it cannot be written so.
     """
     original, model = model, as_model_folder(model)
-    config = read_model_config(model)
-    mapped = exported_tensors(config, model)
+    stored = read_model_config(model)
+    tokenizer = load_tokenizer(str(model))
+    config, mapped = _layout(
+        stored, exported_tensors(stored, model), tokenizer, vocabulary, uniform
+    )
     reader = Reader(model / "params")
-    reader.check(config)
-    stored = {path: reader.dtype(path) for path in {tensor.slot.path for tensor in mapped}}
-    planned = [
-        TensorSpec(tensor.name, _dtype(dtype, stored[tensor.slot.path]), tensor.shape)
-        for tensor in mapped
-    ]
+    reader.check(stored)
     pooling = _pooling(model)
-    planned += _shared_expert(config, planned)
+    planned = _plan(config, mapped, reader, dtype)
     planned += [TensorSpec(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
-    fields = _hf_config(config) | {"dtype": _common_dtype(planned)} | _TRANSFORMERS_VERSION
-    if config.context:
-        fields.get("text_config", fields)["max_position_embeddings"] = config.context
-    fields["torch_dtype"] = fields["dtype"]  # the name in releases before 5
+    imported = _imported(model)
+    fields = _fields(config, planned)
     if pooling:
         fields["vision_config"]["vision_use_head"] = True
     with write_folder(out, "export", overwrite, inputs=(original, model)) as tmp_dir:
         # Files get their full size first, so that a full disk is found before the conversion.
         tensors = create_shards(tmp_dir, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(mapped, tensors, reader)
+        if vocabulary == "cut":
+            write_mean_rows(mapped, tensors, config)
         for name, tensor in pooling.items():
             write(tensors[name], tensor.read(), f"{model / POOLING}: {name}")
         write_json(tmp_dir / "config.json", fields)
-        _write_companions(tmp_dir, config, model)
+        template = read_chat_template(model)
+        replaced = write_companions(tmp_dir, config, tokenizer, template, imported)
+    changes = _changes(stored, config, dtype) + replaced
+    LOG.info("changed against %s: %s", original, ", ".join(changes) or "nothing")
     return fields
+
+
+def _layout(
+    config: ModelConfig,
+    mapped: list[MappedTensor],
+    tokenizer: Tokenizer,
+    vocabulary: str,
+    uniform: bool,
+) -> tuple[ModelConfig, list[MappedTensor]]:
+    """Returns the architecture to write and its tensors."""
+    if vocabulary not in _VOCABULARIES:
+        raise not_one_of("--vocabulary", vocabulary, _VOCABULARIES)
+    if uniform:
+        config = uniform_config(config)
+        mapped = uniform_tensors(mapped, config.decoder)
+    if vocabulary == "cut":
+        config = cut_rows(config, tokenizer)
+        mapped = cut_tables(mapped, config.decoder.vocab_size)
+    return config, mapped
+
+
+def _plan(
+    config: ModelConfig, mapped: Sequence[MappedTensor], reader: Reader, dtype: str
+) -> list[TensorSpec]:
+    """Returns the tensors to write: those with a parameter, then those that stay zero."""
+    planned = [
+        TensorSpec(tensor.name, _dtype(dtype, reader.dtype(tensor.slot.path)), tensor.shape)
+        for tensor in mapped
+    ]
+    by_name = {tensor.name: tensor for tensor in planned}
+    routers = [
+        dataclasses.replace(by_name[like], name=name)
+        for name, like in zero_routers(mapped, config.decoder).items()
+    ]
+    return planned + routers + _shared_expert(config, planned)
+
+
+def _fields(config: ModelConfig, planned: Sequence[TensorSpec]) -> dict[str, Any]:
+    """Returns the content of `config.json`."""
+    dtype = _common_dtype(planned)
+    # `torch_dtype` is the name in releases before 5.
+    fields = _hf_config(config) | {"dtype": dtype, "torch_dtype": dtype} | TRANSFORMERS_VERSION
+    if config.context:
+        fields.get("text_config", fields)["max_position_embeddings"] = config.context
+    return fields
+
+
+def _changes(stored: ModelConfig, written: ModelConfig, dtype: str) -> list[str]:
+    """Returns what an export changes of the weights."""
+    before, after = stored.decoder, written.decoder
+    changes = [f"all weights as {dtype}"] if dtype else []
+    if before.vocab_size != after.vocab_size:
+        changes.append(f"vocabulary {before.vocab_size} -> {after.vocab_size} rows")
+    if before.moe_layers != after.moe_layers:
+        dense = sorted(set(after.moe_layers) - set(before.moe_layers))
+        changes.append(f"dense layers {dense} -> {after.moe.num_experts} equal experts")
+    return changes
 
 
 def _hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -130,6 +196,9 @@ def _imported(model: Path) -> dict[str, Any]:
     imported = read_source(model).get("imported", {})
     field = "source.imported.generation.{}".format
     check_generation(imported.get("generation", {}), str(model / "model.json"), field)
+    check_processor(
+        imported.get("processor", {}), f"{model / 'model.json'}: source.imported.processor"
+    )
     return imported
 
 
@@ -188,65 +257,3 @@ def _write_weights(
                 write(target, converted, f"{reader.folder.parent}: {name}")
                 bar.update(target.nbytes)
     finite.close()
-
-
-def _write_companions(folder: Path, config: ModelConfig, model: Path) -> None:
-    """Writes tokenizer, chat template, generation settings and, with a tower, the processor."""
-    tokenizer = load_tokenizer(str(model))
-    tokenizer.save(str(folder))
-    if config.vision is None and tokenizer.image_id >= config.decoder.vocab_size:
-        _remove_token(folder / "tokenizer.json", IMAGE)
-    end = stop_token(config.template)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"eos_token": end}
-    write_json(path, settings)
-    template = read_chat_template(model) or chat_template(config.template)
-    (folder / FILE).write_text(template, encoding="utf-8")
-    # Rows of padding and of `<image>`, which `transformers` could generate otherwise.
-    masked = np.flatnonzero(~token_mask(config.decoder.real_ids, config.decoder.vocab_size))
-    generation = {
-        "eos_token_id": _end_ids(tokenizer, config.template),
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
-    }
-    if len(masked):
-        generation["suppress_tokens"] = masked.tolist()
-    generation = merge_generation(
-        generation, _imported(model).get("generation", {}), config.decoder.vocab_size
-    )
-    write_json(folder / "generation_config.json", generation | _TRANSFORMERS_VERSION)
-    if config.vision is not None:
-        _write_processor(folder, config)
-    if replaced := _imported(model).get("replaced"):
-        LOG.warning("the image processor differs from that of the source: %s", ", ".join(replaced))
-
-
-def _remove_token(file: Path, token: str) -> None:
-    """Removes a token from `tokenizer.json`, since an id without an embedding row crashes."""
-    fields = json.loads(file.read_text(encoding="utf-8"))
-    fields["added_tokens"] = [x for x in fields["added_tokens"] if x["content"] != token]
-    vocabulary = fields["model"]["vocab"]
-    if isinstance(vocabulary, dict):  # a list (of a Unigram model) has no ids
-        vocabulary.pop(token, None)
-    write_json(file, fields)
-
-
-def _end_ids(tokenizer: Tokenizer, template: str) -> int | list[int]:
-    """Returns the ids that end generation; `plain` ends with text, and has a control token too."""
-    control = tokenizer.special(stop_token(template))
-    end = end_token(template)
-    return [control, *tokenizer.encode(end)] if end.isspace() else control
-
-
-def _write_processor(folder: Path, config: ModelConfig) -> None:
-    vision = config.vision
-    pixels = preprocessor_config(vision.image_size, vision.mean, vision.std)
-    write_json(folder / "preprocessor_config.json", pixels)
-    settings = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": vision.patch_size,
-        "num_additional_image_tokens": int(vision.class_token),
-        "vision_feature_select_strategy": "default" if vision.class_token else "full",
-    }
-    write_json(folder / "processor_config.json", settings)

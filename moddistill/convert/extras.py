@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.convert.jinja_template import FILE, read_chat_template
-from moddistill.convert.source_settings import read_generation, replaced_image_settings
+from moddistill.convert.source_settings import (
+    exportable_processor,
+    read_generation,
+    replaced_image_settings,
+)
 from moddistill.convert.sources import Source
 from moddistill.models.vlm import ModelConfig
 from moddistill.storage.safetensors import create_file, write
@@ -44,6 +48,7 @@ def import_record(
         "stored_head": config.decoder.tie_word_embeddings and model.tied in model.checkpoint,
         "generation": generation,
         "replaced": replaced,
+        "processor": exportable_processor(model.folder) if replaced else {},
     }
 
 
@@ -53,8 +58,9 @@ def _log_settings(
     if replaced:
         size = config.vision.image_size
         LOG.warning(
-            "%s: images are padded to squares and resized to %d x %d pixels; this replaces, in its "
-            "image processor, %s",
+            "%s: images are padded to squares and resized to %d x %d pixels here; its own image "
+            "processor, which comes back from an export until a stage trains the model, differs "
+            "in %s",
             folder,
             size,
             size,

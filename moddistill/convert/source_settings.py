@@ -91,15 +91,18 @@ def _is_nested_at_most(levels: int, value: Any) -> bool:
 
 def merge_generation(
     computed: Mapping[str, Any], source: Mapping[str, Any], rows: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Merges the generation settings of a source into those computed by the export.
 
     Sampling settings and lengths are those of the source. Its end-of-sequence ids are used if they
     include the computed ones; suppressed tokens are merged. Ids without an embedding row are
-    dropped. Every replaced setting is logged.
+    dropped.
 
     Args:
       rows: number of rows of the embedding.
+
+    Returns:
+      The merged settings, and `name old -> new` of each that is replaced.
     """
     valid = {name: _with_row(x, rows) if _has_ids(name) else x for name, x in source.items()}
     merged = {**computed, **{name: x for name, x in valid.items() if name not in _COMPUTED}}
@@ -112,9 +115,7 @@ def merge_generation(
         for name, value in source.items()
         if not _is_preserved(name, value, merged.get(name))
     ]
-    if replaced:
-        LOG.warning("generation settings of the source are replaced: %s", ", ".join(replaced))
-    return merged
+    return merged, replaced
 
 
 def _has_ids(name: str) -> bool:
@@ -151,6 +152,26 @@ def image_processor(folder: Path) -> dict[str, Any]:
             nested = "image_processor" in fields
             processor |= sub_config(fields, "image_processor", str(file)) if nested else fields
     return processor
+
+
+def exportable_processor(folder: Path) -> dict[str, Any]:
+    """Returns the image processor of a folder; empty if `transformers` would not know its class.
+
+    Raises:
+      UserError: settings that are not valid JSON.
+    """
+    fields = image_processor(folder)
+    check_processor(fields, f"{folder}: image processor")
+    return fields if isinstance(fields.get("image_processor_type"), str) else {}
+
+
+def check_processor(fields: Mapping[str, Any], origin: str) -> None:
+    """Raises UserError for settings of an image processor that are not valid JSON."""
+    for name, value in fields.items():
+        if not _is_writable({name: value}):
+            expected = f"finite numbers and text in UTF-8, nested at most {_MAX_DEPTH} times"
+            field = ascii(name)[1:-1]
+            raise UserError(f"{origin}: {field}: expected {expected}, got {reprlib.repr(value)}")
 
 
 def replaced_image_settings(folder: Path, vision: VisionConfig) -> list[str]:

@@ -118,6 +118,7 @@ def _check_imported(imported: Any, origin: str) -> None:
         "stored_head": (lambda x: isinstance(x, bool), "true or false"),
         "generation": (lambda x: isinstance(x, dict), "an object"),
         "replaced": (is_names, "a list of texts"),
+        "processor": (lambda x: isinstance(x, dict), "an object"),
     }
     if not isinstance(imported, dict):
         raise invalid(f"{origin}: source.imported", imported, "an object")

@@ -81,7 +81,8 @@ def test_help_shows_each_field_of_the_config_once(module, capsys, monkeypatch):
     ("command", "flags"),
     [
         ("import", "hf vision projector template select_layer seed out overwrite"),
-        ("export", "model max_shard_size dtype out overwrite"),
+        ("export", "model max_shard_size dtype vocabulary uniform out overwrite"),
+        ("check", "engine"),
         ("inspect", ""),
     ],
 )

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,8 +9,9 @@ from moddistill.convert.importing import import_model
 from moddistill.convert.resolve import load
 from moddistill.convert.upcycling import upcycle_model
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
+from moddistill.distributed.sharding import unbox
 from moddistill.models.batch import padded_batch
-from moddistill.models.vlm import Vlm
+from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.storage.model_folder import read_model_config, save_model
 from tests import torch_or_skip as torch
 from tests.convert import hf_folders as hf
@@ -75,6 +77,20 @@ def random_inputs():
         size = config.vision.image_size
         images = rng.integers(0, 256, (2, 1, size, size, 3), np.uint8)
         return np.concatenate([tokens[:, :3], patches, tokens[:, 3:]], axis=1), images
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """Returns a function for normal parameters of an architecture, without compiling anything."""
+
+    def make(config):
+        rng = np.random.default_rng(0)
+        shapes = unbox(abstract_params(config))
+        return jax.tree.map(
+            lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), shapes
+        )
 
     return make
 

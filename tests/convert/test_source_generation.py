@@ -71,6 +71,7 @@ def language(tmp_path_factory, small_tokenizer):
 
 def test_ids_without_a_row_are_dropped_and_logged(language, tmp_path, small_tokenizer, caplog):
     end, first = small_tokenizer.special("<|im_end|>"), small_tokenizer.image_id
+    caplog.set_level(logging.INFO, "moddistill")
     settings = {
         "bos_token_id": 320,
         "eos_token_id": [end, 999_999],
@@ -79,32 +80,33 @@ def test_ids_without_a_row_are_dropped_and_logged(language, tmp_path, small_toke
     }
     (language / "generation_config.json").write_text(json.dumps(settings))
     import_model(str(language), tmp_path / "model", template="chatml")
-    export_model(tmp_path / "model", tmp_path / "out", max_shard_size=10**9)
+    options = {"max_shard_size": 10**9, "vocabulary": "padded"}
+    export_model(tmp_path / "model", tmp_path / "out", **options)
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     suppressed = [5, *range(first, 320)]
     assert (found.bos_token_id, found.eos_token_id) == (None, [end])
     assert found.suppress_tokens == suppressed
     assert found.begin_suppress_tokens == [319]
-    [warning] = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
-    assert warning == (
-        "generation settings of the source are replaced: bos_token_id 320 -> None, "
+    assert caplog.messages[-1] == (
+        f"changed against {tmp_path / 'model'}: bos_token_id 320 -> None, "
         f"eos_token_id [{end}, 999999] -> [{end}], "
         f"suppress_tokens [5, 320] -> {suppressed!s:.80}, "
         "begin_suppress_tokens [319, 400] -> [319]"
     )
 
 
-def test_preserved_and_null_settings_are_not_logged(caplog):
+def test_preserved_and_null_settings_are_not_replaced():
     computed = {"eos_token_id": 3, "pad_token_id": 4, "do_sample": False, "suppress_tokens": [9]}
     source = {"eos_token_id": [3, 4], "pad_token_id": None, "suppress_tokens": [1], "top_k": None}
-    assert merge_generation(computed, source, rows=10) == {
+    merged, replaced = merge_generation(computed, source, rows=10)
+    assert merged == {
         "eos_token_id": [3, 4],
         "pad_token_id": 4,
         "do_sample": False,
         "suppress_tokens": [1, 9],
         "top_k": None,
     }
-    assert not caplog.records
+    assert replaced == []
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,10 @@ def exported(model, out):
     return json.loads((out / "generation_config.json").read_text())
 
 
+def processor_in(folder):
+    return json.loads((folder / "preprocessor_config.json").read_text())
+
+
 def warnings_of(caplog):
     found = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
     caplog.clear()
@@ -80,7 +84,7 @@ def test_sampling_settings_are_exported_until_a_stage_trains(
     found = exported(tmp_path / "model", tmp_path / "out")
     assert found == exported(tmp_path / "sparse", tmp_path / "sparse-out")
     assert {name: found[name] for name in SAMPLING} == SAMPLING
-    assert found["suppress_tokens"] == list(range(small_tokenizer.image_id, 320))
+    assert found["suppress_tokens"] == [small_tokenizer.image_id]
     assert "_from_model_config" not in found
     loaded = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (loaded.temperature, loaded.do_sample) == (0.7, True)
@@ -93,39 +97,55 @@ def test_sampling_settings_are_exported_until_a_stage_trains(
 def test_eos_ids_are_exported_if_they_include_those_of_the_template(
     llava, tmp_path, small_tokenizer, caplog
 ):
+    rows = f"vocabulary 320 -> {small_tokenizer.image_id + 1} rows"
     general, im_end = (small_tokenizer.special(x) for x in ("<|endoftext|>", "<|im_end|>"))
     ends = {"eos_token_id": [im_end, general], "pad_token_id": general}
     import_model(str(llava(generation_config=ends)), tmp_path / "both")
+    caplog.set_level(logging.INFO, "moddistill")
     found = exported(tmp_path / "both", tmp_path / "both-out")
     assert {name: found[name] for name in ends} == ends
-    assert warnings_of(caplog) == []
+    assert caplog.messages[-1] == f"changed against {tmp_path / 'both'}: {rows}"
     ends = {"eos_token_id": general, "pad_token_id": 0}
     import_model(str(llava(generation_config=ends)), tmp_path / "other")
     found = exported(tmp_path / "other", tmp_path / "other-out")
     assert (found["eos_token_id"], found["pad_token_id"]) == (im_end, general)
-    assert warnings_of(caplog) == [
-        "generation settings of the source are replaced: "
+    assert caplog.messages[-1] == (
+        f"changed against {tmp_path / 'other'}: {rows}, "
         f"eos_token_id {general} -> {im_end}, pad_token_id 0 -> {general}"
-    ]
+    )
 
 
-def test_image_processor_that_crops_is_reported_on_import_and_export(llava, tmp_path, caplog):
+def test_image_processor_of_the_source_is_exported_until_a_stage_trains(
+    llava, tmp_path, small_tokenizer, caplog
+):
     source = llava(preprocessor_config=CROP)
-    import_model(str(source), tmp_path / "model")
+    config = import_model(str(source), tmp_path / "model")
     changes = (
         "image_processor_type 'CLIPImageProcessor' -> 'LlavaImageProcessor', do_pad None -> True"
     )
     assert warnings_of(caplog) == [
-        f"{source}: images are padded to squares and resized to 12 x 12 pixels; this replaces, in "
-        f"its image processor, {changes}"
+        f"{source}: images are padded to squares and resized to 12 x 12 pixels here; its own image "
+        "processor, which comes back from an export until a stage trains the model, differs in "
+        f"{changes}"
     ]
     assert describe(str(tmp_path / "model"))["imported"]["replaced"] == changes.split(", ")
     exported(tmp_path / "model", tmp_path / "out")
-    assert warnings_of(caplog) == [
-        f"the image processor differs from that of the source: {changes}"
-    ]
-    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert written == preprocessor_config(12, tuple(CROP["image_mean"]), tuple(CROP["image_std"]))
+    assert processor_in(tmp_path / "out") == CROP
+    assert type(AutoProcessor.from_pretrained(tmp_path / "out").image_processor).__name__ in (
+        "CLIPImageProcessor",
+        "CLIPImageProcessorPil",
+    )
+    save_model(tmp_path / "trained", config, load(tmp_path / "model")[1], small_tokenizer, {})
+    exported(tmp_path / "trained", tmp_path / "trained-out")
+    assert processor_in(tmp_path / "trained-out") == preprocessor_config(
+        12, tuple(CROP["image_mean"]), tuple(CROP["image_std"])
+    )
+
+
+def test_image_processor_that_is_no_valid_json_is_refused(llava, tmp_path):
+    source = llava(preprocessor_config=CROP | {"rescale_factor": float("inf")})
+    with pytest.raises(ValueError, match=r"image processor: rescale_factor: expected finite numb"):
+        import_model(str(source), tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +161,7 @@ def test_each_image_setting_that_differs_is_reported(field, value, change, llava
     fields = {**CROP, "image_processor_type": "LlavaImageProcessor", "do_pad": True, field: value}
     import_model(str(llava(preprocessor_config=fields)), tmp_path / "model")
     [warning] = warnings_of(caplog)
-    assert warning.endswith(f"in its image processor, {change}")
+    assert warning.endswith(f"differs in {change}")
 
 
 def test_image_processor_without_mean_and_std_is_reported(llava, tmp_path, caplog):
@@ -151,9 +171,12 @@ def test_image_processor_without_mean_and_std_is_reported(llava, tmp_path, caplo
     assert "do_pad None -> True, image_mean None -> [0.48145466," in warning
 
 
-def test_export_resaved_by_transformers_has_the_same_image_processor(llava, tmp_path, caplog):
-    import_model(str(llava(preprocessor_config=CROP)), tmp_path / "model")
-    exported(tmp_path / "model", tmp_path / "out")
+def test_export_resaved_by_transformers_has_the_same_image_processor(
+    llava, tmp_path, small_tokenizer, caplog
+):
+    config = import_model(str(llava(preprocessor_config=CROP)), tmp_path / "model")
+    save_model(tmp_path / "trained", config, load(tmp_path / "model")[1], small_tokenizer, {})
+    exported(tmp_path / "trained", tmp_path / "out")
     caplog.clear()
     again = llava()
     AutoProcessor.from_pretrained(tmp_path / "out").save_pretrained(again)
