@@ -16,7 +16,6 @@ bootstrap intervals are printed next to the published ones, and written to `comp
 """
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from moddistill.cli.model_flags import add_model_flags
 from moddistill.cli.parser import Parser, user_errors
 from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
-from moddistill.evals.harness import evaluate_tasks
+from moddistill.evals.harness import evaluate_tasks, model_arguments
 from moddistill.evals.results import EVALUATION
 from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
 from moddistill.evals.suite import compare, evaluate_models, read_suite
@@ -92,26 +91,21 @@ def _evaluate_one(args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
     names = args.tasks.split(",")
-    return evaluate_tasks(args.model, names, args.out, _arguments(args), args.include_path)
+    arguments = model_arguments(args.dtype, args.mesh)
+    return evaluate_tasks(args.model, names, args.out, arguments, args.include_path)
 
 
 def _compare(args: argparse.Namespace) -> str:
     """Writes the comparison, and returns its table."""
     suite = read_suite(args.suite)
     folders, failures = evaluate_models(
-        suite, args.compare, args.out, _arguments(args), args.include_path
+        suite, args.compare, args.out, model_arguments(args.dtype, args.mesh), args.include_path
     )
     comparison = compare(suite, folders, failures)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "comparison.json", comparison)
     write_comparison(args.out / "comparison.html", comparison)
     return comparison_table(comparison)
-
-
-def _arguments(args: argparse.Namespace) -> dict[str, str]:
-    """Arguments of the model in lmms-eval."""
-    mesh = ":".join(f"{axis}={size}" for axis, size in dataclasses.asdict(args.mesh).items())
-    return {"dtype": args.dtype, "mesh": mesh}
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from moddistill.cli.parser import Parser, add_process_flags, user_errors
-from moddistill.config import RecipeConfig, TrainConfig
+from moddistill.config import RecipeConfig, TaskConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.sources import check_source
@@ -27,6 +28,7 @@ from moddistill.distributed.processes import (
 )
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, at_field, invalid
+from moddistill.evals.harness import check_tasks, evaluate_tasks, model_arguments
 from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.reports.summary import evaluation_folder, write_recipe, write_summary
@@ -86,33 +88,35 @@ def _evaluate(config: RecipeConfig, workdir: Path, stage: str) -> None:
 
     It runs in the dtype and on the mesh of its training.
     """
-    runs = _task_runs(config, workdir, stage)
-    if not runs:
-        return
-    settings = config.stages[stage]
-    all_scores = evaluate(
-        workdir / stage / "model",
-        list(runs.values()),
-        dtype=jnp.dtype(settings.dtype),
-        mesh=make_mesh(settings.mesh),
-    )
-    for (name, task_run), scores in zip(runs.items(), all_scores, strict=True):
-        shown = [
-            f"{column.title} {scores[column.key]:{column.format}}"
-            for column in task_run.task.columns
-        ]
-        LOG.info("%s: %s: %s", stage, name, ", ".join(shown))
-
-
-def _task_runs(config: RecipeConfig, workdir: Path, stage: str) -> dict[str, TaskRun]:
-    """The tasks by name that the model of a stage has no scores of."""
     folders = {name: evaluation_folder(workdir, stage, name) for name in config.tasks}
-    return {
-        name: TaskRun(find_task(each.task), Path(each.data), folders[name], each.limit)
-        for name, each in config.tasks.items()
-        # Processes evaluate together, so that all must find the same scores missing.
-        if not broadcast_from_main(is_evaluated(folders[name]))
+    # Processes evaluate together, so that all must find the same scores missing.
+    missing = {
+        name: config.tasks[name]
+        for name, folder in folders.items()
+        if not broadcast_from_main(is_evaluated(folder))
     }
+    model, settings = workdir / stage / "model", config.stages[stage]
+    runs = {
+        name: TaskRun(find_task(each.task), Path(each.data), folders[name], each.limit)
+        for name, each in missing.items()
+        if each.data
+    }
+    dtype, mesh = jnp.dtype(settings.dtype), make_mesh(settings.mesh)
+    scores = evaluate(model, list(runs.values()), dtype=dtype, mesh=mesh) if runs else []
+    for (name, run), found in zip(runs.items(), scores, strict=True):
+        shown = [f"{x.title} {found[x.key]:{x.format}}" for x in run.task.columns]
+        LOG.info("%s: %s: %s", stage, name, ", ".join(shown))
+    arguments = model_arguments(settings.dtype, settings.mesh)
+    for name, each in missing.items():
+        if not each.data:  # of lmms-eval
+            out, limit = folders[name], each.limit
+            found = evaluate_tasks(str(model), [each.task], out, arguments, limit=limit)
+            LOG.info("%s: %s: %s", stage, name, _numbers(found[each.task]))
+
+
+def _numbers(scores: Mapping[str, Any]) -> str:
+    numbers = {name: x for name, x in scores.items() if isinstance(x, int | float)}
+    return ", ".join(f"{name} {x:.4g}" for name, x in numbers.items() if "_stderr" not in name)
 
 
 def check_recipe(config: RecipeConfig, workdir: Path) -> None:
@@ -138,11 +142,24 @@ def check_recipe(config: RecipeConfig, workdir: Path) -> None:
 def _check_tasks(config: RecipeConfig, workdir: Path) -> None:
     """Reads the questions of tasks that are still to be answered."""
     for name, each in config.tasks.items():
+        if not each.data:
+            _check_harness(each, f"config.tasks.{name}")
+            continue
         task = find_task(each.task, f"config.tasks.{name}.task")
         folders = [evaluation_folder(workdir, stage, name) for stage in config.evaluated]
         if not all(map(is_evaluated, folders)) and is_main_process():
             with at_field(f"config.tasks.{name}.data"):
                 task.questions(Path(each.data))
+
+
+def _check_harness(task: TaskConfig, origin: str) -> None:
+    """Raises UserError unless lmms-eval has the task, which it runs in one process."""
+    if jax.process_count() > 1:
+        expected = (
+            f"a folder, since tasks of lmms-eval run in one process, not {jax.process_count()}"
+        )
+        raise invalid(f"{origin}.data", task.data, expected)
+    check_tasks([task.task], origin=f"{origin}.task")
 
 
 def _check_sources(stage: TrainConfig, workdir: Path) -> None:

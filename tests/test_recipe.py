@@ -54,7 +54,7 @@ def test_the_workdir_is_replaced_in_every_string():
             r"^config\.tasks\.vqa\.data: no/such/test\.json: expected a file of",
         ),
         (
-            {"tasks": {"vqa": TaskConfig("easyvqa")}},
+            {"tasks": {"vqa": TaskConfig("easyvqa", "data")}},
             r"^config\.tasks\.vqa\.task: expected 'easy_vqa' or .*, got 'easyvqa'",
         ),
     ],

@@ -1,14 +1,17 @@
 """Tasks of lmms-eval, run by lmms-eval in this process, and their results in our form."""
 
 import argparse
+import dataclasses
 import importlib.util
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moddistill.config import MeshConfig
 from moddistill.convert.resolve import as_model_folder
 from moddistill.data.tokenizer import Tokenizer
+from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, did_you_mean, one_line
 from moddistill.evals import tasks as own_tasks
 from moddistill.evals.results import (
@@ -29,7 +32,12 @@ ANSWERS = "answers.jsonl"
 
 
 def evaluate_tasks(
-    model: str, tasks: Sequence[str], out: Path, arguments: Mapping[str, str], include: str = ""
+    model: str,
+    tasks: Sequence[str],
+    out: Path,
+    arguments: Mapping[str, str],
+    include: str = "",
+    limit: int = 0,
 ) -> Scores:
     """Evaluates a model on tasks of lmms-eval, and writes `scores.json` and `samples/TASK.jsonl`.
 
@@ -41,11 +49,17 @@ def evaluate_tasks(
     """
     check_results_folder(out)
     check_tasks(tasks, include)
-    failures = run_tasks(model, tasks, out, arguments, include)
+    failures = run_tasks(model, tasks, out, arguments, include, limit)
     if failures:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
         raise UserError(f"--tasks: {reasons}")
     return read_scores(out)
+
+
+def model_arguments(dtype: str, mesh: MeshConfig) -> dict[str, str]:
+    """Returns the arguments of a model in lmms-eval, besides its name."""
+    sizes = dataclasses.asdict(mesh).items()
+    return {"dtype": dtype, "mesh": ":".join(f"{axis}={size}" for axis, size in sizes)}
 
 
 def check_tasks(tasks: Sequence[str], include: str = "", origin: str = "--tasks") -> None:
@@ -57,7 +71,12 @@ def check_tasks(tasks: Sequence[str], include: str = "", origin: str = "--tasks"
 
 
 def run_tasks(
-    model: str, tasks: Sequence[str], out: Path, arguments: Mapping[str, str], include: str = ""
+    model: str,
+    tasks: Sequence[str],
+    out: Path,
+    arguments: Mapping[str, str],
+    include: str = "",
+    limit: int = 0,
 ) -> dict[str, str]:
     """Evaluates a model on those tasks that have no scores yet, and returns why others have none.
 
@@ -68,13 +87,15 @@ def run_tasks(
     Args:
       arguments: of the model in lmms-eval, besides its name.
       include: folder with tasks of one's own.
+      limit: questions of a task that are asked, the first ones; 0: all.
 
     Raises:
       UserError: lmms-eval is not installed, or the folder has results of another model.
     """
     check_results_folder(out)
     manager = _task_manager(include)
-    check_same_model(out, {"model": model, "arguments": dict(arguments)} | _digest(model))
+    settings = {"model": model, "arguments": dict(arguments), "limit": limit}
+    check_same_model(out, settings | _digest(model))
     scores = read_scores(out) if is_evaluated(out) else {}
     failures = {task: _unknown(task, manager) for task in tasks if task not in manager.all_tasks}
     missing = [task for task in tasks if task not in failures and task not in scores]
@@ -83,7 +104,7 @@ def run_tasks(
     loaded = _load({"model": model, "answers": str(out / ANSWERS)} | dict(arguments))
     for task in missing:
         try:
-            results = _evaluate(loaded, task, manager, out)
+            results = _evaluate(loaded, task, manager, out, limit)
         except Exception as error:  # of a task, whose code and data are not ours
             failures[task] = _reason(error)
             continue
@@ -124,9 +145,10 @@ def evaluate_in_memory(
         if reason := _known_reason(error):
             raise UserError(f"{task}: {reason}") from error
         raise
-    write_samples(out, results, loaded.task_dict)
     scores = scores_of(results["results"])
-    write_json(out / SCORES, scores)
+    if is_main_process():
+        write_samples(out, results, loaded.task_dict)
+        write_json(out / SCORES, scores)
     return scores
 
 
@@ -191,7 +213,7 @@ def _load(arguments: Mapping[str, str]) -> Any:
     return get_model("moddistill")(**arguments)
 
 
-def _evaluate(loaded: Any, task: str, manager: Any, out: Path, limit: int = 0) -> dict[str, Any]:
+def _evaluate(loaded: Any, task: str, manager: Any, out: Path, limit: int) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate  # noqa: PLC0415
 
     return simple_evaluate(

@@ -32,7 +32,7 @@ from moddistill.training.metrics import read_metrics
 RECIPE = "recipe.json"  # in the workdir of a recipe: the order of its stages, its tasks
 _CONFIG, _METRICS = "config.json", "metrics.jsonl"
 # Folders that hold neither runs nor results, but many files.
-_PASSED_OVER = {"checkpoints", "tensorboard", "model", "cache", "predictions", SAMPLES}
+_PASSED_OVER = {"checkpoints", "tensorboard", "model", "predictions", SAMPLES, "evaluations"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,19 +196,18 @@ def _add_results(
 ) -> None:
     """Adds the results of the one task, or of the tasks of lmms-eval, in a folder."""
     scores = read_scores(folder)
+    of_stage = folder.parent.name == "evals"  # STAGE/evals/TASK
+    name = _name(folder.parents[1] if of_stage else folder, root, prefix)
     if not (folder / PREDICTIONS).is_file() and all(isinstance(x, dict) for x in scores.values()):
         for task, values in scores.items():
             rows = _rows(content, folder / SAMPLES / f"{task}.jsonl")
-            name = _name(folder, root, prefix)
             content.results.append(_results(name, task, values, rows, None, folder / SAMPLES))
         return
     recorded = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
-    of_stage = folder.parent.name == "evals"  # STAGE/evals/TASK
-    model = _name(folder.parents[1] if of_stage else folder, root, prefix)
     task = folder.name if of_stage else str(recorded.get("task", folder.name))
     definition = _definition(recipe.get("tasks", {}).get(task, recorded.get("task", task)))
     rows = _rows(content, folder / PREDICTIONS)
-    content.results.append(_results(model, task, scores, rows, definition, Path()))
+    content.results.append(_results(name, task, scores, rows, definition, Path()))
 
 
 def _definition(name: str) -> Task | None:
