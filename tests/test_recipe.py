@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -9,11 +11,13 @@ from experiments import llava_mod, sft
 from moddistill import recipe
 from moddistill.config import RecipeConfig, TaskConfig, TrainConfig
 from moddistill.configdict import from_config_dict
+from moddistill.errors import UserError
 from moddistill.evals import easy_vqa
-from moddistill.evals.results import write_results
+from moddistill.evals.results import write_jsonl, write_results
 from moddistill.reports.results_table import results_table
 from moddistill.reports.table import format_table
 from moddistill.reports.workdirs import read_workdirs
+from moddistill.storage.json_file import write_json
 from moddistill.training import loop
 from moddistill.training.lock import locked
 from moddistill.training.metrics import read_metrics
@@ -239,3 +243,46 @@ def test_one_recipe_at_a_time_runs_in_a_workdir(finished):
     message = "a folder without a run in progress"
     with locked(workdir), pytest.raises(ValueError, match=message):
         recipe.run(config, workdir)
+
+
+def test_a_task_of_lmms_eval_is_asked_of_every_model_and_in_the_table(
+    finished, tmp_path, monkeypatch
+):
+    """Those that have its scores are not asked again; lmms-eval is replaced by what it writes."""
+    config, before = finished
+    workdir = shutil.copytree(before, tmp_path / "recipe")
+    asked = []
+
+    def fake(model, tasks, out, arguments, limit):
+        asked.append((Path(model).parent.name, tasks, arguments["dtype"], limit))
+        sample = {"id": "0", "question": "q", "images": [], "answers": ["a"], "prediction": "b"}
+        (out / "samples").mkdir(parents=True)
+        write_jsonl(out / "samples" / "pope.jsonl", [sample | {"metrics": {"f1": 0.5}}])
+        scores = {"pope": {"f1": 0.5, "f1_stderr": 0.1}}
+        write_json(out / "scores.json", scores)
+        return scores
+
+    monkeypatch.setattr(recipe, "check_tasks", lambda tasks, origin: None)
+    monkeypatch.setattr(recipe, "evaluate_tasks", fake)
+    tasks = {**config.tasks, "hallucination": TaskConfig("pope", limit=7)}
+    config = dataclasses.replace(config, tasks=tasks)
+    for _ in range(2):
+        recipe.run(config, workdir)
+    assert asked == [(stage, ["pope"], "float32", 7) for stage in ("first", "second")]
+    columns, rows = results_table(read_workdirs([workdir]))
+    assert "pope: f1" in [column.title for column in columns]
+    assert [row["pope/f1"] for row in rows] == [0.5, 0.5]
+    assert [row["model"] for row in rows] == ["first", "second"]
+
+
+def test_a_task_that_lmms_eval_does_not_have_is_an_error_before_the_first_stage(
+    finished, tmp_path, monkeypatch
+):
+    def check(tasks, origin):
+        raise UserError(f"{origin}: expected a task of lmms-eval, got {tasks[0]!r}")
+
+    monkeypatch.setattr(recipe, "check_tasks", check)
+    config = dataclasses.replace(finished[0], tasks={"x": TaskConfig("popes")})
+    with pytest.raises(UserError, match=r"^config\.tasks\.x\.task: expected a task of lmms-eval"):
+        recipe.run(config, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -184,7 +184,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = last.exception() if last is not None else error.__cause__
 
 
-def _task_manager(include: str, origin: str = "--tasks") -> Any:
+def _task_manager(include: str, origin: str = "tasks") -> Any:
     if importlib.util.find_spec("lmms_eval") is None:
         expected = "lmms-eval, which pip install 'moddistill[eval]' installs"
         raise UserError(f"{origin}: expected {expected}")

@@ -43,7 +43,7 @@ def test_scores_have_the_names_of_the_metrics():
 def test_tasks_need_lmms_eval(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = ["--model", str(tiny_models["dense"]), "--tasks", "mme", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"^error: expected lmms-eval, which pip install"):
+    with pytest.raises(SystemExit, match=r"^error: --tasks: expected lmms-eval, which pip"):
         evaluate.main(flags)
 
 
