@@ -120,7 +120,7 @@ def results_of(task):
 def run(tiny_models, tmp_path, monkeypatch):
     """`run(tasks, faults)`: the reasons of failures; `run.evaluated` are tasks that ran."""
 
-    def evaluate(loaded, task, manager, out):
+    def evaluate(loaded, task, manager, out, limit):
         run.evaluated.append(task)
         if task in run.faults:
             raise run.faults[task]
