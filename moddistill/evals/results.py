@@ -43,11 +43,6 @@ def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_predictions(folder: Path) -> list[Row]:
-    """Returns the rows of predictions.jsonl."""
-    return [json.loads(line) for line in (folder / PREDICTIONS).read_text().splitlines()]
-
-
 def read_scores(folder: Path) -> dict[str, Any]:
     """Returns the object in scores.json.
 
@@ -65,7 +60,10 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
     if not path.is_file():
         return [], 0
     rows, damaged = [], 0
-    for line in path.read_text(errors="replace").splitlines():
+    # Not `splitlines`, for which characters inside of answers end a line too.
+    for line in path.read_text(errors="replace").split("\n"):
+        if not line:
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

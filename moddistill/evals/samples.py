@@ -9,7 +9,8 @@ from PIL import Image
 
 from moddistill.evals.results import SAMPLES, write_jsonl
 
-_IMAGES, _SIDE = 48, 256  # documents of a task whose images are saved; pixels of the longer side
+EXAMPLES = 24  # questions of a task that a report shows, at even distances
+_SIDE = 256  # pixels of the longer side of a saved image
 # What lmms-eval logs of a question next to the values of the metrics.
 _LOGGED = {
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash",
@@ -29,14 +30,44 @@ def write_samples(out: Path, results: Mapping[str, Any], data: Mapping[str, Any]
     for task, samples in results["samples"].items():
         config = results["configs"].get(task, {})
         docs = (data.get(task) or {}).get(config.get("test_split"))
-        shown = range(0, len(samples), max(1, len(samples) // _IMAGES))
         files = {
             number: _thumbnails(docs[samples[number]["doc_id"]], folder / "images" / task, number)
-            for number in shown
+            for number in _shown(samples)
             if docs is not None
         }
         rows = [sample_row(each, files.get(i, [])) for i, each in enumerate(samples)]
         write_jsonl(folder / f"{task}.jsonl", rows)
+
+
+def _shown(samples: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The numbers of samples whose images are saved: examples, and some that are not right."""
+    wrong = [
+        number
+        for number, sample in enumerate(samples)
+        if (score := score_of(_metrics(sample))) is not None and score < 1
+    ]
+    return {*evenly(range(len(samples)), EXAMPLES), *evenly(wrong, 2 * EXAMPLES)}
+
+
+def evenly(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """Returns at most `count` items at even distances."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def score_of(metrics: Mapping[str, Any]) -> float | None:
+    """Returns the first score of a question among its metrics; None if there is none.
+
+    A metric is a number, or an object that may have a `score`.
+    """
+    for value in metrics.values():
+        value = value.get("score") if isinstance(value, Mapping) else value
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def _metrics(sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sample.items() if name not in _LOGGED}
 
 
 def _thumbnails(doc: Mapping[str, Any], folder: Path, number: int) -> list[str]:
@@ -60,7 +91,6 @@ def sample_row(sample: Mapping[str, Any], images: Sequence[str] = ()) -> dict[st
     `prediction`, and `metrics`: the values of the question for each metric, as the task gives them
     to its aggregation.
     """
-    metrics = {name: value for name, value in sample.items() if name not in _LOGGED}
     answers = sample["filtered_resps"]
     texts = [text for text in sample.get("arguments", ()) if isinstance(text, str)]
     return {
@@ -69,7 +99,7 @@ def sample_row(sample: Mapping[str, Any], images: Sequence[str] = ()) -> dict[st
         "images": list(images),
         "answers": list(_texts(sample.get("target"))),
         "prediction": answers[0] if len(answers) == 1 else list(answers),
-        "metrics": json.loads(json.dumps(metrics, default=str)),
+        "metrics": json.loads(json.dumps(_metrics(sample), default=str)),
     }
 
 

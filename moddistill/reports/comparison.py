@@ -16,7 +16,7 @@ _METHOD = (
     "Intervals hold {confidence:.0%} of {resamples:,} bootstrap draws of the questions "
     "(percentiles, seed {seed}); those of differences have the same questions for both models."
 )
-_UNCONFIRMED = "* no source that could be read confirms this number"
+_SIGNS = "↓ lower is better; * no source that could be read confirms this number"
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -24,7 +24,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     tables = [format_table(*_scores(comparison))]
     if len(comparison["models"]) > 1:
         tables.append(format_table(*_differences(comparison)))
-    notes = [_METHOD.format(**comparison["bootstrap"]), _UNCONFIRMED, *_notes(comparison)]
+    notes = [_METHOD.format(**comparison["bootstrap"]), _SIGNS, *_notes(comparison)]
     return "\n\n".join([*tables, "\n".join(notes)])
 
 
@@ -40,7 +40,7 @@ def write_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
         note = "The line is at zero; all bars have one scale."
         card = _card("Differences", _drawn_differences(comparison))
         sections.append(template.section(f"Differences from {first}", note, card))
-    sections.append(template.section("Notes", _UNCONFIRMED, _items(_notes(comparison))))
+    sections.append(template.section("Notes", _SIGNS, _items(_notes(comparison))))
     sources = [
         f"{each['model']} ({each['from']}): {each['source']}" for each in comparison["published"]
     ]
@@ -63,7 +63,7 @@ def _scores(comparison: Mapping[str, Any]) -> tuple[list[Column], list[dict[str,
     columns = [Column(name, name, "") for name in ("Benchmark", *models, *published)]
     rows = []
     for row in comparison["rows"]:
-        cells = {"Benchmark": row["name"] + (" (lower is better)" * row.get("lower_is_better", 0))}
+        cells = {"Benchmark": row["name"] + " ↓" * row.get("lower_is_better", False)}
         cells |= {model: _cell(row["scores"][model]) for model in models}
         for name in published:
             found = row["published"].get(name)

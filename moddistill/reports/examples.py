@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from moddistill.evals.samples import EXAMPLES, evenly
 from moddistill.evals.task import Row
 from moddistill.reports.template import Html, anchor, join, part
 from moddistill.reports.workdirs import Results
 
-EXAMPLES = 24  # questions of each kind and task on the page
 MAX_IMAGE_SIZE = 256  # pixels of the longer side
 _LARGEST_PNG = 32 * 1024  # bytes; larger images, such as photographs, are JPEG
 _CHOICES = (
@@ -31,7 +31,9 @@ def answers(task: Sequence[Results], problems: list[str]) -> Html:
     """
     rows = _shared(task)
     differing = [row for row in rows if len({score for _, score in row["answered"].values()}) > 1]
-    chosen = {row["id"]: row for part in (rows, differing) for row in _evenly(part)}
+    # Results of lmms-eval have the images of some questions, among them many that are not right.
+    differing = [row for row in differing if row["images"]] or differing
+    chosen = {row["id"]: row for kind in (rows, differing) for row in evenly(kind, EXAMPLES)}
     missing: list[str] = []
     examples = [_example(chosen[row["id"]], missing) for row in rows if row["id"] in chosen]
     if missing:
@@ -61,7 +63,7 @@ def _shared(task: Sequence[Results]) -> list[dict[str, Any]]:
         {
             "id": name,
             "row": first[name],
-            "images": [task[0].images / file for file in first[name].get("images", ())],
+            "images": _images(task, name, by_model),
             "answered": {
                 each.model: (by_model[each.model][name], each.score(by_model[each.model][name]))
                 for each in task
@@ -71,8 +73,15 @@ def _shared(task: Sequence[Results]) -> list[dict[str, Any]]:
     ]
 
 
-def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
-    return rows[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES]
+def _images(
+    task: Sequence[Results], name: str, by_model: Mapping[str, Mapping[str, Row]]
+) -> list[Path]:
+    """The images of a question, from the first model whose results have them."""
+    found = (
+        [each.images / file for file in by_model[each.model][name].get("images", ())]
+        for each in task
+    )
+    return next(filter(None, found), [])
 
 
 def _example(example: Mapping[str, Any], missing: list[str]) -> Html:

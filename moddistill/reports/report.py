@@ -8,10 +8,11 @@ from pathlib import Path
 
 from moddistill.errors import UserError
 from moddistill.evals.bootstrap import RESAMPLES
+from moddistill.evals.samples import EXAMPLES
 from moddistill.reports import template
 from moddistill.reports.charts import stage_card
 from moddistill.reports.differences import differences_table, find_teacher
-from moddistill.reports.examples import EXAMPLES, answers
+from moddistill.reports.examples import answers
 from moddistill.reports.results_table import results_table
 from moddistill.reports.specialisation import load_cards, specialisation_table
 from moddistill.reports.table import html_table

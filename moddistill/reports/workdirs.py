@@ -23,6 +23,7 @@ from moddistill.evals.results import (
     read_scores,
 )
 from moddistill.evals.runner import find_task
+from moddistill.evals.samples import score_of
 from moddistill.evals.task import Row, Task
 from moddistill.models.flops import parameter_counts
 from moddistill.storage.json_file import read_json
@@ -72,11 +73,7 @@ class Results:
             return float(row["correct"])
         if self.definition is not None:
             return float(self.definition.is_correct(row))
-        for value in row.get("metrics", {}).values():
-            value = value.get("score") if isinstance(value, Mapping) else value
-            if isinstance(value, int | float):
-                return float(value)
-        return None
+        return score_of(row.get("metrics", {}))
 
 
 @dataclasses.dataclass(kw_only=True)

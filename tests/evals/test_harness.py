@@ -10,6 +10,7 @@ from PIL import Image
 from moddistill import evaluate
 from moddistill.errors import UserError
 from moddistill.evals import harness
+from moddistill.evals import samples as samples_module
 from moddistill.evals.tasks._task_utils.errors import TaskError
 
 
@@ -189,6 +190,14 @@ def test_samples_have_the_values_of_each_metric_and_images(run):
     }
     with Image.open(run.out / "samples" / rows[0]["images"][0]) as image:
         assert image.size == (256, 128)
+
+
+def test_images_are_saved_of_examples_and_of_questions_that_are_not_right():
+    samples = [{"doc_id": i, "exact_match": float(i % 100 != 7)} for i in range(1000)]
+    shown = samples_module._shown(samples)
+    assert shown >= {7, 107, 907} and len(shown) == samples_module.EXAMPLES + 10
+    assert samples_module.score_of({"submission": {"id": 1}, "vqa": 0.3}) == 0.3
+    assert samples_module.score_of({"submission": {"id": 1}}) is None
 
 
 def test_failed_tasks_are_an_error_of_the_command_after_the_others(run, tiny_models):

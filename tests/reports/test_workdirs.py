@@ -8,6 +8,7 @@ import pytest
 
 from moddistill import report
 from moddistill.errors import UserError
+from moddistill.evals.results import write_jsonl
 from moddistill.reports.results_table import results_table
 from moddistill.reports.table import format_table
 from moddistill.reports.workdirs import read_workdirs
@@ -29,10 +30,16 @@ def evaluation(folder, correct, task=None):
     """Results of a task of this library, a question for each letter of `correct`."""
     folder.mkdir(parents=True)
     rows = [
-        {"id": str(i), "question": "q", "answers": ["yes"], "prediction": "?", "correct": c == "y"}
+        {
+            "id": str(i),
+            "question": "q\u2028",
+            "answers": ["yes"],
+            "prediction": "?",
+            "correct": c == "y",
+        }
         for i, c in enumerate(correct)
     ]
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "predictions.jsonl", rows)
     (folder / "scores.json").write_text(json.dumps({"accuracy": 0.5, "expert_load": []}))
     if task:
         (folder / "evaluation.json").write_text(json.dumps({"task": task}))
