@@ -203,6 +203,15 @@ class UpcycleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """An evaluation task and its data."""
+
+    task: Annotated[str, "a module that defines TASK, or, without data, a task of lmms-eval"] = ""
+    data: Annotated[str, "folder of questions and images; empty: those of lmms-eval"] = ""
+    limit: Annotated[int, Range(ge=0), "questions that are asked, the first ones; 0: all"] = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training stage.
 
@@ -224,9 +233,7 @@ class TrainConfig:
     epochs: Annotated[float, Range(gt=0, le=1e6), "uses of all records, if `steps` is 0"] = 1.0
     batch_size: Annotated[int, Range(ge=1, le=2**20), "rows of a step, over all devices"] = 256
     grad_accum_steps: Annotated[int, Range(ge=1), "micro-batches of a step"] = 1
-    seed: Annotated[
-        int, Range(ge=0, le=2**32 - 1), "seed of new weights and of the order of records"
-    ] = 0
+    seed: Annotated[int, Range(ge=0, le=2**32 - 1), "of new weights and the order of records"] = 0
     log_every: Annotated[int, Range(ge=1), "steps between rows of metrics"] = 10
     save_every: Annotated[int, Range(ge=1), "steps between checkpoints"] = 500
     keep_last: Annotated[int, Range(ge=1), "newest checkpoints that are kept"] = 2
@@ -240,6 +247,8 @@ class TrainConfig:
     heldout_every: Annotated[
         int, Range(ge=0), "steps between such evaluations; 0: after the last one"
     ] = 0
+    tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
+    eval_every: Annotated[int, Range(ge=0), "steps between runs of `tasks`; 0: the last only"] = 0
     on_divergence: Annotated[
         Literal["stop", "skip"], "at a loss or norm not finite or too large; skip: no update"
     ] = "stop"
@@ -276,14 +285,6 @@ class TrainConfig:
     router: RouterLossConfig = RouterLossConfig()
     moe: ExpertConfig = ExpertConfig()  # experts that a sparse stage adds to a dense student
     upcycle: UpcycleConfig = UpcycleConfig()  # how it makes them
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """An evaluation task and its data."""
-
-    task: Annotated[str, "module of moddistill.evals, or any module that defines TASK"] = ""
-    data: Annotated[str, "folder of questions and images"] = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _task_runs(config: RecipeConfig, workdir: Path, stage: str) -> dict[str, Tas
     """The tasks by name that the model of a stage has no scores of."""
     folders = {name: evaluation_folder(workdir, stage, name) for name in config.tasks}
     return {
-        name: TaskRun(find_task(each.task), Path(each.data), folders[name])
+        name: TaskRun(find_task(each.task), Path(each.data), folders[name], each.limit)
         for name, each in config.tasks.items()
         # Processes evaluate together, so that all must find the same scores missing.
         if not broadcast_from_main(is_evaluated(folders[name]))

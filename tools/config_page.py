@@ -16,7 +16,8 @@ Generated from `moddistill/config.py` by `python -m tools.config_page > docs/con
 An experiment file sets these fields ([experiments.md](experiments.md)). On the command line of
 `train`, `plan` and `recipe`, `--config.FIELD=VALUE` replaces one, such as `--config.optim.lr=1e-4`.
 `NAME` is a name of your choice in the experiment file; on the command line only those of
-`data.sources.NAME` can be new. The `--help` of these commands shows the same fields.
+`data.sources.NAME` and `tasks.NAME` can be new. The `--help` of these commands shows the same
+fields.
 """
 _RECIPE = """\
 Each stage, `config.stages.NAME`, has all the fields above, such as

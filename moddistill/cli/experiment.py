@@ -10,12 +10,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moddistill.config import SourceConfig
+from moddistill.config import SourceConfig, TaskConfig
 from moddistill.errors import UserError, invalid
 from moddistill.setting_names import unknown_setting
 
@@ -23,7 +23,8 @@ from moddistill.setting_names import unknown_setting
 def read_experiment(path: str, args: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     """Reads an experiment and applies `--config.FIELD=VALUE`, as ml_collections parses it.
 
-    An override may name a source of records that the experiment does not have, which is added.
+    An override may name a source of records, or a task, that the experiment does not have, which
+    is added.
 
     Args:
       path: `FILE` or `FILE:ARGUMENT`; the config is `get_config()` or `get_config(ARGUMENT)`.
@@ -39,7 +40,7 @@ def read_experiment(path: str, args: Sequence[str]) -> tuple[ConfigDict, list[st
     config = _load(path)
     overrides = _overrides(args)
     for name, value in overrides.items():
-        _add_source(config, name, overrides)
+        _add_named(config, name, overrides)
         _check_setting(config, name)
         _check_part(config, name, value)
     args = [path, *args]  # the first is the name of the program
@@ -83,7 +84,7 @@ def _load(path: str) -> ConfigDict:
 
 def _overrides(args: Sequence[str]) -> dict[str, str]:
     """Returns names and values of `--config.NAME=VALUE` and `--config.NAME VALUE`, as typed."""
-    # Without `=`, the value is the next word; only checks of parts and new sources read it.
+    # Without `=`, the value is the next word; only checks of parts and new parts read it.
     found = {}
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         if match := re.fullmatch(r"(?s)--?(?:no)?config\.([^=]+)(?:=(.*))?", arg):
@@ -91,28 +92,54 @@ def _overrides(args: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _add_source(config: ConfigDict, setting: str, overrides: Mapping[str, str]) -> None:
-    """Adds the source of `[...]data.sources.NAME.FIELD` if its path is among the overrides.
+class _Named(NamedTuple):
+    """Parts of a config under names of the user's choice: what one is, and the field it needs."""
+
+    kind: type
+    noun: str
+    field: str
+    value: str
+
+
+_NAMED = {
+    "data.sources": _Named(SourceConfig, "source", "path", "FILE"),
+    "tasks": _Named(TaskConfig, "task", "task", "NAME"),
+}
+
+
+def _named(name: str) -> _Named | None:
+    """Returns what `name` holds, such as `stages.d2s.data.sources`, if users name its parts."""
+    found = (row for key, row in _NAMED.items() if name == key or name.endswith(f".{key}"))
+    return next(found, None)
+
+
+def _add_named(config: ConfigDict, setting: str, overrides: Mapping[str, str]) -> None:
+    """Adds the part of `[...]data.sources.NAME.FIELD` if its path is among the overrides.
+
+    Parts of `tasks` likewise, whose field is the task.
 
     Raises:
-      UserError: if there is no such source, and no path that would make it a new one.
+      UserError: if there is no such part, and no path that would make it a new one.
     """
-    match = re.fullmatch(r"((?:.+\.)?data\.sources)\.([^.]+)(\.[^.]+)?", setting)
-    sources = match and _at(config, match[1])
-    if not isinstance(sources, ConfigDict) or match[2] in sources:
+    names = "|".join(map(re.escape, _NAMED))
+    match = re.fullmatch(rf"((?:.+\.)?(?:{names}))\.([^.]+)(\.[^.]+)?", setting)
+    row = match and _named(match[1])
+    parts = row and _at(config, match[1])
+    if not isinstance(parts, ConfigDict) or match[2] in parts:
         return
-    source = f"{match[1]}.{match[2]}"
+    part = f"{match[1]}.{match[2]}"
+    new = f"--config.{part}.{row.field}={row.value}"
     if not match[2].isidentifier():
-        raise invalid(f"config.{source}", match[2], "a name of letters, digits and _")
+        raise invalid(f"config.{part}", match[2], "a name of letters, digits and _")
     if not match[3]:
-        raise invalid(f"config.{source}", overrides[setting], f"--config.{source}.path=FILE")
-    if f"{source}.path" not in overrides:
+        raise invalid(f"config.{part}", overrides[setting], new)
+    if f"{part}.{row.field}" not in overrides:
         raise UserError(
-            f"config.{source} is not a source: expected one of {', '.join(sources) or 'none yet'}, "
-            f"or a new one with --config.{source}.path=FILE"
+            f"config.{part} is not a {row.noun}: expected one of "
+            f"{', '.join(parts) or 'none yet'}, or a new one with {new}"
         )
-    with sources.unlocked():
-        sources[match[2]] = ConfigDict(dataclasses.asdict(SourceConfig()))
+    with parts.unlocked():
+        parts[match[2]] = ConfigDict(dataclasses.asdict(row.kind()))
 
 
 def _check_setting(config: ConfigDict, setting: str) -> None:
@@ -131,10 +158,10 @@ def _check_part(config: ConfigDict, name: str, value: str) -> None:
     with contextlib.suppress(ValueError, SyntaxError):
         if isinstance(ast.literal_eval(value), dict):
             return
-    if re.fullmatch(r"(.+\.)?data\.sources", name):
+    if row := _named(name):
         expected = (
-            f"--config.{name}.NAME.path=FILE, which adds a source, or "
-            f"--config.{name}=\"{{'NAME': {{'path': 'FILE'}}}}\", which replaces all"
+            f"--config.{name}.NAME.{row.field}={row.value}, which adds a {row.noun}, or "
+            f"--config.{name}=\"{{'NAME': {{'{row.field}': '{row.value}'}}}}\", which replaces all"
         )
     elif "path" in part:
         expected = f"--config.{name}.path=FILE"

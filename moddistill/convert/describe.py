@@ -140,6 +140,7 @@ def _config(source: Source) -> ModelConfig:
         projector=source.projector or "linear",
         template=source.template,
         image_token_id=image,
+        context=source.context,
     )
 
 

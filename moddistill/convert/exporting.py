@@ -69,8 +69,8 @@ def export_model(
     planned += _shared_expert(config, planned)
     planned += [TensorSpec(name, _dtype(dtype, x.dtype), x.shape) for name, x in pooling.items()]
     fields = _hf_config(config) | {"dtype": _common_dtype(planned)} | _TRANSFORMERS_VERSION
-    if context := _imported(model).get("context"):
-        fields.get("text_config", fields)["max_position_embeddings"] = context
+    if config.context:
+        fields.get("text_config", fields)["max_position_embeddings"] = config.context
     fields["torch_dtype"] = fields["dtype"]  # the name in releases before 5
     if pooling:
         fields["vision_config"]["vision_use_head"] = True

@@ -40,7 +40,6 @@ def import_record(
     return {
         "from": [str(source.folder) for source in sources],
         "new": list(new),
-        "context": model.context,
         # A tied head that the checkpoint stores too.
         "stored_head": config.decoder.tie_word_embeddings and model.tied in model.checkpoint,
         "generation": generation,

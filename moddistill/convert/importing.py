@@ -120,6 +120,7 @@ def _architecture(sources: Sequence[Source], template: str, projector: str) -> M
             projector=kind,
             template=template or language.template,
             image_token_id=language.tokenizer.image_id,
+            context=language.context,
         )
     )
 

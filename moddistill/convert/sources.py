@@ -38,7 +38,7 @@ class Source:
       tied: name of a head that must equal the embedding, if it is stored.
       pooling: prefix of the pooling head of the vision tower, which is copied for the export.
       select_layer: hidden state that the config selects of a separate vision tower.
-      context: context length of the language model.
+      context: of the language model, in tokens; 0 if its config has none.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class Source:
     tokenizer: Tokenizer | None = None
     template: str = "chatml"
     select_layer: int | None = None
-    context: int | None = None
+    context: int = 0
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from moddistill.config import MeshConfig
 from moddistill.convert.resolve import as_model_folder, load
 from moddistill.data.records import IMAGE
-from moddistill.data.tokenizer import load_tokenizer
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, invalid
 from moddistill.inference.answer import Answer, Decoding
 from moddistill.inference.generation import generate
 from moddistill.inference.prompts import Prompt
 from moddistill.inference.sampling import Sampling
+from moddistill.models.vlm import Vlm
 
 _LONGEST = 1024  # tokens of an answer whose task does not say
 # Settings of requests for `transformers` that greedy answers, or images of one size, do not need.
@@ -66,6 +67,26 @@ class _Model(lmms):
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         loaded = load(folder, dtype=jnp.dtype(dtype), mesh=_mesh(mesh), stacked=False)
         self._loaded = (*loaded, load_tokenizer(str(folder)))
+        self._on_answer = lambda: None
+
+    @classmethod
+    def of(
+        cls,
+        model: Vlm,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        on_answer: Callable[[], None],
+    ) -> "_Model":
+        """Returns a model that is in memory, such as one in training.
+
+        Args:
+          on_answer: called after each answer; an error of it ends the evaluation.
+        """
+        made = cls.__new__(cls)
+        lmms.__init__(made)
+        made._loaded = model, params, tokenizer
+        made._on_answer = on_answer
+        return made
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise UserError("expected tasks that are answered, got one of likelihoods (loglikelihood)")
@@ -74,21 +95,34 @@ class _Model(lmms):
         raise UserError("expected tasks of one round, got one of several (multi_round)")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Returns the answers in the order of the requests; those with equal settings together."""
+        """Returns the answers in the order of the requests; those with equal settings together.
+
+        Raises:
+          UserError: questions that cannot be answered, after all others, which are in the cache.
+        """
         groups: dict[Decoding, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(_decoding(request.args[self._settings]), []).append(number)
-        found: dict[int, Answer] = {}
+        found: dict[int, Answer | UserError] = {}
         with tqdm(total=len(requests), desc="answers", unit="answer", mininterval=1.0) as bar:
             for decoding, numbers in groups.items():
-                prompts = [self._prompt(requests[number]) for number in numbers]
-                for place, answer in generate(*self._loaded, prompts, decoding):
-                    request = requests[numbers[place]]
-                    found[numbers[place]] = answer
-                    key = (prompts[place].question, request.args[self._settings])
-                    self.cache_hook.add_partial("generate_until", key, answer.text)
-                    bar.update()
+                group = [requests[number] for number in numbers]
+                found |= zip(numbers, self._answer(group, decoding, bar), strict=True)
+        _check_answered(requests, found)
         return [_result(found[number]) for number in range(len(requests))]
+
+    def _answer(
+        self, requests: list[Instance], decoding: Decoding, bar: tqdm
+    ) -> list[Answer | UserError]:
+        prompts = [self._prompt(request) for request in requests]
+        found: dict[int, Answer | UserError] = {}
+        for number, answer in generate(*self._loaded, prompts, decoding, found.__setitem__):
+            found[number] = answer
+            key = (prompts[number].question, requests[number].args[self._settings])
+            self.cache_hook.add_partial("generate_until", key, answer.text)
+            bar.update()
+            self._on_answer()
+        return [found[number] for number in range(len(requests))]
 
     def _doc(self, request: Instance) -> Any:
         *_, number, task, split = request.args
@@ -190,6 +224,16 @@ def _decoding(settings: dict[str, Any]) -> Decoding:
         expected = f"max_new_tokens, until, {', '.join(names)}"
         raise invalid("generation_kwargs of the task", sorted(unknown), expected)
     return Decoding(**found, sampling=Sampling(**sampling))
+
+
+def _check_answered(requests: list[Instance], found: dict[int, Answer | UserError]) -> None:
+    failed = [number for number in sorted(found) if isinstance(found[number], UserError)]
+    if failed:
+        *_, document, task, _ = requests[failed[0]].args
+        raise UserError(
+            f"{task}: {len(failed)} of {len(requests)} questions cannot be answered, of which the "
+            f"first one is document {document}: {found[failed[0]]}"
+        )
 
 
 def _result(answer: Answer) -> GenerationResult:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,16 @@ LOAD_SAMPLES = 512  # prompts that the expert load is measured on
 
 @dataclasses.dataclass(frozen=True)
 class TaskRun:
-    """A task, the folder of its data and the folder of its results."""
+    """A task, the folder of its data, the folder of its results, and a limit of its questions."""
 
     task: Task
     data: Path
     out: Path
+    limit: int = 0
+
+    def questions(self) -> list[Question]:
+        """Returns the first `limit` questions; all of them if it is 0."""
+        return self.task.questions(self.data)[: self.limit or None]
 
 
 def find_task(name: str, origin: str = "task") -> Task:
@@ -86,13 +91,16 @@ def evaluate(
     # Errors in folders and data come before the time that loading takes.
     for run in runs:
         check_results_folder(run.out)
-    all_questions = [run.task.questions(run.data) for run in runs]
+    all_questions = [run.questions() for run in runs]
     folder = as_model_folder(folder)
     model, params = load(folder, dtype=dtype, mesh=mesh, stacked=False)
     tokenizer = load_tokenizer(str(folder))
     all_scores = []
     for run, questions in zip(runs, all_questions, strict=True):
         rows, scores = answer_and_score(model, params, tokenizer, run.task, questions)
+        if model.config.decoder.moe is not None:
+            prompts = [_prompt(question) for question in questions[:LOAD_SAMPLES]]
+            scores["expert_load"] = expert_load(model, params, tokenizer, prompts)
         if is_main_process():
             write_results(run.out, rows, scores)
         all_scores.append(scores)
@@ -105,20 +113,30 @@ def answer_and_score(
     tokenizer: Tokenizer,
     task: Task,
     questions: Sequence[Question],
+    on_answer: Callable[[], None] = lambda: None,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Returns a row for each question with its greedy answer, and the scores of all rows."""
-    prompts = [Prompt(question.prompt, question.images) for question in questions]
+    """Returns a row for each question with its greedy answer, and the scores of all rows.
+
+    Args:
+      on_answer: called after each answer; an error of it ends the evaluation.
+    """
+    prompts = [_prompt(question) for question in questions]
     decoding = Decoding(max_new_tokens=task.max_new_tokens)
     found = generate(model, params, tokenizer, prompts, decoding)
     bar = tqdm(found, total=len(prompts), desc="answers", unit="answer", mininterval=1.0)
-    texts = {number: answer.text for number, answer in bar}
+    texts = {}
+    for number, answer in bar:
+        texts[number] = answer.text
+        on_answer()
     rows = [_row(question, texts[number]) for number, question in enumerate(questions)]
     scores: dict[str, Any] = task.score(rows)
     if absent := [column.key for column in task.columns if column.key not in scores]:
         raise UserError(f"task: expected scores for all columns, got none for {absent}")
-    if model.config.decoder.moe is not None:
-        scores["expert_load"] = expert_load(model, params, tokenizer, prompts[:LOAD_SAMPLES])
     return rows, scores
+
+
+def _prompt(question: Question) -> Prompt:
+    return Prompt(question.prompt, question.images)
 
 
 def _row(question: Question, text: str) -> Row:

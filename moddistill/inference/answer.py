@@ -72,12 +72,18 @@ class Writing:
 
     Attributes:
       number: of its prompt.
+      max_new_tokens: those that its context leaves, at most those of `decoding`.
       dispatched: tokens that are computed or will be.
       ended: empty until the answer is finished.
     """
 
-    def __init__(self, number: int, prompt_ids: Sequence[int], decoding: Decoding):
+    def __init__(
+        self, number: int, prompt_ids: Sequence[int], decoding: Decoding, context: int = 0
+    ):
         self.number, self.prompt_ids, self.decoding = number, list(prompt_ids), decoding
+        self.max_new_tokens = decoding.max_new_tokens
+        if context:
+            self.max_new_tokens = min(self.max_new_tokens, context - len(self.prompt_ids))
         self.dispatched = 0
         self.ended = ""
         self.text = ""
@@ -97,7 +103,7 @@ class Writing:
             if found:
                 self.ended, self.text = "stop", text[: min(found)]
                 return
-        if len(self._ids) == self.decoding.max_new_tokens:
+        if len(self._ids) == self.max_new_tokens:
             self.ended = "length"
 
     def settled(self, tokenizer: Tokenizer) -> str:

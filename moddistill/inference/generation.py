@@ -64,8 +64,8 @@ def generate(
         processes of the mesh call this with the same prompts and get the same answers.
 
     Raises:
-      UserError: a question is empty, `<image>` does not occur once for every image of a prompt, or
-        an image cannot be read.
+      UserError: a question is empty, `<image>` does not occur once for every image of a prompt, a
+        prompt is longer than the model's context, or an image cannot be read.
     """
     for writing in _write(model, params, tokenizer, prompts, decoding, on_error or _raise):
         if writing.ended:
@@ -110,7 +110,7 @@ def _write(
     waiting = _waiting(model, tokenizer, prompts, decoding, on_error)
     if not waiting:
         return
-    slots = bucket(len(waiting[0].prompt_ids) + decoding.max_new_tokens)
+    slots = bucket(max(len(each.prompt_ids) + each.max_new_tokens for each in waiting))
     table = _Table(model, params, tokenizer, decoding, slots, len(waiting))
     end = end_id(model.config.template, tokenizer)
     with ThreadPoolExecutor(2) as threads:
@@ -153,7 +153,7 @@ def _waiting(
         except UserError as error:
             on_error(number, error)
         else:
-            found.append(Writing(number, ids, decoding))
+            found.append(Writing(number, ids, decoding, model.config.context))
     return deque(sorted(found, key=lambda writing: -len(writing.prompt_ids)))
 
 
@@ -187,7 +187,6 @@ class _Table:
         prompts: int,
     ):
         self.model, self.params, self.pad_id = model, params, tokenizer.pad_id
-        self.max_new_tokens = decoding.max_new_tokens
         self.mesh = params_mesh(params)
         self.shards = num_batch_shards(self.mesh) if self.mesh else 1
         self.static = {"sampling": decoding.sampling, "top_logprobs": decoding.top_logprobs}
@@ -241,7 +240,7 @@ class _Table:
         writing = [
             (row, each)
             for row, each in enumerate(self.writing)
-            if each is not None and each.dispatched < self.max_new_tokens
+            if each is not None and each.dispatched < each.max_new_tokens
         ]
         if not writing:
             return
@@ -266,7 +265,7 @@ class _Table:
 
     def _continues(self) -> bool:
         return any(
-            each is not None and each.dispatched < self.max_new_tokens for each in self.writing
+            each is not None and each.dispatched < each.max_new_tokens for each in self.writing
         )
 
     def release(self, writing: Writing) -> None:

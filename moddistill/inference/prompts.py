@@ -10,7 +10,7 @@ from moddistill.data import examples
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import load_image, mean_color, preprocess
 from moddistill.data.tokenizer import Tokenizer
-from moddistill.errors import invalid
+from moddistill.errors import UserError, invalid
 from moddistill.models.batch import Batch, padded_batch
 from moddistill.models.vision import VisionConfig
 from moddistill.models.vlm import ModelConfig
@@ -37,12 +37,13 @@ def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> 
     """Returns the token ids of a prompt, the image id repeated once per patch.
 
     Raises:
-      UserError: the question is empty, or `<image>` does not occur once for every image.
+      UserError: the question is empty, `<image>` does not occur once for every image, or the
+        context of the model has no place for an answer.
     """
     if not prompt.question.strip():
         raise invalid("prompt", prompt.question, "a text or an image")
     patches = config.vision.patches if config.vision else 0
-    return examples.encode_prompt(
+    ids = examples.encode_prompt(
         config.template,
         prompt.history,
         prompt.question,
@@ -51,6 +52,12 @@ def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> 
         patches,
         prompt.system,
     )
+    if config.context and len(ids) >= config.context:
+        parts = f"{patches} for each image" if prompt.images else "no images"
+        expected = f"fewer tokens than the context of the model, {config.context} ({parts}); "
+        expected += "a shorter question, fewer images or earlier turns"
+        raise UserError(f"prompt: expected {expected}, got {len(ids)} tokens")
+    return ids
 
 
 def bucket(length: int) -> int:

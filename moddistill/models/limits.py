@@ -37,6 +37,7 @@ VISION = {
     "norm_eps": 1.0,
 }
 LARGEST_ID = 10_000_000
+LARGEST_CONTEXT = 1_000_000_000  # tokens
 _PATCHES = 100_000
 _SMALLEST_STD = 1e-6  # pixels are divided by it
 _EXPERTS_OF_ALL_LAYERS = 50_000
@@ -79,6 +80,8 @@ def check_architecture(config: ModelConfig, origin: str) -> None:
         raise invalid(f"{origin}: image_token_id", config.image_token_id, f"0 to {LARGEST_ID:,}")
     if any(start <= config.image_token_id < stop for start, stop in config.decoder.real_ids):
         raise invalid(f"{origin}: image_token_id", config.image_token_id, "an id outside real_ids")
+    if not 0 <= config.context <= LARGEST_CONTEXT:
+        raise invalid(f"{origin}: context", config.context, f"0 to {LARGEST_CONTEXT:,}")
     _with_origin(origin, projector_depth, config.projector)
 
 

@@ -31,13 +31,18 @@ from moddistill.params import check_groups, flatten
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and conversation format; `vision` is None for a language model."""
+    """Architecture and conversation format; `vision` is None for a language model.
+
+    Attributes:
+      context: tokens of the longest text that the language model was made for; 0 if unknown.
+    """
 
     decoder: DecoderConfig
     vision: VisionConfig | None
     projector: str
     template: str
     image_token_id: int
+    context: int = 0
 
 
 @flax.struct.dataclass

@@ -33,7 +33,6 @@ from moddistill.storage.orbax_layout import (
 )
 
 VERSION = 3
-_LARGEST_CONTEXT = 1_000_000_000  # positions
 
 
 @runtime_checkable
@@ -115,10 +114,6 @@ def _check_imported(imported: Any, origin: str) -> None:
         "from": (is_names, "a list of names"),
         "new": (is_names, "a list of names"),
         "spelling": (lambda x: is_names(x) and len(x) == 4, "four names"),
-        "context": (
-            lambda x: x is None or (type(x) is int and 0 < x <= _LARGEST_CONTEXT),
-            f"an integer from 1 to {_LARGEST_CONTEXT:,}",
-        ),
         "weights": (lambda x: isinstance(x, str), "a digest"),
         "stored_head": (lambda x: isinstance(x, bool), "true or false"),
         "generation": (lambda x: isinstance(x, dict), "an object"),

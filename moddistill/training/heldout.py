@@ -26,6 +26,8 @@ class Heldout:
     Each call reads the same `heldout_steps` batches. Names are `heldout_NAME`.
     """
 
+    prefix = HELDOUT
+
     def __init__(self, config: TrainConfig, run: Run, records: Batches, mesh: Mesh):
         self._config, self._run, self._records, self._mesh = config, run, records, mesh
         self._loss = jax.jit(run.loss.__call__)

@@ -34,6 +34,11 @@ class Stops:
         del step
         return bool(self.number)
 
+    def check(self) -> None:
+        """Raises Waiting if a signal has come, in a run of one process."""
+        if self.number:
+            raise Waiting
+
     def wait(self, make: Callable[[], T]) -> T:
         """Returns `make()`, which may take long; always called in the same thread.
 
@@ -76,8 +81,7 @@ class _OfProcess(Stops):
                 self._made.put((None, error))
 
     def wait(self, make: Callable[[], T]) -> T:
-        if self.number:
-            raise Waiting
+        self.check()
         self._asked.put(make)
         while not self.number:
             with contextlib.suppress(Empty):

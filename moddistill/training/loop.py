@@ -51,6 +51,7 @@ from moddistill.training.streams import (
     warn_of_records,
     with_steps,
 )
+from moddistill.training.tasks import Tasks, read_questions
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")
@@ -90,6 +91,7 @@ def _train(config: TrainConfig, workdir: Path, changes: Sequence[str]) -> None:
         mesh = sharding.make_mesh(config.mesh)
     check_batch_divides_mesh(config, mesh)
     models = resolve_models(config)
+    questions = read_questions(config)
     _begin(config, models, workdir)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         streams = open_streams(config, models, mesh, workdir)
@@ -98,7 +100,10 @@ def _train(config: TrainConfig, workdir: Path, changes: Sequence[str]) -> None:
         config = with_steps(config, streams.plan)
         check_steps(config, workdir)
         run = prepare(config, models, mesh)
-        state = _loop(config, run, streams, mesh, workdir)
+        tasks = (
+            Tasks(config, questions, run.model, models.tokenizer, workdir) if questions else None
+        )
+        state = _loop(config, run, streams, tasks, mesh, workdir)
         params = merge(state.params, state.frozen)
         save_model(result, run.model.config, params, models.tokenizer, source)
         barrier("writing the model")
@@ -118,7 +123,14 @@ def _begin(config: TrainConfig, models: Models, workdir: Path) -> None:
         write_models(models, workdir)
 
 
-def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: Path) -> State:
+def _loop(
+    config: TrainConfig,
+    run: Run,
+    streams: Streams,
+    tasks: Tasks | None,
+    mesh: Mesh,
+    workdir: Path,
+) -> State:
     """Steps until `config.steps`, from the newest checkpoint if there is one.
 
     Raises:
@@ -127,6 +139,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
     records = streams.training
     learning_rate = schedule(config.optim, config.steps)
     heldout = Heldout(config, run, streams.heldout, mesh) if streams.heldout else None
+    evaluations = [each for each in (heldout, tasks) if each is not None]
     with (
         checkpoint.open_checkpoints(workdir / "checkpoints", run_id(workdir)) as checkpoints,
         until_signal() as stops,
@@ -151,7 +164,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 report(step)  # so that no checkpoint holds a state that is not finite
                 checkpoint.save(checkpoints, state, next_row, _keep(config, log))
 
-            if start and _evaluate(heldout, log, start, state, stops):
+            if start and _evaluate(evaluations, log, start, state, stops):
                 raise stops.error(f"{config.stage}: stopped after step {start}")
             for step in range(start + 1, config.steps + 1):
                 with _profiled(step, start, config, workdir):
@@ -174,7 +187,7 @@ def _loop(config: TrainConfig, run: Run, streams: Streams, mesh: Mesh, workdir: 
                 saves = last or stopped or step % config.save_every == 0
                 if saves:
                     report(step)  # before held-out records are evaluated with a diverged state
-                stopped = stopped or _evaluate(heldout, log, step, state, stops)
+                stopped = stopped or _evaluate(evaluations, log, step, state, stops)
                 if saves or stopped:
                     save(step, state, records.next_row)
                 if stopped:
@@ -205,20 +218,21 @@ def _saving(
 
 
 def _evaluate(
-    heldout: Heldout | None, log: MetricsLog, step: int, state: State, stops: Stops
+    evaluations: Sequence[Heldout | Tasks], log: MetricsLog, step: int, state: State, stops: Stops
 ) -> bool:
-    """Evaluates held-out records if they are due and not evaluated yet.
+    """Makes the evaluations that are due and not made yet.
 
     Returns:
-      Whether a signal has ended it; then the run evaluates when it resumes.
+      Whether a signal has ended one; then the run makes it when it resumes.
     """
-    evaluated = {row["step"] for row in log.heldout}
-    if heldout is None or not heldout.is_due(step) or step in evaluated:
-        return False
-    means = heldout(state, stops)
-    if means is not None:
-        log.write_heldout(step, means)
-    return means is None
+    for evaluation in evaluations:
+        if not evaluation.is_due(step) or log.has(evaluation.prefix, step):
+            continue
+        values = evaluation(state, stops)
+        if values is None:
+            return True
+        log.write_evaluation(step, values)
+    return False
 
 
 def _open_log(config: TrainConfig, run: Run, mesh: Mesh, workdir: Path, start: int) -> MetricsLog:
@@ -230,7 +244,7 @@ def _open_log(config: TrainConfig, run: Run, mesh: Mesh, workdir: Path, start: i
 def _keep(config: TrainConfig, log: MetricsLog) -> checkpoint.Keep:
     """Returns which checkpoints remain."""
     name = f"{HELDOUT}{config.keep_best}"
-    scores = {row["step"]: row[name] for row in log.heldout if name in row}
+    scores = {row["step"]: row[name] for row in log.evaluated if name in row}
     return checkpoint.Keep(config.keep_last, config.keep_every, scores)
 
 

@@ -22,6 +22,7 @@ from moddistill.training.event_file import EventFile
 LOG = logging.getLogger("moddistill")
 
 HELDOUT = "heldout_"  # begins the names of metrics of held-out records
+TASKS = "eval_"  # begins the names of scores of tasks
 
 Row = dict[str, float | int]  # `step` and named numbers
 HostMetrics = dict[str, tuple[Any, Any]]  # sums and weights as numbers
@@ -61,7 +62,8 @@ class MetricsLog:
                 "%s: rows of steps %d to %d are removed, since the steps are made again",
                 self.path, start + 1, rows[-1]["step"],
             )  # fmt: skip
-        self.heldout = [row for row in saved_rows if any(name.startswith(HELDOUT) for name in row)]
+        evaluations = (HELDOUT, TASKS)
+        self.evaluated = [row for row in saved_rows if any(n.startswith(evaluations) for n in row)]
         if self.writes:
             replace_text(self.path, "".join(json.dumps(row) + "\n" for row in saved_rows))
             self.board = EventFile(workdir / "tensorboard", start + 1)
@@ -167,10 +169,15 @@ class MetricsLog:
             throughput["mfu"] = both / self.peak_flops
         return throughput
 
-    def write_heldout(self, step: int, means: Row) -> None:
-        """Writes means of held-out records after a step."""
-        self.heldout.append({"step": step} | means)
-        self.write(self.heldout[-1])
+    def has(self, prefix: str, step: int) -> bool:
+        """Returns whether a step has a row of metrics whose names begin with `prefix`."""
+        names = [name for row in self.evaluated if row["step"] == step for name in row]
+        return any(name.startswith(prefix) for name in names)
+
+    def write_evaluation(self, step: int, values: Row) -> None:
+        """Writes metrics of held-out records, or scores of tasks, after a step."""
+        self.evaluated.append({"step": step} | values)
+        self.write(self.evaluated[-1])
 
     def write(self, row: Row) -> None:
         """Appends a row to the file and to TensorBoard, in the first process."""

@@ -17,7 +17,8 @@ _FREE = (
     "steps", "epochs", "grad_accum_steps", "remat", "scan", "donate", "teacher_offload",
     "logits_chunk_size", "expert_transport", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
     "data.workers", "data.worker_timeout", "data.index", "data.max_rejected", "log_every",
-    "save_every", "keep_last", "keep_every", "keep_best", "heldout_every", "on_divergence",
+    "save_every", "keep_last", "keep_every", "keep_best", "heldout_every", "tasks",
+    "eval_every", "on_divergence",
     "divergence_factor", "max_skipped", "profile_steps",
 )  # fmt: skip
 
@@ -72,7 +73,7 @@ def check_workdir(config: TrainConfig, workdir: Path) -> list[str]:
     fixed = [
         f"{name} {now!r} instead of {then!r}"
         for name, (then, now) in changed.items()
-        if name not in _FREE
+        if name not in _FREE and name.split(".")[0] not in _FREE
     ]
     more = f" and {len(fixed) - _MOST_SHOWN} more" if len(fixed) > _MOST_SHOWN else ""
     if fixed:

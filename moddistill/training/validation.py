@@ -18,6 +18,7 @@ def check_settings(config: TrainConfig) -> None:
     check_values(config)
     _check_stage(config)
     _check_heldout(config)
+    _check_tasks(config)
     _check_read(config)
     _check_losses(config)
     _check_length(config)
@@ -65,6 +66,12 @@ def _check_heldout(config: TrainConfig) -> None:
     if config.keep_best and (not every or config.save_every % every):
         expected = f"a divisor of save_every {config.save_every}, since keep_best needs its metric"
         raise invalid("config.heldout_every", every, expected)
+
+
+def _check_tasks(config: TrainConfig) -> None:
+    """Raises UserError for steps between evaluations of nothing."""
+    if config.eval_every and not config.tasks:
+        raise invalid("config.eval_every", config.eval_every, "0, since config.tasks is empty")
 
 
 def _check_read(config: TrainConfig) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moddistill.cli.experiment import read_experiment
-from moddistill.config import TrainConfig
+from moddistill.config import TaskConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.errors import UserError
 
@@ -80,6 +80,12 @@ def test_unknown_override_ends_with_one_line(module, experiment, setting, neares
             ["--config.data.sources.my-data.path=x"],
             r"config.data.sources.my-data: expected a name of letters, digits and _, got 'my-data'",
         ),
+        (
+            "experiments/d2s.py",
+            ["--config.tasks.vqa.limit=5"],
+            r"config.tasks.vqa is not a task: expected one of none yet, or a new one with "
+            r"--config.tasks.vqa.task=NAME",
+        ),
     ],
 )
 def test_mistake_in_the_experiment_is_one_line(experiment, overrides, message):
@@ -151,6 +157,16 @@ def test_an_override_adds_a_source_to_a_stage_of_a_recipe():
     assert added["mine"] == ("a.json", "", 2.5)
 
 
+@pytest.mark.parametrize("experiment", ["experiments/d2s.py", "experiments/llava_mod.py"])
+def test_an_override_adds_a_task(experiment):
+    stage = "stages.d2s." if "llava_mod" in experiment else ""
+    task = f"--config.{stage}tasks.some"
+    config, _ = read_experiment(experiment, [f"{task}.task=pope", f"{task}.limit=5"])
+    config = config.stages.d2s if stage else config
+    tasks = from_config_dict(TrainConfig, config.to_dict()).tasks
+    assert tasks == {"some": TaskConfig("pope", limit=5)}
+
+
 def test_an_override_replaces_all_sources():
     mine = "{'mine': {'path': 'a.json', 'images': 'pics'}}"
     replaced = sources("experiments/d2d.py", f"--config.data.sources={mine}")
@@ -183,7 +199,7 @@ def test_experiment_with_a_dataclass_of_its_own(tmp_path):
         """from __future__ import annotations
 import dataclasses
 from typing import ClassVar
-from moddistill.config import TrainConfig
+from moddistill.config import TaskConfig, TrainConfig
 from moddistill.configdict import to_config_dict
 
 @dataclasses.dataclass

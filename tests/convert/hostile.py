@@ -72,7 +72,7 @@ VISION = [
 TOKENIZER = ["normalizer", "pre_tokenizer", "decoder", "post_processor"]
 BPE = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"]
 SOURCE = [
-    "from", "context", "stored_head",
+    "from", "stored_head",
 ]
 # fmt: on
 
@@ -152,7 +152,10 @@ def model_cases(rng: random.Random, share: float) -> Iterator[Case]:
         (DECODER, ("architecture", "decoder")),
         (EXPERTS, ("architecture", "decoder", "moe")),
         (VISION, ("architecture", "vision")),
-        (("decoder", "vision", "projector", "template", "image_token_id"), ("architecture",)),
+        (
+            ("decoder", "vision", "projector", "template", "image_token_id", "context"),
+            ("architecture",),
+        ),
         (("version", "architecture", "source"), ()),
         (SOURCE, ("source", "imported")),
     )

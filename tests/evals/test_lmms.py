@@ -109,6 +109,25 @@ def test_settings_of_requests_are_followed(model, form, tiny_models, docs):
     assert stopped == whole.text[: whole.text.index(stop)].strip()
 
 
+def test_a_question_that_cannot_be_answered_is_said_after_the_others(model, form, docs, tmp_path):
+    kept = []
+    model.cache_hook.add_partial = lambda *args: kept.append(args[2])
+    docs[1]["images"] = [str(tmp_path / "gone.png")]
+    message = r"^task: 1 of 3 questions cannot be answered, .* is document 1: .*gone\.png"
+    with pytest.raises(UserError, match=message):
+        model.generate_until(requests(docs, form, {"max_new_tokens": 5}))
+    assert len(kept) == 2
+
+
+def test_a_model_in_memory_says_after_each_answer(model, form, docs):
+    calls = []
+    live = type(model).of(*model._loaded, on_answer=lambda: calls.append(1))
+    live.task_dict = model.task_dict
+    asked = [requests(docs, form, {"max_new_tokens": 5}) for _ in range(2)]
+    assert live.generate_until(asked[0]) == model.generate_until(asked[1])
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"guidance": 2.0}])
 def test_settings_that_cannot_be_followed_are_an_error(model, form, docs, settings):
     with pytest.raises(UserError, match=f"{next(iter(settings))}"):

@@ -198,3 +198,28 @@ def test_the_plain_template_ends_answers_with_a_line_break(tokenizer):
     """`plain` stops at a line break, which training must show as a token of its own."""
     end = render("plain", [("<image>", "a dog.")])[-1]
     assert tokenizer.encode(end.text) == [end_id("plain", tokenizer)]
+
+
+def with_context(loaded, context):
+    model, params, tokenizer = loaded
+    return model.clone(config=dataclasses.replace(model.config, context=context)), params, tokenizer
+
+
+def test_an_answer_ends_with_the_context_of_the_model(dense, prompts, monkeypatch):
+    monkeypatch.setattr(generation, "end_id", lambda *_: -1)
+    [whole] = answer(*dense, prompts[:1], GREEDY)
+    limited = with_context(dense, len(whole.prompt_ids) + 2)
+    [found] = answer(*limited, prompts[:1], GREEDY)
+    assert (found.token_ids, found.ended) == (whole.token_ids[:2], "length")
+
+
+def test_a_prompt_that_fills_the_context_is_an_error_and_the_others_are_answered(dense, prompts):
+    found = answer(*dense, prompts, GREEDY)
+    longest = max(range(len(prompts)), key=lambda number: len(found[number].prompt_ids))
+    context, errors = len(found[longest].prompt_ids), {}
+    rest = dict(generate(*with_context(dense, context), prompts, GREEDY, errors.__setitem__))
+    assert longest in errors and len(rest) + len(errors) == len(prompts)
+    assert all(each.token_ids == found[number].token_ids for number, each in rest.items())
+    message = rf"expected fewer tokens than the context of the model, {context} .* got {context} t"
+    with pytest.raises(UserError, match=message):
+        raise errors[longest]

@@ -55,6 +55,7 @@ def test_all_presets_are_within_the_limits():
         ("vision", {"image_size": 10_000}, r"patch_size: .* 100,000 .* not 509,796, got 14"),
         ("vision", {"std": (0.5, 0.0, 0.5)}, r"vision\.std: .* > 0 and <= 1"),
         ("vision", {"mean": (0.5, 0.5, float("nan"))}, r"vision\.mean: .* from 0 to 1"),
+        ("", {"context": -1}, r"context: expected 0 to 1,000,000,000, got -1"),
         ("", {"image_token_id": -1}, r"image_token_id: expected 0 to .*, got -1"),
         ("", {"image_token_id": 5}, r"image_token_id: expected an id outside real_ids, got 5"),
         (

@@ -107,6 +107,7 @@ def test_settings_of_memory_and_speed_may_change_and_the_result_does_not(
 
 def test_every_setting_that_may_change_is_one_of_the_config():
     settings = {name.replace("/", ".") for name in flatten(dataclasses.asdict(TrainConfig()))}
+    settings |= {field.name for field in dataclasses.fields(TrainConfig)}
     assert set(resume._FREE) <= settings
     assert set(resume._EFFECTS) <= set(resume._FREE)
 

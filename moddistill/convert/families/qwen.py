@@ -193,10 +193,10 @@ def _hf_name(name: str) -> str:
     return (_SIZES | _EXPERT_SIZES).get(name, name)
 
 
-def context_length(hf: Mapping[str, Any], origin: str) -> int | None:
-    """Returns the context length of a language model; None if its config has none."""
+def context_length(hf: Mapping[str, Any], origin: str) -> int:
+    """Returns the context length of a language model; 0 if its config has none."""
     if hf.get("max_position_embeddings") is None:
-        return None
+        return 0
     context = {"max_position_embeddings": hf["max_position_embeddings"]}
     limits.check_numbers(context, {"max_position_embeddings": _MAX_CONTEXT}, origin)
     return hf["max_position_embeddings"]
