@@ -3,6 +3,7 @@
 # make lint   style, format and the order of imports
 # make soak   runs that are killed, filled disks and long runs, about an hour
 # make judge  lmms-eval with this library against its own llava_hf; MODEL=DIR, in .venv-judge
+# make engines  vLLM for CPUs on exports against this library's answers, in .venv-engines
 # make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
 # Each makes the virtual environment .venv and installs what it needs, once.
 # `PYTHON=python3.13 make test` does so with another interpreter, in .venv-3.13.
@@ -17,7 +18,7 @@ VENV ?= .venv-$(VERSION)
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint judge tpu clean
+.PHONY: demo test soak lint judge engines tpu clean
 
 # Huge pages spare a quarter of the time on Linux, where each step allocates its buffers again.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -39,6 +40,9 @@ lint: $(VENV)/lint.installed
 judge: .venv-judge/installed
 	.venv-judge/bin/python -m benchmarks.judge --model $(MODEL)
 
+engines: .venv-engines/installed
+	.venv-engines/bin/python -m benchmarks.engines --models $(MODELS)
+
 # Runs last: with libtpu installed, JAX probes for TPUs at start-up and warns.
 tpu: $(VENV)/tpu.installed
 	$(BIN)/python -m pytest tests/test_tpu.py
@@ -59,6 +63,12 @@ $(VENV)/lint.installed: $(VENV)/demo.installed
 .venv-judge/installed: setup.cfg
 	test -x .venv-judge/bin/python || $(PYTHON) -m venv .venv-judge
 	.venv-judge/bin/python -m pip install --quiet --disable-pip-version-check -e '.[eval,judge]'
+	touch $@
+
+# PyTorch's builds for CPUs are on an index of their own, which pip has to be configured with.
+.venv-engines/installed: setup.cfg
+	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check -e '.[engines]'
 	touch $@
 
 $(VENV)/tpu.installed: $(VENV)/test.installed

@@ -25,7 +25,9 @@ def save_both(folder: Path, name: str, config: Any, params: dict[str, Any]) -> N
     from moddistill.storage.model_folder import save_model
 
     save_model(folder / name, config, params, train_bpe(["a small tokenizer"], 300), {})
-    export_model(folder / name, folder / f"{name}-hf", max_shard_size=10**10)
+    # Padded, so that both sides compute as many logits.
+    options = {"max_shard_size": 10**10, "vocabulary": "padded"}
+    export_model(folder / name, folder / f"{name}-hf", **options)
 
 
 def load_in_torch(folder: Path, name: str) -> Any:

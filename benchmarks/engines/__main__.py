@@ -52,18 +52,18 @@ def make_models(folder: Path) -> list[Path]:
     return [folder / "dense", folder / "sparse"]
 
 
-def export_all(models: list[Path], folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Exports models; returns each export's name with the folders of model and export."""
+def export_all(models: list[Path], folder: Path) -> list[tuple[str, Path, Path]]:
+    """Exports models; returns the names of the exports with the folders of model and export."""
     from moddistill.convert.exporting import export_model
     from moddistill.storage.model_folder import read_model_config
 
-    exports = {}
-    for number, model in enumerate(models):
-        moe = read_model_config(model).decoder.moe
-        for kind in ("dense",) if moe is None else ("sparse", "uniform"):
-            out = folder / f"export-{number}-{kind}"
-            export_model(model, out, max_shard_size=10**10, uniform=kind == "uniform")
-            exports[f"{model.name} ({kind})"] = (model, out)
+    exports = []
+    for model in models:
+        for uniform in (False, True) if read_model_config(model).decoder.moe else (False,):
+            out = folder / f"export-{len(exports)}"
+            export_model(model, out, max_shard_size=10**10, uniform=uniform)
+            name = str(model).removeprefix(f"{folder}/") + (" --uniform" if uniform else "")
+            exports.append((name, model, out))
     return exports
 
 
@@ -157,9 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = questions(folder)
-        for label, (model, export) in export_all(
-            args.models or make_models(folder), folder
-        ).items():
+        models = args.models or make_models(folder)
+        for label, model, export in export_all(models, folder):
             log = folder / "log"
             mine = run("moddistill", model, asked, log)
             theirs = run("vllm", export, asked, log)
@@ -169,11 +168,10 @@ def main() -> None:
                 if "tokenizer" in line.lower() and re.search("WARNING|Warning", line)
             ]
             equal = sum(a == b for a, b in zip(mine, theirs, strict=True))
-            lengths = [len(tokens) for _, tokens in mine]
-            distinct = len({token for _, tokens in mine for token in tokens})
+            answers = [tokens for _, tokens in mine]
             print(
-                f"{label}: {equal} of {len(asked)} answers of {min(lengths)} to {max(lengths)} "
-                f"tokens ({distinct} different ones) are equal, {len(warnings)} warnings of the "
+                f"{label}: {equal} of {len(asked)} answers are equal, {sum(map(len, answers))} "
+                f"tokens of {len(set().union(*answers))} kinds; {len(warnings)} warnings of the "
                 "tokenizer"
             )
             print(*warnings, sep="\n", end="\n" if warnings else "")

@@ -64,18 +64,23 @@ def cut_tables(mapped: Sequence[MappedTensor], rows: int) -> list[MappedTensor]:
 
 def write_mean_rows(
     mapped: Sequence[MappedTensor], tensors: Mapping[str, Tensor], config: ModelConfig
-) -> None:
-    """Replaces the rows of a written head that are no tokens by the mean of those that are."""
+) -> list[int]:
+    """Replaces the rows of a written head that are no tokens by the mean of those that are.
+
+    Returns:
+      The replaced rows.
+    """
     decoder = config.decoder
+    others = np.flatnonzero(~token_mask(decoder.real_ids, decoder.vocab_size)).tolist()
     # A tied head is the embedding, in which these rows are never computed with.
     path = _TABLES[0] if decoder.tie_word_embeddings else _TABLES[1]
     for tensor in mapped:
-        others = np.flatnonzero(~token_mask(decoder.real_ids, decoder.vocab_size))
-        if tensor.slot.path == path and len(others):
+        if others and tensor.slot.path == path:
             table = tensors[tensor.name]
             mean = _mean_row(table, decoder.real_ids)
             for row in others:
                 write(table.rows(slice(row, row + 1)), mean, tensor.name)
+    return others
 
 
 def _mean_row(table: Tensor, real_ids: IdRanges) -> np.ndarray:

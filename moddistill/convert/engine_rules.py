@@ -18,20 +18,15 @@ Engine = Literal["transformers", "vllm", "sglang", "llama.cpp"]
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A folder of `export`: its recognised parts, and the files beside them.
+    """A folder of `export`: its recognised parts, its config, and what files it has.
 
     Attributes:
-      text: the config of the language model.
       files: names of the files in the folder.
     """
 
     source: Source
     config: dict[str, Any]
     files: frozenset[str]
-
-    @property
-    def text(self) -> dict[str, Any]:
-        return self.config.get("text_config", self.config)
 
 
 class EngineRule(NamedTuple):

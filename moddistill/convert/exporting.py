@@ -82,14 +82,13 @@ def export_model(
         # Files get their full size first, so that a full disk is found before the conversion.
         tensors = create_shards(tmp_dir, sorted(planned, key=_layer_order), max_shard_size)
         _write_weights(mapped, tensors, reader)
-        if vocabulary == "cut":
-            write_mean_rows(mapped, tensors, config)
+        rows = write_mean_rows(mapped, tensors, config) if vocabulary == "cut" else []
         for name, tensor in pooling.items():
             write(tensors[name], tensor.read(), f"{model / POOLING}: {name}")
         write_json(tmp_dir / "config.json", fields)
         template = read_chat_template(model)
         replaced = write_companions(tmp_dir, config, tokenizer, template, imported)
-    changes = _changes(stored, config, dtype) + replaced
+    changes = _changes(stored, config, dtype, rows) + replaced
     LOG.info("changed against %s: %s", original, ", ".join(changes) or "nothing")
     return fields
 
@@ -139,12 +138,16 @@ def _fields(config: ModelConfig, planned: Sequence[TensorSpec]) -> dict[str, Any
     return fields
 
 
-def _changes(stored: ModelConfig, written: ModelConfig, dtype: str) -> list[str]:
+def _changes(
+    stored: ModelConfig, written: ModelConfig, dtype: str, rows: Sequence[int]
+) -> list[str]:
     """Returns what an export changes of the weights."""
     before, after = stored.decoder, written.decoder
     changes = [f"all weights as {dtype}"] if dtype else []
     if before.vocab_size != after.vocab_size:
         changes.append(f"vocabulary {before.vocab_size} -> {after.vocab_size} rows")
+    if rows:
+        changes.append(f"head row {', '.join(map(str, rows)):.80} -> mean of the tokens' rows")
     if before.moe_layers != after.moe_layers:
         dense = sorted(set(after.moe_layers) - set(before.moe_layers))
         changes.append(f"dense layers {dense} -> {after.moe.num_experts} equal experts")

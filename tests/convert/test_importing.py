@@ -36,6 +36,10 @@ MULTIMODAL = (
 )
 
 
+# Options of an export with every tensor of the source.
+WHOLE = {"max_shard_size": GB, "vocabulary": "padded"}
+
+
 def tensors(folder):
     return {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
 
@@ -60,7 +64,7 @@ def test_language_model_roundtrip(
     expected = torch_logits(model, tokens)
     assert expected.std() > 0.5
     np.testing.assert_allclose(model_logits(tmp_path / "model", tokens), expected, atol=1e-4)
-    export_model(tmp_path / "model", tmp_path / "back", max_shard_size=GB)
+    export_model(tmp_path / "model", tmp_path / "back", **WHOLE)
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
@@ -76,7 +80,7 @@ def test_stored_tied_head_is_exported_again(is_llava, tmp_path, small_tokenizer)
     state[f"{outer}lm_head.weight"] = state[f"{outer}model.embed_tokens.weight"].copy()
     save_file(state, source / "model.safetensors")
     import_model(str(source), tmp_path / "model")
-    export_model(tmp_path / "model", tmp_path / "back", max_shard_size=GB)
+    export_model(tmp_path / "model", tmp_path / "back", **WHOLE)
     expected = {published_name(name) if is_llava else name: x for name, x in state.items()}
     assert_same_tensors(tensors(tmp_path / "back"), expected)
 
@@ -106,7 +110,7 @@ def test_multimodal_model_roundtrip(
     np.testing.assert_allclose(
         model_logits(tmp_path / "model", tokens, images), expected, atol=1e-4
     )
-    export_model(tmp_path / "model", tmp_path / "back", max_shard_size=GB)
+    export_model(tmp_path / "model", tmp_path / "back", **WHOLE)
     published = {published_name(name): x for name, x in tensors(source).items()}
     assert_same_tensors(tensors(tmp_path / "back"), published)
 
@@ -179,14 +183,14 @@ def test_large_matrices_are_converted_in_blocks(
     tokens, _ = random_inputs(config)
     expected = torch_logits(model, tokens)
     np.testing.assert_allclose(model_logits(tmp_path / "model", tokens), expected, atol=1e-4)
-    export_model(tmp_path / "model", tmp_path / "back", max_shard_size=GB)
+    export_model(tmp_path / "model", tmp_path / "back", **WHOLE)
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
 def test_bfloat16_weights_are_stored_as_bfloat16(tmp_path, small_tokenizer):
     source = hf.save(hf.Text().model().bfloat16(), tmp_path / "hf", small_tokenizer)
     import_model(str(source), tmp_path / "model")
-    export_model(tmp_path / "model", tmp_path / "back", max_shard_size=20_000)
+    export_model(tmp_path / "model", tmp_path / "back", max_shard_size=20_000, vocabulary="padded")
     exported = tensors(tmp_path / "back")
     assert {x.dtype for x in exported.values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert_same_tensors(exported, tensors(source))

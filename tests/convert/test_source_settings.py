@@ -97,7 +97,8 @@ def test_sampling_settings_are_exported_until_a_stage_trains(
 def test_eos_ids_are_exported_if_they_include_those_of_the_template(
     llava, tmp_path, small_tokenizer, caplog
 ):
-    rows = f"vocabulary 320 -> {small_tokenizer.image_id + 1} rows"
+    image = small_tokenizer.image_id
+    rows = f"vocabulary 320 -> {image + 1} rows, head row {image} -> mean of the tokens' rows"
     general, im_end = (small_tokenizer.special(x) for x in ("<|endoftext|>", "<|im_end|>"))
     ends = {"eos_token_id": [im_end, general], "pad_token_id": general}
     import_model(str(llava(generation_config=ends)), tmp_path / "both")
