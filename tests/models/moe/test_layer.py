@@ -1,5 +1,4 @@
-import dataclasses
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,11 +115,21 @@ def test_padding_is_neither_routed_nor_counted(dispatch, top_k):
 
     np.testing.assert_allclose(output[np.asarray(valid)], single[0], atol=1e-6)
     assert np.all(output[~np.asarray(valid)] == 0)
-    for field in dataclasses.fields(stats):
-        np.testing.assert_allclose(
-            getattr(stats, field.name), getattr(expected, field.name), atol=1e-5
-        )
+    for found, of_single in zip(*map(jax.tree.leaves, (stats, expected)), strict=True):
+        np.testing.assert_allclose(found, of_single, atol=1e-5)
     assert stats.tokens == 4
+
+
+def test_statistics_have_the_probabilities_of_tokens_only_on_request():
+    hidden = draw.normal(2, 3, 8)
+    _, stats, params = moe(hidden, ExpertConfig(4, 2))
+    assert stats.token_probs is None
+    compute = ComputeConfig(token_routing=True)
+    layer = MoE(config=check_moe(ExpertConfig(4, 2)), intermediate_size=MLP, compute=compute)
+    flags = jnp.ones((2, 3), bool)
+    _, stats = draw.apply(layer, params, hidden, flags, flags)
+    logits = hidden.reshape(6, 8) @ params["router"]
+    np.testing.assert_allclose(stats.token_probs, jax.nn.softmax(logits), atol=1e-6)
 
 
 def test_a_batch_of_padding_only_gives_zeros():
