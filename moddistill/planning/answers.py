@@ -195,8 +195,8 @@ def _stacked_once(layer: Any) -> Any:
 def format_answer(report: dict[str, Any]) -> str:
     """Formats a report of `plan_answer` as lines of text, with a row for each chip."""
     lines = [
-        f"{report['rows']} answers of {report['new_tokens']} tokens, {report['dtype']}; prompts of "
-        f"{report['prompt_tokens']} tokens with {report['images']} images",
+        f"answers    {report['rows']:9,} of {report['new_tokens']} tokens, {report['dtype']}",
+        f"prompts    {report['prompt_tokens']:9,} tokens; images: {report['images']}",
         f"parameters {report['parameters'] / 1e9:9.3f} G, {report['active_parameters'] / 1e9:.3f} G"
         f" active; {report['parameter_bytes'] / GIB:.2f} GiB",
         f"cache      {report['cache_bytes'] / GIB:9.3f} GiB",

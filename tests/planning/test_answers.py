@@ -116,8 +116,9 @@ def test_command_prints_a_row_for_each_chip(capsys):
     args = ["--answer", "random:qwen2-0.5b", "--num_experts", "4", "--bounds_only", "--chip"]
     plan.main([*args, "v5e", "h100"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 answers of 48 tokens, bfloat16; prompts of 640 tokens with 1 ")
-    assert "1.270 G, 0.944 G active; 2.37 GiB" in lines[1]
+    assert " ".join(lines[0].split()) == "answers 1 of 48 tokens, bfloat16"
+    assert " ".join(lines[1].split()) == "prompts 640 tokens; images: 1"
+    assert "1.270 G, 0.944 G active; 2.37 GiB" in lines[2]
     assert [line.split()[0] for line in lines[-3:]] == ["chip", "v5e", "h100"]
     plan.main([*args, "v5e", "--json"])
     found = json.loads(capsys.readouterr().out)
