@@ -25,8 +25,8 @@ from moddistill.storage.model_folder import save_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models are tiny, so compiling is nearly all the time tests take. Less optimisation makes it three
-# times as fast, and the older emitters of fusions that jax 0.10 still has twice as fast again; later
-# versions ignore that option.
+# times as fast, and the older emitters of fusions, which jax 0.10 still has, twice as fast again;
+# later versions ignore that option.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
