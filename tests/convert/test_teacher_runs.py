@@ -189,19 +189,21 @@ def test_d2s_starts_with_the_losses_of_the_exported_dense_student(pair, run, hub
     assert all(map(math.isfinite, second)) and second != first
 
 
-@pytest.mark.parametrize(("pair", "rows"), [("interleave", 152_000), ("long-llava", 151_936)])
+@pytest.mark.parametrize("pair", ["interleave", "long-llava"])
 def test_exported_student_answers_in_transformers(
-    pair, rows, run, qwen_tokenizer, model_logits, torch_logits, random_inputs, tmp_path
+    pair, run, qwen_tokenizer, model_logits, torch_logits, random_inputs, tmp_path
 ):
     _, workdir, out = run(pair)["d2s"]
     exported = in_torch(out)
     text = exported.config.text_config
-    assert (text.model_type, text.vocab_size) == ("qwen2_moe", rows)
+    assert (text.model_type, text.vocab_size) == ("qwen2_moe", qwen_tokenizer.image_id + 1)
     model, params = load(workdir / "model")
     tokens, images = random_inputs(model.config)
     logits = torch_logits(exported, tokens, images, model.config)
     assert logits.std() > 0.5
-    np.testing.assert_allclose(model_logits(workdir / "model", tokens, images), logits, atol=1e-4)
+    valid = slice(qwen_tokenizer.real_ids[-1][1])
+    found = model_logits(workdir / "model", tokens, images)
+    np.testing.assert_allclose(found[..., valid], logits[..., valid], atol=1e-4)
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8))
     image.save(tmp_path / "a.png")
