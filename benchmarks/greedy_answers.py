@@ -2,9 +2,9 @@
 
     python -m benchmarks.greedy_answers
 
-A dense model and a sparse one with random weights, in float32. `transformers` answers the prompts of
-the exports one by one. Ours are answered together, one by one, and in rows of exact length; each of
-the three must have the tokens of `transformers`.
+A dense model and a sparse one with random weights, in float32. `transformers` answers the prompts
+one by one. Ours are answered together, one by one, and in rows of exact length; each of the three
+must have the tokens of `transformers`.
 """
 
 import sys
@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.engines.__main__ import make_models
 
 _NEW, _PROMPTS = 64, 50
-_WORDS = "what is in this image and why which colour are the shapes of both pictures".split()
+_WORDS = ("what", "is", "in", "this", "image", "and", "why", "which", "colour", "the", "shape")
 
 
 def questions(folder: Path) -> list[tuple[str, tuple[str, ...]]]:

@@ -18,11 +18,10 @@ from moddistill.cli.generation_flags import (
     load_model,
 )
 from moddistill.cli.parser import Parser, in_range, user_errors
-from moddistill.convert.resolve import as_model_folder
 from moddistill.errors import UserError
 from moddistill.explorer.address import listen
 from moddistill.explorer.conversation import compile_ahead
-from moddistill.explorer.models import ExploredModel, context_length
+from moddistill.explorer.models import ExploredModel
 
 _TOP_LOGPROBS = 5
 
@@ -81,7 +80,6 @@ def _load(args: argparse.Namespace) -> list[ExploredModel]:
                 model=model,
                 params=params,
                 tokenizer=tokenizer,
-                context=context_length(as_model_folder(name)),
             )
         )
     return models

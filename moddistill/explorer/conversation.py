@@ -9,7 +9,6 @@ from PIL import Image
 from moddistill.data.image_decoding import ImageRules, decode
 from moddistill.data.image_files import read_file
 from moddistill.data.images import PAD_COLOR, mean_color
-from moddistill.errors import UserError
 from moddistill.explorer.models import ExploredModel
 from moddistill.explorer.routing import Routing, route
 from moddistill.inference.answer import Answer, Decoding
@@ -55,11 +54,12 @@ def ask(
     images = read_images(files, models)
     turn = Turn(with_images(question.strip(), len(images)), images)
     prompts = [_prompt((*conversation, turn), number) for number in range(len(models))]
-    limits = [_fitting(*each, decoding) for each in zip(models, prompts, strict=True)]
+    for model, prompt in zip(models, prompts, strict=True):
+        encode_prompt(prompt, model.model.config, model.tokenizer)  # raises before an answer begins
     yield (*conversation, turn)
-    for model, prompt, limit in zip(models, prompts, limits, strict=True):
+    for model, prompt in zip(models, prompts, strict=True):
         finished, text = turn.answers, ""
-        for part in stream(model.model, model.params, model.tokenizer, prompt, limit):
+        for part in stream(model.model, model.params, model.tokenizer, prompt, decoding):
             text = part if isinstance(part, Answer) else text + part
             turn = dataclasses.replace(turn, answers=(*finished, text))
             yield (*conversation, turn)
@@ -87,19 +87,6 @@ def _prompt(conversation: Conversation, number: int) -> Prompt:
     images = tuple(image for turn in conversation for image in turn.images)
     history = tuple((turn.question, turn.answers[number].text) for turn in conversation[:-1])
     return Prompt(conversation[-1].question, images, history)
-
-
-def _fitting(model: ExploredModel, prompt: Prompt, decoding: Decoding) -> Decoding:
-    """Returns the settings with which prompt and answer fit the context of the model."""
-    length = len(encode_prompt(prompt, model.model.config, model.tokenizer))
-    room = model.context - length
-    if room < 1:
-        raise UserError(
-            f"question: expected fewer than {model.context:,} tokens with its images and the turns "
-            f"before it, the context of {model.title!r}, got {length:,}; begin a new "
-            "conversation or ask less"
-        )
-    return dataclasses.replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
 
 
 def routing_of(model: ExploredModel, conversation: Conversation, number: int) -> Routing | None:

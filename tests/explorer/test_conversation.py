@@ -91,14 +91,10 @@ def test_a_transparent_image_is_seen_as_in_generate(models, tmp_path):
     )
 
 
-def test_an_answer_ends_where_the_context_does(models, image):
-    sparse = models[0]
-    length = len(expected(sparse, "<image>\nwhat is in it?", (image(0),)).prompt_ids)
-    limited = [dataclasses.replace(sparse, context=length + 2)]
-    [*_, [turn]] = ask(limited, (), "what is in it?", [image(0)], DECODING)
-    assert len(turn.answers[0].token_ids) == 2
-    full = [dataclasses.replace(sparse, context=length)]
-    message = f"fewer than {length} tokens .* the context of 'sparse', got {length}; begin a new"
+def test_a_question_that_fills_the_context_is_an_error_before_any_answer(models, explored, image):
+    length = len(expected(models[0], "<image>\nwhat is in it?", (image(0),)).prompt_ids)
+    full = [models[1], explored("sparse", length)]
+    message = f"fewer tokens than the context of the model, {length} .* got {length} tokens"
     with pytest.raises(UserError, match=message):
         next(ask(full, (), "what is in it?", [image(0)], DECODING))
 
