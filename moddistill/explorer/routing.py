@@ -110,7 +110,7 @@ def _token_probs(model: Vlm, params: dict[str, Any], batch: Batch) -> Float[Arra
 
 def same_experts(
     a: Routing, b: Routing, layer: int, choice: int, length: int
-) -> Bool[np.ndarray, "n"]:
+) -> Bool[np.ndarray, "N"]:
     """Marks those of the first `length` tokens whose expert of a choice two models share.
 
     Args:

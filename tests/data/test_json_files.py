@@ -268,7 +268,8 @@ def test_readers_can_be_closed_pickled_dropped_and_shared_by_threads(write):
     file = write(json.dumps(records))
     [block] = file.blocks()
     with ThreadPoolExecutor(4) as pool:
-        assert all(fields == records for fields in pool.map(lambda _: block.read(), range(20)))
+        read = [pool.submit(block.read) for _ in range(20)]
+        assert all(each.result() == records for each in read)
     copy = pickle.loads(pickle.dumps(file))
     place = int(block.places.offset[7]), int(block.places.size[7])
     assert copy.read(*place) == file.read(*place) == {"id": 7}
