@@ -24,7 +24,7 @@ class Given(NamedTuple):
     tokens: int
 
 
-def given(answer: Answer) -> Given:
+def given_of(answer: Answer) -> Given:
     """Returns what is kept of an answer."""
     return Given(answer.text, len(answer.prompt_ids), len(answer.token_ids))
 

@@ -15,6 +15,7 @@ from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, did_you_mean, one_line
 from moddistill.evals import tasks as own_tasks
 from moddistill.evals.results import (
+    ANSWERS,
     SCORES,
     check_results_folder,
     check_same_model,
@@ -28,7 +29,6 @@ from moddistill.storage import digests
 from moddistill.storage.json_file import write_json
 
 Scores = dict[str, dict[str, Any]]
-ANSWERS = "answers.jsonl"
 
 
 def evaluate_tasks(
@@ -185,10 +185,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _task_manager(include: str, origin: str = "tasks") -> Any:
+    expected = "lmms-eval, which pip install 'moddistill[eval]' installs"
     if importlib.util.find_spec("lmms_eval") is None:
-        expected = "lmms-eval, which pip install 'moddistill[eval]' installs"
         raise UserError(f"{origin}: expected {expected}")
-    from lmms_eval.tasks import TaskManager  # noqa: PLC0415  takes seconds
+    try:
+        from lmms_eval.tasks import TaskManager  # noqa: PLC0415  takes seconds
+    except ModuleNotFoundError as error:
+        raise UserError(f"{origin}: expected {expected} whole, got no {error.name!r}") from error
 
     return TaskManager(include_path=[str(own_tasks.FOLDER), *filter(None, [include])])
 

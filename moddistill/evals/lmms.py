@@ -25,7 +25,7 @@ from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, invalid
-from moddistill.evals.answer_log import AnswerLog, Given, given
+from moddistill.evals.answer_log import AnswerLog, Given, given_of
 from moddistill.evals.expert_load import LOAD_SAMPLES, expert_load
 from moddistill.evals.requests import decoding_of, images_of, prompt_of
 from moddistill.inference.answer import Decoding
@@ -148,7 +148,7 @@ class _Model(lmms):
 
         for place, answer in generate(*self._loaded, prompts, decoding, fail):
             number = todo[place]
-            found[number] = given(answer)
+            found[number] = given_of(answer)
             if greedy:
                 self._log.add(keys[number], found[number])
             bar.update()

@@ -16,7 +16,7 @@ from moddistill.storage import digests
 from moddistill.storage.json_file import read_json, write_json
 
 PREDICTIONS, SCORES, SAMPLES = "predictions.jsonl", "scores.json", "samples"
-EVALUATION = "evaluation.json"
+EVALUATION, ANSWERS = "evaluation.json", "answers.jsonl"
 _LARGEST_SCORES = 256 * 2**20  # bytes
 
 

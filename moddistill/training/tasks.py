@@ -9,6 +9,7 @@ from moddistill.config import TrainConfig
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import at_field
+from moddistill.evals.answer_log import AnswerLog
 from moddistill.evals.harness import check_tasks, evaluate_in_memory
 from moddistill.evals.results import write_results
 from moddistill.evals.runner import answer_and_score, find_task
@@ -100,7 +101,7 @@ class Tasks:
             found = evaluate_in_memory(*loaded, task.task, out, limit=limit, on_answer=stops.check)
             return found[task.task]
         rows, scores = answer_and_score(
-            *loaded, find_task(task.task), self._questions[name], on_answer=stops.check
+            *loaded, find_task(task.task), self._questions[name], AnswerLog(None, ""), stops.check
         )
         if is_main_process():
             write_results(out, rows, scores)

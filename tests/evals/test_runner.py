@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,11 +7,12 @@ from PIL import Image
 
 from moddistill import evaluate as command
 from moddistill.convert.resolve import load
+from moddistill.errors import UserError
 from moddistill.evals import easy_vqa, runner
 from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.inference import batching
 from moddistill.inference.answer import Decoding
-from moddistill.inference.generation import answer
+from moddistill.inference.generation import answer, generate
 from moddistill.inference.prompts import Prompt
 from tests.evals import counting
 
@@ -116,6 +118,49 @@ def test_a_model_is_loaded_once_for_all_tasks(data, tiny_models, tmp_path, monke
     first, second = evaluate(tiny_models["dense"], runs)
     assert first == second
     assert len(calls) == 1
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(
+    data, tiny_models, tmp_path, monkeypatch
+):
+    run, made = TaskRun(counting.TASK, data, tmp_path / "run"), []
+
+    def counted(*args):
+        for number, found in generate(*args):
+            made.append(number)
+            yield number, found
+            if len(made) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_models["dense"], [run])
+    again = evaluate(tiny_models["dense"], [run])
+    assert len(made) == 3  # two before, and the third one
+    whole = TaskRun(counting.TASK, data, tmp_path / "whole")
+    monkeypatch.setattr(runner, "generate", generate)
+    assert again == evaluate(tiny_models["dense"], [whole])
+    assert rows_of(run.out) == rows_of(whole.out)
+
+
+def test_a_question_that_cannot_be_answered_is_said_after_the_others(data, tiny_models, tmp_path):
+    copied = shutil.copytree(data, tmp_path / "data")
+    (copied / "images" / "1.png").write_bytes(b"no image")
+    run = TaskRun(counting.TASK, copied, tmp_path / "run")
+    with pytest.raises(UserError, match=r"^1 of 3 questions cannot be answered, .* '2': .*1\.png"):
+        evaluate(tiny_models["dense"], [run])
+    assert len((run.out / "answers.jsonl").read_text().splitlines()) == 2
+    shutil.copy(data / "images" / "1.png", copied / "images")
+    assert evaluate(tiny_models["dense"], [run])[0]["images"] == 3
+
+
+def test_results_of_another_model_are_not_replaced(data, tiny_models, tmp_path):
+    run = TaskRun(counting.TASK, data, tmp_path)
+    evaluate(tiny_models["dense"], [run])
+    before = (tmp_path / "predictions.jsonl").read_text()
+    with pytest.raises(UserError, match=r"expected results of digest .*choose another --out"):
+        evaluate(tiny_models["sparse"], [run])
+    assert (tmp_path / "predictions.jsonl").read_text() == before
 
 
 def test_a_column_without_a_score_is_an_error(data, tiny_models, tmp_path):

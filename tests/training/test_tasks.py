@@ -80,7 +80,9 @@ def test_a_signal_ends_the_answers_which_the_resumed_run_makes_up_for(
     loop.train(config, tmp_path / "whole")
     answer_and_score, asked = tasks.answer_and_score, []
 
-    def interrupted(*args, on_answer):
+    def interrupted(*args):
+        *args, on_answer = args
+
         def stopped():
             asked.append(1)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -88,7 +90,7 @@ def test_a_signal_ends_the_answers_which_the_resumed_run_makes_up_for(
                 pass  # the signal reaches its thread
             on_answer()
 
-        return answer_and_score(*args, on_answer=stopped)
+        return answer_and_score(*args, stopped)
 
     with monkeypatch.context() as patched, pytest.raises(StoppedError, match="after step 2"):
         patched.setattr(tasks, "answer_and_score", interrupted)
