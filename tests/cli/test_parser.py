@@ -66,9 +66,10 @@ def test_help_shows_the_flags_of_the_command_first_and_no_others(module, capsys)
 @pytest.mark.parametrize("module", ["train", "plan", "recipe"])
 def test_help_shows_each_field_of_the_config_once(module, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    config = TrainConfig(data=DataConfig(sources={"NAME": SourceConfig()}))
+    tasks = {"NAME": TaskConfig()}
+    config = TrainConfig(data=DataConfig(sources={"NAME": SourceConfig()}), tasks=tasks)
     if module == "recipe":
-        config = RecipeConfig(stages={"NAME": config}, tasks={"NAME": TaskConfig()})
+        config = RecipeConfig(stages={"NAME": config}, tasks=tasks)
     text = help_of(module, capsys)
     shown = [flag for flag in listed(text) if flag.startswith("config.")]
     assert sorted(shown) == sorted(field_names(config, "config"))

@@ -48,7 +48,6 @@ HARMLESS = (
     "import llava: config.json: vision_feature_layer is minus one",
     "with tower original: config.json: mm_vision_select_feature is null",
     "export model: model.json: architecture.vision.pre_norm is true",  # its value already
-    "export model: model.json: source.imported.stored_head is true",
     "inspect model: model.json: architecture.decoder.moe.moe_intermediate_size is zero",  # default
     "inspect model: model.json: architecture.decoder.moe.norm_topk_prob is null",  # the default
     "tokenizer language: tokenizer.json: model.end_of_word_suffix is null",  # its value already

@@ -1,5 +1,6 @@
 """Published sizes: CLIP ViT-L/14-336 and Qwen2-0.5B, with random weights."""
 
+import dataclasses
 import gc
 
 import numpy as np
@@ -64,7 +65,8 @@ def test_logits_at_the_published_size_equal_transformers(
 ):
     model, folder = llava
     config = import_model(str(folder), tmp_path / "model", template="vicuna")
-    assert config == preset("qwen2-0.5b")
+    context = model.config.text_config.max_position_embeddings
+    assert config == dataclasses.replace(preset("qwen2-0.5b"), context=context)
     assert parameter_counts(config)[0] == sum(x.numel() for x in model.parameters())
     tokens, images = random_inputs(config, length=23)
     tokens, images = tokens[:1], images[:1]

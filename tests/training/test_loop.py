@@ -10,6 +10,7 @@ import pytest
 
 from moddistill.convert.resolve import load
 from moddistill.data.pipeline import Batches
+from moddistill.data.tokenizer import load_tokenizer
 from moddistill.distributed import sharding
 from moddistill.errors import UserError
 from moddistill.params import flatten
@@ -254,9 +255,15 @@ def test_the_step_is_compiled_once(finished, monkeypatch, tmp_path):
 def test_shared_vision_encoder_runs_once_for_both_models(
     tiny_config, tiny_models, tmp_path, monkeypatch, caplog
 ):
-    """The student takes the teacher's own folder; sharing changes no number."""
+    """The student has the teacher's own encoder, and another decoder; sharing changes no number."""
     folder = str(tiny_models["teacher"])
-    config = tiny_config("d2d", student=folder, teacher=folder, tokenizer="", steps=2, remat="none")
+    model, params = load(folder)
+    params["decoder"] = jax.tree.map(lambda x: 1.2 * x, params["decoder"])
+    student = str(tmp_path / "student")
+    save_model(tmp_path / "student", model.config, params, load_tokenizer(folder), {})
+    config = tiny_config(
+        "d2d", student=student, teacher=folder, tokenizer="", steps=2, remat="none"
+    )
     with caplog.at_level(logging.INFO, logger="moddistill"):
         loop.train(config, tmp_path / "shared")
     assert "gets the features of the student's vision encoder" in caplog.text

@@ -158,10 +158,10 @@ def test_rows_of_held_out_records_stay_up_to_the_last_checkpoint(tmp_path):
     rows = [{"step": 2, "loss": 1.0, "seconds": 10.0}, {"step": 2, "heldout_loss": 1.0}]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1] | {"step": 4}]))
     with MetricsLog(tmp_path, start=2, steps=4, title="sft", flops=flops) as log:
-        assert log.heldout == rows[1:]
-        log.write_heldout(3, {"heldout_loss": 2.0})
+        assert log.evaluated == rows[1:]
+        log.write_evaluation(3, {"heldout_loss": 2.0})
     assert read_metrics(file) == [*rows, {"step": 3, "heldout_loss": 2.0}]
-    assert log.heldout == [rows[1], {"step": 3, "heldout_loss": 2.0}]
+    assert log.evaluated == [rows[1], {"step": 3, "heldout_loss": 2.0}]
 
 
 def test_loss_beyond_the_factor_stops_the_run(tmp_path):
