@@ -113,7 +113,7 @@ def _mmhal(ids: Sequence[str], values: Sequence[Any]) -> Units:
     rated = [
         (id_, each["rating"]) for id_, each in zip(ids, values, strict=True) if "rating" in each
     ]
-    return mean_units([id_ for id_, _ in rated], [rating < 3 for _, rating in rated])
+    return mean_units([id_ for id_, _ in rated], [100.0 * (rating < 3) for _, rating in rated])
 
 
 def _responses(ids: Sequence[str], values: Sequence[Any]) -> Units:
