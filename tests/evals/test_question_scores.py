@@ -135,7 +135,15 @@ def test_units_of_our_tasks_have_their_scores_in_percent_as_the_paper(benchmark,
 
 
 @pytest.mark.parametrize(
-    ("form", "values"), [("mean", []), ("mean", [{"prediction": "yes"}]), ("mme", [1.0])]
+    ("form", "values"),
+    [
+        ("mean", []),
+        ("mean", [{"prediction": "yes"}]),
+        ("mean", [1.0, None]),
+        ("mean", [[1.0], [0.0]]),
+        ("mme", [1.0]),
+        ("mmbench", [choice(0, "A", None)]),
+    ],
 )
 def test_values_of_another_form_have_no_units(form, values):
     assert units_of(form, [str(number) for number in range(len(values))], values) is None
