@@ -12,7 +12,7 @@ Questions are spread over all devices, each with a copy of the model unless `--m
 With `--suite`, each model is evaluated on the benchmarks of a paper, into a folder of its own below
 `--out`; a model, or a folder of results, that has scores is not evaluated again. The scores with
 bootstrap intervals are printed next to the published ones, and written to `comparison.json` and
-`comparison.html`. What could not be evaluated is said there.
+`comparison.html`. What could not be evaluated is said there; without any score the exit code is 1.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from moddistill.cli.model_flags import add_model_flags
 from moddistill.cli.parser import Parser, user_errors
 from moddistill.config import MeshConfig
 from moddistill.distributed.sharding import make_mesh
+from moddistill.errors import UserError
 from moddistill.evals.harness import evaluate_tasks, model_arguments
 from moddistill.evals.results import EVALUATION
 from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--model: expected with --task and --tasks, and only there")
     with user_errors():
         if args.suite:
-            print(_compare(args))
+            _compare(args)
         else:
             scores = _evaluate_one(args) if args.task else _evaluate_tasks(args)
             print(json.dumps(scores, indent=2))
@@ -95,8 +96,8 @@ def _evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
     return evaluate_tasks(args.model, names, args.out, arguments, args.include_path)
 
 
-def _compare(args: argparse.Namespace) -> str:
-    """Writes the comparison, and returns its table."""
+def _compare(args: argparse.Namespace) -> None:
+    """Writes the comparison, and prints its table; an error if there is no score in it."""
     suite = read_suite(args.suite)
     folders, failures = evaluate_models(
         suite, args.compare, args.out, model_arguments(args.dtype, args.mesh), args.include_path
@@ -105,7 +106,10 @@ def _compare(args: argparse.Namespace) -> str:
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "comparison.json", comparison)
     write_comparison(args.out / "comparison.html", comparison)
-    return comparison_table(comparison)
+    print(comparison_table(comparison))
+    cells = [cell for row in comparison["rows"] for cell in row["scores"].values()]
+    if not any("score" in cell for cell in cells):
+        raise UserError("--compare: expected a model with a score, got none (see the notes)")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,8 @@ def run_tasks(
 
     The model is loaded once. Each task is written when it is finished, and greedy answers are saved
     in `answers.jsonl` as they are made, so that the same call goes on where it ended. A task that
-    fails does not stop the others; its traceback is printed.
+    fails does not stop the others; its traceback is printed. A task that lacks verdicts runs again
+    if there is a judge; its greedy answers are not made again.
 
     Args:
       arguments: of the model in lmms-eval, besides its name.
@@ -98,7 +100,7 @@ def run_tasks(
     check_same_model(out, settings | _digest(model))
     scores = read_scores(out) if is_evaluated(out) else {}
     failures = {task: _unknown(task, manager) for task in tasks if task not in manager.all_tasks}
-    missing = [task for task in tasks if task not in failures and task not in scores]
+    missing = [task for task in tasks if task not in failures and not _is_finished(task, scores)]
     if not missing:
         return failures
     loaded = _load({"model": model, "answers": str(out / ANSWERS)} | dict(arguments))
@@ -114,6 +116,14 @@ def run_tasks(
             scores.setdefault(task, {})["expert_load"] = load
         write_json(out / SCORES, scores)
     return failures
+
+
+def _is_finished(task: str, scores: Scores) -> bool:
+    """Whether a task has scores, and lacks no verdict that a judge can be asked for."""
+    if task not in scores or not os.environ.get("JUDGE_BASE_URL"):
+        return task in scores
+    counts = [n for name, n in scores[task].items() if name.endswith("_missing_verdicts")]
+    return not any(counts)
 
 
 def evaluate_in_memory(

@@ -30,9 +30,11 @@ def units_of(form: str, ids: Sequence[str], values: Sequence[Any]) -> Units | No
     if not values:
         return None
     try:
-        return FORMS[form](ids, values)
-    except (KeyError, TypeError, ValueError):  # a version of the task that logs something else
+        units = FORMS[form](ids, values)
+    except (AttributeError, KeyError, TypeError, ValueError):  # of another version, or damaged
         return None
+    numbers = units.numerators
+    return units if numbers.shape == (len(units.ids),) and np.isfinite(numbers).all() else None
 
 
 def _mean(ids: Sequence[str], values: Sequence[Any]) -> Units:
@@ -113,7 +115,7 @@ def _mmhal(ids: Sequence[str], values: Sequence[Any]) -> Units:
     rated = [
         (id_, each["rating"]) for id_, each in zip(ids, values, strict=True) if "rating" in each
     ]
-    return mean_units([id_ for id_, _ in rated], [rating < 3 for _, rating in rated])
+    return mean_units([id_ for id_, _ in rated], [100.0 * (rating < 3) for _, rating in rated])
 
 
 def _responses(ids: Sequence[str], values: Sequence[Any]) -> Units:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from moddistill.errors import not_one_of
+from moddistill.errors import UserError, invalid, not_one_of
 from moddistill.evals import bootstrap
 from moddistill.evals.bootstrap import Units
 from moddistill.evals.harness import run_tasks
 from moddistill.evals.labels import labels
 from moddistill.evals.question_scores import units_of
-from moddistill.evals.results import SAMPLES, is_evaluated, read_rows, read_scores
+from moddistill.evals.results import SAMPLES, SCORES, is_evaluated, read_rows, read_scores
 from moddistill.storage.json_file import parse, read_text
 
 _FOLDER = Path(__file__).parent / "suites"
@@ -162,32 +162,50 @@ def _cell(
     """The score of a model on a benchmark, and its units if the questions are logged."""
     if benchmark.task not in scores:
         return {"note": reason or f"no scores of the task {benchmark.task!r}"}, None
-    if benchmark.metric not in scores[benchmark.task]:
+    found = scores[benchmark.task]
+    if not isinstance(found, dict):
+        error = invalid(f"{SCORES}, {benchmark.task}", found, "scores by name")
+        return {"note": str(error)}, None
+    if benchmark.metric not in found:
         return {"note": f"no score {benchmark.metric!r} of the task {benchmark.task!r}"}, None
-    score = scores[benchmark.task][benchmark.metric]
+    score = found[benchmark.metric]
+    if not isinstance(score, int | float) or not np.isfinite(score):
+        error = invalid(f"{SCORES}, {benchmark.task}, {benchmark.metric}", score, "a number")
+        return {"note": str(error)}, None
     cell: dict[str, Any] = {"score": score * benchmark.scale}
-    ids, values, damaged = _questions(benchmark, folder)
+    try:
+        ids, values, damaged = _questions(benchmark, folder)
+    except UserError as error:
+        return cell | {"note": f"no interval: {error}"}, None
     units = units_of(benchmark.units, ids, values)
     cell["questions"] = len(ids)
     if units is None:
         return cell | {"note": "no interval: the questions have no scores"}, None
-    found = bootstrap.point(units)
-    if not np.isclose(found, score, rtol=1e-6, atol=1e-9):
+    point = bootstrap.point(units)
+    if not np.isclose(point, score, rtol=1e-6, atol=1e-9):
         lost = f"; {damaged} lines are damaged" if damaged else ""
-        text = f"no interval: the questions give {found * benchmark.scale:.2f}{lost}"
+        text = f"no interval: the questions give {point * benchmark.scale:.2f}{lost}"
         return cell | {"note": text}, None
     return cell, units
 
 
 def _questions(benchmark: Benchmark, folder: Path) -> tuple[list[str], list[Any], int]:
-    """The ids of questions, the metric's values of them, and the number of damaged lines."""
+    """The ids of questions, the metric's values of them, and the number of damaged lines.
+
+    Raises:
+      UserError: the file of the benchmark's rows is damaged.
+    """
     if benchmark.rows and (folder / benchmark.rows).is_file():
         values = parse(read_text(folder / benchmark.rows), benchmark.rows)
+        if not isinstance(values, list):
+            raise invalid(benchmark.rows, values, "a list of questions")
         return [str(number) for number in range(len(values))], values, 0
     samples, damaged = read_rows(folder / SAMPLES / f"{benchmark.task}.jsonl")
-    rows = [row for row in samples if benchmark.metric in row.get("metrics", {})]
+    whole = [row for row in samples if "id" in row and isinstance(row.get("metrics"), dict)]
+    damaged += len(samples) - len(whole)
+    rows = [row for row in whole if benchmark.metric in row["metrics"]]
     values = [row["metrics"][benchmark.metric] for row in rows]
-    return [row["id"] for row in rows], values, damaged
+    return [str(row["id"]) for row in rows], values, damaged
 
 
 def _add_intervals(

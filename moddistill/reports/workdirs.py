@@ -217,7 +217,7 @@ def _definition(name: str) -> Task | None:
 
 def _rows(content: Content, path: Path) -> list[Row]:
     rows, damaged = read_rows(path)
-    whole = [row for row in rows if "id" in row and "prediction" in row]
+    whole = [row for row in rows if _is_whole(row)]
     damaged += len(rows) - len(whole)
     if damaged:
         lines = "1 line that is" if damaged == 1 else f"{damaged} lines that are"
@@ -227,6 +227,17 @@ def _rows(content: Content, path: Path) -> list[Row]:
     if not whole:
         content.problems.append(f"{path}: expected questions with their answers, got none")
     return whole
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a row has an answer, and what `Results.score` reads."""
+    return (
+        {"id", "prediction"} <= row.keys()
+        and not {"correct", "metrics", "answers"}.isdisjoint(row)
+        and isinstance(row.get("correct", False), int | float)
+        and isinstance(row.get("metrics", {}), dict)
+        and isinstance(row.get("answers", []), list)
+    )
 
 
 def _results(

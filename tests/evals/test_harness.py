@@ -167,6 +167,25 @@ def test_finished_tasks_are_not_evaluated_again(run):
     assert set(json.loads((run.out / "scores.json").read_text())) == {"good", "broken"}
 
 
+def test_a_task_that_lacks_verdicts_is_evaluated_again_if_there_is_a_judge(run, monkeypatch):
+    monkeypatch.delenv("JUDGE_BASE_URL", raising=False)
+    run(["good", "broken"])
+    file = run.out / "scores.json"
+    scores = json.loads(file.read_text())
+    scores["good"]["mmhal_missing_verdicts"] = 3
+    scores["broken"]["mmhal_missing_verdicts"] = 0
+    file.write_text(json.dumps(scores))
+    run(["good", "broken"])
+    assert run.evaluated == []
+    monkeypatch.setenv("JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
+    reason = "$JUDGE_MODEL: expected the name"
+    assert run(["good", "broken"], {"good": TaskError(reason)}) == {"good": reason}
+    assert json.loads(file.read_text()) == scores  # as they were
+    run(["good", "broken"])
+    assert run.evaluated == ["good"]
+    assert "mmhal_missing_verdicts" not in json.loads(file.read_text())["good"]
+
+
 def test_another_model_needs_another_folder(run):
     run(["good"])
     with pytest.raises(UserError, match=r"expected results of model .*choose another --out"):

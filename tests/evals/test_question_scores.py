@@ -8,6 +8,12 @@ import pytest
 
 from moddistill.evals.bootstrap import point
 from moddistill.evals.question_scores import units_of
+from moddistill.evals.suite import read_suite
+from moddistill.evals.tasks.amber import utils as amber
+from moddistill.evals.tasks.mmhal_bench import utils as mmhal_bench
+from moddistill.evals.tasks.object_halbench import utils as object_halbench
+
+COUNTED = [{"mentions": m, "hallucinated": h} for m, h in [(4, 1), (2, 2), (0, 0), (2, 0)]]
 
 
 def score(form, values):
@@ -86,15 +92,58 @@ def test_amber_is_the_mean_of_chair_and_f1():
 
 
 def test_hallucination_rates_of_captions_and_of_judged_answers():
-    values = [{"mentions": m, "hallucinated": h} for m, h in [(4, 1), (2, 2), (0, 0), (2, 0)]]
-    assert score("responses", values) == pytest.approx(100 * 2 / 3)
-    assert score("mentions", values) == pytest.approx(100 * 3 / 8)
+    assert score("responses", COUNTED) == pytest.approx(100 * 2 / 3)
+    assert score("mentions", COUNTED) == pytest.approx(100 * 3 / 8)
     rated = [{"rating": 2}, {"rating": 3}, {"model_answer": "no verdict"}]
-    assert score("mmhal", rated) == 0.5
+    assert score("mmhal", rated) == 50
+
+
+# A few rows of our own tasks: the values of a metric, and the task's function.
+OWN = {
+    "amber_score": (
+        [
+            {"objects": 4, "hallucinated": 1},
+            {"objects": 2, "hallucinated": 0},
+            {"answer": "no", "truth": "no"},
+            {"answer": "no", "truth": "yes"},
+            {"answer": None, "truth": "no"},
+        ],
+        amber.overall,
+    ),
+    "mmhal_hallucination_rate": (
+        [{"rating": rating} for rating in (0, 2, 3, 6, 5, 5)],
+        mmhal_bench.hallucination_rate,
+    ),
+    "object_halbench_response": (COUNTED, object_halbench.response_rate),
+    "object_halbench_mention": (COUNTED, object_halbench.mention_rate),
+}
+BENCHMARKS = [
+    each
+    for each in read_suite("llava-mod").benchmarks
+    if each.task in ("amber", "mmhal_bench", "object_halbench")
+]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda each: each.name)
+def test_units_of_our_tasks_have_their_scores_in_percent_as_the_paper(benchmark, monkeypatch):
+    values, aggregation = OWN[benchmark.metric]
+    ratings = [(row, row["rating"]) for row in values if "rating" in row]
+    monkeypatch.setattr(mmhal_bench, "_ratings", lambda rows, args: ratings)
+    expected = aggregation(values, *([None] if ratings else []))
+    assert score(benchmark.units, values) == pytest.approx(expected)
+    assert 1 < benchmark.scale * expected < 100
 
 
 @pytest.mark.parametrize(
-    ("form", "values"), [("mean", []), ("mean", [{"prediction": "yes"}]), ("mme", [1.0])]
+    ("form", "values"),
+    [
+        ("mean", []),
+        ("mean", [{"prediction": "yes"}]),
+        ("mean", [1.0, None]),
+        ("mean", [[1.0], [0.0]]),
+        ("mme", [1.0]),
+        ("mmbench", [choice(0, "A", None)]),
+    ],
 )
 def test_values_of_another_form_have_no_units(form, values):
     assert units_of(form, [str(number) for number in range(len(values))], values) is None

@@ -107,6 +107,52 @@ def test_an_interval_is_given_only_if_the_questions_give_the_score(comparison):
     assert cell["note"] == "no interval: the questions give 80.81; 1 lines are damaged"
 
 
+@pytest.mark.parametrize(
+    ("scores", "note"),
+    [
+        ({"gqa": 3.0}, "scores.json, gqa: expected scores by name, got 3.0"),
+        ({"gqa": {"exact_match": None}}, "scores.json, gqa, exact_match: expected a number, got"),
+        ({"gqa": {"exact_match": "1"}}, "scores.json, gqa, exact_match: expected a number, got"),
+        ({"gqa": {"exact_match": np.nan}}, "scores.json, gqa, exact_match: expected a number, got"),
+    ],
+)
+def test_a_damaged_score_is_a_note(scores, note, tmp_path):
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    found = suites.compare(suites.read_suite("llava-mod"), {"a": tmp_path}, {})
+    [name] = row_of(found, "GQA")["scores"]["a"]
+    assert name == "note" and row_of(found, "GQA")["scores"]["a"]["note"].startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("damage", "note"),
+    [
+        ({"metrics": {"exact_match": 0.0}}, "the questions give 100.00; 1 lines are damaged"),
+        ({"id": "3", "metrics": None}, "the questions give 100.00; 1 lines are damaged"),
+        ({"id": "3", "metrics": {"exact_match": None}}, "the questions have no scores"),
+        ({"id": "3", "metrics": {"exact_match": [1.0]}}, "the questions have no scores"),
+    ],
+)
+def test_a_damaged_question_is_a_note(damage, note, tmp_path):
+    folder = results(tmp_path / "a", {"gqa": ("exact_match", 0.5, [1.0])})
+    with (folder / "samples" / "gqa.jsonl").open("a") as file:
+        file.write(json.dumps(damage) + "\n")
+    found = suites.compare(suites.read_suite("llava-mod"), {"a": folder}, {})
+    assert row_of(found, "GQA")["scores"]["a"]["note"] == f"no interval: {note}"
+
+
+@pytest.mark.parametrize("content", ["[{", "3", "{}"])
+def test_damaged_verdicts_are_a_note(content, tmp_path):
+    score = {"mmhal_bench": {"mmhal_hallucination_rate": 50}}
+    (tmp_path / "scores.json").write_text(json.dumps(score))
+    (tmp_path / "submissions").mkdir()
+    (tmp_path / "submissions" / "mmhal_bench_answers.json").write_text(content)
+    found = suites.compare(suites.read_suite("llava-mod"), {"a": tmp_path}, {})
+    cell = row_of(found, "MMHal")["scores"]["a"]
+    assert cell["score"] == 50
+    expected = r"^no interval: submissions/mmhal_bench_answers\.json: expected (JSON|a list of que)"
+    assert re.match(expected, cell["note"])
+
+
 def test_the_average_needs_all_its_benchmarks(comparison):
     cells = row_of(comparison, "average")["scores"]
     assert cells["first"]["score"] == pytest.approx((6 * 50 + 5) / 7)
@@ -192,6 +238,15 @@ def test_the_command_prints_a_table_and_writes_json_and_a_page(tmp_path, capsys)
     assert "56.6*" in page and "b - a" in page
     evaluate.main(["--suite", "llava-mod", "--compare", *folders, "--out", str(tmp_path / "again")])
     assert json.loads((tmp_path / "again" / "comparison.json").read_text()) == stored
+
+
+def test_a_suite_without_any_score_fails_after_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suites, "run_tasks", lambda model, tasks, *_: dict.fromkeys(tasks, "why"))
+    flags = ["--suite", "llava-mod", "--compare", "a", "b", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: --compare: expected a model with a score, got"):
+        evaluate.main(flags)
+    assert "GQA, a, b: why" in capsys.readouterr().out
+    assert (tmp_path / "comparison.json").is_file() and (tmp_path / "comparison.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,20 @@ def test_a_cut_line_is_counted(workdir):
     assert content.problems == [expected]
 
 
+@pytest.mark.parametrize(
+    "damage", [{}, {"answers": None}, {"correct": "yes"}, {"correct": True, "metrics": 1}]
+)
+def test_a_row_that_cannot_be_scored_is_counted(damage, tmp_path):
+    folder = evaluation(tmp_path / "published", "yn", task="easy_vqa")
+    file = folder / "predictions.jsonl"
+    file.write_text(file.read_text() + json.dumps({"id": "2", "prediction": "?", **damage}) + "\n")
+    content = read_workdirs([folder])
+    [found] = content.results
+    assert [found.score(row) for row in found.rows] == [1.0, 0.0]
+    expected = f"{file}: left out 1 line that is no question with its answer, of 3"
+    assert content.problems == [expected]
+
+
 def test_damage_is_worded_and_the_rest_is_read(workdir):
     (workdir / "a_student" / "metrics.jsonl").write_text("")
     (workdir / "a_student" / "evals" / "vqa" / "scores.json").write_text('{"accuracy": 0.')

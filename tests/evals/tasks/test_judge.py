@@ -106,3 +106,19 @@ def test_a_judge_needs_an_address_a_model_and_numbers(monkeypatch):
     monkeypatch.setenv("JUDGE_TIMEOUT", "soon")
     with pytest.raises(TaskError, match=r"^\$JUDGE_TIMEOUT: expected a number, got 'soon'"):
         judge.Judge.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("WORKERS", "0", "1 to 1,000"),
+        ("TRIES", "0", "1 to 100"),
+        ("TIMEOUT", "nan", "more than 0 to 86,400"),
+        ("TIMEOUT", "inf", "more than 0 to 86,400"),
+        ("TIMEOUT", "-1", "more than 0 to 86,400"),
+    ],
+)
+def test_numbers_of_the_judge_are_in_range(name, value, expected, judge_server, monkeypatch):
+    monkeypatch.setenv(f"JUDGE_{name}", value)
+    with pytest.raises(TaskError, match=rf"^\$JUDGE_{name}: expected {expected}, got '{value}'$"):
+        judge.Judge.from_environment()

@@ -107,6 +107,41 @@ def test_a_missing_verdict_is_counted_and_asked_for_later(rows, out, judge_serve
     assert [row["rating"] for row in stored(out)] == [4, 1, 4]
 
 
+def test_verdicts_that_came_later_are_in_the_scores_of_the_evaluation(rows, out, judge_server):
+    judge_server.reply = lambda prompt: 401
+    assert scores(rows, out) == ["N/A", "N/A", 3]
+    file = utils.Path(out.output_path, "scores.json")
+    others = {"mmhal_words": 3.0, "expert_load": []}
+    before = {"gqa": {"exact_match": 0.5}, "mmhal_bench": {"mmhal_missing_verdicts": 3, **others}}
+    file.write_text(json.dumps(before))
+    judge_server.reply = lambda prompt: f"Rating: {RATINGS[question_of(prompt)]}"
+    verdicts_once.cache_clear()
+    utils.main([out.output_path])
+    assert json.loads(file.read_text()) == {
+        "gqa": {"exact_match": 0.5},
+        "mmhal_bench": {
+            "mmhal_missing_verdicts": 0,
+            **others,
+            "mmhal_score": 11 / 3,
+            "mmhal_hallucination_rate": 100 / 3,
+            "mmhal_score_attribute": 4.5,
+            "mmhal_score_other": 2.0,
+        },
+    }
+
+
+def test_stored_verdicts_count_without_a_judge(rows, out, judge_server, monkeypatch, capsys):
+    judge_server.reply = lambda prompt: 401 if "id1" in prompt else "Rating: 4"
+    scores(rows, out)
+    before = stored(out)
+    monkeypatch.delenv("JUDGE_BASE_URL")
+    utils.main([out.output_path])
+    assert "mmhal_bench mmhal_score: 4.0\n" in capsys.readouterr().out
+    assert scores(rows, out) == [4, 0, 1] and stored(out) == before
+    other = [{**rows[0], "model_answer": "Something else."}, *rows[1:]]
+    assert scores(other, out) == [4, 0, 2]
+
+
 def test_answers_that_are_not_there_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         utils.main([str(tmp_path)])
@@ -116,6 +151,23 @@ def test_answers_that_are_not_there_are_one_line(tmp_path, capsys):
     (tmp_path / "submissions/mmhal_bench_answers.json").write_text("[{")
     with pytest.raises(SystemExit, match=r"^error: .*answers.json: expected JSON"):
         utils.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [[], {}, [1], [{"task": "mmhal_bench"}]])
+def test_stored_answers_of_another_form_are_one_line(content, tmp_path):
+    (tmp_path / "submissions").mkdir()
+    (tmp_path / "submissions/mmhal_bench_answers.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"^error: .*answers.json: expected rows with task, quest"):
+        utils.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("change", [{"model_answer": None}, {"rating": "5"}, {"rating": 7}])
+def test_stored_rows_have_an_answer_and_a_rating_in_range(change, rows, out):
+    utils.score(rows, out)
+    path = utils.Path(out.output_path, "submissions/mmhal_bench_answers.json")
+    path.write_text(json.dumps([{**rows[0], **change}]))
+    with pytest.raises(TaskError, match="expected rows with"):
+        utils.read_answers(path)
 
 
 def test_answers_of_a_variant_have_their_own_file(mmhal_folder, out):

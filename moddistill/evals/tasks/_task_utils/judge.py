@@ -23,6 +23,7 @@ from typing import Any
 from moddistill.evals.tasks._task_utils.errors import TaskError
 
 _LOG = logging.getLogger(__name__)
+_NUMBERS = {"timeout": (float, 86_400), "tries": (int, 100), "workers": (int, 1_000)}
 _FINAL = frozenset({400, 401, 403, 404, 405, 413, 422})  # statuses that a retry does not change
 
 
@@ -33,7 +34,7 @@ class Judge:
     Attributes:
       base_url: what precedes `/chat/completions`, such as `http://localhost:8000/v1`.
       model: its name there.
-      timeout: seconds for one request.
+      timeout: seconds for each read of the connection.
       tries: requests for one verdict, each a while after the one before.
       workers: requests at a time.
     """
@@ -53,7 +54,7 @@ class Judge:
         None without `JUDGE_BASE_URL`: a key that is set for other programs costs nothing here.
 
         Raises:
-          TaskError: no `JUDGE_MODEL`, or a value that is no address or no number.
+          TaskError: no `JUDGE_MODEL`, or a value that is no address or no number in its range.
         """
         if not (base_url := os.environ.get("JUDGE_BASE_URL")):
             return None
@@ -61,15 +62,11 @@ class Judge:
             raise TaskError(f"$JUDGE_BASE_URL: expected http:// or https://, got {base_url!r}")
         if not (model := os.environ.get("JUDGE_MODEL")):
             raise TaskError("$JUDGE_MODEL: expected the name of a model with $JUDGE_BASE_URL")
-        numbers: dict[str, Any] = {}
-        kinds = {"timeout": float, "tries": int, "workers": int}
-        for name, kind in kinds.items():
-            variable = f"JUDGE_{name.upper()}"
-            if text := os.environ.get(variable):
-                try:
-                    numbers[name] = kind(text)
-                except ValueError:
-                    raise TaskError(f"${variable}: expected a number, got {text!r}") from None
+        numbers = {
+            name: _number(f"JUDGE_{name.upper()}", kind, most)
+            for name, (kind, most) in _NUMBERS.items()
+            if os.environ.get(f"JUDGE_{name.upper()}")
+        }
         key = os.environ.get("JUDGE_API_KEY", "")
         return cls(base_url=base_url, model=model, key=key, **numbers)
 
@@ -99,6 +96,18 @@ class Judge:
         return text
 
 
+def _number(variable: str, kind: type, most: int) -> Any:
+    text = os.environ[variable]
+    try:
+        value = kind(text)
+    except ValueError:
+        raise TaskError(f"${variable}: expected a number, got {text!r}") from None
+    if not 0 < value <= most:  # NaN is not either
+        least = "1" if kind is int else "more than 0"
+        raise TaskError(f"${variable}: expected {least} to {most:,}, got {text!r}")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """A reply of the judge, and the rating in it."""
@@ -108,7 +117,7 @@ class Verdict:
 
 
 def verdicts(
-    judge: Judge | None,
+    judge: Judge,
     prompts: tuple[str, ...],
     rating: re.Pattern[str],
     path: Path,
@@ -116,12 +125,9 @@ def verdicts(
     """Returns a verdict for each prompt: stored, or asked for now and stored.
 
     Args:
-      judge: None asks nobody; then every verdict is None.
       rating: its group is the rating in a reply; a reply without one rating is no verdict.
       path: a line is appended for every verdict.
     """
-    if judge is None:
-        return [None] * len(prompts)
     stored = dict(_read(path))
     keys = [_key(judge.model, prompt) for prompt in prompts]
     missing = {key: text for key, text in zip(keys, prompts, strict=True) if key not in stored}

@@ -6,7 +6,8 @@ is a hallucination. Without a judge, and without a verdict, answers are stored a
 
     python -m moddistill.evals.tasks.mmhal_bench.utils OUTPUT_PATH
 
-asks for the missing verdicts of the answers that lmms-eval stored, without the model.
+asks for the missing verdicts of the answers that lmms-eval stored, without the model, and brings
+the scores of `moddistill.evaluate` in that folder up to date.
 """
 
 import argparse
@@ -38,7 +39,9 @@ _FIELDS = (
     "question_type", "question_topic", "image_id", "image_src", "image_content", "question",
     "gt_answer",
 )  # fmt: skip
+_STORED = ("task", *_FIELDS, "model_answer")
 _ANSWERS, _VERDICTS = "_answers.json", "mmhal_bench_verdicts.jsonl"
+_SCORES = "scores.json"  # of `moddistill.evaluate`
 _VARIABLE, _PROMPT_FILE = "MMHAL_BENCH_DIR", "eval_gpt4.py"
 _HALLUCINATION = 3  # ratings below it
 RATING = re.compile(r"rating\**:\**\s*([0-6])\b", re.IGNORECASE)  # also "**Rating:** 4"
@@ -111,20 +114,60 @@ def judge_prompt() -> str:
 
 
 def judged(rows: Sequence[Row], folder: Path) -> list[Verdict | None]:
-    """Stores answers and returns their verdicts; the judge is asked for those it has not given."""
+    """Stores answers and returns their verdicts; the judge is asked for those it has not given.
+
+    Without a judge, the verdicts are those stored with the same answers.
+    """
     judge = Judge.from_environment()
-    prompts: tuple[str, ...] = ("",) * len(rows)
-    if judge:
-        template = judge_prompt()
-        prompts = tuple(_fill(template, row) for row in rows)
-    folder.mkdir(parents=True, exist_ok=True)
+    template = judge_prompt() if judge else ""
     path = folder / f"{rows[0]['task']}{_ANSWERS}"
-    _write(path, rows)
-    found = verdicts_once(judge, prompts, RATING, folder / _VERDICTS)
-    reviews = [each and {"judge_review": each.review, "rating": each.rating} for each in found]
-    rated = [dict(row) | (each or {}) for row, each in zip(rows, reviews, strict=True)]
-    _write(path, rated)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _stored_verdicts(rows, path)
+    _write(path, _reviewed(rows, found))
+    if judge:
+        prompts = tuple(_fill(template, row) for row in rows)
+        found = verdicts_once(judge, prompts, RATING, folder / _VERDICTS)
+        _write(path, _reviewed(rows, found))
     return found
+
+
+def read_answers(path: Path) -> list[Row]:
+    """Returns the stored rows, with `judge_review` and `rating` where there is a verdict.
+
+    Raises:
+      TaskError: the file has something else.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows or not all(map(_is_answer, rows)):
+        raise TaskError(f"{path}: expected rows with {', '.join(_STORED)}, got something else")
+    return rows
+
+
+def _is_answer(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and set(_STORED) <= row.keys()
+        and isinstance(row["model_answer"], str)
+        and row.get("rating", 0) in range(7)
+    )
+
+
+def _stored_verdicts(rows: Sequence[Row], path: Path) -> list[Verdict | None]:
+    known = {
+        _identity(row): Verdict(row.get("judge_review", ""), row["rating"])
+        for row in (read_answers(path) if path.is_file() else ())
+        if "rating" in row
+    }
+    return [known.get(_identity(row)) for row in rows]
+
+
+def _identity(row: Row) -> str:
+    return json.dumps([row[name] for name in _STORED])
+
+
+def _reviewed(rows: Sequence[Row], found: Sequence[Verdict | None]) -> list[Row]:
+    reviews = [each and {"judge_review": each.review, "rating": each.rating} for each in found]
+    return [dict(row) | (review or {}) for row, review in zip(rows, reviews, strict=True)]
 
 
 def _fill(template: str, row: Row) -> str:
@@ -132,9 +175,9 @@ def _fill(template: str, row: Row) -> str:
     return template.format(contents, row["question"], row["gt_answer"], row["model_answer"])
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def _write(path: Path, value: Any) -> None:
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False))
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False))
     unfinished.replace(path)
 
 
@@ -186,8 +229,20 @@ def _mean(values: Sequence[int]) -> Score:
     return sum(values) / len(values) if values else "N/A"
 
 
+def _update_scores(task: str, args: Any, judged_scores: Mapping[str, Score]) -> None:
+    """Replaces the scores of a task that an evaluation has finished."""
+    path = Path(args.output_path) / _SCORES
+    scores = read_json(path) if path.is_file() else {}
+    if not isinstance(scores, dict) or not isinstance(scores.get(task, {}), dict):
+        raise TaskError(f"{path}: expected scores by task, got something else")
+    if task in scores:
+        values = scores[task] | judged_scores
+        scores[task] = {name: value for name, value in values.items() if value != "N/A"}
+        _write(path, scores)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Asks for missing verdicts, and prints the scores."""
+    """Asks for missing verdicts, prints the scores, and replaces those in scores.json."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output_path", help=f"folder with submissions/mmhal_bench{_ANSWERS}")
     args = parser.parse_args(argv)
@@ -196,12 +251,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"output_path: expected {_folder(args)}/mmhal_bench{_ANSWERS}")
     try:
         for path in paths:
-            rows = [
-                {name: row[name] for name in ("task", *_FIELDS, "model_answer")}
-                for row in read_json(path)
-            ]
-            for measure in (score, hallucination_rate, missing_verdicts):
-                print(f"{rows[0]['task']} mmhal_{measure.__name__}: {measure(rows, args)}")
+            rows = [{name: row[name] for name in _STORED} for row in read_answers(path)]
+            task = rows[0]["task"]
+            measures = (score, hallucination_rate, missing_verdicts)
+            found: dict[str, Score] = {f"mmhal_{f.__name__}": f(rows, args) for f in measures}
+            for name, value in found.items():
+                print(f"{task} {name}: {value}")
+            found |= {f"mmhal_score_{name}": score(rows, args, of=name) for name in TYPES}
+            _update_scores(task, args, found)
     except TaskError as error:
         sys.exit(f"error: {error}")
 
