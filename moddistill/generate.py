@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_images(parser, args)
     if (args.jsonl is None) != (args.out is None) or (args.jsonl and args.image):
         parser.error("--jsonl: expected --out with it, and no --image")
+    if args.json and args.jsonl:
+        parser.error("--json: expected --prompt with it, got --jsonl, whose rows have all fields")
+    if args.logprobs and not (args.json or args.jsonl):
+        parser.error("--logprobs: expected --json or --jsonl with it, got neither")
     with user_errors():
         if args.jsonl:
             _answer_file(args)
