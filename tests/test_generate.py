@@ -279,8 +279,18 @@ def test_answers_to_changed_questions_are_not_continued(
         command(tiny_models, "--jsonl", str(questions), "--out", str(out))
 
 
-def test_answers_to_other_questions_are_not_continued(tiny_models, files):
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"line": 1, "prompt": "another?", "text": "x"}', "prompt: expected 'is it red.' as"),
+        ('{"line": 9, "prompt": "what?"}', "expected an answer to a line of .*, got {'line': 9"),
+        ('{"line": [1]}', "expected an answer to a line of .*, or another --out, got {'line': "),
+        ("null", "expected an answer to a line of .*, or another --out, got None"),
+    ],
+)
+def test_rows_of_other_files_are_not_continued(tiny_models, files, row, message):
     questions, out = files
-    out.write_text('{"line": 1, "prompt": "another?", "text": "x"}\n')
-    with pytest.raises(SystemExit, match=r"1: prompt: expected 'is it red\?' as now, .*, got 'ano"):
+    out.write_text(row + "\n")
+    with pytest.raises(SystemExit, match=rf"answers\.jsonl, line 1: {message}"):
         command(tiny_models, "--jsonl", str(questions), "--out", str(out))
+    assert out.read_text() == row + "\n"

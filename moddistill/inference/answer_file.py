@@ -144,11 +144,12 @@ def _read_answered(
         except UserError as error:
             todo = "delete this line, and its question is answered again"
             raise UserError(f"{error}; {todo}") from None
-        if not isinstance(row, dict) or row.get("line") not in questions:
-            raise invalid(origin, row, f"an answer to a line of {file}")
+        asked = row.get("line") if isinstance(row, dict) else None
+        if not isinstance(asked, int) or asked not in questions:
+            raise invalid(origin, row, f"an answer to a line of {file}, or another --out")
         if "error" not in row:
-            _check_same(row, questions[row["line"]], settings, origin)
-            done[row["line"]] = row
+            _check_same(row, questions[asked], settings, origin)
+            done[asked] = row
     return done
 
 
