@@ -14,7 +14,7 @@ An empty line or the end of input ends the conversation.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from moddistill.cli.generation_flags import (
@@ -25,6 +25,7 @@ from moddistill.cli.generation_flags import (
     load_model,
 )
 from moddistill.cli.parser import Parser, user_errors
+from moddistill.data.images import load_image
 from moddistill.errors import UserError, invalid, printable
 from moddistill.inference.answer import Answer, Decoding
 from moddistill.inference.generation import stream
@@ -43,14 +44,23 @@ class Conversation:
     images: list[str]
     turns: list[tuple[str, str]]
 
-    def ask(self, question: str, decoding: Decoding) -> Iterator[str]:
-        """Yields parts of the answer, which then belongs to the conversation."""
-        prompt = Prompt(question, tuple(self.images), tuple(self.turns))
+    def ask(
+        self, question: str, images: Sequence[str], decoding: Decoding
+    ) -> Generator[str, None, str]:
+        """Yields parts of the answer and returns it; `add` makes both a turn."""
+        prompt = Prompt(question, (*self.images, *images), tuple(self.turns))
+        text = ""
         for part in stream(*self.loaded, prompt, decoding):
             if isinstance(part, Answer):
-                self.turns.append((question, part.text))
+                text = part.text
             else:
                 yield part
+        return text
+
+    def add(self, question: str, images: Sequence[str], text: str) -> None:
+        """Adds a turn with the images that are new in it."""
+        self.images += images
+        self.turns.append((question, text))
 
 
 class Chat:
@@ -59,6 +69,9 @@ class Chat:
     Args:
       load: loads the model of a name.
       images: of the first question.
+
+    Raises:
+      UserError: an image cannot be read, or the model.
     """
 
     def __init__(
@@ -69,30 +82,36 @@ class Chat:
         decoding: Decoding,
     ):
         self._load, self._decoding = load, decoding
-        self._new_images = list(images)
+        self._new_images: list[str] = []
+        for path in images:
+            self._add_image(path)
         self._conversations = [Conversation(load(name), name, [], [])]
 
     def reply(self, line: str) -> Iterator[str]:
         """Yields the text that a line is answered with, in parts.
 
+        A question is a turn of all conversations or, after an error, of none.
+
         Raises:
-          UserError: a command that does not exist, a file that cannot be read, or a model.
+          UserError: a command that does not exist, or a file or a model that cannot be read or
+            written.
         """
         if line.startswith("/"):
-            yield self._command(*line[1:].partition(" ")[::2])
+            try:
+                said = self._command(*line[1:].partition(" ")[::2])
+            except OSError as error:
+                raise UserError(f"{line}: {error.strerror or error}") from error
+            yield said
             return
-        question = with_images(line, len(self._new_images))
+        images, texts = self._new_images, []
+        question = with_images(line, len(images))
         for conversation in self._conversations:
             if len(self._conversations) > 1:
                 yield f"[{conversation.name}] "
-            before = len(conversation.images)
-            conversation.images += self._new_images
-            try:
-                yield from conversation.ask(question, self._decoding)
-            except UserError:
-                del conversation.images[before:]
-                raise
+            texts.append((yield from conversation.ask(question, images, self._decoding)))
             yield "\n"
+        for conversation, text in zip(self._conversations, texts, strict=True):
+            conversation.add(question, images, text)
         self._new_images = []
 
     def _command(self, name: str, argument: str) -> str:
@@ -101,7 +120,7 @@ class Chat:
             case "image" if argument:
                 if not Path(argument).is_file():
                     raise invalid("/image", argument, "an image file")
-                self._new_images.append(argument)
+                self._add_image(argument)
                 return f"{len(self._new_images)} image(s) for the next question\n"
             case "compare":
                 self._compare(argument)
@@ -115,6 +134,10 @@ class Chat:
                     conversation.images, conversation.turns = [], []
                 return "a new conversation\n"
         raise UserError(f"expected a question or one of {_COMMANDS}, got {'/' + name!r}")
+
+    def _add_image(self, path: str) -> None:
+        load_image(path)  # now, since an image that cannot be read would fail every later question
+        self._new_images.append(path)
 
     def _compare(self, name: str) -> None:
         first = self._conversations[0]

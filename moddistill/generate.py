@@ -23,11 +23,14 @@ from moddistill.cli.generation_flags import (
     load_model,
 )
 from moddistill.cli.parser import Parser, in_range, user_errors
+from moddistill.convert.resolve import as_model_folder
 from moddistill.errors import printable
 from moddistill.inference.answer import Answer
 from moddistill.inference.answer_file import answer_file
 from moddistill.inference.generation import stream
 from moddistill.inference.prompts import Prompt, with_images
+from moddistill.storage.digests import fingerprint
+from moddistill.storage.model_folder import read_model_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_images(parser, args)
     if (args.jsonl is None) != (args.out is None) or (args.jsonl and args.image):
         parser.error("--jsonl: expected --out with it, and no --image")
+    if args.json and args.jsonl:
+        parser.error("--json: expected --prompt with it, got --jsonl, whose rows have all fields")
+    if args.logprobs and not (args.json or args.jsonl):
+        parser.error("--logprobs: expected --json or --jsonl with it, got neither")
     with user_errors():
         if args.jsonl:
             _answer_file(args)
@@ -72,7 +79,10 @@ def _answer_one(args: argparse.Namespace) -> None:
 
 def _answer_file(args: argparse.Namespace) -> None:
     decoding = decoding_of(args, args.logprobs)
-    failed = answer_file(lambda: load_model(args), args.jsonl, args.out, decoding)
+    folder = as_model_folder(args.model)
+    read_model_config(folder)  # of a folder that is no model, it says what is missing
+    model = {"model": args.model, "weights": fingerprint(folder), "dtype": args.dtype}
+    failed = answer_file(lambda: load_model(args), args.jsonl, args.out, decoding, model)
     if failed:
         sys.exit(f"error: {args.out}: {failed} questions have an `error` in place of an answer")
 

@@ -103,13 +103,43 @@ def test_wrong_commands_change_nothing(conversation, line, message):
     assert said(asked, "is it red?") == first
 
 
-def test_an_image_that_cannot_be_read_costs_only_its_question(tiny_models, conversation, tmp_path):
+def test_an_image_that_cannot_be_read_is_refused_at_once(
+    tiny_models, conversation, image, tmp_path
+):
     (tmp_path / "a.png").write_bytes(b"no image")
-    asked = conversation(str(tmp_path / "a.png"))
-    with pytest.raises(UserError, match="expected a readable image"):
-        said(asked, "what?")
-    said(asked, "/reset")
-    assert said(asked, "is it red?") == expected(tiny_models, "dense", "is it red?") + "\n"
+    with pytest.raises(UserError, match=r"a\.png: expected a readable image"):
+        conversation(str(tmp_path / "a.png"))
+    asked = conversation(image(0))
+    with pytest.raises(UserError, match=r"a\.png: expected a readable image"):
+        said(asked, f"/image {tmp_path}/a.png")
+    reply = expected(tiny_models, "dense", "<image>\nis it red?", (image(0),))
+    assert said(asked, "is it red?") == reply + "\n"
+
+
+def test_both_models_get_a_turn_or_none(conversation, image, tmp_path, monkeypatch):
+    """A question that the second model cannot answer is no turn of the first one either."""
+    asked = conversation(image(0))
+    said(asked, "/compare sparse")
+    answers = chat.stream
+
+    def only_dense(model, *rest):
+        if model.config.decoder.moe:
+            raise UserError("prompt: expected fewer tokens")
+        yield from answers(model, *rest)
+
+    def turns():
+        said(asked, f"/save {tmp_path}/a.json")
+        records = json.loads((tmp_path / "a.json").read_text())
+        return [(each["image"], [t["value"] for t in each["conversations"]]) for each in records]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat, "stream", only_dense)
+        with pytest.raises(UserError, match="expected fewer tokens"):
+            said(asked, "what?")
+    assert turns() == [([], []), ([], [])]
+    said(asked, "is it red?")  # the image belongs to this one now
+    for images, (question, _) in turns():
+        assert images == [image(0)] and question == "<image>\nis it red?"
 
 
 def test_an_empty_line_ends_the_conversation(tiny_models, image, capsys, monkeypatch):
@@ -117,6 +147,19 @@ def test_an_empty_line_ends_the_conversation(tiny_models, image, capsys, monkeyp
     chat.main(["--model", str(tiny_models["dense"]), "--image", image(0), "--max_new_tokens", "2"])
     printed = capsys.readouterr().out
     assert printed.count("\n") == 2 and "error: expected a question or one of" in printed
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_conversation(
+    tiny_models, tmp_path, capsys, monkeypatch
+):
+    lines = ["/save /no/such/folder/x.json", f"/save {tmp_path}", "/reset", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    chat.main(["--model", str(tiny_models["dense"])])
+    assert capsys.readouterr().out == (
+        "> error: /save /no/such/folder/x.json: No such file or directory\n"
+        f"> error: /save {tmp_path}: Is a directory\n"
+        "> a new conversation\n> "
+    )
 
 
 def test_control_characters_of_a_reply_are_escaped(tiny_models, capsys, monkeypatch):

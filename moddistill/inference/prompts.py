@@ -67,7 +67,10 @@ def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> 
 
 
 def bucket(length: int) -> int:
-    """Returns a length rounded up by an eighth at most, or to 16, which limits compilations."""
+    """Returns a length rounded up, which limits compilations.
+
+    Below 128 to a multiple of 16, from there on by an eighth at most.
+    """
     multiple = max(_SHORTEST, 2 ** (length.bit_length() - 4))
     return -length // multiple * -multiple
 

@@ -46,15 +46,20 @@ def replace_text(file: Path, text: str) -> None:
 
     Raises:
       UserError: the disk is full.
+      OSError: the file cannot be written for another reason.
     """
     partial = file.with_name(f".{file.name}.partial")
-    with writing(file):
-        with partial.open("w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-        sync_folder(file.parent)
+    try:
+        with writing(file):
+            with partial.open("w", encoding="utf-8") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(opened.fileno())
+            partial.replace(file)
+            sync_folder(file.parent)
+    except OSError as error:
+        error.filename, error.filename2 = str(file), None  # users know no partial file
+        raise
 
 
 def remove(path: Path) -> None:

@@ -53,7 +53,9 @@ def test_full_disk_is_an_error_that_names_the_file(write, code, tmp_path, monkey
 
 
 def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        replace_text(tmp_path / "none" / "a.json", "x")
+    file = tmp_path / "none" / "a.json"
+    with pytest.raises(FileNotFoundError) as raised:
+        replace_text(file, "x")
+    assert raised.value.filename == str(file)  # not that of the unfinished one
     with pytest.raises(ValueError, match=r"^other$"), text_file.writing("a"):
         raise ValueError("other")
