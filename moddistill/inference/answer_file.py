@@ -69,7 +69,7 @@ def answer_file(
     with tqdm(
         total=len(prompts), initial=len(done), desc="answers", unit="answer", mininterval=1.0
     ) as bar:
-        for number, answer in generate(*load(), asked, decoding, write_error):
+        for number, answer in generate(*load(), asked, decoding, write_error, todo):
             write(number, dataclasses.asdict(answer))
     return failed
 

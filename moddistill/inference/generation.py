@@ -53,6 +53,7 @@ def generate(
     prompts: Sequence[Prompt],
     decoding: Decoding,
     on_error: Callable[[int, UserError], None] | None = None,
+    draws: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the number and the answer of each prompt, in the order in which they finish.
 
@@ -60,6 +61,8 @@ def generate(
 
     Args:
       on_error: called with the number of a prompt that cannot be answered, in place of the error.
+      draws: of each prompt, the number that its sampling depends on besides the seed; by default its
+        own. So the rest of a list is answered as in the whole of it.
       params: on one device or sharded over a mesh, whose batch axes the rows are spread over. All
         processes of the mesh call this with the same prompts and get the same answers.
 
@@ -67,7 +70,7 @@ def generate(
       UserError: a question is empty, `<image>` does not occur once for every image of a prompt, a
         prompt is longer than the model's context, or an image cannot be read.
     """
-    for writing in _write(model, params, tokenizer, prompts, decoding, on_error or _raise):
+    for writing in _write(model, params, tokenizer, prompts, decoding, on_error or _raise, draws):
         if writing.ended:
             yield writing.number, writing.answer(tokenizer)
 
@@ -104,6 +107,7 @@ def _write(
     prompts: Sequence[Prompt],
     decoding: Decoding,
     on_error: Callable[[int, UserError], None],
+    draws: Sequence[int] | None = None,
 ) -> Iterator[Writing]:
     """Yields an answer after each of its tokens; those that have `ended` for the last time."""
     model = without_drops(model)
@@ -111,7 +115,8 @@ def _write(
     if not waiting:
         return
     slots = bucket(max(len(each.prompt_ids) + each.max_new_tokens for each in waiting))
-    table = _Table(model, params, tokenizer, decoding, slots, len(waiting))
+    draws = range(len(prompts)) if draws is None else draws
+    table = _Table(model, params, tokenizer, decoding, slots, len(waiting), draws)
     end = end_id(model.config.template, tokenizer)
     with ThreadPoolExecutor(2) as threads:
         ordered = [prompts[writing.number] for writing in waiting]
@@ -175,6 +180,7 @@ class _Table:
     Args:
       slots: of each row.
       prompts: their number; there are no more rows.
+      draws: as in `generate`.
     """
 
     def __init__(
@@ -185,8 +191,10 @@ class _Table:
         decoding: Decoding,
         slots: int,
         prompts: int,
+        draws: Sequence[int],
     ):
         self.model, self.params, self.pad_id = model, params, tokenizer.pad_id
+        self.draws = draws
         self.mesh = params_mesh(params)
         self.shards = num_batch_shards(self.mesh) if self.mesh else 1
         self.static = {"sampling": decoding.sampling, "top_logprobs": decoding.top_logprobs}
@@ -222,7 +230,7 @@ class _Table:
         fill = -len(group) % self.shards  # every batch shard needs the same number of prompts
         ids = [writing.prompt_ids for writing in group]
         batch = prompt_batch(ids + ids[:1] * fill, [*images, *images[:1] * fill], self.pad_id)
-        numbers = jnp.array([writing.number for writing in group] + [0] * fill)
+        draws = jnp.array([self.draws[writing.number] for writing in group] + [0] * fill)
         with mesh_context(self.mesh):
             self.rows, choice = admit(
                 self.model,
@@ -230,7 +238,7 @@ class _Table:
                 self.rows,
                 put_rows(self.mesh, batch),
                 jnp.array(at + [len(self.writing)] * fill, jnp.int32),
-                jax.vmap(jax.random.fold_in, (None, 0))(self.rng, numbers),
+                jax.vmap(jax.random.fold_in, (None, 0))(self.rng, draws),
                 **self.static,
             )
         self._dispatched(list(enumerate(group)), choice)

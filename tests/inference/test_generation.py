@@ -223,3 +223,12 @@ def test_a_prompt_that_fills_the_context_is_an_error_and_the_others_are_answered
     message = rf"expected fewer tokens than the context of the model, {context} .* got {context} t"
     with pytest.raises(UserError, match=message):
         raise errors[longest]
+
+
+def test_the_rest_of_a_list_is_sampled_as_in_the_whole_of_it(dense, prompts):
+    whole = answer(*dense, prompts, HOT)
+    rest = dict(generate(*dense, prompts[2:], HOT, draws=range(2, len(prompts))))
+    found = [rest[number].token_ids for number in range(len(rest))]
+    assert found == [each.token_ids for each in whole[2:]]
+    other = dict(generate(*dense, prompts[2:], HOT))
+    assert found != [other[number].token_ids for number in range(len(other))]
