@@ -61,8 +61,8 @@ def generate(
 
     Args:
       on_error: called with the number of a prompt that cannot be answered, in place of the error.
-      draws: of each prompt, the number that its sampling depends on besides the seed; by default its
-        own. So the rest of a list is answered as in the whole of it.
+      draws: of each prompt, the number that its sampling depends on besides the seed; by default
+        its own. So the rest of a list is answered as in the whole of it.
       params: on one device or sharded over a mesh, whose batch axes the rows are spread over. All
         processes of the mesh call this with the same prompts and get the same answers.
 
