@@ -137,8 +137,8 @@ def test_what_is_wrong_is_a_sentence_and_the_conversation_goes_on(visit, image, 
     alert.wait_for(state="detached")
     ask(page, " ")
     alert.get_by_text("prompt: expected a text or an image, got ''").wait_for()
-    ask(page, "why? " * 8000)
-    alert.get_by_text("question: expected fewer than 32,768 tokens").wait_for()
+    ask(page, "<image> and <image>?")
+    alert.get_by_text("number of <image>: expected 0, one per image, got 2").wait_for()
     ask(page, "what is in it?", image(0))
     page.locator(".panel .overlay").first.wait_for()
     assert not alert.is_visible() and page.locator(".turn").count() == 1
