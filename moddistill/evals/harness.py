@@ -143,14 +143,14 @@ def evaluate_in_memory(
       on_answer: called after each answer; an error of it ends the evaluation.
 
     Raises:
-      UserError: lmms-eval is not installed, there is no such task, or its data set is not there.
+      UserError: lmms-eval is not installed, or the data set of the task is not there.
     """
-    check_tasks([task])
+    manager = _task_manager("")  # before the import, which needs lmms-eval too
     from moddistill.evals.lmms import Chat  # noqa: PLC0415  needs lmms-eval
 
     loaded = Chat.of(model, params, tokenizer, on_answer)
     try:
-        results = _evaluate(loaded, task, _task_manager(""), out, limit)
+        results = _evaluate(loaded, task, manager, out, limit)
     except Exception as error:
         if reason := _known_reason(error):
             raise UserError(f"{task}: {reason}") from error

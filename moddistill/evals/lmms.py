@@ -167,7 +167,7 @@ class _Model(lmms):
     def _prompt(self, request: Instance) -> Prompt:
         """The prompt of a request, whose images are read again when they are needed.
 
-        The pictures of a data set would fill the memory.
+        The images of a data set would fill the memory.
         """
         prompt = self._read(request)
         later = [functools.partial(self._image, request, i) for i in range(len(prompt.images))]
@@ -188,8 +188,8 @@ class Simple(_Model):
     _settings = 1
 
     def _read(self, request: Instance) -> Prompt:
-        text, _, pictures_of, *_ = request.args
-        images = images_of(pictures_of(self._doc(request)) or ())
+        text, _, images_of_doc, *_ = request.args
+        images = images_of(images_of_doc(self._doc(request)) or ())
         if IMAGE not in text:
             text = " ".join([IMAGE] * len(images)) + "\n" * bool(images) + text
         return Prompt(text, images)

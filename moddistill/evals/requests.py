@@ -63,7 +63,7 @@ def images_of(images: Sequence[Any]) -> tuple[Image.Image | str, ...]:
         elif isinstance(image, str):
             found.append(image)
         else:
-            raise invalid("image of a question", type(image).__name__, "a picture, not a video")
+            raise invalid("image of a question", type(image).__name__, "an image, not a video")
     return tuple(found)
 
 

@@ -39,7 +39,7 @@ def batch_rows(model: Vlm, params: dict[str, Any], slots: int, prompts: int) -> 
 def bytes_per_row(config: DecoderConfig, compute: ComputeConfig, slots: int) -> int:
     """Returns the bytes of one row with `slots` positions, prompt and answer.
 
-    The cache counts twice, since that of new prompts exists beside that of all rows. The
+    The cache counts twice, since that of new prompts exists in addition to that of all rows. The
     activations are those of one layer at all positions: residual stream, query, key, value and
     feed-forward.
     """

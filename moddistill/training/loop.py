@@ -139,7 +139,6 @@ def _loop(
     records = streams.training
     learning_rate = schedule(config.optim, config.steps)
     heldout = Heldout(config, run, streams.heldout, mesh) if streams.heldout else None
-    evaluations = [each for each in (heldout, tasks) if each is not None]
     with (
         checkpoint.open_checkpoints(workdir / "checkpoints", run_id(workdir)) as checkpoints,
         until_signal() as stops,
@@ -164,7 +163,7 @@ def _loop(
                 report(step)  # so that no checkpoint holds a state that is not finite
                 checkpoint.save(checkpoints, state, next_row, _keep(config, log))
 
-            if start and _evaluate(evaluations, log, start, state, stops):
+            if start and _evaluate((heldout, tasks), log, start, state, stops):
                 raise stops.error(f"{config.stage}: stopped after step {start}")
             for step in range(start + 1, config.steps + 1):
                 with _profiled(step, start, config, workdir):
@@ -187,7 +186,7 @@ def _loop(
                 saves = last or stopped or step % config.save_every == 0
                 if saves:
                     report(step)  # before held-out records are evaluated with a diverged state
-                stopped = stopped or _evaluate(evaluations, log, step, state, stops)
+                stopped = stopped or _evaluate((heldout, tasks), log, step, state, stops)
                 if saves or stopped:
                     save(step, state, records.next_row)
                 if stopped:
@@ -218,7 +217,11 @@ def _saving(
 
 
 def _evaluate(
-    evaluations: Sequence[Heldout | Tasks], log: MetricsLog, step: int, state: State, stops: Stops
+    evaluations: Sequence[Heldout | Tasks | None],
+    log: MetricsLog,
+    step: int,
+    state: State,
+    stops: Stops,
 ) -> bool:
     """Makes the evaluations that are due and not made yet.
 
@@ -226,7 +229,7 @@ def _evaluate(
       Whether a signal has ended one; then the run makes it when it resumes.
     """
     for evaluation in evaluations:
-        if not evaluation.is_due(step) or log.has(evaluation.prefix, step):
+        if evaluation is None or not evaluation.is_due(step) or log.has(evaluation.prefix, step):
             continue
         values = evaluation(state, stops)
         if values is None:
