@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from moddistill.cli.generation_flags import (
-    Loaded,
     add_generation_flags,
     check_images,
     decoding_of,
@@ -29,6 +28,7 @@ from moddistill.data.images import load_image
 from moddistill.errors import UserError, invalid, printable
 from moddistill.inference.answer import Answer, Decoding
 from moddistill.inference.generation import stream
+from moddistill.inference.loading import Loaded
 from moddistill.inference.prompts import Prompt, with_images
 from moddistill.storage.json_file import write_json
 

@@ -6,12 +6,12 @@ import json
 import pytest
 
 from moddistill import chat
-from moddistill.cli.generation_flags import Loaded
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.errors import UserError
 from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import answer
+from moddistill.inference.loading import Loaded
 from moddistill.inference.prompts import Prompt
 
 DECODING = Decoding(max_new_tokens=4)

@@ -2,26 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax.numpy as jnp
 
 from moddistill.cli.model_flags import add_model_flags
 from moddistill.cli.parser import in_range
-from moddistill.convert.resolve import as_model_folder, load
-from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.inference.answer import Decoding
+from moddistill.inference.loading import Loaded, load_with_tokenizer
 from moddistill.inference.sampling import Sampling
-from moddistill.models.vlm import Vlm
-
-
-class Loaded(NamedTuple):
-    """A model that writes answers: the first arguments of `inference.generation`."""
-
-    model: Vlm
-    params: dict[str, Any]
-    tokenizer: Tokenizer
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -65,10 +52,7 @@ def decoding_of(args: argparse.Namespace, top_logprobs: int = 0) -> Decoding:
 
 def load_model(args: argparse.Namespace, model: str = "") -> Loaded:
     """Loads `--model`, or another one, with the dtype and the mesh of the flags."""
-    folder = as_model_folder(model or args.model)
-    mesh = args.mesh and make_mesh(args.mesh)
-    loaded = load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh, stacked=False)
-    return Loaded(*loaded, load_tokenizer(str(folder)))
+    return load_with_tokenizer(model or args.model, args.dtype, args.mesh and make_mesh(args.mesh))
 
 
 def check_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -7,12 +7,12 @@ are answered together, whatever their task; the longest come first.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from moddistill.config import MeshConfig
-from moddistill.convert.resolve import as_model_folder, load
+from moddistill.convert.resolve import as_model_folder
 from moddistill.data.records import IMAGE
-from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.sharding import make_mesh
 from moddistill.errors import UserError, invalid
 from moddistill.evals.answer_log import AnswerLog, Given, given_of
@@ -30,6 +30,7 @@ from moddistill.evals.expert_load import LOAD_SAMPLES, expert_load
 from moddistill.evals.requests import decoding_of, images_of, prompt_of
 from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import generate
+from moddistill.inference.loading import Loaded, load_with_tokenizer
 from moddistill.inference.prompts import Prompt
 from moddistill.models.vlm import Vlm
 from moddistill.storage.digests import fingerprint
@@ -42,6 +43,23 @@ def manifest() -> ModelManifest:
         simple_class_path=f"{__name__}.Simple",
         chat_class_path=f"{__name__}.Chat",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _LaterImage:
+    """An image that is read when it is needed; equal ones have the same pixels."""
+
+    digest: str
+    read: Callable[[], Image.Image | str] = dataclasses.field(compare=False)
+
+    def __call__(self) -> Image.Image | str:
+        return self.read()
+
+
+def _digest(image: Image.Image | str) -> str:
+    if isinstance(image, str):
+        return image
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
 class _Model(lmms):
@@ -68,9 +86,9 @@ class _Model(lmms):
         del batch_size, max_batch_size, device
         folder = as_model_folder(model)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        loaded = load(folder, dtype=jnp.dtype(dtype), mesh=_mesh(mesh), stacked=False)
+        loaded = load_with_tokenizer(folder, dtype, _mesh(mesh))
         log = AnswerLog(Path(answers) if answers else None, f"{fingerprint(folder)} {dtype}")
-        self._begin((*loaded, load_tokenizer(str(folder))), log, lambda: None)
+        self._begin(loaded, log, lambda: None)
 
     @classmethod
     def of(
@@ -86,12 +104,10 @@ class _Model(lmms):
           on_answer: called after each answer; an error of it ends the evaluation.
         """
         made = cls.__new__(cls)
-        made._begin((model, params, tokenizer), AnswerLog(None, ""), on_answer)
+        made._begin(Loaded(model, params, tokenizer), AnswerLog(None, ""), on_answer)
         return made
 
-    def _begin(
-        self, loaded: tuple[Any, ...], log: AnswerLog, on_answer: Callable[[], None]
-    ) -> None:
+    def _begin(self, loaded: Loaded, log: AnswerLog, on_answer: Callable[[], None]) -> None:
         super().__init__()
         self._loaded, self._log, self._on_answer = loaded, log, on_answer
         self._asked: list[Prompt] = []
@@ -170,11 +186,14 @@ class _Model(lmms):
         The images of a data set would fill the memory.
         """
         prompt = self._read(request)
-        later = [functools.partial(self._image, request, i) for i in range(len(prompt.images))]
+        later = [
+            _LaterImage(_digest(image), functools.partial(self._image, request, number))
+            for number, image in enumerate(prompt.images)
+        ]
         return dataclasses.replace(prompt, images=tuple(later))
 
-    def _image(self, request: Instance, index: int) -> Image.Image | str:
-        return self._read(request).images[index]
+    def _image(self, request: Instance, number: int) -> Image.Image | str:
+        return self._read(request).images[number]
 
     def _doc(self, request: Instance) -> Any:
         *_, number, task, split = request.args

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moddistill.convert.resolve import as_model_folder, load
+from moddistill.convert.resolve import as_model_folder
 from moddistill.data.records import IMAGE
-from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, did_you_mean
 from moddistill.evals import easy_vqa
@@ -28,6 +28,7 @@ from moddistill.evals.results import (
 from moddistill.evals.task import Question, Row, Task
 from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import generate
+from moddistill.inference.loading import load_with_tokenizer
 from moddistill.inference.prompts import Prompt
 from moddistill.models.layers import DType
 from moddistill.models.vlm import Vlm
@@ -102,8 +103,7 @@ def evaluate(
     all_questions = [run.questions() for run in runs]
     folder = as_model_folder(folder)
     logs = [_log(run, fingerprint(folder), jnp.dtype(dtype).name) for run in runs]
-    model, params = load(folder, dtype=dtype, mesh=mesh, stacked=False)
-    tokenizer = load_tokenizer(str(folder))
+    model, params, tokenizer = load_with_tokenizer(folder, dtype, mesh)
     all_scores = []
     for run, questions, log in zip(runs, all_questions, logs, strict=True):
         rows, scores = answer_and_score(model, params, tokenizer, run.task, questions, log)

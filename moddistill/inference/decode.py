@@ -40,6 +40,18 @@ class Rows:
     seen: Bool[Array, "B V"] | None
 
 
+class Shared(NamedTuple):
+    """Beginnings of prompts that several of them have in common.
+
+    Attributes:
+      batch: the beginnings, padded on the right, with all images.
+      of: of each prompt, the row of its beginning.
+    """
+
+    batch: Batch
+    of: Int[Array, "G"]
+
+
 class Choice(NamedTuple):
     """The new tokens, and log-probabilities before any setting of `Sampling`.
 
@@ -75,6 +87,7 @@ def admit(
     batch: Batch,
     at: Int[Array, "G"],
     rngs: Array,
+    shared: Shared | None = None,
     *,
     sampling: Sampling,
     top_logprobs: int,
@@ -84,19 +97,24 @@ def admit(
     Args:
       at: beyond the last row for prompts that only fill the batch.
       rngs: a key for each prompt.
+      shared: beginnings, of which `batch` has the rests; None if it has whole prompts.
     """
     count, length = batch.tokens.shape
     decoder = model.config.decoder
-    cache = init_cache(decoder, model.compute, count, length)
+    if shared is None:
+        cache = init_cache(decoder, model.compute, count, length)
+    else:
+        cache = _read_beginnings(model, params, shared, length)
+    batch = batch._replace(positions=batch.positions + cache.length[:, None])
     output = model.apply({"params": params}, batch, cache)
     seen = None
     if sampling.penalises:
-        real = jnp.where(batch.segments > 0, batch.tokens, decoder.vocab_size)
-        seen = jnp.zeros((count, decoder.vocab_size), bool)
-        seen = jax.vmap(lambda seen, ids: seen.at[ids].set(True, mode="drop"))(seen, real)
+        seen = _tokens_of(batch, decoder.vocab_size)
+        if shared is not None:
+            seen |= _tokens_of(shared.batch, decoder.vocab_size)[shared.of]
     # The last token of each prompt predicts the first new one.
-    last = (output.cache.length - 1)[:, None, None]
-    hidden = jnp.take_along_axis(output.hidden, last, axis=1)
+    last = jnp.sum(batch.segments > 0, axis=1) - 1
+    hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)
     counts = jnp.zeros(count, jnp.int32)
     drawn = rngs, counts, seen
     choice, seen = _choose(model, output, hidden, drawn, sampling, top_logprobs)
@@ -104,11 +122,14 @@ def admit(
     def put(old: Array, new: Array) -> Array:
         return old.at[at].set(new, mode="drop")
 
-    def put_slots(old: Array, new: Array) -> Array:  # [repeats, B, S, ...] from [..., G, T, ...]
-        return old.at[:, at, :length].set(new, mode="drop")
-
+    # Beginnings and rests are padded, so that slots without a token may be beyond those of a row.
     slots = rows.cache.segments.shape[1]
-    segments = jnp.pad(output.cache.segments, ((0, 0), (0, slots - length)))
+    used = min(slots, output.cache.segments.shape[1])
+
+    def put_slots(old: Array, new: Array) -> Array:  # [repeats, B, S, ...] from [..., G, T, ...]
+        return old.at[:, at, :used].set(new[:, :, :used], mode="drop")
+
+    segments = jnp.pad(output.cache.segments[:, :used], ((0, 0), (0, slots - used)))
     cache = KVCache(
         jax.tree.map(put_slots, rows.cache.layers, output.cache.layers),
         put(rows.cache.segments, segments),
@@ -136,6 +157,27 @@ def step(
     choice, seen = _choose(model, output, output.hidden, drawn, sampling, top_logprobs)
     cache = _sharded(output.cache)
     return Rows(cache, choice.tokens, rows.rngs, rows.count + 1, seen), choice
+
+
+def _read_beginnings(model: Vlm, params: dict[str, Any], shared: Shared, length: int) -> KVCache:
+    """The cache of each prompt after its beginning, with `length` slots for its rest."""
+    count, slots = shared.batch.tokens.shape
+    cache = init_cache(model.config.decoder, model.compute, count, slots)
+    cache = model.apply({"params": params}, shared.batch, cache).cache
+
+    def extend(x: Array) -> Array:  # [repeats, G, T + length, K, H] from [repeats, U, T, K, H]
+        return jnp.pad(x[:, shared.of], ((0, 0), (0, 0), (0, length), (0, 0), (0, 0)))
+
+    segments = jnp.pad(cache.segments[shared.of], ((0, 0), (0, length)))
+    layers = jax.tree.map(extend, cache.layers)
+    return _sharded(KVCache(layers, segments, cache.length[shared.of]))
+
+
+def _tokens_of(batch: Batch, vocab_size: int) -> Bool[Array, "B V"]:
+    """Marks the tokens of each row."""
+    real = jnp.where(batch.segments > 0, batch.tokens, vocab_size)
+    seen = jnp.zeros((len(real), vocab_size), bool)
+    return jax.vmap(lambda seen, ids: seen.at[ids].set(True, mode="drop"))(seen, real)
 
 
 def _sharded(cache: KVCache) -> KVCache:

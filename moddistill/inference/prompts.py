@@ -25,6 +25,8 @@ class Prompt:
 
     Attributes:
       images: files, RGB images, or functions that return one of these, called when they are needed.
+        Those of several prompts are read once if they are equal: the same file or object, or equal
+        functions.
       system: system prompt in place of the template's.
     """
 

@@ -8,6 +8,7 @@ from PIL import Image
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.errors import UserError
+from moddistill.inference import generation
 from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import answer
 from moddistill.inference.prompts import Prompt
@@ -97,6 +98,28 @@ def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
         assert [sorted(load) for load in loads] == [["image", "layer", "text"]] * len(loads)
         assert loads and sum(loads[0]["image"]) == pytest.approx(1)
         assert model.expert_load() == []  # of the next answers, of which there are none
+
+
+def test_equal_images_are_read_once(model, form, docs, monkeypatch):
+    """Documents have copies of an image, as those of lmms-eval do.
+
+    Of sixteen rows on eight devices, eight are for beginnings, so that eight questions share one.
+    """
+    read = []
+
+    def load_images(prompt, tower):
+        read.append(prompt)
+        return original(prompt, tower)
+
+    original = generation.load_images
+    monkeypatch.setattr(generation, "load_images", load_images)
+    same = [
+        docs[0] | {"question": f"{n}?", "images": [docs[0]["images"][0].copy()]} for n in range(12)
+    ]
+    model.task_dict = {"task": {"test": [*same, docs[2]]}}
+    found = model.generate_until(requests([*same, docs[2]], form, {"max_new_tokens": 2}))
+    assert len(found) == 13
+    assert len(read) == 3
 
 
 def test_settings_of_requests_are_followed(model, form, tiny_models, docs):

@@ -13,6 +13,7 @@ from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.inference import batching
 from moddistill.inference.answer import Decoding
 from moddistill.inference.generation import answer, generate
+from moddistill.inference.loading import load_with_tokenizer
 from moddistill.inference.prompts import Prompt
 from tests.evals import counting
 
@@ -109,11 +110,11 @@ def test_shares_of_the_experts_sum_to_one(results):
 def test_a_model_is_loaded_once_for_all_tasks(data, tiny_models, tmp_path, monkeypatch):
     calls = []
 
-    def counted_load(folder, **options):
+    def counted_load(folder, *options):
         calls.append(folder)
-        return load(folder, **options)
+        return load_with_tokenizer(folder, *options)
 
-    monkeypatch.setattr(runner, "load", counted_load)
+    monkeypatch.setattr(runner, "load_with_tokenizer", counted_load)
     runs = [TaskRun(counting.TASK, data, tmp_path / name) for name in ("first", "second")]
     first, second = evaluate(tiny_models["dense"], runs)
     assert first == second

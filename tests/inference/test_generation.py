@@ -21,6 +21,7 @@ from moddistill.models.vlm import Vlm
 NEW = 6
 GREEDY = Decoding(max_new_tokens=NEW)
 HOT = Decoding(max_new_tokens=NEW, sampling=Sampling(temperature=2.0), seed=5)
+PENALISED = Decoding(max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1.5))
 
 
 @pytest.fixture(scope="module", params=["dense", "sparse"])
@@ -56,18 +57,20 @@ def test_tokens_are_those_without_a_cache(name, tiny_models, prompts, tokenizer,
         assert found.token_ids == reread(tiny_models[name], prompt, tokenizer)
 
 
-@pytest.mark.parametrize("decoding", [GREEDY, HOT], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "decoding", [GREEDY, HOT, PENALISED], ids=["greedy", "sampled", "penalised"]
+)
 @pytest.mark.parametrize("rows", [1, 2, 4, 256])
 def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, rows, decoding):
-    """Rows are refilled as answers finish; each prompt may be read with others, or alone."""
+    """Rows are refilled as answers finish; prompts with the same images begin with them once."""
     monkeypatch.setattr(batching, "MAX_ROWS", rows)
     # Some answers end early, so that rows become free one by one.
     [first, *_] = answer(*model, prompts[:1], decoding)
     monkeypatch.setattr(generation, "end_id", lambda *_: first.token_ids[2])
     found = answer(*model, prompts, decoding)
     assert len({len(each.token_ids) for each in found}) > 1
-    monkeypatch.setattr(generation, "_MOST_TOKENS", 1)  # read one by one
-    for each, other in zip(answer(*model, prompts, decoding), found, strict=True):
+    for number, (prompt, other) in enumerate(zip(prompts, found, strict=True)):
+        [(_, each)] = generate(*model, [prompt], decoding, draws=[number])
         assert each.token_ids == other.token_ids
         np.testing.assert_allclose(
             [token.logprob for token in each.logprobs],

@@ -1,0 +1,104 @@
+"""Prompts that begin alike: which ones are read together, and what is read once."""
+
+import functools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moddistill.convert.resolve import load
+from moddistill.errors import UserError
+from moddistill.inference import batching, generation
+from moddistill.inference.answer import Decoding, Writing
+from moddistill.inference.beginnings import runs_of
+from moddistill.inference.generation import answer, generate
+from moddistill.inference.prompts import Prompt
+
+IMAGE_ID = 9
+DECODING = Decoding(max_new_tokens=2)
+
+
+def found_runs(prompts, ids, most=8):
+    writings = [Writing(number, prompt, DECODING) for number, prompt in enumerate(ids)]
+    runs = runs_of(writings, prompts, IMAGE_ID, most)
+    return [([writing.number for writing in run.writings], run.shared) for run in runs]
+
+
+def test_prompts_with_the_same_images_and_tokens_up_to_the_last_one_are_a_run():
+    prompts = [Prompt("", ("a.png",))] * 3 + [Prompt("", ("b.png",))] * 2
+    ids = [[1, 9, 9, 2], [1, 9, 9, 3, 4], [5, 9, 9, 2], [1, 9, 9, 2], [1, 9, 9, 2]]
+    assert found_runs(prompts, ids) == [([1, 0], 3), ([2], 0), ([3, 4], 3)]
+
+
+def test_texts_are_read_as_a_whole():
+    assert found_runs([Prompt("")] * 2, [[1, 2, 3]] * 2) == [([0], 0), ([1], 0)]
+
+
+def test_the_run_with_the_longest_prompt_comes_first():
+    prompts = [Prompt("", (name,)) for name in "aabb"]
+    ids = [[9, 1], [9, 1, 2], [9, 1, 2, 3], [9]]
+    assert found_runs(prompts, ids) == [([2, 3], 1), ([1, 0], 1)]
+
+
+def test_long_runs_are_split():
+    prompts = [Prompt("", ("a.png",))] * 5
+    assert found_runs(prompts, [[9, 1]] * 5, most=2) == [([0, 1], 1), ([2, 3], 1), ([4], 0)]
+    assert found_runs(prompts, [[9, 1]] * 2, most=1) == [([0], 0), ([1], 0)]
+
+
+def test_images_in_memory_are_the_same_if_they_are_one_object():
+    first, second = (Image.new("RGB", (2, 2)) for _ in range(2))
+    prompts = [Prompt("", (first,)), Prompt("", (second,)), Prompt("", (first,))]
+    assert found_runs(prompts, [[9, 1]] * 3) == [([0, 2], 1), ([1], 0)]
+
+
+@pytest.fixture
+def dense(tiny_models, tokenizer):
+    return (*load(tiny_models["dense"], stacked=False), tokenizer)
+
+
+@pytest.mark.parametrize("rows", [3, 256])
+def test_an_image_is_read_once_for_its_questions(dense, image, monkeypatch, rows):
+    """With three rows one of them is for the beginning, and two questions share it."""
+    monkeypatch.setattr(batching, "MAX_ROWS", rows)
+    read = []
+
+    def load_images(prompt, tower):
+        read.append(prompt.images)
+        return original(prompt, tower)
+
+    original = generation.load_images
+    monkeypatch.setattr(generation, "load_images", load_images)
+    prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(n % 2),)) for n in range(8)]
+    together = answer(*dense, prompts, DECODING)
+    assert len(read) == (2 if rows == 256 else 4)
+    for prompt, found in zip(prompts, together, strict=True):
+        [alone] = answer(*dense, [prompt], DECODING)
+        assert alone.token_ids == found.token_ids
+        assert alone.prompt_ids == found.prompt_ids
+        np.testing.assert_allclose(
+            [token.logprob for token in alone.logprobs],
+            [token.logprob for token in found.logprobs],
+            atol=1e-5,
+        )
+
+
+def test_an_image_that_cannot_be_read_fails_all_its_questions_and_no_others(dense, image, tmp_path):
+    missing = str(tmp_path / "missing.png")
+    prompts = [
+        Prompt(f"<image>\nwhat is at {n}?", (missing if n % 2 else image(0),)) for n in range(6)
+    ]
+    failed = {}
+    found = dict(generate(*dense, prompts, DECODING, failed.__setitem__))
+    assert sorted(failed) == [1, 3, 5]
+    assert sorted(found) == [0, 2, 4]
+    assert all(isinstance(error, UserError) for error in failed.values())
+
+
+def test_a_longer_beginning_than_the_rests_leave_slots_for(dense, image):
+    """Beginning and rest are padded each: together they may be longer than a row."""
+    prompts = [Prompt(f"{'so ' * n}<image>\n?", (image(0),)) for n in (1, 1, 9, 9, 17, 17)]
+    short = functools.partial(answer, *dense, decoding=Decoding(max_new_tokens=1))
+    for prompt, found in zip(prompts, short(prompts), strict=True):
+        [alone] = short([prompt])
+        assert alone.token_ids == found.token_ids
