@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_images(parser, args)
     if (args.jsonl is None) != (args.out is None) or (args.jsonl and args.image):
         parser.error("--jsonl: expected --out with it, and no --image")
+    if args.jsonl and args.out.resolve() == args.jsonl.resolve():
+        parser.error(f"--out: expected another file than --jsonl, got {str(args.out)!r} for both")
     if args.json and args.jsonl:
         parser.error("--json: expected --prompt with it, got --jsonl, whose rows have all fields")
     if args.logprobs and not (args.json or args.jsonl):

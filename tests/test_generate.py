@@ -82,6 +82,10 @@ def test_another_number_of_images_than_placeholders_is_an_error(tiny_models, ima
     ("flags", "message"),
     [
         (["--prompt", "q", "--logprobs", "3"], "--logprobs: expected --json or --jsonl with it"),
+        (
+            ["--jsonl", "q.jsonl", "--out", "./q.jsonl"],
+            r"--out: expected another file than --jsonl, got 'q\.jsonl' for both",
+        ),
         (["--jsonl", "q.jsonl", "--out", "a.jsonl", "--json"], "--json: expected --prompt with it"),
     ],
 )
@@ -162,6 +166,15 @@ def test_lines_that_are_no_questions(tiny_models, tmp_path, line, message):
     (tmp_path / "q.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit, match=message):
         command(tiny_models, "--jsonl", f"{tmp_path}/q.jsonl", "--out", f"{tmp_path}/a.jsonl")
+
+
+def test_half_of_a_surrogate_pair_is_an_error_of_its_question(tiny_models, tmp_path):
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text(json.dumps({"prompt": "\ud800"}) + "\n" + json.dumps({"prompt": "q"}))
+    with pytest.raises(SystemExit, match=r"a\.jsonl: 1 questions have an `error`"):
+        command(tiny_models, "--jsonl", str(questions), "--out", str(out))
+    assert rows(out)[1]["error"].startswith("text: expected valid Unicode, got ")
+    assert "text" in rows(out)[2]
 
 
 def test_a_question_ends_at_a_line_feed_only(tiny_models, tmp_path):

@@ -60,7 +60,7 @@ AnyRecord = Record | PreferencePair
 
 def _check_texts(system: str | None, turns: Turns) -> None:
     for text in (system or "", *(text for turn in turns for text in turn)):
-        _check_unicode(text)
+        check_unicode(text)
     if IMAGE in (system or ""):
         raise invalid("system", system, f"no {IMAGE}, which only questions contain")
     for _, answer in turns:
@@ -70,7 +70,7 @@ def _check_texts(system: str | None, turns: Turns) -> None:
             raise invalid("answer", answer, f"no {IMAGE}, which only questions contain")
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
     """Raises UserError for a lone surrogate, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()

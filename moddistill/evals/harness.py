@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import os
 import traceback
@@ -199,9 +201,15 @@ def _task_manager(include: str, origin: str = "tasks") -> Any:
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError(f"{origin}: expected {expected}")
     try:
-        from lmms_eval.tasks import TaskManager  # noqa: PLC0415  takes seconds
+        importlib.import_module("lmms_eval.tasks")  # takes seconds
     except ModuleNotFoundError as error:
         raise UserError(f"{origin}: expected {expected} whole, got no {error.name!r}") from error
+    return _known_tasks(include)
+
+
+@functools.cache  # it reads every task's file, which takes seconds
+def _known_tasks(include: str) -> Any:
+    from lmms_eval.tasks import TaskManager  # noqa: PLC0415  needs lmms-eval
 
     return TaskManager(include_path=[str(own_tasks.FOLDER), *filter(None, [include])])
 

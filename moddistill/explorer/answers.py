@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.explorer.conversation import Conversation, Turn
+from moddistill.explorer.data_uris import data_uri
 from moddistill.explorer.markup import html_text, percent, token_texts, visible
 from moddistill.explorer.models import ExploredModel
-from moddistill.explorer.pictures import data_uri
 from moddistill.inference.answer import Answer, TokenLogprobs
 
 _ENDINGS = {

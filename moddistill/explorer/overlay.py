@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from moddistill.explorer.data_uris import data_uri
 from moddistill.explorer.marks import Mark
 from moddistill.explorer.markup import html_text
-from moddistill.explorer.pictures import data_uri
 
 _SHOWN = 512  # pixels of the longer side
 _MOST_LABELS = 16  # patches of a side that have room for one

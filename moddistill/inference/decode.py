@@ -1,4 +1,6 @@
-"""The two programs of decoding: `admit` reads prompts into rows, `step` adds a token to each row.
+"""The programs of decoding: `admit` reads prompts into rows, `step` adds a token to each row.
+
+`read_beginnings` reads what several prompts begin with, before `admit` reads the rest of each.
 
 Rows are independent: each has its own slots of the key/value cache, its own position and random
 keys, so that a prompt takes the place of one that is answered while the others go on.
@@ -44,11 +46,13 @@ class Shared(NamedTuple):
     """Beginnings of prompts that several of them have in common.
 
     Attributes:
-      batch: the beginnings, padded on the right, with all images.
+      batch: the beginnings, padded on the right, without their images.
+      cache: their keys and values.
       of: of each prompt, the row of its beginning.
     """
 
     batch: Batch
+    cache: KVCache
     of: Int[Array, "G"]
 
 
@@ -74,6 +78,13 @@ def empty_rows(model: Vlm, rows: int, slots: int, sampling: Sampling) -> Rows:
     rngs = jax.random.split(jax.random.key(0), rows)
     cache = init_cache(decoder, model.compute, rows, slots)
     return Rows(_sharded(cache), zeros, rngs, zeros, seen)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def read_beginnings(model: Vlm, params: dict[str, Any], batch: Batch) -> KVCache:
+    """Keys and values of beginnings of prompts, padded on the right."""
+    cache = init_cache(model.config.decoder, model.compute, *batch.tokens.shape)
+    return model.apply({"params": params}, batch, cache).cache
 
 
 _STATIC = ("model", "sampling", "top_logprobs")
@@ -104,7 +115,7 @@ def admit(
     if shared is None:
         cache = init_cache(decoder, model.compute, count, length)
     else:
-        cache = _read_beginnings(model, params, shared, length)
+        cache = _continued(shared, length)
     batch = batch._replace(positions=batch.positions + cache.length[:, None])
     output = model.apply({"params": params}, batch, cache)
     seen = None
@@ -159,11 +170,9 @@ def step(
     return Rows(cache, choice.tokens, rows.rngs, rows.count + 1, seen), choice
 
 
-def _read_beginnings(model: Vlm, params: dict[str, Any], shared: Shared, length: int) -> KVCache:
+def _continued(shared: Shared, length: int) -> KVCache:
     """The cache of each prompt after its beginning, with `length` slots for its rest."""
-    count, slots = shared.batch.tokens.shape
-    cache = init_cache(model.config.decoder, model.compute, count, slots)
-    cache = model.apply({"params": params}, shared.batch, cache).cache
+    cache = shared.cache
 
     def extend(x: Array) -> Array:  # [repeats, G, T + length, K, H] from [repeats, U, T, K, H]
         return jnp.pad(x[:, shared.of], ((0, 0), (0, 0), (0, length), (0, 0), (0, 0)))

@@ -9,7 +9,7 @@ from PIL import Image
 from moddistill.data import examples
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import load_image, mean_color, preprocess
-from moddistill.data.records import IMAGE
+from moddistill.data.records import IMAGE, check_unicode
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError, invalid
 from moddistill.models.batch import Batch, padded_batch
@@ -45,11 +45,13 @@ def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> 
     """Returns the token ids of a prompt, the image id repeated once per patch.
 
     Raises:
-      UserError: the question is empty, `<image>` does not occur once for every image, or the
-        context of the model has no place for an answer.
+      UserError: the question is empty, a text is no valid Unicode, `<image>` does not occur once
+        for every image, or the context of the model has no place for an answer.
     """
     if not prompt.question.strip():
         raise invalid("prompt", prompt.question, "a text or an image")
+    for text in (prompt.system or "", *sum(prompt.history, ()), prompt.question):
+        check_unicode(text)
     patches = config.vision.patches if config.vision else 0
     ids = examples.encode_prompt(
         config.template,

@@ -17,7 +17,15 @@ from moddistill.distributed.sharding import num_batch_shards
 from moddistill.inference.answer import Decoding, TokenLogprobs, Writing
 from moddistill.inference.batching import batch_rows
 from moddistill.inference.beginnings import Run
-from moddistill.inference.decode import Choice, Rows, Shared, admit, empty_rows, step
+from moddistill.inference.decode import (
+    Choice,
+    Rows,
+    Shared,
+    admit,
+    empty_rows,
+    read_beginnings,
+    step,
+)
 from moddistill.inference.placement import mesh_context, params_mesh, put_rows
 from moddistill.inference.prompts import prompt_batch
 from moddistill.models.batch import Batch
@@ -95,20 +103,14 @@ class Table:
         at = self.free[: len(group)]
         for row, writing in zip(at, group, strict=True):
             self.writing[row] = writing
-        rests = [each.prompt_ids[run.shared :] for run in runs for each in run.writings]
         shared, size = None, self._whole_shards(len(group))
         if runs[0].shared:
-            beginnings = [run.writings[0].prompt_ids[: run.shared] for run in runs]
-            batch = self._batch(beginnings, images, self._whole_shards(len(runs)))
-            # A power of two for each shard, so that few programs are compiled.
-            size = self.shards * 2 ** (size // self.shards - 1).bit_length()
-            size = min(size, len(self.writing) - len(batch.tokens))
-            of = [number for number, run in enumerate(runs) for _ in run.writings]
-            shared = Shared(batch, jnp.array(of + [0] * (size - len(group)), jnp.int32))
+            shared, size = self._read_beginnings(runs, images)
             images = [None] * len(group)
+        rests = [each.prompt_ids[run.shared :] for run in runs for each in run.writings]
+        batch = self._batch(rests, images, size)
         fill = size - len(group)
         draws = jnp.array([self.draws[writing.number] for writing in group] + [0] * fill)
-        batch = self._batch(rests, images, size)
         with mesh_context(self.mesh):
             self.rows, choice = admit(
                 self.model,
@@ -121,6 +123,25 @@ class Table:
                 **self.static,
             )
         self._dispatched(list(enumerate(group)), choice)
+
+    def _read_beginnings(
+        self, runs: Sequence[Run], images: Sequence[np.ndarray | None]
+    ) -> tuple[Shared, int]:
+        """Returns the beginnings of runs, and the number of rests to read after them.
+
+        It is a power of four for each shard, or all rows, so that few programs are compiled.
+        """
+        ids = [run.writings[0].prompt_ids[: run.shared] for run in runs]
+        batch = self._batch(ids, images, self._whole_shards(len(runs)))
+        with mesh_context(self.mesh):
+            cache = read_beginnings(self.model, self.params, batch)
+        of = [number for number, run in enumerate(runs) for _ in run.writings]
+        size = self.shards
+        while size < len(of):
+            size *= 4
+        size = min(size, len(self.writing) - len(batch.tokens))
+        of = jnp.array(of + [0] * (size - len(of)), jnp.int32)
+        return Shared(batch._replace(images=None), cache, of), size
 
     def _whole_shards(self, count: int) -> int:
         """A number rounded up, as every batch shard needs the same number of prompts."""

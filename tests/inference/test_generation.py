@@ -57,26 +57,39 @@ def test_tokens_are_those_without_a_cache(name, tiny_models, prompts, tokenizer,
         assert found.token_ids == reread(tiny_models[name], prompt, tokenizer)
 
 
-@pytest.mark.parametrize(
-    "decoding", [GREEDY, HOT, PENALISED], ids=["greedy", "sampled", "penalised"]
-)
-@pytest.mark.parametrize("rows", [1, 2, 4, 256])
-def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, rows, decoding):
-    """Rows are refilled as answers finish; prompts with the same images begin with them once."""
-    monkeypatch.setattr(batching, "MAX_ROWS", rows)
+@pytest.mark.parametrize("decoding", [GREEDY, HOT], ids=["greedy", "sampled"])
+def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, decoding):
+    """Rows are refilled as answers finish; prompts with the same images begin with them once.
+
+    In one row, prompts are read one by one.
+    """
+
+    def answers(rows):
+        monkeypatch.setattr(batching, "MAX_ROWS", rows)
+        return answer(*model, prompts, decoding)
+
     # Some answers end early, so that rows become free one by one.
-    [first, *_] = answer(*model, prompts[:1], decoding)
+    [first, *_] = answers(1)
     monkeypatch.setattr(generation, "end_id", lambda *_: first.token_ids[2])
-    found = answer(*model, prompts, decoding)
-    assert len({len(each.token_ids) for each in found}) > 1
-    for number, (prompt, other) in enumerate(zip(prompts, found, strict=True)):
-        [(_, each)] = generate(*model, [prompt], decoding, draws=[number])
-        assert each.token_ids == other.token_ids
-        np.testing.assert_allclose(
-            [token.logprob for token in each.logprobs],
-            [token.logprob for token in other.logprobs],
-            atol=1e-4,
-        )
+    one_by_one = answers(1)
+    assert len({len(each.token_ids) for each in one_by_one}) > 1
+    for rows in (2, 4, 256):
+        for each, other in zip(answers(rows), one_by_one, strict=True):
+            assert each.token_ids == other.token_ids
+            np.testing.assert_allclose(
+                [token.logprob for token in each.logprobs],
+                [token.logprob for token in other.logprobs],
+                atol=1e-4,
+            )
+
+
+def test_tokens_of_a_shared_beginning_are_penalised(dense, prompts, monkeypatch):
+    together = answer(*dense, prompts, PENALISED)
+    monkeypatch.setattr(batching, "MAX_ROWS", 1)
+    one_by_one = answer(*dense, prompts, PENALISED)
+    ids = [[each.token_ids for each in found] for found in (together, one_by_one)]
+    assert ids[0] == ids[1]
+    assert ids[0] != [each.token_ids for each in answer(*dense, prompts, GREEDY)]
 
 
 def test_layers_that_are_stacked_give_the_same_answers(model, prompts, tiny_models):
@@ -174,6 +187,8 @@ def test_prompts_that_cannot_be_answered(dense, prompts, tmp_path):
         Prompt("<image> what?", (str(tmp_path / "a.png"),)),
         Prompt("<image> what?"),
         Prompt(" "),
+        Prompt("half a pair: \ud800"),
+        Prompt("and then?", history=(("half a pair: \ud800", "yes"),)),
     ]
     errors = {}
     asked = [bad[0], prompts[0], *bad[1:]]
@@ -184,6 +199,8 @@ def test_prompts_that_cannot_be_answered(dense, prompts, tmp_path):
         0: f"{tmp_path / 'a.png'}: expected"[:40],
         2: "number of <image>: expected 0, one per i",
         3: "prompt: expected a text or an image, got",
+        4: "text: expected valid Unicode, got 'utf-8",
+        5: "text: expected valid Unicode, got 'utf-8",
     }
     for prompt in bad:
         with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""Images of the page, inside of it."""
+"""Images in the text of the page."""
 
 import base64
 import io
