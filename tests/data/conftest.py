@@ -1,13 +1,18 @@
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from moddistill.config import DataConfig, SourceConfig
+from moddistill.data import parquet_files
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import PAD_COLOR
+from moddistill.data.parquet_files import ParquetFile
 from moddistill.data.pipeline import Batches, open_sources, plan_rows
 from moddistill.data.rows import RowMaker, RowSpec
 from moddistill.data.tokenizer import load_tokenizer, train_bpe
@@ -148,3 +153,29 @@ def partly_bad(data_file, image_file, tmp_path):
     records = [talk("<image>", str(number), image="a.png") for number in range(10)]
     records += [talk("<image>", "10", image="broken.png"), talk("word " * 200, "11")]
     return data_file([*records, talk("q", "")])
+
+
+@pytest.fixture(scope="module")
+def write_parquet(tmp_path_factory):
+    """Writes a table to a new file and returns its reader."""
+    folder, numbers = tmp_path_factory.mktemp("parquet"), itertools.count()
+
+    def write(table, **options):
+        path = str(folder / f"{next(numbers)}.parquet")
+        if not isinstance(table, bytes):
+            pq.write_table(
+                table if isinstance(table, pa.Table) else pa.table(table), path, **options
+            )
+        else:
+            (folder / path).write_bytes(table)
+        return ParquetFile(path)
+
+    return write
+
+
+@pytest.fixture(params=["small groups", "large groups"])
+def size_of_groups(request, monkeypatch):
+    """Makes the reader treat all row groups as small or as large ones."""
+    if request.param == "large groups":
+        monkeypatch.setattr(parquet_files, "_CACHED_GROUP", 0)
+        monkeypatch.setattr(parquet_files, "_BATCH", 500)  # bytes, so that there are several
