@@ -7,17 +7,19 @@ an unknown key or another type is an error, and `check_values` checks ranges and
 """
 
 import dataclasses
-import operator
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-MAX_FLOAT32 = 3.4028235e38
+from moddistill.ranges import Range
 
 StageName = Literal["sft", "init", "d2d", "d2s", "preference"]
 Template = Literal["vicuna", "chatml", "plain"]
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "matmuls", "full"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+]
 PreferenceKind = Literal["sigmoid", "hinge", "ipo", "kto_pair"]
 Placement = Literal["sparse", "every_layer", "dense", "first_half", "second_half"]
 Dispatch = Literal["dropless", "capacity"]
@@ -26,32 +28,6 @@ ExpertTransport = Literal["all_gather", "all_to_all", "ragged"]
 TEMPLATES: tuple[str, ...] = typing.get_args(Template)
 PREFERENCE_KINDS: tuple[str, ...] = typing.get_args(PreferenceKind)
 UPCYCLE_METHODS: tuple[str, ...] = typing.get_args(UpcycleMethod)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bounds of a number, named like the functions of `operator`; always finite in float32.
-
-    >>> str(Range(gt=0, le=1))
-    '> 0 and <= 1'
-    """
-
-    ge: int | float | None = None
-    gt: int | float | None = None
-    le: int | float | None = None
-    lt: int | float | None = None
-
-    def __contains__(self, value: int | float) -> bool:
-        return abs(value) <= MAX_FLOAT32 and all(
-            getattr(operator, name)(value, bound) for name, bound in self._bounds()
-        )
-
-    def __str__(self) -> str:
-        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-        return " and ".join(f"{signs[name]} {bound}" for name, bound in self._bounds())
-
-    def _bounds(self) -> Iterator[tuple[str, int | float]]:
-        return ((name, bound) for name, bound in vars(self).items() if bound is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +108,16 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """Next-token losses: forward KL to the teacher, cross entropy to the records."""
+    """Next-token losses: a divergence from the teacher, cross entropy to the records."""
 
-    kd_weight: Annotated[float, Range(ge=0), "weight of the KL to the teacher"] = 1.0
+    divergence: Annotated[Divergence, "divergence from the teacher, `kd`"] = "forward_kl"
+    mix: Annotated[
+        float, Range(gt=0, lt=1), "share of the other distribution; jsd, skew_kl, skew_reverse_kl"
+    ] = 0.1
+    temperature: Annotated[
+        float, Range(gt=0), "divides logits of both models; `kd` is multiplied by its square"
+    ] = 1.0
+    kd_weight: Annotated[float, Range(ge=0), "weight of the divergence"] = 1.0
     ce_weight: Annotated[float, Range(ge=0), "weight of the cross entropy"] = 1.0
     kd_positions: Annotated[
         Literal["response", "all_tokens"], "tokens with a KL: those of answers, or all"

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from moddistill.config import MAX_FLOAT32, Range
 from moddistill.errors import UserError, invalid, not_one_of
+from moddistill.ranges import MAX_FLOAT32, Range
 from moddistill.setting_names import unknown_setting
 
 

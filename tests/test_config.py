@@ -9,7 +9,6 @@ from moddistill.cli.fields import sections
 from moddistill.config import (
     DataConfig,
     OptimConfig,
-    Range,
     RecipeConfig,
     SourceConfig,
     StageName,
@@ -17,6 +16,7 @@ from moddistill.config import (
 )
 from moddistill.configdict import annotations, check_values, from_config_dict, to_config_dict
 from moddistill.errors import UserError, did_you_mean
+from moddistill.ranges import Range
 from moddistill.training.stages import STAGES
 
 

@@ -6,8 +6,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from moddistill.config import Range
 from moddistill.configdict import annotations, options
+from moddistill.ranges import Range
 
 
 class Field(NamedTuple):

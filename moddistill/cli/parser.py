@@ -22,8 +22,8 @@ from absl import flags
 
 from moddistill.cli.experiment import read_experiment
 from moddistill.cli.fields import Field, sections, type_name
-from moddistill.config import Range
 from moddistill.errors import StoppedError, UserError, did_you_mean, one_line, printable
+from moddistill.ranges import Range
 
 # Messages of argparse in the grammar of all others: value, origin, expectation.
 _ARGPARSE_MESSAGES = (

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moddistill.config import Range
 from moddistill.convert.hub import sub_config
 from moddistill.errors import UserError
 from moddistill.models.limits import Spell
 from moddistill.models.vision import VisionConfig
+from moddistill.ranges import Range
 from moddistill.storage.json_file import read_json
 from moddistill.storage.model_folder import preprocessor_config
 

@@ -1,7 +1,9 @@
-"""Next-token losses: forward KL to the teacher and cross entropy, at supervised positions.
+"""Next-token losses: a divergence from the teacher and cross entropy, at supervised positions.
 
-    loss = kd_weight * mean_t KL(teacher_t || student_t) - ce_weight * mean_t log p_student(y_t)
+    loss = kd_weight * mean_t D(teacher_t, student_t) - ce_weight * mean_t log p_student(y_t)
            + router losses of a sparse student
+
+D is KL(teacher || student) or another one of `divergences`.
 
 Each mean is over the positions of its own mask in the global batch.
 """
@@ -16,7 +18,7 @@ from moddistill.config import DistillationConfig, RouterLossConfig
 from moddistill.errors import invalid
 from moddistill.losses import Denominators, Loss, Metrics
 from moddistill.losses.chunked import TokenFn, chunked_token_loss, logit_inputs
-from moddistill.losses.divergences import cross_entropy, forward_kl
+from moddistill.losses.divergences import cross_entropy, divergence
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import Batch, num_tokens
@@ -50,7 +52,7 @@ def token_loss(
     real_ids = student.config.decoder.real_ids
     if "kd" in terms:
         real_ids = common_ids(real_ids, teacher.real_ids)
-    token_fn = _token_fn(teacher, terms, real_ids)
+    token_fn = _token_fn(teacher, config, terms, real_ids)
 
     def flat_masks(batch: Batch) -> dict[str, Array]:
         masks = loss_masks(batch, config, terms)
@@ -108,7 +110,9 @@ def _coefficients(config: DistillationConfig, terms: tuple[str, ...]) -> dict[st
     return nonzero
 
 
-def _token_fn(teacher: Teacher | None, terms: tuple[str, ...], real_ids: IdRanges) -> TokenFn:
+def _token_fn(
+    teacher: Teacher | None, config: DistillationConfig, terms: tuple[str, ...], real_ids: IdRanges
+) -> TokenFn:
     """Returns the token function of `chunked_token_loss` that computes `terms`."""
 
     def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
@@ -118,7 +122,7 @@ def _token_fn(teacher: Teacher | None, terms: tuple[str, ...], real_ids: IdRange
             # Embeddings are padded to different sizes; rows after the smaller one are masked.
             size = min(logits.shape[1], teacher_logits.shape[1])
             logits, teacher_logits = logits[:, :size], teacher_logits[:, :size]
-            values["kd"] = forward_kl(logits, teacher_logits)
+            values["kd"] = divergence(logits, teacher_logits, config)
         if "ce" in terms:
             values["ce"] = cross_entropy(logits, labels)
         return values

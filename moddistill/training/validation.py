@@ -6,7 +6,7 @@ from collections import Counter
 
 from jax.sharding import Mesh
 
-from moddistill.config import ExpertConfig, TrainConfig, UpcycleConfig
+from moddistill.config import DistillationConfig, ExpertConfig, TrainConfig, UpcycleConfig
 from moddistill.configdict import check_values
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
 from moddistill.errors import invalid
@@ -102,6 +102,12 @@ def _check_losses(config: TrainConfig) -> None:
             distillation.kd_shift != "correct" and distillation.kd_positions != "response",
             "distillation.kd_shift",
             "distillation.kd_positions=response",
+        ),
+        (
+            distillation.mix != DistillationConfig().mix
+            and distillation.divergence not in ("jsd", "skew_kl", "skew_reverse_kl"),
+            "distillation.mix",
+            "distillation.divergence=jsd, skew_kl or skew_reverse_kl",
         ),
         (
             moe.capacity_factor != ExpertConfig().capacity_factor and moe.dispatch != "capacity",

@@ -49,6 +49,12 @@ STAGES = ("sft", "init", "d2d", "d2s", "preference")
             r"kd_weight: expected 1\.0 in stage 'preference' .*, got 2\.0",
         ),
         (
+            "d2s",
+            {"distillation": {"mix": 0.5}},
+            r"distillation\.mix: expected its default unless distillation\.divergence=jsd, skew_kl "
+            r"or skew_reverse_kl, got 0\.5",
+        ),
+        (
             "sft",
             {"heldout_steps": 1},
             r"heldout\.path: expected a file, since heldout_steps is 1, got ''$",
