@@ -184,12 +184,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         decoding = decoding_of(args)
         chat = Chat(lambda name: load_model(args, name), args.model, args.image, decoding)
-    for line in _input_lines():
-        try:
-            for part in chat.reply(line):
-                print(printable(part), end="", flush=True)
-        except UserError as error:  # what was said so far stays
-            print(printable(f"error: {error}"))
+        for line in _input_lines():
+            try:
+                for part in chat.reply(line):
+                    print(printable(part), end="", flush=True)
+            except UserError as error:  # what was said so far stays
+                print(printable(f"error: {error}"))
+            except KeyboardInterrupt:  # ends the answer; at the prompt, the conversation
+                print()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from moddistill.evals.results import EVALUATION
 from moddistill.evals.runner import TASKS, TaskRun, evaluate, find_task
 from moddistill.evals.suite import compare, evaluate_models, read_suite
 from moddistill.reports.comparison import comparison_table, write_comparison
-from moddistill.storage.json_file import write_json
+from moddistill.storage.json_file import read_json, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,7 +86,8 @@ def _evaluate_one(args: argparse.Namespace) -> dict[str, Any]:
     run = TaskRun(task, args.data, args.out)
     mesh = make_mesh(args.mesh)
     [scores] = evaluate(args.model, [run], dtype=jnp.dtype(args.dtype), mesh=mesh)
-    write_json(args.out / EVALUATION, {"model": args.model, "task": args.task})
+    file = args.out / EVALUATION  # it has what `evaluate` compares when it is called again
+    write_json(file, read_json(file) | {"model": args.model, "task": args.task})
     return scores
 
 

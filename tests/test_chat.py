@@ -149,6 +149,27 @@ def test_an_empty_line_ends_the_conversation(tiny_models, image, capsys, monkeyp
     assert printed.count("\n") == 2 and "error: expected a question or one of" in printed
 
 
+def test_an_interrupt_ends_an_answer_and_then_the_conversation(tiny_models, capsys, monkeypatch):
+    def interrupted(*_):
+        yield "half of"
+        raise KeyboardInterrupt
+
+    lines = iter(["what?", "/reset"])
+
+    def read(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr("builtins.input", read)
+    with pytest.raises(SystemExit) as stopped:
+        chat.main(["--model", str(tiny_models["dense"])])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().out == "half of\na new conversation\n"
+
+
 def test_a_file_that_cannot_be_written_does_not_end_the_conversation(
     tiny_models, tmp_path, capsys, monkeypatch
 ):

@@ -109,10 +109,10 @@ def run_tasks(
     for task in missing:
         try:
             results = _evaluate(loaded, task, manager, out, limit)
+            write_samples(out, results, loaded.task_dict)
         except Exception as error:  # of a task, whose code and data are not ours
             failures[task] = _reason(error)
             continue
-        write_samples(out, results, loaded.task_dict)
         scores |= scores_of(results["results"])
         if load := loaded.expert_load():
             scores.setdefault(task, {})["expert_load"] = load
@@ -201,6 +201,9 @@ def _task_manager(include: str, origin: str = "tasks") -> Any:
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError(f"{origin}: expected {expected}")
     try:
+        # The models first: this imports our plug-in by its entry point, which fails while something
+        # else is importing it.
+        importlib.import_module("lmms_eval.models")
         importlib.import_module("lmms_eval.tasks")  # takes seconds
     except ModuleNotFoundError as error:
         raise UserError(f"{origin}: expected {expected} whole, got no {error.name!r}") from error
@@ -221,7 +224,7 @@ def _unknown(task: str, manager: Any) -> str:
 
 def _digest(model: str) -> dict[str, str]:
     """The digest of a model folder, whose weights may be others when the same folder is evaluated
-    again; hub names and Hugging Face folders have none.
+    again; that of a Hugging Face folder is of its import.
     """
     folder = as_model_folder(model)
     return {"digest": digests.fingerprint(folder)} if (folder / digests.NAME).is_file() else {}

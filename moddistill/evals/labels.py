@@ -17,7 +17,9 @@ def labels(paths: Sequence[str], origin: str) -> list[str]:
     Raises:
       UserError: naming `origin`, if two paths are the same.
     """
-    parts = [Path(path).parts for path in paths]
+    # Without `.` and `..`; a hub name is no path here.
+    found = [Path(path).resolve() if Path(path).exists() else Path(path) for path in paths]
+    parts = [path.parts for path in found]
     parts = [each[:-1] if len(each) > 1 and each[-1] == "model" else each for each in parts]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(each[-length:]) for each in parts]

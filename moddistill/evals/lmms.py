@@ -5,10 +5,11 @@ two forms: `Simple` ones are a text and images, `Chat` ones are messages. Both b
 are answered together, whatever their task; the longest come first.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from moddistill.convert.resolve import as_model_folder
 from moddistill.data.records import IMAGE
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.sharding import make_mesh
-from moddistill.errors import UserError, invalid
+from moddistill.errors import UserError, invalid, one_line
 from moddistill.evals.answer_log import AnswerLog, Given, given_of
 from moddistill.evals.expert_load import LOAD_SAMPLES, expert_load
 from moddistill.evals.requests import decoding_of, images_of, prompt_of
@@ -54,6 +55,18 @@ class _LaterImage:
 
     def __call__(self) -> Image.Image | str:
         return self.read()
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Words an error about the images of a document, which are decoded inside."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        expected = "images that can be read"
+        raise UserError(f"expected {expected}, got an error: {one_line(str(error))}") from error
 
 
 def _digest(image: Image.Image | str) -> str:
@@ -129,11 +142,17 @@ class _Model(lmms):
           UserError: questions that cannot be answered, after all others, which are in `answers`.
         """
         groups: dict[Decoding, list[int]] = {}
-        prompts = [self._prompt(request) for request in requests]
-        for number, request in enumerate(requests):
-            groups.setdefault(decoding_of(request.args[self._settings]), []).append(number)
-        self._asked = prompts[:LOAD_SAMPLES]
+        prompts: dict[int, Prompt] = {}
         found: dict[int, Given | UserError] = {}
+        for number, request in enumerate(requests):
+            decoding = decoding_of(request.args[self._settings])
+            try:
+                prompts[number] = self._prompt(request)
+            except UserError as error:
+                found[number] = error
+            else:
+                groups.setdefault(decoding, []).append(number)
+        self._asked = list(prompts.values())[:LOAD_SAMPLES]
         with tqdm(total=len(requests), desc="answers", unit="answer", mininterval=1.0) as bar:
             for decoding, numbers in groups.items():
                 asked = {number: (requests[number], prompts[number]) for number in numbers}
@@ -185,15 +204,18 @@ class _Model(lmms):
 
         The images of a data set would fill the memory.
         """
-        prompt = self._read(request)
+        with _readable():
+            prompt = self._read(request)
+            digests = list(map(_digest, prompt.images))
         later = [
-            _LaterImage(_digest(image), functools.partial(self._image, request, number))
-            for number, image in enumerate(prompt.images)
+            _LaterImage(digest, functools.partial(self._image, request, number))
+            for number, digest in enumerate(digests)
         ]
         return dataclasses.replace(prompt, images=tuple(later))
 
     def _image(self, request: Instance, number: int) -> Image.Image | str:
-        return self._read(request).images[number]
+        with _readable():
+            return self._read(request).images[number]
 
     def _doc(self, request: Instance) -> Any:
         *_, number, task, split = request.args

@@ -1,5 +1,6 @@
 """Rows of `samples/TASK.jsonl` from the samples that lmms-eval logs, and images for reports."""
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _metrics(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _thumbnails(doc: Mapping[str, Any], folder: Path, number: int) -> list[str]:
     """Writes the images of a document small; returns their paths below `samples/`."""
-    images = [value for value in doc.values() if isinstance(value, Image.Image)]
+    images = list(filter(None, map(_image, doc.values())))
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for place, image in enumerate(images):
@@ -82,6 +83,19 @@ def _thumbnails(doc: Mapping[str, Any], folder: Path, number: int) -> list[str]:
         small.save(file, quality=85)
         names.append(str(file.relative_to(folder.parents[1])))
     return names
+
+
+def _image(value: Any) -> Image.Image | None:
+    """The image in a field of a document, decoded or as `datasets` stores it; None for others."""
+    if isinstance(value, Image.Image):
+        return value
+    if not isinstance(value, Mapping) or not {"bytes", "path"} <= value.keys():
+        return None
+    source = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+    try:
+        return Image.open(source)
+    except (OSError, TypeError):  # no image; an answer needed it to be one
+        return None
 
 
 def sample_row(sample: Mapping[str, Any], images: Sequence[str] = ()) -> dict[str, Any]:

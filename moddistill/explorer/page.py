@@ -50,7 +50,6 @@ def build_page(
             with gr.Column(scale=3, min_width=300):
                 layer, choice, view = _expert_controls(models)
 
-        @gr.on([box.submit], inputs=[box, conversation], outputs=[box, notice, shown, conversation])
         def answer(
             asked: dict[str, Any], before: Conversation
         ) -> Iterator[tuple[Any, str, Any, Any]]:
@@ -62,6 +61,13 @@ def build_page(
                 yield gr.skip(), _alert(error), transcript(before, models), gr.skip()
             else:
                 yield gr.skip(), "", gr.skip(), after
+
+        answering = gr.on(
+            [box.submit],
+            answer,
+            inputs=[box, conversation],
+            outputs=[box, notice, shown, conversation],
+        )
 
         def route(after: Conversation, chosen_layer: int, chosen: int) -> tuple[Any, str]:
             found = _panels(models, after)
@@ -82,7 +88,12 @@ def build_page(
                     show_progress="hidden",
                     trigger_mode="always_last",
                 )
-        again.click(lambda: (None, "", "", ()), outputs=[box, notice, shown, conversation])
+        # An answer that is being written would bring the old turns back.
+        again.click(
+            lambda: (None, "", "", ()),
+            outputs=[box, notice, shown, conversation],
+            cancels=[answering],
+        )
     return page
 
 

@@ -16,7 +16,7 @@ from moddistill.inference.prompts import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Answers to be written that are read together, the one with the longest prompt first.
+    """Answers to be written whose prompts begin alike, the longest prompt first.
 
     Attributes:
       shared: the first tokens of the prompts, which are the same and end with the last image;
@@ -28,34 +28,41 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that are read."""
-        return self.shared + sum(len(each.prompt_ids) - self.shared for each in self.writings)
+        """The number of tokens that are read once: the beginning, or the whole prompt."""
+        return self.shared or len(self.writings[0].prompt_ids)
 
 
 def runs_of(
-    waiting: Sequence[Writing], prompts: Sequence[Prompt], image_id: int, most: int
+    waiting: Sequence[Writing], prompts: Sequence[Prompt], image_id: int, shares: bool
 ) -> list[Run]:
-    """Returns the runs of at most `most` answers, the one with the longest prompt first.
+    """Returns the runs, the one with the longest prompt first.
 
     So those that are read together have about one length, and too little memory is noticed at once.
+
+    Args:
+      shares: whether prompts that begin alike are a run; else each is one.
     """
     groups: dict[Hashable, list[Writing]] = {}
     for writing in sorted(waiting, key=lambda writing: -len(writing.prompt_ids)):
         images = prompts[writing.number].images
-        key = _beginning(writing.prompt_ids, images, image_id) if images and most > 1 else writing
-        groups.setdefault(key, []).append(writing)
-    found = []
-    for group in groups.values():
-        for first in range(0, len(group), most):
-            writings = group[first : first + most]
-            shared = _images_end(writings[0].prompt_ids, image_id) if len(writings) > 1 else 0
-            found.append(Run(writings, shared))
-    return found
+        key = _beginning(writing.prompt_ids, images, image_id) if images and shares else None
+        groups.setdefault(key or writing, []).append(writing)
+    return [
+        Run(group, _images_end(group[0].prompt_ids, image_id) if len(group) > 1 else 0)
+        for group in groups.values()
+    ]
 
 
 def _beginning(ids: Sequence[int], images: Sequence[Any], image_id: int) -> Hashable:
-    """What a prompt has in common with others: its tokens up to the last image, and its images."""
-    tokens = np.array(ids[: _images_end(ids, image_id)], np.int32).tobytes()
+    """Returns what a prompt has in common with others: its images, and its tokens up to the last.
+
+    It is None if the prompt ends there, as in the template `plain`: the first token of an answer
+    follows from a token that is read after the beginning.
+    """
+    end = _images_end(ids, image_id)
+    if end == len(ids):
+        return None
+    tokens = np.array(ids[:end], np.int32).tobytes()
     # Images in memory have no hash; the same one may be part of several prompts.
     return tokens, tuple(id(x) if isinstance(x, Image.Image) else x for x in images)
 

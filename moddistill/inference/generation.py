@@ -46,7 +46,7 @@ def generate(
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the number and the answer of each prompt, in the order in which they finish.
 
-    No answer depends on the others, since experts drop nothing.
+    No answer depends on the others, since experts drop nothing; in bfloat16 up to rounding.
 
     Args:
       on_error: called with the number of a prompt that cannot be answered, in place of the error.
@@ -107,13 +107,15 @@ def _write(
     draws = range(len(prompts)) if draws is None else draws
     table = Table(model, params, tokenizer, decoding, slots, len(waiting), draws)
     end = end_id(model.config.template, tokenizer)
-    runs = deque(runs_of(waiting, prompts, model.config.image_token_id, table.most_shared))
+    runs = deque(runs_of(waiting, prompts, model.config.image_token_id, table.shares))
     with ThreadPoolExecutor(2) as threads:
         ordered = [prompts[run.writings[0].number] for run in runs]
         images = _images_ahead(threads, ordered, model.config.vision)
-        while runs or table.unread:
-            while group := table.take(runs):
-                table.admit(*_loaded(group, images, on_error))
+        while runs or table.rests or table.unread:
+            table.fill()
+            while runs and table.free:
+                table.begin(*_loaded(table.take(runs), images, on_error))
+                table.fill()
             table.step()
             for writing, token in table.read():
                 writing.add(token, end, tokenizer)

@@ -4,6 +4,7 @@ The host is one step ahead of the device: it reads the tokens of a step while th
 computed. An answer that ends leaves one token behind, which is dropped.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,8 +28,9 @@ from moddistill.inference.decode import (
     step,
 )
 from moddistill.inference.placement import mesh_context, params_mesh, put_rows
-from moddistill.inference.prompts import prompt_batch
+from moddistill.inference.prompts import bucket, prompt_batch
 from moddistill.models.batch import Batch
+from moddistill.models.kv_cache import KVCache
 from moddistill.models.vlm import Vlm
 
 MOST_TOKENS = 16_384  # of prompts that are read together; more need memory and no less time
@@ -41,6 +43,9 @@ class Table:
       slots: of each row.
       prompts: their number; there are no more rows.
       draws: as in `generate`.
+
+    Attributes:
+      shares: whether what prompts have in common is read once.
     """
 
     def __init__(
@@ -62,6 +67,11 @@ class Table:
         rows = batch_rows(model, params, slots, prompts)
         self.writing: list[Writing | None] = [None] * rows
         self.unread: deque[tuple[list[tuple[int, Writing]], Choice]] = deque()
+        # Beginnings that are read, and of each prompt the number of its beginning, and its rest.
+        self.beginnings: tuple[Batch, KVCache] | None = None
+        self.rests: deque[tuple[int, list[int], Writing]] = deque()
+        # A beginning takes memory as a row does, which one row for each shard may not leave.
+        self.shares = rows > self.shards or rows >= prompts
         with mesh_context(self.mesh):
             self.rows: Rows = empty_rows(model, rows, slots, decoding.sampling)
 
@@ -70,46 +80,69 @@ class Table:
         """Rows without an answer."""
         return [row for row, writing in enumerate(self.writing) if writing is None]
 
-    @property
-    def most_shared(self) -> int:
-        """The most prompts of which a beginning is read once; it needs memory as a row does."""
-        return max(1, len(self.writing) - self.shards)
-
     def take(self, runs: "deque[Run]") -> list[Run]:
-        """Removes the runs to read next; none while there are not rows enough for the first one.
+        """Removes the runs to read next: whole prompts for free rows, or beginnings.
 
         Their number is a power of four for each shard, so that few programs are compiled.
         """
-        free, rows, tokens, count = len(self.free), 0, 0, 0
-        for run in runs:
-            rows += len(run.writings)
+        shared, tokens, count = bool(runs[0].shared), 0, 0
+        # Beginnings take memory besides the rows.
+        most = max(self.shards, len(self.writing) // 8) if shared else len(self.free)
+        for run in itertools.islice(runs, most):
             tokens += run.tokens
-            beginnings = self._whole_shards(count + 1) if run.shared else 0
-            too_many = rows > free or rows + beginnings > len(self.writing)
-            # One of two kinds is read at a time.
-            other = bool(run.shared) != bool(runs[0].shared)
-            if too_many or other or (count and tokens > MOST_TOKENS):
+            if bool(run.shared) != shared or (count and tokens > MOST_TOKENS):
                 break
             count += 1
-        if count > self.shards:
-            count = self.shards * 4 ** (((count // self.shards).bit_length() - 1) // 2)
-        return [runs.popleft() for _ in range(count)]
+        return [runs.popleft() for _ in range(self._power(4, count))]
 
-    def admit(self, runs: Sequence[Run], images: Sequence[np.ndarray | None]) -> None:
-        """Begins answers, of whose prompts the first one is the longest."""
-        group = [writing for run in runs for writing in run.writings]
-        if not group:
+    def begin(self, runs: Sequence[Run], images: Sequence[np.ndarray | None]) -> None:
+        """Reads whole prompts into free rows, or beginnings, after which `fill` reads the rests."""
+        if not runs:
             return
+        if not runs[0].shared:
+            group = [run.writings[0] for run in runs]
+            self._admit(group, [each.prompt_ids for each in group], images)
+            return
+        ids = [run.writings[0].prompt_ids[: run.shared] for run in runs]
+        batch = self._batch(ids, images)
+        with mesh_context(self.mesh):
+            cache = read_beginnings(self.model, self.params, batch)
+        self.beginnings = batch._replace(images=None), cache
+        rests = [
+            (number, writing.prompt_ids[run.shared :], writing)
+            for number, run in enumerate(runs)
+            for writing in run.writings
+        ]
+        self.rests = deque(sorted(rests, key=lambda rest: -len(rest[1])))
+
+    def fill(self) -> None:
+        """Reads rests of prompts into free rows, while there are both."""
+        while self.rests and self.free:
+            batch, cache = self.beginnings
+            # Each of the rests gets a copy of its beginning.
+            slots = batch.tokens.shape[1] + bucket(len(self.rests[0][1]))
+            most = max(1, MOST_TOKENS // slots)
+            count = self._power(2, min(len(self.rests), len(self.free), most))
+            of, rests, group = zip(*(self.rests.popleft() for _ in range(count)), strict=True)
+            of = [*of, *[0] * (self._whole_shards(count) - count)]
+            shared = Shared(batch, cache, jnp.array(of, jnp.int32))
+            self._admit(group, rests, [None] * count, shared)
+        if not self.rests:
+            self.beginnings = None
+
+    def _admit(
+        self,
+        group: Sequence[Writing],
+        ids: Sequence[list[int]],
+        images: Sequence[np.ndarray | None],
+        shared: Shared | None = None,
+    ) -> None:
+        """Begins answers after `ids`, of which the first ones are the longest."""
         at = self.free[: len(group)]
         for row, writing in zip(at, group, strict=True):
             self.writing[row] = writing
-        shared, size = None, self._whole_shards(len(group))
-        if runs[0].shared:
-            shared, size = self._read_beginnings(runs, images)
-            images = [None] * len(group)
-        rests = [each.prompt_ids[run.shared :] for run in runs for each in run.writings]
-        batch = self._batch(rests, images, size)
-        fill = size - len(group)
+        batch = self._batch(ids, images)
+        fill = len(batch.tokens) - len(group)
         draws = jnp.array([self.draws[writing.number] for writing in group] + [0] * fill)
         with mesh_context(self.mesh):
             self.rows, choice = admit(
@@ -124,33 +157,21 @@ class Table:
             )
         self._dispatched(list(enumerate(group)), choice)
 
-    def _read_beginnings(
-        self, runs: Sequence[Run], images: Sequence[np.ndarray | None]
-    ) -> tuple[Shared, int]:
-        """Returns the beginnings of runs, and the number of rests to read after them.
-
-        It is a power of four for each shard, or all rows, so that few programs are compiled.
-        """
-        ids = [run.writings[0].prompt_ids[: run.shared] for run in runs]
-        batch = self._batch(ids, images, self._whole_shards(len(runs)))
-        with mesh_context(self.mesh):
-            cache = read_beginnings(self.model, self.params, batch)
-        of = [number for number, run in enumerate(runs) for _ in run.writings]
-        size = self.shards
-        while size < len(of):
-            size *= 4
-        size = min(size, len(self.writing) - len(batch.tokens))
-        of = jnp.array(of + [0] * (size - len(of)), jnp.int32)
-        return Shared(batch._replace(images=None), cache, of), size
+    def _power(self, base: int, count: int) -> int:
+        """A number rounded down to a power of `base` for each shard, if it is not less than one."""
+        whole, power = count // self.shards, 1
+        while power * base <= whole:
+            power *= base
+        return self.shards * power if whole else count
 
     def _whole_shards(self, count: int) -> int:
         """A number rounded up, as every batch shard needs the same number of prompts."""
         return count + -count % self.shards
 
-    def _batch(self, ids: list[list[int]], images: Sequence[np.ndarray | None], size: int) -> Batch:
-        """The tokens and images as `size` rows, filled up with the first one."""
-        fill = size - len(ids)
-        batch = prompt_batch(ids + ids[:1] * fill, [*images, *images[:1] * fill], self.pad_id)
+    def _batch(self, ids: Sequence[list[int]], images: Sequence[np.ndarray | None]) -> Batch:
+        """The tokens and images as rows, filled up with the first one."""
+        fill = self._whole_shards(len(ids)) - len(ids)
+        batch = prompt_batch([*ids, *ids[:1] * fill], [*images, *images[:1] * fill], self.pad_id)
         return put_rows(self.mesh, batch)
 
     def step(self) -> None:

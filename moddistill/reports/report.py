@@ -68,7 +68,8 @@ def _intervals(content: Content, teacher: str) -> list[_Section]:
         f"The mean score of the questions. Intervals are from {RESAMPLES:,} bootstrap draws of the "
         "questions; those of differences are paired: each draw has the same questions for both."
     )
-    sections = []
+    sections: list[_Section] = []
+    others = []
     for name, found in content.tasks.items():
         models = [
             each.model for each in found if any(each.score(row) is not None for row in each.rows)
@@ -78,6 +79,15 @@ def _intervals(content: Content, teacher: str) -> list[_Section]:
             title = f"{name} against {reference}" if len(models) > 1 else f"{name}: interval"
             card = _table_card(title, differences_table(found, reference))
             sections.append((title, "" if sections else note, card))
+        elif any(each.rows for each in found):
+            others.append(name)
+    if others:
+        note = (
+            f"The scores of {', '.join(others)} are no means over questions. For the benchmarks of "
+            "LLaVA-MoD, `moddistill.evaluate --suite llava-mod --compare` gives intervals and "
+            "paired differences."
+        )
+        sections.append(("Tasks without intervals", note, Html("")))
     return sections
 
 

@@ -67,14 +67,20 @@ def load_card(load: Mapping[str, Any], model: str = "") -> Html:
 
 
 def expert_shares(load: Mapping[str, Any], kind: str) -> list[float]:
-    """Returns the loads of `image` or `text` tokens divided by their sum; UserError without one."""
+    """Returns the loads of `image` or `text` tokens divided by their sum.
+
+    Questions without images have no load of image tokens, and zeros here.
+
+    Raises:
+      UserError: a load is negative, or there are none of both kinds.
+    """
     values = load[kind]
     total = sum(values)
-    if not total > 0 or min(values) < 0:
+    if min(values, default=-1) < 0 or not any([*load["image"], *load["text"]]):
         raise UserError(
             f"layer {load['layer']}: expected {kind} loads >= 0 with a sum > 0, got {values}"
         )
-    return [value / total for value in values]
+    return [value / (total or 1.0) for value in values]
 
 
 def specialisation_table(content: Content) -> tuple[Sequence[Column], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ the given folders and below, so that the workdir of a recipe, of one training ru
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -197,14 +198,18 @@ def _add_results(
     name = _name(folder.parents[1] if of_stage else folder, root, prefix)
     if not (folder / PREDICTIONS).is_file() and all(isinstance(x, dict) for x in scores.values()):
         for task, values in scores.items():
-            rows = _rows(content, folder / SAMPLES / f"{task}.jsonl")
-            content.results.append(_results(name, task, values, rows, None, folder / SAMPLES))
+            file = folder / SAMPLES / f"{task}.jsonl"
+            if not values and not file.is_file():  # a group of tasks, which have scores
+                continue
+            rows = _rows(content, file)
+            found = _results(content, name, task, values, rows, None, folder / SAMPLES)
+            content.results.append(found)
         return
     recorded = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
     task = folder.name if of_stage else str(recorded.get("task", folder.name))
     definition = _definition(recipe.get("tasks", {}).get(task, recorded.get("task", task)))
     rows = _rows(content, folder / PREDICTIONS)
-    content.results.append(_results(name, task, scores, rows, definition, Path()))
+    content.results.append(_results(content, name, task, scores, rows, definition, Path()))
 
 
 def _definition(name: str) -> Task | None:
@@ -237,10 +242,25 @@ def _is_whole(row: Row) -> bool:
         and isinstance(row.get("correct", False), int | float)
         and isinstance(row.get("metrics", {}), dict)
         and isinstance(row.get("answers", []), list)
+        and isinstance(row.get("images", []), list)
+    )
+
+
+def _is_load(load: Any) -> bool:
+    """Whether this is the load of a layer: numbers of one length for both modalities."""
+    if not isinstance(load, dict) or not {"layer", "image", "text"} <= load.keys():
+        return False
+    values = [load[kind] for kind in ("image", "text")]
+    if not all(isinstance(each, list) for each in values) or len({*map(len, values)}) > 1:
+        return False
+    numbers = [*values[0], *values[1]]
+    return all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in numbers) and any(
+        numbers
     )
 
 
 def _results(
+    content: Content,
     model: str,
     task: str,
     scores: Mapping[str, Any],
@@ -251,12 +271,13 @@ def _results(
     numbers = {
         key: value
         for key, value in scores.items()
-        if isinstance(value, int | float) and "_stderr" not in key
+        if isinstance(value, int | float) and "_stderr" not in key and key != "expert_load"
     }
     loads = scores.get("expert_load", [])
-    for load in loads:
-        if not isinstance(load, dict) or not {"layer", "image", "text"} <= load.keys():
-            raise invalid(f"{model}, {task}: expert_load", load, "layer, image and text")
+    if not isinstance(loads, list) or not all(map(_is_load, loads)):
+        expected = "for each layer a number >= 0 of image and of text tokens for each expert"
+        content.problems.append(str(invalid(f"{model}, {task}: expert_load", loads, expected)))
+        loads = []
     return Results(
         model=model,
         task=task,

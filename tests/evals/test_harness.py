@@ -211,6 +211,17 @@ def test_samples_have_the_values_of_each_metric_and_images(run):
         assert image.size == (256, 128)
 
 
+def test_images_that_are_not_decoded_are_saved_too(image, tmp_path):
+    """`datasets.Image(decode=False)`, as the tasks of this library have them."""
+    path = image(0)
+    with open(path, "rb") as file:
+        stored = {"bytes": file.read(), "path": None}
+    doc = {"a": stored, "b": {"bytes": None, "path": path}, "c": {"bytes": b"no", "path": ""}}
+    names = samples_module._thumbnails(doc | {"d": {"x": 1}}, tmp_path / "images" / "t", 5)
+    assert names == ["images/t/5-0.jpg", "images/t/5-1.jpg"]
+    assert all((tmp_path / name).is_file() for name in names)
+
+
 def test_images_are_saved_of_examples_and_of_questions_that_are_not_right():
     samples = [{"doc_id": i, "exact_match": float(i % 100 != 7)} for i in range(1000)]
     shown = samples_module._shown(samples)

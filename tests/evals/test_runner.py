@@ -215,6 +215,11 @@ def test_the_command_writes_results_and_prints_scores(data, tiny_models, tmp_pat
     command.main([*args, "--out", str(out)])
     assert json.loads(capsys.readouterr().out) == json.loads((out / "scores.json").read_text())
     assert len(rows_of(out)) == 3
+    command.main([*args, "--out", str(out)])  # again, with the answers that it has
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "scores.json").read_text())
+    args[1] = str(tiny_models["sparse"])
+    with pytest.raises(SystemExit, match=r"expected results of digest .*choose another --out"):
+        command.main([*args, "--out", str(out)])
 
 
 def test_the_command_ends_with_one_line_for_an_unknown_task(tiny_models, data, tmp_path):

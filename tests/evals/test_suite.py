@@ -217,6 +217,12 @@ def test_labels_are_the_shortest_names_that_differ(paths, names):
     assert labels(paths, "--compare") == names
 
 
+def test_labels_are_not_dots(tmp_path, monkeypatch):
+    (tmp_path / "student" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "student" / "inner")
+    assert labels(["..", "."], "--compare") == ["student", "inner"]
+
+
 def test_one_model_twice_is_an_error():
     with pytest.raises(UserError, match=r"^--compare: expected different models or folders, got"):
         labels(["a/model", "a/model"], "--compare")

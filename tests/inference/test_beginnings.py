@@ -1,5 +1,6 @@
 """Prompts that begin alike: which ones are read together, and what is read once."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from moddistill.convert.resolve import load
 from moddistill.errors import UserError
-from moddistill.inference import batching, generation
+from moddistill.inference import batching, generation, table
 from moddistill.inference.answer import Decoding, Writing
 from moddistill.inference.beginnings import runs_of
 from moddistill.inference.generation import answer, generate
@@ -18,9 +19,9 @@ IMAGE_ID = 9
 DECODING = Decoding(max_new_tokens=2)
 
 
-def found_runs(prompts, ids, most=8):
+def found_runs(prompts, ids, shares=True):
     writings = [Writing(number, prompt, DECODING) for number, prompt in enumerate(ids)]
-    runs = runs_of(writings, prompts, IMAGE_ID, most)
+    runs = runs_of(writings, prompts, IMAGE_ID, shares)
     return [([writing.number for writing in run.writings], run.shared) for run in runs]
 
 
@@ -36,14 +37,19 @@ def test_texts_are_read_as_a_whole():
 
 def test_the_run_with_the_longest_prompt_comes_first():
     prompts = [Prompt("", (name,)) for name in "aabb"]
-    ids = [[9, 1], [9, 1, 2], [9, 1, 2, 3], [9]]
+    ids = [[9, 1], [9, 1, 2], [9, 1, 2, 3], [9, 1]]
     assert found_runs(prompts, ids) == [([2, 3], 1), ([1, 0], 1)]
 
 
-def test_long_runs_are_split():
-    prompts = [Prompt("", ("a.png",))] * 5
-    assert found_runs(prompts, [[9, 1]] * 5, most=2) == [([0, 1], 1), ([2, 3], 1), ([4], 0)]
-    assert found_runs(prompts, [[9, 1]] * 2, most=1) == [([0], 0), ([1], 0)]
+def test_without_sharing_each_prompt_is_a_run():
+    prompts = [Prompt("", ("a.png",))] * 2
+    assert found_runs(prompts, [[9, 1]] * 2, shares=False) == [([0], 0), ([1], 0)]
+
+
+def test_a_prompt_that_ends_with_its_image_is_read_as_a_whole():
+    """Something has to be read after a beginning, for the first token of the answer."""
+    prompts = [Prompt("", ("a.png",))] * 2
+    assert found_runs(prompts, [[1, 9, 9]] * 2) == [([0], 0), ([1], 0)]
 
 
 def test_images_in_memory_are_the_same_if_they_are_one_object():
@@ -57,21 +63,26 @@ def dense(tiny_models, tokenizer):
     return (*load(tiny_models["dense"], stacked=False), tokenizer)
 
 
-@pytest.mark.parametrize("rows", [3, 256])
+def count_calls(monkeypatch, module, name):
+    """Counts the calls of a function."""
+    calls, original = [], getattr(module, name)
+
+    def counted(*args, **options):
+        calls.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [1, 2, 256])
 def test_an_image_is_read_once_for_its_questions(dense, image, monkeypatch, rows):
-    """With three rows one of them is for the beginning, and two questions share it."""
+    """One row is all that fits the memory: there, prompts are read one by one."""
     monkeypatch.setattr(batching, "MAX_ROWS", rows)
-    read = []
-
-    def load_images(prompt, tower):
-        read.append(prompt.images)
-        return original(prompt, tower)
-
-    original = generation.load_images
-    monkeypatch.setattr(generation, "load_images", load_images)
+    read = count_calls(monkeypatch, generation, "load_images")
     prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(n % 2),)) for n in range(8)]
     together = answer(*dense, prompts, DECODING)
-    assert len(read) == (2 if rows == 256 else 4)
+    assert len(read) == (8 if rows == 1 else 2)
     for prompt, found in zip(prompts, together, strict=True):
         [alone] = answer(*dense, [prompt], DECODING)
         assert alone.token_ids == found.token_ids
@@ -81,6 +92,42 @@ def test_an_image_is_read_once_for_its_questions(dense, image, monkeypatch, rows
             [token.logprob for token in found.logprobs],
             atol=1e-5,
         )
+
+
+def test_a_row_whose_answer_ends_gets_the_next_question_of_an_image(dense, image, monkeypatch):
+    """Questions about one image wait for no more rows than others do."""
+    monkeypatch.setattr(batching, "MAX_ROWS", 4)
+    prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(0),)) for n in range(12)]
+    decoding = Decoding(max_new_tokens=8)
+    first, *_ = answer(*dense, prompts, decoding)
+    monkeypatch.setattr(generation, "end_id", lambda *_: first.token_ids[3])
+    steps = count_calls(monkeypatch, table, "step")
+    together = answer(*dense, prompts, decoding)
+    assert len({len(each.token_ids) for each in together}) > 1
+    count = len(steps)
+    monkeypatch.setattr(generation, "runs_of", lambda *args: runs_of(*args[:-1], shares=False))
+    answer(*dense, prompts, decoding)
+    assert count <= len(steps) - count + 1
+
+
+def test_tokens_that_are_read_together_are_bounded(dense, image, monkeypatch):
+    """Each rest has a copy of its beginning."""
+    monkeypatch.setattr(table, "MOST_TOKENS", 100)
+    read = count_calls(monkeypatch, table, "admit")
+    prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(0),)) for n in range(12)]
+    answer(*dense, prompts, DECODING)
+    for _, _, _, batch, *_, shared in read:
+        slots = shared.batch.tokens.shape[1] + batch.tokens.shape[1]
+        assert len(batch.tokens) == 1 or len(batch.tokens) * slots <= 100
+
+
+def test_prompts_of_the_plain_template_that_are_equal(dense, image):
+    model, params, tokenizer = dense
+    model = model.clone(config=dataclasses.replace(model.config, template="plain"))
+    prompts = [Prompt("<image>\nwhat?", (image(0),))] * 4
+    [alone] = answer(model, params, tokenizer, prompts[:1], DECODING)
+    together = answer(model, params, tokenizer, prompts, DECODING)
+    assert [each.token_ids for each in together] == [alone.token_ids] * 4
 
 
 def test_an_image_that_cannot_be_read_fails_all_its_questions_and_no_others(dense, image, tmp_path):

@@ -152,6 +152,15 @@ def test_partial_and_missing_scores_are_shown(tmp_path, content):
     assert answers == [("partly", "0.30"), ("right", "✓"), ("unscored", "·")]
 
 
+def test_tasks_without_scores_of_questions_are_named(tmp_path):
+    """AMBER's, for example, are computed from counts of all answers."""
+    rows = [row(n, "a", metrics={"amber": {"objects": 3, "hallucinated": 1}}) for n in range(2)]
+    found = dataclasses.replace(results("model", rows), definition=None)
+    page = write(tmp_path, Content(results=[found]))
+    assert titles(page)[1] == "Tasks without intervals"
+    assert "The scores of x &lt; y are no means over questions" in page
+
+
 def test_the_sections_are_those_that_there_is_content_for(tmp_path, content):
     assert titles(write(tmp_path, content)) == [
         "Results", "x &lt; y against teacher", "Training", "Answers: x &lt; y",

@@ -98,6 +98,38 @@ def test_results_of_lmms_eval_have_a_task_each(tmp_path):
     assert [cell.strip() for cell in table[2].split("|")[1:4]] == ["results", "0.5", "0.25"]
 
 
+@pytest.mark.parametrize(
+    "loads",
+    [
+        None,
+        3,
+        [None],
+        [{"layer": 0, "image": [1, 2], "text": [1]}],
+        [{"layer": 0, "image": [1, "2"], "text": [1, 2]}],
+        [{"layer": 0, "image": [1, -2], "text": [1, 2]}],
+        [{"layer": 0, "image": [0, 0], "text": [0, 0]}],
+        [{"layer": 0, "image": [1, 2]}],
+    ],
+)
+def test_loads_that_are_no_shares_are_listed_and_the_rest_is_read(tmp_path, loads):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    scores = {"accuracy": 0.5, "expert_load": loads}
+    (folder / "scores.json").write_text(json.dumps({"gqa": scores}))
+    content = read_workdirs([folder])
+    [found] = content.results
+    assert (found.scores, found.loads) == ({"accuracy": 0.5}, [])
+    assert content.problems[-1].startswith("results, gqa: expert_load: expected for each layer a ")
+
+
+def test_a_group_of_tasks_has_no_results_of_its_own(tmp_path):
+    """lmms-eval lists `mmbench_en` next to the tasks in it, which have the scores."""
+    (tmp_path / "scores.json").write_text(json.dumps({"group": {}, "inside": {"f1": 0.5}}))
+    content = read_workdirs([tmp_path])
+    assert [each.task for each in content.results] == ["inside"]
+    assert not any("group" in problem for problem in content.problems)
+
+
 def test_a_cut_line_is_counted(workdir):
     file = workdir / "a_student" / "evals" / "vqa" / "predictions.jsonl"
     file.write_text(file.read_text()[:-9])
@@ -108,7 +140,14 @@ def test_a_cut_line_is_counted(workdir):
 
 
 @pytest.mark.parametrize(
-    "damage", [{}, {"answers": None}, {"correct": "yes"}, {"correct": True, "metrics": 1}]
+    "damage",
+    [
+        {},
+        {"answers": None},
+        {"correct": "yes"},
+        {"correct": True, "metrics": 1},
+        {"correct": True, "images": None},
+    ],
 )
 def test_a_row_that_cannot_be_scored_is_counted(damage, tmp_path):
     folder = evaluation(tmp_path / "published", "yn", task="easy_vqa")
