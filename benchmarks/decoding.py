@@ -3,8 +3,8 @@
     python -m benchmarks.decoding [--rounds 3]
 
 Qwen2-0.5B with CLIP ViT-L/14-336 and random weights, the same on both sides, a prompt of an image
-and text, 48 new tokens, batches of 1 and 8. The sides take turns, each in a process of its own. The
-time of a new token is what 48 of them take beyond one. Peak memory is that of answering, without
+and text, 48 new tokens, batches of 1 and 8. The sides take turns, each in a process of its own.
+Time is that between the first and the last new token. Peak memory is that of answering, without
 loading; the file of weights is not mapped on either side.
 """
 
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,12 +44,12 @@ def make_files(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def ours(folder: Path, rows: int) -> Callable[[int], None]:
-    """Returns a function that makes answers of a length."""
+def ours(folder: Path, rows: int) -> Callable[[int], list[float]]:
+    """Returns a function that makes answers of a length, and returns when a step had been read."""
     from moddistill.convert.resolve import load
     from moddistill.data.tokenizer import load_tokenizer
     from moddistill.inference import generation
-    from moddistill.inference.answer import Decoding
+    from moddistill.inference.answer import Decoding, Writing
     from moddistill.inference.prompts import Prompt
 
     model, params = load(folder / "model", stacked=False)
@@ -56,16 +57,25 @@ def ours(folder: Path, rows: int) -> Callable[[int], None]:
     generation.end_id = lambda *_: -1  # answers have full length
     prompts = [Prompt(f"<image>\n{_QUESTION}", (str(folder / f"{n}.png"),)) for n in range(rows)]
 
-    def run(new: int) -> None:
+    def run(new: int) -> list[float]:
+        times, add = [], Writing.add
+
+        def timed(*args: Any) -> None:
+            times.append(time.perf_counter())
+            add(*args)
+
+        generation.Writing.add = timed
         decoding = Decoding(max_new_tokens=new)
         found = generation.answer(model, params, tokenizer, prompts, decoding)
+        generation.Writing.add = add
         assert {len(each.token_ids) for each in found} == {new}
+        return times[rows - 1 :: rows]
 
     return run
 
 
-def theirs(folder: Path, rows: int) -> Callable[[int], None]:
-    """Returns a function that makes answers of a length with `generate` of `transformers`."""
+def theirs(folder: Path, rows: int) -> Callable[[int], list[float]]:
+    """Returns the same function with `generate` of `transformers`."""
     import torch
     from PIL import Image
 
@@ -79,7 +89,13 @@ def theirs(folder: Path, rows: int) -> Callable[[int], None]:
     tokens = torch.tensor([[*text[:16], *[image_id] * 576, *text]] * rows)
     images = np.stack([np.asarray(Image.open(folder / f"{n}.png")) for n in range(rows)])
 
-    def run(new: int) -> None:
+    def run(new: int) -> list[float]:
+        times: list[float] = []
+
+        def timed(_: Any, scores: Any) -> Any:  # of a step, before its tokens are chosen
+            times.append(time.perf_counter())
+            return scores
+
         with torch.inference_mode():
             found = model.generate(
                 input_ids=tokens,
@@ -88,8 +104,10 @@ def theirs(folder: Path, rows: int) -> Callable[[int], None]:
                 do_sample=False,
                 max_new_tokens=new,
                 min_new_tokens=new,
+                logits_processor=[timed],
             )
         assert found.shape[1] == tokens.shape[1] + new
+        return times
 
     return run
 
@@ -100,34 +118,27 @@ SIDES = {"moddistill": ours, "transformers": theirs}
 def measure(side: str, folder: Path, rows: int) -> None:
     """Prints the figures of one side as JSON, in its own process."""
     run = SIDES[side](folder, rows)
-    for new in (1, _NEW):
-        run(new)  # compiles
+    run(_NEW)  # compiles
     give_back()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    seconds = {}
-    for new in (1, _NEW):
-        began = time.perf_counter()
-        run(new)
-        seconds[new] = time.perf_counter() - began
-    rate = rows * (_NEW - 1) / (seconds[_NEW] - seconds[1])
+    began = time.perf_counter()
+    times = run(_NEW)
+    whole = time.perf_counter() - began
+    rate = rows * (len(times) - 1) / (times[-1] - times[0])
     peak = resident_bytes("VmHWM")
-    print(json.dumps({"rate": rate, "whole": seconds[_NEW], "peak": peak}))
+    print(json.dumps({"rate": rate, "whole": whole, "peak": peak}))
 
 
 def main() -> None:
     """Prints medians, and the ratios of the two sides."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=_BATCHES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        make = [
-            sys.executable,
-            "-c",
-            f"from benchmarks import decoding as d; d.make_files({name!r})",
-        ]
-        make[-1] = make[-1].replace(repr(name), f"d.Path({name!r})")
-        subprocess.run(make, check=True)
-        for rows in _BATCHES:
+        program = f"from benchmarks import decoding as d; d.make_files(d.Path({name!r}))"
+        subprocess.run([sys.executable, "-c", program], check=True)
+        for rows in args.batches:
             found: dict[str, list[dict]] = {side: [] for side in SIDES}
             for _ in range(args.rounds):
                 for side, figures in found.items():

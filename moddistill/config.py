@@ -112,7 +112,9 @@ class DistillationConfig:
 
     divergence: Annotated[Divergence, "divergence from the teacher, `kd`"] = "forward_kl"
     mix: Annotated[
-        float, Range(gt=0, lt=1), "share of the other distribution; jsd, skew_kl, skew_reverse_kl"
+        float,
+        Range(gt=0, lt=1),
+        "share of the teacher in the mixture of jsd and skew_kl, of the student in skew_reverse_kl",
     ] = 0.1
     temperature: Annotated[
         float, Range(gt=0), "divides logits of both models; `kd` is multiplied by its square"
@@ -120,10 +122,10 @@ class DistillationConfig:
     kd_weight: Annotated[float, Range(ge=0), "weight of the divergence"] = 1.0
     ce_weight: Annotated[float, Range(ge=0), "weight of the cross entropy"] = 1.0
     kd_positions: Annotated[
-        Literal["response", "all_tokens"], "tokens with a KL: those of answers, or all"
+        Literal["response", "all_tokens"], "tokens with a divergence: those of answers, or all"
     ] = "response"
     kd_shift: Annotated[
-        Literal["correct", "reference"], "mask of the KL; reference: one position late"
+        Literal["correct", "reference"], "mask of the divergence; reference: one position late"
     ] = "correct"
 
 

@@ -109,14 +109,13 @@ def run_tasks(
     for task in missing:
         try:
             results = _evaluate(loaded, task, manager, out, limit)
+            scores |= scores_of(results["results"])
+            if load := loaded.expert_load():
+                scores.setdefault(task, {})["expert_load"] = load
+            write_json(out / SCORES, scores)
             write_samples(out, results, loaded.task_dict)
         except Exception as error:  # of a task, whose code and data are not ours
             failures[task] = _reason(error)
-            continue
-        scores |= scores_of(results["results"])
-        if load := loaded.expert_load():
-            scores.setdefault(task, {})["expert_load"] = load
-        write_json(out / SCORES, scores)
     return failures
 
 
@@ -159,8 +158,8 @@ def evaluate_in_memory(
         raise
     scores = scores_of(results["results"])
     if is_main_process():
-        write_samples(out, results, loaded.task_dict)
         write_json(out / SCORES, scores)
+        write_samples(out, results, loaded.task_dict)
     return scores
 
 

@@ -1,5 +1,6 @@
 """Short names of models and folders."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def labels(paths: Sequence[str], origin: str) -> list[str]:
       UserError: naming `origin`, if two paths are the same.
     """
     # Without `.` and `..`; a hub name is no path here.
-    found = [Path(path).resolve() if Path(path).exists() else Path(path) for path in paths]
-    parts = [path.parts for path in found]
+    found = [os.path.abspath(path) if os.path.exists(path) else path for path in paths]
+    parts = [Path(path).parts for path in found]
     parts = [each[:-1] if len(each) > 1 and each[-1] == "model" else each for each in parts]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(each[-length:]) for each in parts]

@@ -62,9 +62,8 @@ def _readable() -> Iterator[None]:
     """Words an error about the images of a document, which are decoded inside."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
+    # What PIL raises. Other errors are those of the task, whose code decodes its images.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         expected = "images that can be read"
         raise UserError(f"expected {expected}, got an error: {one_line(str(error))}") from error
 

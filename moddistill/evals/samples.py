@@ -92,10 +92,14 @@ def _image(value: Any) -> Image.Image | None:
     if not isinstance(value, Mapping) or not {"bytes", "path"} <= value.keys():
         return None
     source = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
-    try:
-        return Image.open(source)
-    except (OSError, TypeError):  # no image; an answer needed it to be one
+    if not source:
         return None
+    try:
+        image = Image.open(source)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # a question that needs it has no answer
+    return image
 
 
 def sample_row(sample: Mapping[str, Any], images: Sequence[str] = ()) -> dict[str, Any]:

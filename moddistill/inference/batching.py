@@ -39,9 +39,9 @@ def batch_rows(model: Vlm, params: dict[str, Any], slots: int, prompts: int) -> 
 def bytes_per_row(config: DecoderConfig, compute: ComputeConfig, slots: int) -> int:
     """Returns the bytes of one row with `slots` positions, prompt and answer.
 
-    The cache counts twice, since that of new prompts and of their beginnings (`table.Table`) exists
-    in addition to that of all rows. The activations are those of one layer at all positions:
-    residual stream, query, key, value and feed-forward.
+    The cache counts twice, since that of new prompts exists in addition to that of all rows. The
+    activations are those of one layer at all positions: residual stream, query, key, value and
+    feed-forward. Beginnings (`table.Table`), up to an eighth of the rows, take their place.
     """
     experts = config.moe.top_k if config.moe else 1
     # The factor 3 is `gate`, `up` and their product, once for each expert of a token.

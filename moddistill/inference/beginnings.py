@@ -35,9 +35,9 @@ class Run:
 def runs_of(
     waiting: Sequence[Writing], prompts: Sequence[Prompt], image_id: int, shares: bool
 ) -> list[Run]:
-    """Returns the runs, the one with the longest prompt first.
+    """Returns the runs: those that share a beginning, then the others, the longest prompt first.
 
-    So those that are read together have about one length, and too little memory is noticed at once.
+    So runs of one kind and of about one length are read together.
 
     Args:
       shares: whether prompts that begin alike are a run; else each is one.
@@ -47,10 +47,11 @@ def runs_of(
         images = prompts[writing.number].images
         key = _beginning(writing.prompt_ids, images, image_id) if images and shares else None
         groups.setdefault(key or writing, []).append(writing)
-    return [
+    runs = [
         Run(group, _images_end(group[0].prompt_ids, image_id) if len(group) > 1 else 0)
         for group in groups.values()
     ]
+    return sorted(runs, key=lambda run: not run.shared)
 
 
 def _beginning(ids: Sequence[int], images: Sequence[Any], image_id: int) -> Hashable:

@@ -71,7 +71,7 @@ class Table:
         self.beginnings: tuple[Batch, KVCache] | None = None
         self.rests: deque[tuple[int, list[int], Writing]] = deque()
         # A beginning takes memory as a row does, which one row for each shard may not leave.
-        self.shares = rows > self.shards or rows >= prompts
+        self.shares = rows > self.shards
         with mesh_context(self.mesh):
             self.rows: Rows = empty_rows(model, rows, slots, decoding.sampling)
 
@@ -85,12 +85,13 @@ class Table:
 
         Their number is a power of four for each shard, so that few programs are compiled.
         """
-        shared, tokens, count = bool(runs[0].shared), 0, 0
+        shared, longest, count = bool(runs[0].shared), 0, 0
         # Beginnings take memory besides the rows.
         most = max(self.shards, len(self.writing) // 8) if shared else len(self.free)
         for run in itertools.islice(runs, most):
-            tokens += run.tokens
-            if bool(run.shared) != shared or (count and tokens > MOST_TOKENS):
+            longest = max(longest, run.tokens)  # to which the others are padded
+            too_many = count and (count + 1) * longest > MOST_TOKENS
+            if bool(run.shared) != shared or too_many:
                 break
             count += 1
         return [runs.popleft() for _ in range(self._power(4, count))]

@@ -83,8 +83,8 @@ def _intervals(content: Content, teacher: str) -> list[_Section]:
             others.append(name)
     if others:
         note = (
-            f"The scores of {', '.join(others)} are no means over questions. For the benchmarks of "
-            "LLaVA-MoD, `moddistill.evaluate --suite llava-mod --compare` gives intervals and "
+            f"The samples of {', '.join(others)} have no score for each question. For benchmarks "
+            "of LLaVA-MoD, `moddistill.evaluate --suite llava-mod --compare` gives intervals and "
             "paired differences."
         )
         sections.append(("Tasks without intervals", note, Html("")))

@@ -142,3 +142,14 @@ def test_what_is_wrong_is_a_sentence_and_the_conversation_goes_on(visit, image, 
     ask(page, "what is in it?", image(0))
     page.locator(".panel .overlay").first.wait_for()
     assert not alert.is_visible() and page.locator(".turn").count() == 1
+
+
+def test_a_new_conversation_ends_the_answer_of_the_old_one(visit):
+    page = visit()
+    ask(page, "what is it, " * 20)  # of a length that is compiled first, which takes seconds
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="New conversation").click()
+    ask(page, "and this?")
+    page.locator(".answer:not([aria-busy]) .token").first.wait_for()
+    page.wait_for_timeout(5000)
+    assert page.locator(".question p").all_inner_texts() == ["and this?"]

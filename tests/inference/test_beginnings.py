@@ -28,17 +28,19 @@ def found_runs(prompts, ids, shares=True):
 def test_prompts_with_the_same_images_and_tokens_up_to_the_last_one_are_a_run():
     prompts = [Prompt("", ("a.png",))] * 3 + [Prompt("", ("b.png",))] * 2
     ids = [[1, 9, 9, 2], [1, 9, 9, 3, 4], [5, 9, 9, 2], [1, 9, 9, 2], [1, 9, 9, 2]]
-    assert found_runs(prompts, ids) == [([1, 0], 3), ([2], 0), ([3, 4], 3)]
+    assert found_runs(prompts, ids) == [([1, 0], 3), ([3, 4], 3), ([2], 0)]
 
 
 def test_texts_are_read_as_a_whole():
     assert found_runs([Prompt("")] * 2, [[1, 2, 3]] * 2) == [([0], 0), ([1], 0)]
 
 
-def test_the_run_with_the_longest_prompt_comes_first():
+def test_runs_that_share_come_first_and_then_those_with_long_prompts():
     prompts = [Prompt("", (name,)) for name in "aabb"]
     ids = [[9, 1], [9, 1, 2], [9, 1, 2, 3], [9, 1]]
     assert found_runs(prompts, ids) == [([2, 3], 1), ([1, 0], 1)]
+    prompts, ids = [Prompt(""), *prompts, Prompt("")], [[1], *ids, [1] * 9]
+    assert found_runs(prompts, ids) == [([3, 4], 1), ([2, 1], 1), ([5], 0), ([0], 0)]
 
 
 def test_without_sharing_each_prompt_is_a_run():
@@ -112,13 +114,17 @@ def test_a_row_whose_answer_ends_gets_the_next_question_of_an_image(dense, image
 
 def test_tokens_that_are_read_together_are_bounded(dense, image, monkeypatch):
     """Each rest has a copy of its beginning."""
-    monkeypatch.setattr(table, "MOST_TOKENS", 100)
+    monkeypatch.setattr(table, "MOST_TOKENS", 800)
     read = count_calls(monkeypatch, table, "admit")
     prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(0),)) for n in range(12)]
+    prompts += [Prompt("one " * 150), *[Prompt(f"{n}?") for n in range(12)]]
     answer(*dense, prompts, DECODING)
+    assert max(len(batch.tokens) for _, _, _, batch, *_ in read) > 1
     for _, _, _, batch, *_, shared in read:
-        slots = shared.batch.tokens.shape[1] + batch.tokens.shape[1]
-        assert len(batch.tokens) == 1 or len(batch.tokens) * slots <= 100
+        longest = batch.segments.sum(1).max()
+        if shared is not None:
+            longest = shared.batch.tokens.shape[1] + batch.tokens.shape[1]
+        assert len(batch.tokens) == 1 or len(batch.tokens) * longest <= 800
 
 
 def test_prompts_of_the_plain_template_that_are_equal(dense, image):

@@ -158,7 +158,7 @@ def test_tasks_without_scores_of_questions_are_named(tmp_path):
     found = dataclasses.replace(results("model", rows), definition=None)
     page = write(tmp_path, Content(results=[found]))
     assert titles(page)[1] == "Tasks without intervals"
-    assert "The scores of x &lt; y are no means over questions" in page
+    assert "The samples of x &lt; y have no score for each question" in page
 
 
 def test_the_sections_are_those_that_there_is_content_for(tmp_path, content):

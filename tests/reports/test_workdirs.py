@@ -127,7 +127,7 @@ def test_a_group_of_tasks_has_no_results_of_its_own(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"group": {}, "inside": {"f1": 0.5}}))
     content = read_workdirs([tmp_path])
     assert [each.task for each in content.results] == ["inside"]
-    assert not any("group" in problem for problem in content.problems)
+    assert not any("group.jsonl" in problem for problem in content.problems)
 
 
 def test_a_cut_line_is_counted(workdir):
