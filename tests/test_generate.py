@@ -80,7 +80,7 @@ def test_another_number_of_images_than_placeholders_is_an_error(tiny_models, ima
         (["--prompt", "q", "--logprobs", "3"], "--logprobs: expected --json or --jsonl with it"),
         (
             ["--jsonl", "q.jsonl", "--out", "./q.jsonl"],
-            r"--out: expected another file than --jsonl, got 'q\.jsonl' for both",
+            "--out: expected another file than --jsonl, got 'q.jsonl' for both",
         ),
         (["--jsonl", "q.jsonl", "--out", "a.jsonl", "--json"], "--json: expected --prompt with it"),
     ],

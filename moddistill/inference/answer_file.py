@@ -57,7 +57,8 @@ def answer_file(
     def write(number: int, fields: Row) -> None:
         line = todo[number]
         row = {"line": line, "id": prompts[line].id, **prompts[line].asked, "settings": settings}
-        append_lines(out, _line(row | fields).encode())
+        # Half of a surrogate pair, which JSON can spell and UTF-8 cannot, stays an escape.
+        append_lines(out, _line(row | fields).encode(errors="backslashreplace"))
         bar.update()
 
     def write_error(number: int, error: UserError) -> None:
