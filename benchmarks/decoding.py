@@ -44,8 +44,8 @@ def make_files(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def ours(folder: Path, rows: int) -> Callable[[int], list[float]]:
-    """Returns a function that makes answers of a length, and returns when a step had been read."""
+def ours(folder: Path, rows: int) -> Callable[[], list[float]]:
+    """Returns a function that makes answers, and returns the time of each step."""
     from moddistill.convert.resolve import load
     from moddistill.data.tokenizer import load_tokenizer
     from moddistill.inference import generation
@@ -57,24 +57,24 @@ def ours(folder: Path, rows: int) -> Callable[[int], list[float]]:
     generation.end_id = lambda *_: -1  # answers have full length
     prompts = [Prompt(f"<image>\n{_QUESTION}", (str(folder / f"{n}.png"),)) for n in range(rows)]
 
-    def run(new: int) -> list[float]:
+    def run() -> list[float]:
         times, add = [], Writing.add
 
         def timed(*args: Any) -> None:
             times.append(time.perf_counter())
             add(*args)
 
-        generation.Writing.add = timed
-        decoding = Decoding(max_new_tokens=new)
+        Writing.add = timed
+        decoding = Decoding(max_new_tokens=_NEW)
         found = generation.answer(model, params, tokenizer, prompts, decoding)
-        generation.Writing.add = add
-        assert {len(each.token_ids) for each in found} == {new}
+        Writing.add = add
+        assert {len(each.token_ids) for each in found} == {_NEW}
         return times[rows - 1 :: rows]
 
     return run
 
 
-def theirs(folder: Path, rows: int) -> Callable[[int], list[float]]:
+def theirs(folder: Path, rows: int) -> Callable[[], list[float]]:
     """Returns the same function with `generate` of `transformers`."""
     import torch
     from PIL import Image
@@ -89,7 +89,7 @@ def theirs(folder: Path, rows: int) -> Callable[[int], list[float]]:
     tokens = torch.tensor([[*text[:16], *[image_id] * 576, *text]] * rows)
     images = np.stack([np.asarray(Image.open(folder / f"{n}.png")) for n in range(rows)])
 
-    def run(new: int) -> list[float]:
+    def run() -> list[float]:
         times: list[float] = []
 
         def timed(_: Any, scores: Any) -> Any:  # of a step, before its tokens are chosen
@@ -102,11 +102,11 @@ def theirs(folder: Path, rows: int) -> Callable[[int], list[float]]:
                 attention_mask=torch.ones_like(tokens),
                 pixel_values=clip_pixels(images),
                 do_sample=False,
-                max_new_tokens=new,
-                min_new_tokens=new,
+                max_new_tokens=_NEW,
+                min_new_tokens=_NEW,
                 logits_processor=[timed],
             )
-        assert found.shape[1] == tokens.shape[1] + new
+        assert found.shape[1] == tokens.shape[1] + _NEW
         return times
 
     return run
@@ -118,11 +118,11 @@ SIDES = {"moddistill": ours, "transformers": theirs}
 def measure(side: str, folder: Path, rows: int) -> None:
     """Prints the figures of one side as JSON, in its own process."""
     run = SIDES[side](folder, rows)
-    run(_NEW)  # compiles
+    run()  # compiles
     give_back()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     began = time.perf_counter()
-    times = run(_NEW)
+    times = run()
     whole = time.perf_counter() - began
     rate = rows * (len(times) - 1) / (times[-1] - times[0])
     peak = resident_bytes("VmHWM")
