@@ -17,7 +17,7 @@ from jax import Array
 
 from moddistill.config import PREFERENCE_KINDS, ExpertConfig
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss
-from moddistill.losses.divergences import cross_entropy, forward_kl
+from moddistill.losses.divergences import cross_entropy, divergence
 from moddistill.losses.preference import preference_losses
 from moddistill.models import attention_kernels
 from moddistill.models.compute import ComputeConfig
@@ -92,7 +92,7 @@ def token_losses(positions: int, width: int, teacher_width: int, real: int) -> O
 
     def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
         teacher_logits = masked_logits(targets.per_position, targets.shared, real_ids)
-        kd = forward_kl(logits, teacher_logits[:, : logits.shape[1]])
+        kd = divergence(logits, teacher_logits[:, : logits.shape[1]])
         return {"kd": kd, "ce": cross_entropy(logits, labels)}
 
     def ours(inputs: Arrays, constants: Arrays, dtype: Any) -> Array:

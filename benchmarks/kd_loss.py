@@ -43,7 +43,7 @@ def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
     import jax.numpy as jnp
 
     from moddistill.losses.chunked import LogitInputs, chunked_token_loss
-    from moddistill.losses.divergences import cross_entropy, forward_kl
+    from moddistill.losses.divergences import cross_entropy, divergence
     from moddistill.models.logits import masked_logits
     from moddistill.teachers.targets import Targets
 
@@ -57,7 +57,7 @@ def prepare_moddistill(_: Path) -> Callable[[], dict[str, float]]:
 
     def token_fn(logits, targets, labels):
         teacher_logits = masked_logits(targets.per_position, targets.shared, real_ids)
-        return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+        return {"kd": divergence(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
 
     def loss(hidden, head, taught, teacher_head):
         inputs, targets = LogitInputs(hidden, head), Targets(taught, teacher_head)

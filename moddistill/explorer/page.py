@@ -37,15 +37,7 @@ def build_page(
             with gr.Column(scale=2, min_width=300):
                 shown = gr.HTML(elem_id="conversation")
                 notice = gr.HTML(elem_id="notice")
-                box = gr.MultimodalTextbox(
-                    {"text": "", "files": list(images)},
-                    label="Question and images",
-                    placeholder="Ask about an image",
-                    file_types=["image"],
-                    file_count="multiple",
-                    elem_id="question",
-                    max_plain_text_length=100_000,
-                )
+                box = _question_box(images)
                 again = gr.Button("New conversation", size="sm")
             with gr.Column(scale=3, min_width=300):
                 layer, choice, view = _expert_controls(models)
@@ -88,13 +80,24 @@ def build_page(
                     show_progress="hidden",
                     trigger_mode="always_last",
                 )
-        # An answer that is being written would bring the old turns back.
-        again.click(
-            lambda: (None, "", "", ()),
-            outputs=[box, notice, shown, conversation],
-            cancels=[answering],
+        # In this order, as a part of the old answer would bring its turns back.
+        again.click(None, cancels=[answering]).then(
+            lambda: (None, "", "", ()), outputs=[box, notice, shown, conversation]
         )
     return page
+
+
+def _question_box(images: Sequence[str]) -> Any:
+    """Adds the field of a question and its images."""
+    return gr.MultimodalTextbox(
+        {"text": "", "files": list(images)},
+        label="Question and images",
+        placeholder="Ask about an image",
+        file_types=["image"],
+        file_count="multiple",
+        elem_id="question",
+        max_plain_text_length=100_000,
+    )
 
 
 def _expert_controls(models: Sequence[ExploredModel]) -> tuple[Any, Any, Any]:

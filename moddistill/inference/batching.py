@@ -41,7 +41,8 @@ def bytes_per_row(config: DecoderConfig, compute: ComputeConfig, slots: int) -> 
 
     The cache counts twice, since that of new prompts exists in addition to that of all rows. The
     activations are those of one layer at all positions: residual stream, query, key, value and
-    feed-forward. Beginnings (`table.Table`), up to an eighth of the rows, take their place.
+    feed-forward. Beginnings (`table.Table`) are not counted: at most an eighth of the rows, or one
+    for each shard.
     """
     experts = config.moe.top_k if config.moe else 1
     # The factor 3 is `gate`, `up` and their product, once for each expert of a token.

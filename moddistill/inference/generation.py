@@ -1,6 +1,7 @@
-"""Answers to many prompts: rows are refilled as answers finish, the longest prompts first.
+"""Answers to many prompts, in rows that are refilled as answers finish.
 
-Questions about the same images are read together, and what they begin with once (`beginnings`).
+Questions about the same images come first, and their common beginning is read once (`beginnings`);
+then all others, the longest prompts first.
 """
 
 import itertools

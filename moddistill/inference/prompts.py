@@ -1,6 +1,7 @@
 """Prompts, and batches of them."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,7 +51,7 @@ def encode_prompt(prompt: Prompt, config: ModelConfig, tokenizer: Tokenizer) -> 
     """
     if not prompt.question.strip():
         raise invalid("prompt", prompt.question, "a text or an image")
-    for text in (prompt.system or "", *sum(prompt.history, ()), prompt.question):
+    for text in (prompt.system or "", *itertools.chain(*prompt.history), prompt.question):
         check_unicode(text)
     patches = config.vision.patches if config.vision else 0
     ids = examples.encode_prompt(

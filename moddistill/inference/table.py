@@ -1,7 +1,7 @@
 """Rows on the device, refilled as answers finish.
 
 The host is one step ahead of the device: it reads the tokens of a step while the next one is
-computed. An answer that ends leaves one token behind, which is dropped.
+computed. After the end of an answer one more token is computed, which is dropped.
 """
 
 import itertools

@@ -9,6 +9,9 @@ With teacher p, student q and a share a, `mix`:
     skew_reverse_kl  KL(q || a q + (1 - a) p)
     total_variation  1/2 sum_v |p_v - q_v|
 
+The forward KL is the paper's mimic loss. The reference code minimises the cross entropy to the
+teacher, which is larger by the teacher's entropy and has the same gradient.
+
 References:
   Generalised JSD: GKD, https://arxiv.org/abs/2306.13649.
   Skew KL: DistiLLM, https://arxiv.org/abs/2402.03898.
@@ -25,10 +28,13 @@ from moddistill.config import DistillationConfig
 Logits = Float[Array, "*T V"]
 
 
+_FORWARD_KL = DistillationConfig()
+
+
 def divergence(
-    logits: Logits, teacher_logits: Logits, config: DistillationConfig
+    logits: Logits, teacher_logits: Logits, config: DistillationConfig = _FORWARD_KL
 ) -> Float[Array, "*T"]:
-    """Returns the divergence of the config, in nats.
+    """Returns the divergence of the config, by default the forward KL, in nats.
 
     With temperature t, it is that of logits / t, times t^2: the gradient of a divergence that is
     quadratic near its minimum falls with 1 / t^2.
@@ -64,15 +70,6 @@ def _kl(log_p: Logits, log_q: Logits) -> Float[Array, "*T"]:
 def _mixture(log_p: Logits, log_q: Logits, share: float) -> Logits:
     """log(share p + (1 - share) q)."""
     return jnp.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-
-
-def forward_kl(logits: Logits, teacher_logits: Logits) -> Float[Array, "*T"]:
-    """KL(teacher || student) of next-token distributions, in nats.
-
-    The paper's mimic loss. The reference code minimises the cross entropy to the teacher, which is
-    larger by the teacher's entropy and has the same gradient.
-    """
-    return _kl(jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(logits))
 
 
 def cross_entropy(logits: Logits, labels: Int[Array, "*T"]) -> Float[Array, "*T"]:

@@ -22,6 +22,7 @@ models = pytest.importorskip("lmms_eval.models")
 
 from moddistill.evals.answer_log import AnswerLog  # noqa: E402
 from moddistill.evals.requests import prompt_of  # noqa: E402
+from tests.calls import count_calls  # noqa: E402
 
 
 @pytest.fixture
@@ -104,14 +105,7 @@ def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
 
 def test_equal_images_are_read_once(model, form, docs, monkeypatch):
     """Documents have copies of an image, as those of lmms-eval do."""
-    read = []
-
-    def load_images(prompt, tower):
-        read.append(prompt)
-        return original(prompt, tower)
-
-    original = generation.load_images
-    monkeypatch.setattr(generation, "load_images", load_images)
+    read = count_calls(monkeypatch, generation, "load_images")
     same = [
         docs[0] | {"question": f"{n}?", "images": [docs[0]["images"][0].copy()]} for n in range(12)
     ]

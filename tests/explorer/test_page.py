@@ -147,9 +147,11 @@ def test_what_is_wrong_is_a_sentence_and_the_conversation_goes_on(visit, image, 
 def test_a_new_conversation_ends_the_answer_of_the_old_one(visit):
     page = visit()
     ask(page, "what is it, " * 20)  # of a length that is compiled first, which takes seconds
-    page.wait_for_timeout(500)
-    page.get_by_role("button", name="New conversation").click()
+    page.locator(".turn").wait_for()
+    with page.expect_response("**/cancel"):
+        page.get_by_role("button", name="New conversation").click()
+    page.locator(".turn").wait_for(state="detached")
     ask(page, "and this?")
-    page.locator(".answer:not([aria-busy]) .token").first.wait_for()
+    page.locator(".answer:not([aria-busy])").first.wait_for()
     page.wait_for_timeout(5000)
     assert page.locator(".question p").all_inner_texts() == ["and this?"]

@@ -1,9 +1,7 @@
 """Prompts that begin alike: which ones are read together, and what is read once."""
 
 import dataclasses
-import functools
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,6 +12,8 @@ from moddistill.inference.answer import Decoding, Writing
 from moddistill.inference.beginnings import runs_of
 from moddistill.inference.generation import answer, generate
 from moddistill.inference.prompts import Prompt
+from tests.calls import count_calls
+from tests.inference.same_answers import assert_same_answers
 
 IMAGE_ID = 9
 DECODING = Decoding(max_new_tokens=2)
@@ -65,16 +65,9 @@ def dense(tiny_models, tokenizer):
     return (*load(tiny_models["dense"], stacked=False), tokenizer)
 
 
-def count_calls(monkeypatch, module, name):
-    """Counts the calls of a function."""
-    calls, original = [], getattr(module, name)
-
-    def counted(*args, **options):
-        calls.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(module, name, counted)
-    return calls
+def one_by_one(model, prompts, decoding=DECODING):
+    """Answers to prompts of which none is asked with another."""
+    return [answer(*model, [prompt], decoding)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 256])
@@ -85,15 +78,7 @@ def test_an_image_is_read_once_for_its_questions(dense, image, monkeypatch, rows
     prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(n % 2),)) for n in range(8)]
     together = answer(*dense, prompts, DECODING)
     assert len(read) == (8 if rows == 1 else 2)
-    for prompt, found in zip(prompts, together, strict=True):
-        [alone] = answer(*dense, [prompt], DECODING)
-        assert alone.token_ids == found.token_ids
-        assert alone.prompt_ids == found.prompt_ids
-        np.testing.assert_allclose(
-            [token.logprob for token in alone.logprobs],
-            [token.logprob for token in found.logprobs],
-            atol=1e-5,
-        )
+    assert_same_answers(together, one_by_one(dense, prompts))
 
 
 def test_a_row_whose_answer_ends_gets_the_next_question_of_an_image(dense, image, monkeypatch):
@@ -129,11 +114,10 @@ def test_tokens_that_are_read_together_are_bounded(dense, image, monkeypatch):
 
 def test_prompts_of_the_plain_template_that_are_equal(dense, image):
     model, params, tokenizer = dense
-    model = model.clone(config=dataclasses.replace(model.config, template="plain"))
+    plain = model.clone(config=dataclasses.replace(model.config, template="plain"))
+    loaded = plain, params, tokenizer
     prompts = [Prompt("<image>\nwhat?", (image(0),))] * 4
-    [alone] = answer(model, params, tokenizer, prompts[:1], DECODING)
-    together = answer(model, params, tokenizer, prompts, DECODING)
-    assert [each.token_ids for each in together] == [alone.token_ids] * 4
+    assert_same_answers(answer(*loaded, prompts, DECODING), one_by_one(loaded, prompts))
 
 
 def test_an_image_that_cannot_be_read_fails_all_its_questions_and_no_others(dense, image, tmp_path):
@@ -151,7 +135,5 @@ def test_an_image_that_cannot_be_read_fails_all_its_questions_and_no_others(dens
 def test_a_longer_beginning_than_the_rests_leave_slots_for(dense, image):
     """Beginning and rest are padded each: together they may be longer than a row."""
     prompts = [Prompt(f"{'so ' * n}<image>\n?", (image(0),)) for n in (1, 1, 9, 9, 17, 17)]
-    short = functools.partial(answer, *dense, decoding=Decoding(max_new_tokens=1))
-    for prompt, found in zip(prompts, short(prompts), strict=True):
-        [alone] = short([prompt])
-        assert alone.token_ids == found.token_ids
+    short = Decoding(max_new_tokens=1)
+    assert_same_answers(answer(*dense, prompts, short), one_by_one(dense, prompts, short))

@@ -17,6 +17,7 @@ from moddistill.inference.generation import answer, generate, stream
 from moddistill.inference.prompts import Prompt, encode_prompt, load_images, prompt_batch
 from moddistill.inference.sampling import Sampling
 from moddistill.models.vlm import Vlm
+from tests.inference.same_answers import assert_same_answers
 
 NEW = 6
 GREEDY = Decoding(max_new_tokens=NEW)
@@ -74,13 +75,7 @@ def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, de
     one_by_one = answers(1)
     assert len({len(each.token_ids) for each in one_by_one}) > 1
     for rows in (2, 4, 256):
-        for each, other in zip(answers(rows), one_by_one, strict=True):
-            assert each.token_ids == other.token_ids
-            np.testing.assert_allclose(
-                [token.logprob for token in each.logprobs],
-                [token.logprob for token in other.logprobs],
-                atol=1e-4,
-            )
+        assert_same_answers(answers(rows), one_by_one)
 
 
 def test_tokens_of_a_shared_beginning_are_penalised(dense, prompts, monkeypatch):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moddistill.config import MeshConfig, TrainConfig
 from moddistill.distributed.sharding import BATCH_AXES, make_mesh
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss
-from moddistill.losses.divergences import cross_entropy, forward_kl
+from moddistill.losses.divergences import cross_entropy, divergence
 from moddistill.models.logits import masked_logits
 from moddistill.models.vocabulary import token_mask
 from moddistill.teachers.targets import NO_TARGETS, Targets
@@ -33,7 +33,7 @@ class Heads(NamedTuple):
 
 def kd_and_ce(logits, targets, labels):
     teacher_logits = masked_logits(targets.per_position, targets.shared, REAL)
-    kd = forward_kl(logits, teacher_logits[:, : logits.shape[1]])
+    kd = divergence(logits, teacher_logits[:, : logits.shape[1]])
     return {"kd": kd, "ce": cross_entropy(logits, labels)}
 
 
@@ -211,7 +211,7 @@ def test_memory_at_full_size():
 
         def token_fn(logits, targets, labels):
             teacher_logits = masked_logits(targets.per_position, targets.shared, real_ids)
-            return {"kd": forward_kl(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
+            return {"kd": divergence(logits, teacher_logits), "ce": cross_entropy(logits, labels)}
 
         return token_loss(heads, labels, weights, token_fn, chunk, real_ids)[0]
 

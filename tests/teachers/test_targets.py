@@ -15,7 +15,7 @@ from moddistill.config import DistillationConfig, MeshConfig, RouterLossConfig
 from moddistill.distributed.sharding import make_mesh
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.distillation import token_loss
-from moddistill.losses.divergences import forward_kl
+from moddistill.losses.divergences import divergence
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import num_ids, token_mask
 from moddistill.params import flatten
@@ -62,7 +62,7 @@ def arrays():
 def chunked(inputs, teacher, weights):
     def token_fn(logits, targets, labels):
         teacher_logits = teacher.logits(targets, REAL)
-        return {"kd": forward_kl(logits[:, : teacher_logits.shape[1]], teacher_logits)}
+        return {"kd": divergence(logits[:, : teacher_logits.shape[1]], teacher_logits)}
 
     return chunked_token_loss(
         token_fn,
