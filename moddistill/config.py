@@ -20,6 +20,7 @@ Remat = Literal["none", "matmuls", "full"]
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
 ]
+CachedKind = Literal["top_k", "samples", "answers"]
 PreferenceKind = Literal["sigmoid", "hinge", "ipo", "kto_pair"]
 Placement = Literal["sparse", "every_layer", "dense", "first_half", "second_half"]
 Dispatch = Literal["dropless", "capacity"]

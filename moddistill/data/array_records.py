@@ -6,12 +6,15 @@ Integers are little-endian. The header is a JSON object: the fields of the recor
 published, in which `images` is a list of `{"path": name, "size": number of bytes}`.
 """
 
+import contextlib
 import functools
 import itertools
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from moddistill.errors import UserError, one_line
 
 _MAGIC = b"MDR1"
 _START = struct.Struct("<4sI")
+# Random access needs groups of one record. Encoded images hardly get smaller by compression.
+_OPTIONS = "group_size:1,zstd:1,max_parallelism:1"
 _OPEN_READERS = 64  # of all files; each has a file descriptor
 
 
@@ -97,12 +102,16 @@ class ArrayRecordFile:
         Raises:
           UserError: the bytes are damaged or have another content.
         """
+        return unpack_record(self.read_bytes(offset))
+
+    def read_bytes(self, number: int) -> bytes:
+        """Returns the bytes of a record; UserError if they are damaged."""
         try:
-            [data] = _reader(self).read([offset])
+            [data] = _reader(self).read([number])
         except RuntimeError as error:
             reason = one_line(str(error))
             raise UserError(f"record: expected undamaged bytes, got an error: {reason}") from None
-        return unpack_record(data)
+        return data
 
     def _without_image_bytes(self, offset: int, size: int) -> Any:
         """Returns the fields without large values, so that many records fit into memory."""
@@ -133,3 +142,18 @@ def _reader(file: ArrayRecordFile) -> Any:
             reason = one_line(str(error)) or "no end"
         raise UserError(f"{file.path}: expected a whole ArrayRecord file, got an error: {reason}")
     return reader
+
+
+@contextlib.contextmanager
+def writing_records(path: Path) -> Iterator[Any]:
+    """Yields the function that appends to an ArrayRecord file, which is on the disk at the end."""
+    writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
+    try:
+        try:
+            yield writer.write
+        finally:
+            writer.close()
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # of the writer, which has no other type
+        raise UserError(f"{path}: expected a disk with enough space, got {error}") from None

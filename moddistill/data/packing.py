@@ -10,7 +10,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,14 @@ class Sample(NamedTuple):
 
 
 Row = tuple[Sample, ...]
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Rows by their numbers, the same in every process."""
+
+    def row(self, number: int) -> Row:
+        """Returns the samples of a row."""
 
 
 class RowPlan:

@@ -5,20 +5,20 @@ T: max_length, I: `needed_image_slots`, h = w: image_size.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from moddistill.data.examples import Side, encode_sides
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import preprocess, read_image
-from moddistill.data.packing import RowPlan, Sample
+from moddistill.data.packing import Plan, Sample
 from moddistill.data.quarantine import Rejected
 from moddistill.data.records import AnyRecord
 from moddistill.data.sources import Source
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError
-from moddistill.models.batch import AnyBatch, Batch, PreferenceBatch
+from moddistill.models.batch import AnyBatch, Batch, CachedTargets, PreferenceBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,33 +57,55 @@ def needed_image_slots(sources: Sequence[Source], packing: bool) -> int:
     return max(1, *(source.most_images_of_rows for source in sources))
 
 
+@runtime_checkable
+class TargetReader(Protocol):
+    """Targets of records from a teacher cache; safe in threads and worker processes."""
+
+    def empty(self, length: int) -> CachedTargets:
+        """Returns the targets of `length` positions, none of which is known."""
+
+    def read(self, source: int, position: int, sides: Sequence[Side]) -> Sequence[CachedTargets]:
+        """Returns the targets of the positions of a sample, for each of its sides.
+
+        Args:
+          source: its number.
+          position: number of the record among all of the source.
+
+        Raises:
+          UserError: the cache has none of these tokens.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class RowMaker:
     """Makes the rows of a plan; safe in threads and worker processes.
 
     Attributes:
       image_slots: images of a row.
+      targets: of a teacher cache, if rows have them.
     """
 
-    plan: RowPlan
+    plan: Plan
     sources: Sequence[Source]
     tokenizer: Tokenizer
     spec: RowSpec
     image_slots: int
+    targets: TargetReader | None = None
 
     def __call__(self, number: int) -> MadeRow:
         """Reads the records and images of a row."""
         spec, rejected, cursor, slot = self.spec, [], 0, 0
-        sides = [_empty(spec, self.tokenizer.pad_id) for _ in range(_num_sides(spec))]
+        sides = [self._empty() for _ in range(_num_sides(spec))]
         pixels = self._no_images()
         for segment, sample in enumerate(self.plan.row(number), start=1):
             try:
                 content, images = self._read(sample)
+                targets = self._targets(sample, content)
             except UserError as error:
                 rejected.append(self._rejected(sample, error))
             else:
-                for row, side in zip(sides, content, strict=True):
-                    _write(row, side, cursor, segment)
+                for row, side, known in zip(sides, content, targets, strict=True):
+                    _write(row, side, known, cursor, segment)
                 for image in images:
                     pixels[slot] = image
                     slot += 1
@@ -107,6 +129,23 @@ class RowMaker:
             )
         return sides, _read_images(record, spec)
 
+    def _targets(self, sample: Sample, sides: Sequence[Side]) -> Sequence[CachedTargets | None]:
+        if self.targets is None:
+            return [None] * len(sides)
+        [position] = self.sources[sample.source].positions(np.array([sample.record])).tolist()
+        return self.targets.read(sample.source, position, sides)
+
+    def _empty(self) -> Batch:
+        length = self.spec.max_length
+        zeros = np.zeros(length, np.int32)
+        return Batch(
+            np.full(length, self.tokenizer.pad_id, np.int32),
+            zeros,
+            zeros.copy(),
+            np.zeros(length, bool),
+            teacher=self.targets and self.targets.empty(length),
+        )
+
     def _no_images(self) -> np.ndarray | None:
         size = self.spec.image_size
         return (
@@ -124,17 +163,15 @@ def _num_sides(spec: RowSpec) -> int:
     return 2 if spec.kind == "preference" else 1
 
 
-def _empty(spec: RowSpec, pad_id: int) -> Batch:
-    shape = spec.max_length
-    zeros = np.zeros(shape, np.int32)
-    return Batch(np.full(shape, pad_id, np.int32), zeros, zeros.copy(), np.zeros(shape, bool))
-
-
-def _write(row: Batch, side: Side, start: int, segment: int) -> None:
+def _write(row: Batch, side: Side, targets: CachedTargets | None, start: int, segment: int) -> None:
     at = slice(start, start + len(side.tokens))
     row.tokens[at], row.loss_mask[at] = side
     row.positions[at] = np.arange(len(side.tokens))
     row.segments[at] = segment
+    if targets is not None:
+        for array, found in zip(row.teacher, targets, strict=True):
+            if found is not None:
+                array[at] = found
 
 
 def _read_images(record: AnyRecord, spec: RowSpec) -> list[np.ndarray]:

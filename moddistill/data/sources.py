@@ -72,7 +72,8 @@ class Source:
         self._files = [self._open(file, open_index(file, spec, indices)) for file in files]
         # Files one after the other: record r is in the last file that starts at r or before.
         self._starts = np.cumsum([0, *(len(file) for file in self._files)])
-        self.total = sum(len(file.index) for file in self._files)
+        self._before = np.cumsum([0, *(len(file.index) for file in self._files)])
+        self.total = int(self._before[-1])
         if not len(self):
             raise self._without_records()
         if config.columns.image and not self.with_images:
@@ -115,6 +116,15 @@ class Source:
         """Returns the file and the line of a record."""
         file, at = self._locate(number)
         return file.file.path, int(file.index.places.line[at])
+
+    def positions(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the numbers of usable records among all `total` ones, in the order of files."""
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        found = np.zeros(len(numbers), np.int64)
+        for each in np.unique(which).tolist():
+            at, file = which == each, self._files[each]
+            found[at] = file.numbers(numbers[at] - self._starts[each]) + self._before[each]
+        return found
 
     def _locate(self, number: int) -> tuple[_File, int]:
         which = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -20,10 +20,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moddistill.distributed.sharding import BATCH_AXES, MESH_AXES, is_distributed
+from moddistill.distributed.sharding import is_distributed
+from moddistill.models.chunks import (
+    chosen_first,
+    over_devices,
+    restore_order,
+    take_chunk,
+    write_chunk,
+)
 from moddistill.models.logits import masked_logits
 from moddistill.models.vlm import Output
 from moddistill.models.vocabulary import IdRanges
@@ -83,46 +89,12 @@ def chunked_token_loss(
     """
     token_sum = functools.partial(_device_sum, token_fn, chunk_size, real_ids)
     if is_distributed():
-        token_sum = _sharded(token_sum)
+        token_sum = over_devices(token_sum)
     positions = _Positions(inputs.hidden, targets.per_position, labels, weights)
     total, values = token_sum(positions, _Shared(inputs.head, targets.shared))
     # The last chunk is filled up with positions that have no weight, but a value.
     values = {name: jnp.where(weights[name] != 0, value, 0.0) for name, value in values.items()}
     return total, jax.lax.stop_gradient(values)
-
-
-def _sharded(token_sum: Callable) -> Callable:
-    """Returns `token_sum` over the devices of the mesh, each with its own positions.
-
-    Each device loops over as many chunks as its positions need, so there is no collective inside of
-    the loop: heads are all-gathered before it, and their gradients are summed once after it (the
-    transpose of replication is `psum`).
-
-    Positions are sharded over `tensor` too, unlike in the layers. Vocabulary shards would not do:
-    teacher and student may be padded to different sizes, so that shard i of one does not have the
-    ids of shard i of the other.
-    """
-    tensor_size = jax.sharding.get_abstract_mesh().shape["tensor"]
-    by_position, replicated = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec()
-
-    def body(positions: _Positions, shared: _Shared) -> tuple[Array, Any]:
-        # A device has [T / devices, 1, ...]: all of its positions, one shard of axis 1.
-        total, values = token_sum(jax.tree.map(lambda x: x[:, 0], positions), shared)
-        return jax.lax.psum(total, MESH_AXES), jax.tree.map(lambda x: x[:, None], values)
-
-    def over_devices(positions: _Positions, shared: _Shared) -> tuple[Array, Any]:
-        # Round-robin over `tensor`, position t to shard t % tensor_size: supervised positions of a
-        # sample are adjacent, and contiguous shards would leave most devices without any.
-        split = jax.tree.map(lambda x: x.reshape(-1, tensor_size, *x.shape[1:]), positions)
-        total, values = jax.shard_map(
-            body,
-            in_specs=(by_position, replicated),
-            out_specs=(replicated, by_position),
-            check_vma=False,
-        )(split, shared)
-        return total, jax.tree.map(lambda x: x.reshape(-1), values)
-
-    return over_devices
 
 
 def _device_sum(token_fn, chunk_size, real_ids, positions, shared):
@@ -144,12 +116,12 @@ def _sum(token_fn, chunk_size, real_ids, positions, shared):
     def body(i, carry):
         total, values = carry
         new, new_values = value(*_chunk(positions, shared, order, chunk_size, i))
-        return total + new, _write(values, new_values, i * chunk_size)
+        return total + new, write_chunk(values, new_values, i * chunk_size)
 
-    order, num_chunks = _supervised_first(positions.weights, chunk_size)
+    order, num_chunks = chosen_first(_with_weight(positions.weights), chunk_size)
     start = (jnp.zeros((), jnp.float32), _zero_values(positions.weights, order))
     total, values = jax.lax.fori_loop(0, num_chunks, body, start)
-    return total, _restore_order(values, order, len(positions.labels))
+    return total, restore_order(values, order, len(positions.labels))
 
 
 def _sum_forward(token_fn, chunk_size, real_ids, positions, shared):
@@ -168,10 +140,10 @@ def _sum_forward(token_fn, chunk_size, real_ids, positions, shared):
         (new, new_values), (d_chunk, *d_heads) = gradient(*arguments)
         if head_trains:
             d_head = d_head + d_heads[0].astype(jnp.float32)
-        values, d_hidden = _write((values, d_hidden), (new_values, d_chunk), i * chunk_size)
+        values, d_hidden = write_chunk((values, d_hidden), (new_values, d_chunk), i * chunk_size)
         return total + new, values, d_hidden, d_head
 
-    order, num_chunks = _supervised_first(positions.weights, chunk_size)
+    order, num_chunks = chosen_first(_with_weight(positions.weights), chunk_size)
     start = (
         jnp.zeros((), jnp.float32),
         _zero_values(positions.weights, order),
@@ -179,7 +151,7 @@ def _sum_forward(token_fn, chunk_size, real_ids, positions, shared):
         jnp.zeros(head.shape, jnp.float32) if head_trains else None,
     )
     total, values, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, body, start)
-    values, d_hidden = _restore_order((values, d_hidden), order, len(hidden))
+    values, d_hidden = restore_order((values, d_hidden), order, len(hidden))
     return (total, values), (d_hidden, d_head, jnp.zeros((), head.dtype))
 
 
@@ -197,23 +169,13 @@ def _sum_backward(token_fn, chunk_size, real_ids, residuals, cotangents):
 _sum.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 
 
-def _supervised_first(weights: dict[str, Array], chunk_size: int) -> tuple[Array, Array]:
-    """Returns positions ordered by whether they have a weight, and the number of chunks in use.
-
-    The order is filled up to full chunks with indices past the end.
-    """
-    used = functools.reduce(jnp.logical_or, [weight != 0 for weight in weights.values()])
-    order = jnp.argsort(~used, stable=True)
-    fill = -len(order) % chunk_size
-    order = jnp.concatenate([order, len(order) + jnp.arange(fill)])
-    return order, (jnp.sum(used) + chunk_size - 1) // chunk_size
+def _with_weight(weights: dict[str, Array]) -> Array:
+    return functools.reduce(jnp.logical_or, [weight != 0 for weight in weights.values()])
 
 
 def _chunk(positions, shared, order, chunk_size, i):
     """Arguments of `_chunk_value` for chunk i; rows past the end are zero and have no weight."""
-    rows = jax.lax.dynamic_slice_in_dim(order, i * chunk_size, chunk_size)
-    take = functools.partial(jnp.take, indices=rows, axis=0, mode="fill", fill_value=0)
-    hidden, targets, labels, weights = jax.tree.map(take, positions)
+    hidden, targets, labels, weights = take_chunk(positions, order, chunk_size, i)
     return hidden, shared.head, Targets(targets, shared.targets), labels, weights
 
 
@@ -225,20 +187,3 @@ def _chunk_value(token_fn, real_ids, hidden, head, targets, labels, weights):
 
 def _zero_values(weights: dict[str, Array], order: Array) -> dict[str, Array]:
     return {name: jnp.zeros(len(order), jnp.float32) for name in weights}
-
-
-def _write(buffers: Any, chunks: Any, start: Array) -> Any:
-    """Returns the buffers with each chunk written from row `start` on."""
-
-    def write(buffer: Array, chunk: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(
-            buffer, chunk.astype(buffer.dtype), start, axis=0
-        )
-
-    return jax.tree.map(write, buffers, chunks)
-
-
-def _restore_order(buffers: Any, order: Array, length: int) -> Any:
-    """Returns rows that are in the order of `order` at their original positions."""
-    inverse = jnp.argsort(order)[:length]
-    return jax.tree.map(lambda buffer: buffer[inverse], buffers)

@@ -18,7 +18,7 @@ from moddistill.config import DistillationConfig, RouterLossConfig
 from moddistill.errors import invalid
 from moddistill.losses import Denominators, Loss, Metrics
 from moddistill.losses.chunked import TokenFn, chunked_token_loss, logit_inputs
-from moddistill.losses.divergences import cross_entropy, divergence
+from moddistill.losses.divergences import cross_entropy, divergence_to
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import Batch, num_tokens
@@ -118,11 +118,8 @@ def _token_fn(
     def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
         values = {}
         if "kd" in terms:
-            teacher_logits = teacher.logits(targets, real_ids)
-            # Embeddings are padded to different sizes; rows after the smaller one are masked.
-            size = min(logits.shape[1], teacher_logits.shape[1])
-            logits, teacher_logits = logits[:, :size], teacher_logits[:, :size]
-            values["kd"] = divergence(logits, teacher_logits, config)
+            known = teacher.predictions(targets, real_ids)
+            values["kd"] = divergence_to(known, logits, config)
         if "ce" in terms:
             values["ce"] = cross_entropy(logits, labels)
         return values
@@ -138,7 +135,7 @@ def loss_masks(
     `ce` counts at predictions of supervised tokens, and so does `kd` by default. Variants of `kd`:
     `kd_positions="all_tokens"` counts the predictions of all tokens but the first of each sample;
     `kd_shift="reference"` is the mask of the original code, which is not shifted with the labels:
-    one position late.
+    one position late. With a cache, `kd` counts where it has targets.
     """
     _, supervised = next_token(batch.tokens, batch.loss_mask, batch.segments)
     masks = {"ce": supervised, "kd": supervised}
@@ -146,4 +143,6 @@ def loss_masks(
         masks["kd"] = next_token(batch.tokens, batch.segments > 0, batch.segments)[1]
     elif config.kd_shift == "reference":
         masks["kd"] = batch.loss_mask
+    if batch.teacher is not None:
+        masks["kd"] &= batch.teacher.known
     return {name: masks[name] for name in terms}

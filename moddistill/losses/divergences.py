@@ -12,7 +12,15 @@ With teacher p, student q and a share a, `mix`:
 The forward KL is the paper's mimic loss. The reference code minimises the cross entropy to the
 teacher, which is larger by the teacher's entropy and has the same gradient.
 
+Of a teacher whose K most probable ids are known, all other ids are one bucket of both models: the
+divergence of the K + 1 probabilities is never above that of all ids, and equal at K = V. Without
+the bucket, nothing would keep the student from the other ids.
+
+Of a teacher with n ids drawn from p, the mean over them is an unbiased estimate of a divergence
+that is an expectation under p.
+
 References:
+  Sampled ids: https://arxiv.org/abs/2503.16870.
   Generalised JSD: GKD, https://arxiv.org/abs/2306.13649.
   Skew KL: DistiLLM, https://arxiv.org/abs/2402.03898.
 """
@@ -23,8 +31,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moddistill.config import DistillationConfig
+from moddistill.config import DistillationConfig, Divergence
+from moddistill.models.logits import MASKED
+from moddistill.teachers.targets import FullLogits, LabelLogprobs, Predictions, Samples, TopK
 
+# Those that are expectations under the teacher, which ids drawn from it estimate.
+SAMPLED_DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "skew_kl")
 Logits = Float[Array, "*T V"]
 
 
@@ -42,6 +54,54 @@ def divergence(
     scale = config.temperature
     student, teacher = (jax.nn.log_softmax(x / scale) for x in (logits, teacher_logits))
     return scale**2 * _divergence(student, teacher, config)
+
+
+def divergence_to(
+    teacher: Predictions, logits: Float[Array, "C V"], config: DistillationConfig
+) -> Float[Array, "C"]:
+    """Returns the divergence of the config from whatever is known of the teacher, in nats.
+
+    What comes from a cache was divided by the temperature when it was made.
+    """
+    match teacher:
+        case FullLogits(teacher_logits):
+            # Embeddings are padded to different sizes; rows after the smaller one are masked.
+            size = min(logits.shape[1], teacher_logits.shape[1])
+            return divergence(logits[:, :size], teacher_logits[:, :size], config)
+        case TopK():
+            return _to_top_k(teacher, logits, config)
+        case Samples():
+            return _to_samples(teacher, logits, config)
+
+
+def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array:
+    student = jax.nn.log_softmax(logits / config.temperature)
+    chosen = jnp.take_along_axis(student, teacher.ids, axis=-1)
+    # Over the other ids alone: 1 - sum_k q_k has no correct digit where the sum is nearly 1.
+    others = jnp.put_along_axis(student, teacher.ids, MASKED, axis=-1, inplace=False)
+    rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
+    known = jnp.concatenate([teacher.logprobs, teacher.log_rest[:, None]], axis=-1)
+    # Log-probabilities of a cache are rounded, and would not add up to one.
+    return config.temperature**2 * _divergence(
+        jnp.concatenate([chosen, rest], axis=-1), jax.nn.log_softmax(known), config
+    )
+
+
+def _to_samples(teacher: Samples, logits: Array, config: DistillationConfig) -> Array:
+    student = jax.nn.log_softmax(logits / config.temperature)
+    student = jnp.take_along_axis(student, teacher.ids, axis=-1)
+    if config.divergence == "skew_kl":
+        student = _mixture(teacher.logprobs, student, config.mix)
+    return config.temperature**2 * jnp.mean(teacher.logprobs - student, axis=-1)
+
+
+def label_logprobs(teacher: Predictions, labels: Int[Array, "C"]) -> Float[Array, "C"]:
+    """Returns the teacher's log-probabilities of labels, or what sums to them over an answer."""
+    match teacher:
+        case FullLogits(logits):
+            return -cross_entropy(logits, labels)
+        case LabelLogprobs(logprobs):
+            return logprobs
 
 
 def _divergence(student: Logits, teacher: Logits, config: DistillationConfig) -> Array:

@@ -25,7 +25,7 @@ from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConf
 from moddistill.errors import not_one_of
 from moddistill.losses import Denominators, Loss, Metrics
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss, logit_inputs
-from moddistill.losses.divergences import cross_entropy
+from moddistill.losses.divergences import cross_entropy, label_logprobs
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import (
@@ -38,7 +38,7 @@ from moddistill.models.batch import (
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import common_ids
 from moddistill.params import merge
-from moddistill.teachers.targets import Targets, Teacher
+from moddistill.teachers.targets import Predictions, Targets, Teacher
 
 
 def preference_losses(
@@ -136,8 +136,8 @@ def preference_loss(
             chunked_token_loss, labels=labels.reshape(-1), chunk_size=chunk_size, real_ids=real_ids
         )
         inputs = logit_inputs(output)
-        teacher_logits = functools.partial(teacher.logits, real_ids=real_ids)
-        policy, reference = _log_probs(token_sum, teacher_logits, inputs, targets, supervised)
+        predictions = functools.partial(teacher.predictions, real_ids=real_ids)
+        policy, reference = _log_probs(token_sum, predictions, inputs, targets, supervised)
         is_pair = _sum_by_segment(sample_starts(batch.chosen), batch.chosen.segments) > 0
 
         def loss_of_pairs(policy: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -165,7 +165,7 @@ def preference_loss(
 
 def _log_probs(
     token_sum: Callable,
-    teacher_logits: Callable[[Targets], Array],
+    predictions: Callable[[Targets], Predictions],
     inputs: LogitInputs,
     targets: Targets,
     supervised: Bool[Array, "B T"],
@@ -175,7 +175,7 @@ def _log_probs(
     def token_fn(logits: Array, targets: Targets, labels: Array) -> dict[str, Array]:
         return {
             "policy": -cross_entropy(logits, labels),
-            "reference": -cross_entropy(teacher_logits(targets), labels),
+            "reference": label_logprobs(predictions(targets), labels),
         }
 
     mask = supervised.reshape(-1).astype(jnp.float32)

@@ -10,9 +10,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from moddistill.config import DataConfig
+from moddistill.config import CachedKind, DataConfig
 
 Array = Any
+
+
+class CachedTargets(NamedTuple):
+    """What a teacher cache has of the tokens of rows, at the positions that predict them.
+
+    Elsewhere, and for records without targets, everything is zero.
+
+    Attributes:
+      known: whether there are targets.
+      ids: the teacher's most probable ids, or ids drawn from its distribution.
+      logprobs: of these ids.
+      log_rest: the log-probability of all other ids together; None of drawn ids.
+      label_logprobs: the log-likelihood of an answer, at its first position; of pairs only, which
+        have no ids.
+    """
+
+    known: Bool[Array, "B T"]
+    ids: Int[Array, "B T K"] | None = None
+    logprobs: Float[Array, "B T K"] | None = None
+    log_rest: Float[Array, "B T"] | None = None
+    label_logprobs: Float[Array, "B T"] | None = None
 
 
 class Batch(NamedTuple):
@@ -29,6 +50,7 @@ class Batch(NamedTuple):
       images: pixels of the samples of a row in their order, without gaps, and zeros in the unused
         slots after them; None for text-only models.
       features: vision features of another model with the same encoder, in place of images.
+      teacher: targets from a cache, if the teacher has one.
     """
 
     tokens: Int[Array, "B T"]
@@ -37,6 +59,7 @@ class Batch(NamedTuple):
     loss_mask: Bool[Array, "B T"] | None = None
     images: UInt8[Array, "U I h w 3"] | None = None
     features: Float[Array, "U X W"] | None = None
+    teacher: CachedTargets | None = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -108,6 +131,29 @@ def padded_batch(
     return Batch(tokens, positions, segments, loss_mask, images)
 
 
+class CacheShape(NamedTuple):
+    """What a teacher cache has of a token: its kind, and the number K of ids, 0 of pairs."""
+
+    kind: CachedKind
+    ids: int
+
+
+def make_targets(
+    array: Callable[[tuple[int, ...], Any], Any], shape: tuple[int, ...], cached: CacheShape
+) -> CachedTargets:
+    """Targets of arrays `array(shape, dtype)`, at positions of a given shape."""
+    known = array(shape, np.bool_)
+    if cached.kind == "answers":
+        return CachedTargets(known, label_logprobs=array(shape, np.float32))
+    per_id = (*shape, cached.ids)
+    return CachedTargets(
+        known,
+        array(per_id, np.int32),
+        array(per_id, np.float32),
+        array(shape, np.float32) if cached.kind == "top_k" else None,
+    )
+
+
 def make_batch(
     array: Callable[[tuple[int, ...], Any], Any],
     *,
@@ -115,17 +161,20 @@ def make_batch(
     length: int,
     images: tuple[int, int] | None = None,
     preference: bool = False,
+    cached: CacheShape | None = None,
 ) -> AnyBatch:
     """A batch of arrays `array(shape, dtype)`: shapes for a compiler, or a dummy.
 
     Args:
       images: slots of a row, and the height of an image, which is its width; None without images.
       preference: a batch with two sides.
+      cached: of the teacher's cache; None without one.
     """
 
     def side() -> Batch:
         ids = (array((rows, length), np.int32) for _ in range(3))
-        return Batch(*ids, loss_mask=array((rows, length), bool))
+        teacher = make_targets(array, (rows, length), cached) if cached else None
+        return Batch(*ids, loss_mask=array((rows, length), bool), teacher=teacher)
 
     pixels = None
     if images is not None:

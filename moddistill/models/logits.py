@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from moddistill.models.vocabulary import IdRanges, token_mask
 
-_MASKED = -1e30
+MASKED = -1e30
 
 
 def masked_logits(
@@ -16,4 +16,4 @@ def masked_logits(
     The value is finite because of KL terms `p * log p`: 0 * -1e30 is 0, while 0 * -inf is NaN.
     """
     logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-    return jnp.where(token_mask(real_ids, logits.shape[-1]), logits, _MASKED)
+    return jnp.where(token_mask(real_ids, logits.shape[-1]), logits, MASKED)

@@ -4,16 +4,14 @@ A shard appears in the output folder when it is complete. Its counts and rejecte
 JSON file of the work folder, which appears first.
 """
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 
+from moddistill.data.array_records import writing_records
 from moddistill.data.places import Places
 from moddistill.errors import UserError
 from moddistill.prepare.convert import Converted, Converter
@@ -23,8 +21,6 @@ from moddistill.storage.json_file import write_json
 _SHARD_BYTES = 256 * 2**20
 _MOST_RECORDS = 2**16  # of a shard
 _SAMPLED = 32  # records, from whose mean size the number of records in a shard follows
-# Random access needs groups of one record. Encoded images hardly get smaller by compression.
-_OPTIONS = "group_size:1,zstd:1,max_parallelism:1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +77,7 @@ class ShardWriter:
         partial = self.work / shard.name
         counts = {"records": len(shard), "usable": 0, "left_out": 0, "images": 0, "bytes": 0}
         rejected: list[tuple[str, int, str]] = []
-        with _writing(partial) as write:
+        with writing_records(partial) as write:
             for file, line, result in converted(shard.pieces, self.converter):
                 if isinstance(result, UserError):
                     rejected.append((file, line, str(result)))
@@ -162,18 +158,3 @@ def _convert(
         return error
     except RecursionError:  # of the `repr` in an error message
         return UserError("record: expected values of a few levels, got deeply nested ones")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Any]:
-    """Yields the function that appends to an ArrayRecord file, which is on the disk at the end."""
-    writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
-    try:
-        try:
-            yield writer.write
-        finally:
-            writer.close()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    except RuntimeError as error:  # of the writer, which has no other type
-        raise UserError(f"{path}: expected a disk with enough space, got {error}") from None

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from moddistill.config import TrainConfig
 from moddistill.convert.resolve import ResolvedModel, random_params
@@ -22,7 +21,7 @@ from moddistill.models.vocabulary import IdRanges
 from moddistill.params import Flat, cast_frozen, flatten
 from moddistill.storage.model_folder import load_params
 from moddistill.teachers.alignment import check_template, shared_ids
-from moddistill.teachers.targets import Targets
+from moddistill.teachers.targets import FullLogits, Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,8 @@ class LiveTeacher:
         output = jax.lax.stop_gradient(self.model.apply({"params": params}, inputs))
         return Targets(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
 
-    def logits(self, targets: Targets, real_ids: IdRanges) -> Float[Array, "C V"]:
-        return masked_logits(targets.per_position, targets.shared, real_ids)
+    def predictions(self, targets: Targets, real_ids: IdRanges) -> FullLogits:
+        return FullLogits(masked_logits(targets.per_position, targets.shared, real_ids))
 
 
 def teacher_inputs(params: dict[str, Any], batch: Batch, student: Output) -> Batch:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moddistill.models.batch import Batch
 from moddistill.models.vlm import Output
@@ -28,6 +28,36 @@ class Targets(NamedTuple):
 NO_TARGETS = Targets()
 
 
+class FullLogits(NamedTuple):
+    """Predictions over all ids: float32 logits, in which ids that are no tokens are masked."""
+
+    logits: Float[Array, "C V"]
+
+
+class TopK(NamedTuple):
+    """Log-probabilities of some ids, and of all others together: one bucket."""
+
+    ids: Int[Array, "C K"]
+    logprobs: Float[Array, "C K"]
+    log_rest: Float[Array, "C"]
+
+
+class Samples(NamedTuple):
+    """Ids drawn from the teacher's distribution with replacement, and their log-probabilities."""
+
+    ids: Int[Array, "C K"]
+    logprobs: Float[Array, "C K"]
+
+
+class LabelLogprobs(NamedTuple):
+    """Log-probabilities whose sum over an answer is its log-likelihood, and nothing else."""
+
+    logprobs: Float[Array, "C"]
+
+
+Predictions = FullLogits | TopK | Samples | LabelLogprobs
+
+
 @runtime_checkable
 class Teacher(Protocol):
     """How a loss obtains targets, once per batch, and reads them, chunk by chunk."""
@@ -44,5 +74,5 @@ class Teacher(Protocol):
           student: the student's output for the same batch, whose image features may be reused.
         """
 
-    def logits(self, targets: Targets, real_ids: IdRanges) -> Float[Array, "C V"]:
-        """Returns float32 logits at the C positions of `targets`; ids outside `real_ids` masked."""
+    def predictions(self, targets: Targets, real_ids: IdRanges) -> Predictions:
+        """Returns predictions at the C positions of `targets`, over the ids in `real_ids`."""

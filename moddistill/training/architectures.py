@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 from moddistill.config import TrainConfig
@@ -12,10 +13,14 @@ from moddistill.convert.resolve import (
 )
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import at_field, invalid
+from moddistill.losses.divergences import SAMPLED_DIVERGENCES
 from moddistill.models.upcycle import check_upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig
+from moddistill.models.vocabulary import IdRanges
+from moddistill.teachers.alignment import shared_ids
+from moddistill.teachers.cache import CACHED, TOKENIZER, TeacherCache
 from moddistill.teachers.live import teacher_architecture
-from moddistill.training.stages import stage_of
+from moddistill.training.stages import is_cached, stage_of
 
 LOG = logging.getLogger("moddistill")
 
@@ -27,9 +32,11 @@ class Models(NamedTuple):
       tokenizer: of the student.
       student: what `config.student` names.
       vision: what `config.vision` names, if anything.
-      teacher: what `config.teacher` names, if anything.
+      teacher: the model that `config.teacher` names, if any.
       student_config: the architecture that the stage trains.
       teacher_config: the teacher's, with the token ids that it shares with the student.
+      cache: the cache that `config.teacher` names, if any.
+      cached_ids: ids of tokens that its teacher and the student share.
     """
 
     tokenizer: Tokenizer
@@ -38,6 +45,8 @@ class Models(NamedTuple):
     teacher: ResolvedModel | None
     student_config: ModelConfig
     teacher_config: ModelConfig | None
+    cache: TeacherCache | None = None
+    cached_ids: IdRanges = ()
 
 
 def resolve_models(config: TrainConfig) -> Models:
@@ -53,6 +62,13 @@ def resolve_models(config: TrainConfig) -> Models:
             vision = resolve(config.vision, tokenizer)
     target = trained_architecture(config, student.config, vision.config if vision else None)
     teacher_config = None
+    if is_cached(config):
+        _warn_of_template(config, student)
+        with at_field("config.teacher"):
+            cache = TeacherCache(Path(config.teacher.removeprefix(CACHED)))
+            ids = _cached_ids(cache, tokenizer)
+        _check_divergence(config, cache)
+        return Models(tokenizer, student, vision, None, target, None, cache, ids)
     if config.teacher:
         with at_field("config.teacher"):
             teacher = resolve(config.teacher, tokenizer)
@@ -60,6 +76,23 @@ def resolve_models(config: TrainConfig) -> Models:
             teacher_config = teacher_architecture(config, teacher, target, tokenizer)
     _warn_of_template(config, student)
     return Models(tokenizer, student, vision, teacher, target, teacher_config)
+
+
+def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:
+    """Raises UserError for a divergence that drawn ids give no estimate of."""
+    value = config.distillation.divergence
+    if cache.shape.kind == "samples" and value not in SAMPLED_DIVERGENCES:
+        expected = (
+            f"one of {', '.join(SAMPLED_DIVERGENCES)}, which drawn ids estimate, or a cache made "
+            "with --top_k"
+        )
+        raise invalid("config.distillation.divergence", value, expected)
+
+
+def _cached_ids(cache: TeacherCache, tokenizer: Tokenizer) -> IdRanges:
+    """Returns the ids of tokens that the cache's teacher and the student share."""
+    of_teacher = load_tokenizer(str(cache.folder / TOKENIZER))
+    return shared_ids(of_teacher, tokenizer, cache.settings.teacher.spec)
 
 
 def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:

@@ -25,6 +25,7 @@ from moddistill.models.upcycle import upcycle
 from moddistill.models.vlm import Vlm, abstract_params
 from moddistill.params import count
 from moddistill.storage.model_folder import load_params
+from moddistill.teachers.cached import CachedTeacher
 from moddistill.teachers.live import (
     load_teacher,
     same_tower,
@@ -61,7 +62,10 @@ class Run(NamedTuple):
 def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     """Loads or initialises all parameters of a run, sharded over the mesh, and its step."""
     target, teacher = models.student_config, models.teacher_config
-    program = make_program(config, target, teacher, mesh)
+    cached = None
+    if models.cache is not None:
+        cached = CachedTeacher(models.cache.shape.kind, models.cached_ids)
+    program = make_program(config, target, cached or teacher, mesh)
     teacher_params = None
     if teacher is not None:
         teacher_params = load_teacher(config, models.teacher.folder, teacher, program.teacher, mesh)

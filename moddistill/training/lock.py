@@ -14,8 +14,11 @@ _NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     """Holds the lock of a workdir, which ends with the main process, however that ends.
+
+    Args:
+      flag: that named the folder, for messages.
 
     Raises:
       UserError: on all processes, if another run holds it.
@@ -25,16 +28,16 @@ def locked(workdir: Path) -> Iterator[None]:
         if is_main_process():
             workdir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((workdir / _NAME).open("a+"))
-            holder = _lock(file)
+            holder = _lock(file, flag)
         if holder := broadcast_from_main(holder):
             raise UserError(
-                f"--workdir: expected a folder without a run in progress, got {str(workdir)!r}, "
-                f"in which process {holder} trains"
+                f"{flag}: expected a folder without a run in progress, got {str(workdir)!r}, "
+                f"in which process {holder} runs"
             )
         yield
 
 
-def _lock(file: IO[str]) -> int:
+def _lock(file: IO[str], flag: str) -> int:
     """Locks a file, and writes the id of this process to it.
 
     Returns:
@@ -48,7 +51,7 @@ def _lock(file: IO[str]) -> int:
         return int(text) if text.isdecimal() else -1
     except OSError as error:
         expected = "a folder on a file system with locks (flock)"
-        raise invalid("--workdir", str(Path(file.name).parent), f"{expected}: {error}") from None
+        raise invalid(flag, str(Path(file.name).parent), f"{expected}: {error}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

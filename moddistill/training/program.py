@@ -21,6 +21,7 @@ from moddistill.models.flops import StepSize
 from moddistill.models.quantization import stored_shapes
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params
 from moddistill.params import cast_frozen, flatten
+from moddistill.teachers.cached import CachedTeacher
 from moddistill.teachers.live import LiveTeacher
 from moddistill.training.optim import make_optimizer
 from moddistill.training.stages import stage_of, trainable_paths
@@ -68,13 +69,16 @@ class Program(NamedTuple):
 
 
 def make_program(
-    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh
+    config: TrainConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | CachedTeacher | None,
+    mesh: Mesh,
 ) -> Program:
     """Builds model, loss, step and shardings of a stage.
 
     Args:
       student: the architecture that the stage trains.
-      teacher: None for a stage without one.
+      teacher: of a live teacher its architecture; None for a stage without one.
 
     Raises:
       UserError: for a mesh that does not divide the parameters, or lacks `expert_transport`.
@@ -98,8 +102,10 @@ def make_program(
     # Layers in host memory are fetched like quantized ones: one at a time, inside the scan.
     by_layer = config.teacher_quantization != "none" or config.teacher_offload
     compute = dataclasses.replace(compute, quantized_layers=by_layer)
-    live_teacher = None if teacher is None else LiveTeacher(Vlm(teacher, compute))
-    loss = stage_of(config).loss(config, model, live_teacher)
+    is_live = isinstance(teacher, ModelConfig)
+    loss = stage_of(config).loss(
+        config, model, LiveTeacher(Vlm(teacher, compute)) if is_live else teacher
+    )
     divergence = Divergence(config.divergence_factor, config.on_divergence == "skip")
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
     # parameters and moments exist once. The teacher is an argument of its own and stays.
@@ -108,7 +114,7 @@ def make_program(
         donate_argnums=(0,) if config.donate else (),
         out_shardings=(shardings, replicated),
     )
-    frozen = None if teacher is None else _teacher_shapes(config, teacher, mesh)
+    frozen = teacher_shapes(config, teacher, mesh) if is_live else None
     return Program(model, loss, step, make, state, shardings, frozen)
 
 
@@ -135,7 +141,8 @@ def _abstract_params(config: TrainConfig, model: ModelConfig, mesh: Mesh, whose:
     return boxed
 
 
-def _teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+def teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Returns shapes of a teacher's parameters with their shardings, as they are stored."""
     boxed = _abstract_params(config, teacher, mesh, "teacher")
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda p: cast_frozen(p, dtype), sharding.unbox(boxed))

@@ -97,11 +97,14 @@ def _fingerprints(models: Models) -> dict[str, str]:
         model = getattr(models, name)
         if model is not None and model.folder is not None:
             with at_field(f"config.{name}"):
-                found[name] = _fingerprint(model.folder, model.config)
+                found[name] = model_fingerprint(model.folder, model.config)
+    if models.cache is not None:
+        with at_field("config.teacher"):
+            found["teacher"] = fingerprint(models.cache.folder)
     return found
 
 
-def _fingerprint(folder: Path, config: ModelConfig) -> str:
+def model_fingerprint(folder: Path, config: ModelConfig) -> str:
     """A digest of a model that stays the same when the same weights are imported again.
 
     Files of array stores differ from one import to the next, so an import records the digest of

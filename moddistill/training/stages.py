@@ -24,6 +24,7 @@ from moddistill.params import (
     is_computed,
     match,
 )
+from moddistill.teachers.cache import CACHED
 from moddistill.teachers.targets import Teacher
 
 
@@ -124,6 +125,11 @@ def stage_of(config: TrainConfig) -> Stage:
         expected = f"'', since stage {config.stage!r} has no teacher"
         raise invalid("config.teacher", config.teacher, expected)
     return stage
+
+
+def is_cached(config: TrainConfig) -> bool:
+    """Returns whether the teacher is a cache."""
+    return config.teacher.startswith(CACHED)
 
 
 def trainable_paths(config: TrainConfig, paths: Sequence[str]) -> set[str]:

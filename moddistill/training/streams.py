@@ -24,15 +24,19 @@ from moddistill.data.pipeline import (
 from moddistill.data.quarantine import Quarantine
 from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
 from moddistill.data.sources import Source
+from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.processes import barrier, is_main_process
 from moddistill.distributed.sharding import local_rows
 from moddistill.models.vision import VisionConfig
+from moddistill.teachers.cache import TeacherCache, check_fingerprint, fingerprint_of
+from moddistill.teachers.cached_rows import CachedRows
 from moddistill.training.architectures import Models
 from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 
 # Files in which the pipeline lists records, and what happened to these.
+HELDOUT = "heldout"  # the name of the source of held-out records
 _LISTS = {"quarantine.jsonl": "left out", "truncated.jsonl": "truncated to max_length"}
 
 
@@ -59,15 +63,22 @@ def open_streams(config: TrainConfig, models: Models, mesh: Mesh, workdir: Path)
       UserError: for sources that cannot be read, or too many records that are left out.
     """
     data, origin = config.data, "config.data.sources"
-    sources = _open(config, data, models, workdir, origin)
+
+    def opened(data: DataConfig, origin: str) -> list[Source]:
+        spec = row_spec(config, data, models.student_config.vision)
+        return open_and_list(data, spec, models.tokenizer, workdir, origin)
+
+    sources = opened(data, origin)
     plan = plan_rows(data, sources, config.seed)
-    training = _batches(config, data, models, sources, plan, mesh, workdir)
+    targets = _targets(config, models.cache, sorted(data.sources), sources)
+    training = _batches(config, data, models, sources, targets, plan, mesh, workdir)
     heldout, others = None, []
     if config.heldout_steps:
-        data = dataclasses.replace(data, sources={"heldout": data.heldout})
-        others = _open(config, data, models, workdir, "config.data")
+        data = dataclasses.replace(data, sources={HELDOUT: data.heldout})
+        others = opened(data, "config.data")
         other_plan = plan_rows(data, others, config.seed)
-        heldout = _batches(config, data, models, others, other_plan, mesh, workdir)
+        targets = _targets(config, models.cache, [HELDOUT], others)
+        heldout = _batches(config, data, models, others, targets, other_plan, mesh, workdir)
     digests: dict[str, str] = {}
     for source in [*sources, *others]:
         digests |= source.digests
@@ -104,21 +115,40 @@ def row_spec(config: TrainConfig, data: DataConfig, tower: VisionConfig | None) 
     )
 
 
-def _open(
-    config: TrainConfig, data: DataConfig, models: Models, workdir: Path, origin: str
+def open_and_list(
+    data: DataConfig, spec: RowSpec, tokenizer: Tokenizer, folder: Path, origin: str
 ) -> list[Source]:
-    """Opens sources, of which the main process makes the missing indices."""
-    spec = row_spec(config, data, models.student_config.vision)
+    """Opens sources, of which the main process makes the missing indices.
+
+    Records that are left out or truncated are listed in `folder`.
+
+    Raises:
+      UserError: for sources that cannot be read, or too many records that are left out.
+    """
     if is_main_process():
-        sources = open_sources(data, spec, models.tokenizer, origin)
-        list_left_out(sources, workdir)
+        sources = open_sources(data, spec, tokenizer, origin)
+        list_left_out(sources, folder)
         warn_of_slow_files(sources)
     barrier(f"indexing {origin}")
     if not is_main_process():
-        sources = open_sources(data, spec, models.tokenizer, origin)
+        sources = open_sources(data, spec, tokenizer, origin)
     for source in sources:
-        check_left_out(source, data.max_rejected, workdir / "quarantine.jsonl")
+        check_left_out(source, data.max_rejected, folder / "quarantine.jsonl")
     return sources
+
+
+def _targets(
+    config: TrainConfig,
+    cache: TeacherCache | None,
+    names: Sequence[str],
+    sources: Sequence[Source],
+) -> CachedRows | None:
+    """Returns the targets of sources; UserError for a cache of other records."""
+    if cache is None:
+        return None
+    run = fingerprint_of(config, stage_of(config).records, dict(zip(names, sources, strict=True)))
+    check_fingerprint(cache, run, "config.teacher")
+    return CachedRows(cache, tuple(names))
 
 
 def _batches(
@@ -126,6 +156,7 @@ def _batches(
     data: DataConfig,
     models: Models,
     sources: Sequence[Source],
+    targets: CachedRows | None,
     plan: RowPlan,
     mesh: Mesh,
     workdir: Path,
@@ -137,6 +168,7 @@ def _batches(
             models.tokenizer,
             row_spec(config, data, models.student_config.vision),
             needed_image_slots(sources, data.packing),
+            targets,
         ),
         local_rows=local_rows(mesh, config.batch_size),
         batch_size=config.batch_size,

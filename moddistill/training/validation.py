@@ -10,7 +10,7 @@ from moddistill.config import DistillationConfig, ExpertConfig, TrainConfig, Upc
 from moddistill.configdict import check_values
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
 from moddistill.errors import invalid
-from moddistill.training.stages import STAGES, stage_of
+from moddistill.training.stages import STAGES, is_cached, stage_of
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -21,6 +21,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_tasks(config)
     _check_read(config)
     _check_losses(config)
+    _check_cached(config)
     _check_length(config)
     if config.batch_size % config.grad_accum_steps:
         expected = f"a multiple of grad_accum_steps ({config.grad_accum_steps})"
@@ -50,6 +51,22 @@ def _check_stage(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not config.teacher and value != default:
             raise invalid(f"config.{name}", value, f"{default!r}, since config.teacher is empty")
+
+
+def _check_cached(config: TrainConfig) -> None:
+    """Raises UserError for settings that a teacher from a cache cannot have."""
+    if not is_cached(config):
+        return
+    for name in ("kd_positions", "kd_shift"):
+        value, default = (getattr(x, name) for x in (config.distillation, DistillationConfig()))
+        if value != default:
+            expected = f"{default!r}, the positions that a cache has"
+            raise invalid(f"config.distillation.{name}", value, expected)
+    for name in ("teacher_quantization", "teacher_offload"):
+        value, default = (getattr(x, name) for x in (config, TrainConfig()))
+        if value != default:
+            expected = f"{default!r}, since the teacher {config.teacher!r} has no parameters"
+            raise invalid(f"config.{name}", value, expected)
 
 
 def _check_heldout(config: TrainConfig) -> None:

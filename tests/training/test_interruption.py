@@ -149,7 +149,7 @@ def test_second_run_in_a_workdir_is_refused(start, tmp_path):
     run = start()
     command = [*RUN, "--workdir", str(tmp_path / "run"), *FLAGS]
     other = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    assert other.returncode == 1 and f"in which process {run.pid} trains" in other.stderr
+    assert other.returncode == 1 and f"in which process {run.pid} runs" in other.stderr
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=30)
     steps = [row["step"] for row in rows(tmp_path)]

@@ -19,7 +19,7 @@ def test_workdir_has_one_run_at_a_time(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        message = rf"^--workdir: expected a folder without a run in progress, .* {other.pid} trains"
+        message = rf"^--workdir: expected a folder without a run in progress, .* {other.pid} runs"
         with pytest.raises(ValueError, match=message), locked(tmp_path / "run"):
             pass
         other.kill()

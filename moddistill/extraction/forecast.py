@@ -1,0 +1,75 @@
+"""The forecast of an extraction: how long it takes, and how large its cache becomes."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moddistill.data.examples import encode_sides
+from moddistill.distributed.processes import is_main_process
+from moddistill.errors import UserError
+from moddistill.extraction.plan import ShardPlan
+from moddistill.extraction.setup import Setup
+
+LOG = logging.getLogger("moddistill")
+_SAMPLED = 64  # records, from whose mean size that of the cache follows
+
+
+def log_forecast(
+    setup: Setup, plan: ShardPlan, run: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """Logs time and bytes of the rows of a plan.
+
+    Args:
+      run: computes one batch from `arguments`; it is called twice, since the first call compiles.
+    """
+    jax.block_until_ready(run(*arguments))
+    begun = time.monotonic()
+    jax.block_until_ready(run(*arguments))
+    batches = -(-plan.starts[-1] // setup.rows)
+    seconds = batches * (time.monotonic() - begun)
+    if not is_main_process():
+        return
+    records = sum(shard.end - shard.first for shard in plan.shards)
+    tokens, size = _means(setup, plan)
+    LOG.info(
+        "extraction of %s records, %s tokens with targets, about %s MB; about %s",
+        f"{records:,}",
+        f"{round(records * tokens):,}",
+        f"{records * size / 1e6:,.1f}",
+        _duration(seconds),
+    )
+
+
+def _means(setup: Setup, plan: ShardPlan) -> tuple[float, float]:
+    """Returns the mean supervised tokens and bytes of a record, from some at even distances."""
+    places = [(s.source, r) for s in plan.shards for r in (s.first, s.end - 1) if s.end > s.first]
+    step = max(1, len(places) // _SAMPLED)
+    counts = []
+    for source, record in places[::step]:
+        counts.append(_supervised(setup, source, record))
+    known = [count for count in counts if count] or [0]
+    sizes = [setup.settings.format.bytes_of(count) for count in known]
+    return float(np.mean(known)), float(np.mean(sizes))
+
+
+def _supervised(setup: Setup, source: int, record: int) -> int:
+    """Returns the number of tokens with targets of a record; 0 if it cannot be read."""
+    spec = setup.spec
+    try:
+        found = setup.sources[source][record]
+        sides = encode_sides(found, spec.template, setup.tokenizer, spec.image_tokens)
+    except UserError:
+        return 0
+    if spec.kind == "preference":
+        return len(sides)
+    return int(sum(side.loss_mask[1 : spec.max_length].sum() for side in sides))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -1,0 +1,167 @@
+"""What an extraction needs: the teacher, the records as it reads them, and the cache's settings."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moddistill.config import CachedKind, TrainConfig
+from moddistill.convert.resolve import ResolvedModel, resolve
+from moddistill.data.packing import Sample
+from moddistill.data.rows import RowSpec
+from moddistill.data.sources import Source
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer
+from moddistill.errors import at_field, invalid
+from moddistill.extraction.plan import Shard
+from moddistill.models.compute import ComputeConfig
+from moddistill.models.vlm import ModelConfig, Vlm
+from moddistill.models.vocabulary import num_ids
+from moddistill.teachers.cache import (
+    CacheSettings,
+    TeacherIdentity,
+    fingerprint_of,
+    shard_names,
+)
+from moddistill.teachers.entries import EntryFormat
+from moddistill.teachers.live import load_teacher
+from moddistill.training.provenance import model_fingerprint
+from moddistill.training.stages import is_cached, stage_of
+from moddistill.training.streams import HELDOUT, open_and_list, row_spec
+from moddistill.training.validation import check_batch_divides_mesh, check_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a cache has of each supervised token; of preference pairs, two sums in any case.
+
+    Attributes:
+      kind: `top_k` or `samples`.
+      ids: number of ids of a token.
+    """
+
+    kind: CachedKind = "top_k"
+    ids: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """An extraction.
+
+    Attributes:
+      names: of the sources.
+      spec: format of the rows that the teacher reads.
+      rows: of a batch.
+      load: from shapes and mesh to the teacher's parameters.
+    """
+
+    model: Vlm
+    tokenizer: Tokenizer
+    settings: CacheSettings
+    names: Sequence[str]
+    sources: Sequence[Source]
+    spec: RowSpec
+    rows: int
+    load: Callable[[Any, Mesh], dict[str, Any]]
+
+    def shard_file(self, shard: Shard) -> str:
+        """Returns the name of the file of a shard."""
+        return shard_names(self.names[shard.source], self.sources[shard.source].total)[shard.number]
+
+    def record_number(self, sample: Sample) -> int:
+        """Returns a number of a record that no other one of any source has."""
+        before = sum(source.total for source in self.sources[: sample.source])
+        return before + sample.record
+
+
+def prepare(config: TrainConfig, wanted: Wanted, mesh: Mesh, folder: Path) -> Setup:
+    """Resolves the teacher and opens the records; problems of these are listed in the folder.
+
+    Raises:
+      UserError: naming the setting of a teacher or records that do not fit.
+    """
+    check_settings(config)
+    _check_stage(config)
+    check_batch_divides_mesh(config, mesh)
+    teacher, tokenizer = _teacher(config)
+    architecture = teacher.config
+    if teacher.folder is None:  # new weights have no template of their own
+        architecture = dataclasses.replace(architecture, template=config.data.template)
+    entries = _format(config, wanted, architecture)
+    data = dataclasses.replace(config.data, template=architecture.template)
+    spec = row_spec(config, data, architecture.vision)
+    named = dict(config.data.sources)
+    opened = open_and_list(data, spec, tokenizer, folder, "config.data.sources")
+    if config.heldout_steps:
+        named[HELDOUT] = data.heldout
+        heldout = dataclasses.replace(data, sources={HELDOUT: data.heldout})
+        opened += open_and_list(heldout, spec, tokenizer, folder, "config.data")
+    names = [*sorted(config.data.sources), *([HELDOUT] if config.heldout_steps else ())]
+    identity = TeacherIdentity(
+        config.teacher,
+        _digest(config, teacher),
+        tokenizer.digest,
+        architecture.template,
+        {"size": spec.image_size, "tokens": spec.image_tokens, **dataclasses.asdict(spec.images)},
+    )
+    fingerprint = fingerprint_of(config, spec.kind, dict(zip(names, opened, strict=True)))
+    compute = ComputeConfig(
+        dtype=jnp.dtype(config.dtype),
+        one_segment=not config.data.packing,
+        unroll=not config.scan,
+        expert_transport=config.expert_transport,
+        quantized_layers=config.teacher_quantization != "none" or config.teacher_offload,
+    )
+    return Setup(
+        Vlm(architecture, compute),
+        tokenizer,
+        CacheSettings(entries, config.seed, identity, fingerprint),
+        names,
+        opened,
+        spec,
+        config.batch_size // config.grad_accum_steps,
+        lambda shapes, mesh: load_teacher(config, teacher.folder, architecture, shapes, mesh),
+    )
+
+
+def _digest(config: TrainConfig, teacher: ResolvedModel) -> str:
+    if teacher.folder is None:
+        return f"new weights of seed {config.seed}"
+    return model_fingerprint(teacher.folder, teacher.config)
+
+
+def _check_stage(config: TrainConfig) -> None:
+    """Raises UserError for a stage that a cache cannot serve."""
+    if not stage_of(config).teacher:
+        raise invalid("config.stage", config.stage, "a stage with a teacher: d2d, d2s, preference")
+    if is_cached(config):
+        raise invalid("config.teacher", config.teacher, "a model, whose predictions are extracted")
+    distillation = config.distillation
+    for name, value in (("kd_positions", "response"), ("kd_shift", "correct")):
+        if getattr(distillation, name) != value:
+            expected = f"{value!r}, the positions that a cache has"
+            raise invalid(f"config.distillation.{name}", getattr(distillation, name), expected)
+
+
+def _teacher(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
+    """The teacher with the tokenizer of its folder, or that of the config for new weights."""
+    with at_field("config.teacher"):
+        teacher = resolve(config.teacher)
+        if teacher.folder is not None:
+            return teacher, load_tokenizer(str(teacher.folder))
+    if not config.tokenizer:
+        expected = f"a tokenizer folder, since the teacher is {config.teacher!r}"
+        raise invalid("config.tokenizer", config.tokenizer, expected)
+    tokenizer = load_tokenizer(config.tokenizer)
+    return resolve(config.teacher, tokenizer), tokenizer
+
+
+def _format(config: TrainConfig, wanted: Wanted, teacher: ModelConfig) -> EntryFormat:
+    real_ids = teacher.decoder.real_ids
+    if stage_of(config).records == "preference":
+        return EntryFormat("answers", 0, real_ids)
+    if wanted.kind == "top_k" and wanted.ids > num_ids(real_ids):
+        raise invalid("--top_k", wanted.ids, f"<= {num_ids(real_ids)}, the ids of the teacher")
+    return EntryFormat(wanted.kind, wanted.ids, real_ids)

@@ -1,0 +1,39 @@
+"""A teacher whose predictions are in the batch, from a cache; it has no parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moddistill.config import CachedKind
+from moddistill.models.batch import Batch
+from moddistill.models.vlm import Output
+from moddistill.models.vocabulary import IdRanges
+from moddistill.teachers.targets import LabelLogprobs, Predictions, Samples, Targets, TopK
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTeacher:
+    """A `Teacher` that reads its targets from the `teacher` field of a batch.
+
+    Attributes:
+      kind: what its cache has of each supervised token.
+      real_ids: ids of tokens that the teacher might predict when its cache was made.
+    """
+
+    kind: CachedKind
+    real_ids: IdRanges
+
+    def targets(self, params: Any, batch: Batch, student: Output) -> Targets:
+        del params, student
+        return Targets(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.teacher))
+
+    def predictions(self, targets: Targets, real_ids: IdRanges) -> Predictions:
+        found = targets.per_position
+        match self.kind:
+            case "top_k":
+                return TopK(found.ids, found.logprobs, found.log_rest)
+            case "samples":
+                return Samples(found.ids, found.logprobs)
+            case "answers":
+                return LabelLogprobs(found.label_logprobs)
