@@ -34,6 +34,7 @@ from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.reports.summary import evaluation_folder, write_recipe, write_summary
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
+from moddistill.teachers.cache import CACHED
 from moddistill.training.interruption import ctrl_c_ends_at_once
 from moddistill.training.lock import locked
 from moddistill.training.log_output import start_logging
@@ -176,7 +177,7 @@ def _check_sources(stage: TrainConfig, workdir: Path) -> None:
 
 def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> None:
     """Compares the stage's template with its teacher's, an earlier stage's model or a folder."""
-    if not stage.teacher or stage.teacher.startswith(RANDOM):
+    if not stage.teacher or stage.teacher.startswith((RANDOM, CACHED)):
         return
     # The model folder of an earlier stage may not exist yet; its template is in the config.
     folder = Path(stage.teacher).resolve()

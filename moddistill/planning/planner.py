@@ -25,12 +25,13 @@ from moddistill.models.flops import step_flops
 from moddistill.models.presets import PRESETS, preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.models.vlm import ModelConfig
+from moddistill.planning.cached import cache_shape, cached_teacher
 from moddistill.planning.content import step_content
 from moddistill.planning.hlo_collectives import collectives
 from moddistill.teachers.live import check_teacher, shares_tower, without_tower
 from moddistill.training.architectures import trained_architecture
 from moddistill.training.program import Program, make_program, with_shardings
-from moddistill.training.stages import stage_of
+from moddistill.training.stages import is_cached, stage_of
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
 
 LOG = logging.getLogger("moddistill")
@@ -55,13 +56,14 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     """
     check_settings(config)
     student, teacher = architectures(config)
+    cached = cached_teacher(config, student)
     content = step_content(config, student)
     devices = accelerators.topology_devices(topology)
     _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     check_batch_divides_mesh(config, mesh)
     # Outside of the mesh context, in which even a constant would be put on devices that do not run.
-    program = make_program(config, student, teacher, mesh)
+    program = make_program(config, student, cached or teacher, mesh)
     state = with_shardings(program.abstract_state, program.state_shardings)
     if shared := shares_tower(student, teacher, program.abstract_state.params):
         program = program._replace(teacher=without_tower(program.teacher))
@@ -119,7 +121,7 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
         student = upcycle_config(student, config.moe)  # stands for the result of `d2s`
     encoder = architecture(config.vision) if config.vision else None
     student = trained_architecture(config, student, encoder)
-    if not config.teacher:
+    if not config.teacher or is_cached(config):
         return student, None
     teacher = architecture(config.teacher)
     check_teacher(teacher, student, config.teacher)
@@ -148,6 +150,7 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> Any
         length=config.data.max_length,
         images=(image_slots(config.data, vision.patches), vision.image_size) if vision else None,
         preference=stage_of(config).records == "preference",
+        cached=cache_shape(config),
     )
 
 
