@@ -14,10 +14,13 @@ student with a vision encoder, `models/qwen1.5-1.8b`. Of the pairs with a publis
 
     python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
-The demo has earlier stages, since its only data is the published images and questions of easy-VQA.
-`teacher_language` and `language` train the language models of teacher and student on text, in place
-of a pretrained Qwen; `captions` trains the teacher's vision encoder and projector from scratch with
-a frozen language model; `teacher` continues with questions.
+    python -m moddistill.recipe --config experiments/llava_mod.py:demo,cached --workdir runs/cached
+
+`demo,cached` trains `d2s` and `preference` from caches of the teacher. The demo has earlier stages,
+since its only data is the published images and questions of easy-VQA. `teacher_language` and
+`language` train the language models of teacher and student on text, in place of a pretrained Qwen;
+`captions` trains the teacher's vision encoder and projector from scratch with a frozen language
+model; `teacher` continues with questions.
 """
 
 import dataclasses
@@ -25,10 +28,20 @@ import dataclasses
 import ml_collections
 
 from experiments import common, d2d, d2s, init, preference, sft
-from moddistill.config import DataConfig, OptimConfig, RecipeConfig, TaskConfig, TrainConfig
+from moddistill.config import (
+    CacheConfig,
+    DataConfig,
+    OptimConfig,
+    RecipeConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from moddistill.configdict import to_config_dict
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    if arg == "demo,cached":
+        return to_config_dict(cached_demo())
     return common.choose(arg, full=full, demo=demo)
 
 
@@ -60,6 +73,11 @@ def demo() -> RecipeConfig:
         tasks={"easy_vqa": TaskConfig(task="easy_vqa", data=common.EASY_VQA)},
         evaluated=("teacher", "init", "d2d", "d2s", "preference"),
     )
+
+
+def cached_demo() -> RecipeConfig:
+    caches = {name: CacheConfig(ids=16) for name in ("d2s", "preference")}
+    return dataclasses.replace(demo(), caches=caches)
 
 
 def language(student: str, seed: int = 0) -> TrainConfig:

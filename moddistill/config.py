@@ -274,6 +274,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What a cache of a teacher has of each supervised token; of pairs, two sums in any case."""
+
+    kind: Annotated[
+        Literal["top_k", "samples"], "the most probable ids, or ids drawn from the distribution"
+    ] = "top_k"
+    ids: Annotated[int, Range(ge=1, le=10**6), "number of ids"] = 64
+
+
+@dataclasses.dataclass(frozen=True)
 class RecipeConfig:
     """Stages that run one after the other, and tasks that evaluate their models.
 
@@ -282,5 +292,7 @@ class RecipeConfig:
 
     order: Annotated[tuple[str, ...], "names of the stages, first to last"] = ()
     stages: Mapping[str, TrainConfig] = dataclasses.field(default_factory=dict)
+    # Stages that train from a cache of their teacher, which the recipe makes before them.
+    caches: Mapping[str, CacheConfig] = dataclasses.field(default_factory=dict)
     tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
     evaluated: Annotated[tuple[str, ...], "stages whose models are evaluated, teacher first"] = ()

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moddistill.cli.parser import Parser, add_process_flags, in_range, user_errors
-from moddistill.config import TrainConfig
+from moddistill.config import CacheConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import initialize, leaving_at_once
 from moddistill.extraction.run import extract
-from moddistill.extraction.setup import Wanted
 from moddistill.training.interruption import ctrl_c_ends_at_once
 from moddistill.training.log_output import start_logging
 
@@ -42,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_process_flags(parser)
     args = parser.parse_args(argv)
-    wanted = Wanted("samples", args.samples) if args.samples else Wanted("top_k", args.top_k or 64)
+    cache = CacheConfig("top_k", args.top_k) if args.top_k else CacheConfig()
+    cache = CacheConfig("samples", args.samples) if args.samples else cache
     with ctrl_c_ends_at_once(), leaving_at_once(), user_errors():
         initialize(args.coordinator, args.processes, args.process)
         start_logging()
-        extract(from_config_dict(TrainConfig, args.config.to_dict()), wanted, args.out)
+        extract(from_config_dict(TrainConfig, args.config.to_dict()), cache, args.out)
 
 
 if __name__ == "__main__":

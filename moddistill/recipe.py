@@ -8,6 +8,7 @@ The models of the evaluated stages answer the questions of all tasks. The result
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from moddistill.errors import UserError, at_field, invalid
 from moddistill.evals.harness import check_tasks, evaluate_tasks, model_arguments
 from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
+from moddistill.extraction.run import extract
 from moddistill.reports.summary import evaluation_folder, write_recipe, write_summary
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.teachers.alignment import check_template
@@ -59,10 +61,24 @@ def run(config: RecipeConfig, workdir: Path) -> str:
             write_recipe(config, workdir)
         for name in config.order:
             with _at_stage(name):
-                train(config.stages[name], workdir / name)
+                train(_cached(config, workdir, name), workdir / name)
             if name in config.evaluated:
                 _evaluate(config, workdir, name)
         return write_summary(workdir) if is_main_process() else ""
+
+
+def _cached(config: RecipeConfig, workdir: Path, name: str) -> TrainConfig:
+    """Returns the config of a stage, with the cache of its teacher if it has one.
+
+    The cache is made first, unless the stage is finished.
+    """
+    stage = config.stages[name]
+    if name not in config.caches:
+        return stage
+    folder = workdir / "caches" / name
+    if not (workdir / name / "model").exists():
+        extract(stage, config.caches[name], folder)
+    return dataclasses.replace(stage, teacher=f"{CACHED}{folder}")
 
 
 @contextlib.contextmanager
@@ -135,6 +151,10 @@ def check_recipe(config: RecipeConfig, workdir: Path) -> None:
         raise invalid("config.order", config.order, f"each of {tuple(config.stages)} once")
     if not set(config.evaluated) <= set(config.stages):
         raise invalid("config.evaluated", config.evaluated, f"stages of {config.order}")
+    for name in config.caches:
+        if name not in config.stages or not config.stages[name].teacher:
+            expected = f"stages of {config.order} with a teacher"
+            raise invalid("config.caches", tuple(config.caches), expected)
     if config.evaluated and not config.tasks:
         raise invalid("config.evaluated", config.evaluated, "() without config.tasks")
     _check_tasks(config, workdir)

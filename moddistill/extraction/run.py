@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moddistill.config import TrainConfig
+from moddistill.config import CacheConfig, TrainConfig
 from moddistill.data.array_records import writing_records
 from moddistill.data.pipeline import Batches
 from moddistill.data.rows import RowMaker, needed_image_slots
@@ -30,7 +30,7 @@ from moddistill.extraction.entries import entries_of
 from moddistill.extraction.forecast import log_forecast
 from moddistill.extraction.plan import Shard, ShardPlan, shards_of
 from moddistill.extraction.program import Extracted, make_extraction
-from moddistill.extraction.setup import Setup, Wanted, prepare
+from moddistill.extraction.setup import Setup, prepare
 from moddistill.params import flatten
 from moddistill.storage.digests import NAME, verify, write_digests
 from moddistill.storage.json_file import read_json, write_json
@@ -43,18 +43,18 @@ LOG = logging.getLogger("moddistill")
 _WORK = ".work"
 
 
-def extract(config: TrainConfig, wanted: Wanted, folder: Path) -> None:
+def extract(config: TrainConfig, cache: CacheConfig, folder: Path) -> None:
     """Makes the cache of a stage's teacher and records, or continues to; checks a finished one.
 
     Raises:
       UserError: settings, records or teacher do not fit, or the folder has another content.
     """
-    check_equal_on_all_processes("settings", repr((config, wanted, folder)))
+    check_equal_on_all_processes("settings", repr((config, cache, folder)))
     _check_free(folder)
     with locked(folder / _WORK, "--out"), contextlib.ExitStack() as stack:
         with at_field("config.mesh"):
             mesh = sharding.make_mesh(config.mesh)
-        setup = prepare(config, wanted, mesh, folder)
+        setup = prepare(config, cache, mesh, folder)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(tuple(sharding.RULES.items())))
         _write_settings(setup, folder)

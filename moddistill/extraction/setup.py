@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moddistill.config import CachedKind, TrainConfig
+from moddistill.config import CacheConfig, TrainConfig
 from moddistill.convert.resolve import ResolvedModel, resolve
 from moddistill.data.packing import Sample
 from moddistill.data.rows import RowSpec
@@ -31,19 +31,6 @@ from moddistill.training.provenance import model_fingerprint
 from moddistill.training.stages import is_cached, stage_of
 from moddistill.training.streams import HELDOUT, open_and_list, row_spec
 from moddistill.training.validation import check_batch_divides_mesh, check_settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What a cache has of each supervised token; of preference pairs, two sums in any case.
-
-    Attributes:
-      kind: `top_k` or `samples`.
-      ids: number of ids of a token.
-    """
-
-    kind: CachedKind = "top_k"
-    ids: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +63,7 @@ class Setup:
         return before + sample.record
 
 
-def prepare(config: TrainConfig, wanted: Wanted, mesh: Mesh, folder: Path) -> Setup:
+def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -> Setup:
     """Resolves the teacher and opens the records; problems of these are listed in the folder.
 
     Raises:
@@ -89,7 +76,7 @@ def prepare(config: TrainConfig, wanted: Wanted, mesh: Mesh, folder: Path) -> Se
     architecture = teacher.config
     if teacher.folder is None:  # new weights have no template of their own
         architecture = dataclasses.replace(architecture, template=config.data.template)
-    entries = _format(config, wanted, architecture)
+    entries = _format(config, cache, architecture)
     data = dataclasses.replace(config.data, template=architecture.template)
     spec = row_spec(config, data, architecture.vision)
     named = dict(config.data.sources)
@@ -158,10 +145,12 @@ def _teacher(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
     return resolve(config.teacher, tokenizer), tokenizer
 
 
-def _format(config: TrainConfig, wanted: Wanted, teacher: ModelConfig) -> EntryFormat:
+def _format(config: TrainConfig, cache: CacheConfig, teacher: ModelConfig) -> EntryFormat:
     real_ids = teacher.decoder.real_ids
     if stage_of(config).records == "preference":
         return EntryFormat("answers", 0, real_ids)
-    if wanted.kind == "top_k" and wanted.ids > num_ids(real_ids):
-        raise invalid("--top_k", wanted.ids, f"<= {num_ids(real_ids)}, the ids of the teacher")
-    return EntryFormat(wanted.kind, wanted.ids, real_ids)
+    if cache.kind == "top_k" and cache.ids > num_ids(real_ids):
+        raise invalid(
+            "ids of the cache", cache.ids, f"<= {num_ids(real_ids)}, the ids of the teacher"
+        )
+    return EntryFormat(cache.kind, cache.ids, real_ids)

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from moddistill.config import CacheConfig
 from moddistill.convert.resolve import load
 from moddistill.errors import UserError
 from moddistill.extraction import plan, run
 from moddistill.extraction.run import extract
-from moddistill.extraction.setup import Wanted
 from moddistill.models.vocabulary import num_ids
 from moddistill.teachers import cache as caches
 from moddistill.teachers.cache import TeacherCache
@@ -37,7 +37,7 @@ def cached(tiny_config, tokenizer, tmp_path_factory, small_shards):
     made = {}
 
     def make(stage, wanted=None, **changes):
-        wanted = wanted or Wanted("top_k", num_ids(tokenizer.real_ids))
+        wanted = wanted or CacheConfig("top_k", num_ids(tokenizer.real_ids))
         key = repr((stage, wanted, changes))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("cache") / stage
@@ -65,7 +65,7 @@ def test_a_cache_of_all_ids_trains_like_the_live_teacher(tiny_config, cached, tm
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [Wanted("top_k", 8), Wanted("samples", 8)], ids=str)
+@pytest.mark.parametrize("wanted", [CacheConfig("top_k", 8), CacheConfig("samples", 8)], ids=str)
 def test_entries_depend_on_the_records_only(tiny_config, cached, tmp_path, wanted):
     """Not on packing, the order of rows, or devices."""
     folder = cached("d2s", wanted)
@@ -83,7 +83,7 @@ def test_entries_depend_on_the_records_only(tiny_config, cached, tmp_path, wante
 def test_an_interrupted_extraction_makes_the_missing_shards(
     tiny_config, cached, tmp_path, monkeypatch
 ):
-    whole, folder = cached("d2s", Wanted("top_k", 8)), tmp_path / "cache"
+    whole, folder = cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache"
     written = []
 
     def write_two(self, shard, write=run._ShardWriter._write):
@@ -94,12 +94,12 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run._ShardWriter, "_write", write_two)
-        extract(tiny_config("d2s"), Wanted("top_k", 8), folder)
+        extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
     with pytest.raises(UserError, match=r"without records 6 to 7 of conversations; the same"):
         TeacherCache(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
     assert len(before) == len(written) == 2
-    extract(tiny_config("d2s"), Wanted("top_k", 8), folder)
+    extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     ours = {path.name for path in folder.rglob("*") if path.is_file()}
     assert ours == {path.name for path in whole.rglob("*") if path.is_file()}
@@ -111,24 +111,36 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
 
 
 def test_a_finished_cache_is_checked(tiny_config, cached, tmp_path):
-    folder = shutil.copytree(cached("d2s", Wanted("top_k", 8)), tmp_path / "cache")
-    extract(tiny_config("d2s"), Wanted("top_k", 8), folder)
+    folder = shutil.copytree(cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache")
+    extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
     file = next(folder.glob("*.array_record"))
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match=rf"{file.name} does not match digests.json"):
-        extract(tiny_config("d2s"), Wanted("top_k", 8), folder)
+        extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
 
 
 @pytest.mark.parametrize(
     "wanted, changes, message",
     [
-        (Wanted("top_k", 9), {}, r"--out: expected .* same settings.*format.ids 9 instead of 8"),
-        (Wanted("top_k", 10**6), {}, r"--top_k: expected <= \d+, the ids of the teacher, got 10"),
-        (Wanted(), {"teacher": "cache:x"}, r"config.teacher: expected a model, .* got 'cache:x'"),
         (
-            Wanted("top_k", 8),
+            CacheConfig("top_k", 9),
+            {},
+            r"--out: expected .* same settings.*format.ids 9 instead of 8",
+        ),
+        (
+            CacheConfig("top_k", 10**6),
+            {},
+            r"ids of the cache: expected <= \d+, the ids of the teacher, got 10",
+        ),
+        (
+            CacheConfig(),
+            {"teacher": "cache:x"},
+            r"config.teacher: expected a model, .* got 'cache:x'",
+        ),
+        (
+            CacheConfig("top_k", 8),
             {"distillation": {"kd_positions": "all_tokens"}},
             r"config.distillation.kd_positions: expected 'response'",
         ),
@@ -137,20 +149,20 @@ def test_a_finished_cache_is_checked(tiny_config, cached, tmp_path):
 def test_settings_that_do_not_fit_are_refused(
     tiny_config, cached, tmp_path, wanted, changes, message
 ):
-    folder = shutil.copytree(cached("d2s", Wanted("top_k", 8)), tmp_path / "cache")
+    folder = shutil.copytree(cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache")
     with pytest.raises(UserError, match=message):
         extract(tiny_config("d2s", **changes), wanted, folder)
 
 
 def test_a_stage_without_a_teacher_is_refused(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"config.stage: expected a stage with a teacher"):
-        extract(tiny_config("sft"), Wanted(), tmp_path / "cache")
+        extract(tiny_config("sft"), CacheConfig(), tmp_path / "cache")
 
 
 def test_a_folder_of_something_else_is_kept(tiny_config, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"--out: expected an empty folder .* 'thesis.tex'"):
-        extract(tiny_config("d2s"), Wanted(), tmp_path)
+        extract(tiny_config("d2s"), CacheConfig(), tmp_path)
 
 
 def train_from(folder, config, tmp_path):
@@ -170,13 +182,13 @@ def train_from(folder, config, tmp_path):
     ],
 )
 def test_a_cache_of_other_settings_is_refused(tiny_config, cached, tmp_path, changes, message):
-    folder = cached("d2s", Wanted("top_k", 8))
+    folder = cached("d2s", CacheConfig("top_k", 8))
     with pytest.raises(UserError, match=message):
         train_from(folder, tiny_config("d2s", **changes), tmp_path)
 
 
 def test_a_cache_of_other_records_is_refused(tiny_config, cached, tmp_path, monkeypatch):
-    folder, config = cached("d2s", Wanted("top_k", 8)), tiny_config("d2s")
+    folder, config = cached("d2s", CacheConfig("top_k", 8)), tiny_config("d2s")
     [(name, source)] = config.data.sources.items()
     records = json.loads(Path(source.path).read_text())
     records[0]["conversations"][1]["value"] += " and more"
@@ -189,7 +201,7 @@ def test_a_cache_of_other_records_is_refused(tiny_config, cached, tmp_path, monk
 
 
 def test_drawn_ids_serve_expectations_under_the_teacher_only(tiny_config, cached, tmp_path):
-    folder = cached("d2s", Wanted("samples", 8))
+    folder = cached("d2s", CacheConfig("samples", 8))
     config = tiny_config("d2s", distillation={"divergence": "reverse_kl"})
     with pytest.raises(UserError, match=r"distillation.divergence: expected .*forward_kl.*skew_kl"):
         train_from(folder, config, tmp_path)
@@ -202,7 +214,7 @@ def test_a_folder_without_a_cache_is_named(tiny_config, tmp_path):
 
 def test_a_damaged_entry_leaves_out_its_record(tiny_config, cached, tmp_path):
     """Bits are compared as entries are read; damage never becomes a target."""
-    folder = shutil.copytree(cached("d2s", Wanted("top_k", 8)), tmp_path / "cache")
+    folder = shutil.copytree(cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache")
     file = sorted(folder.glob("*.array_record"))[0]
     data = bytearray(file.read_bytes())
     where = data.index(b"MDT1") if b"MDT1" in data else 200
