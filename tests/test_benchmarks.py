@@ -11,6 +11,7 @@ from benchmarks import (
     digests,
     efficiency,
     kd_step,
+    teacher_cache,
     vision_tower,
 )
 from benchmarks.head_to_head import check_agreement, compare
@@ -135,3 +136,10 @@ def test_shape_of_qwen_vl_chat_has_the_published_numbers_of_parameters():
     assert parameter_counts(config)[0] == pytest.approx(9.6e9, rel=0.01)
     size = efficiency.size_of(efficiency.QWEN_VL, config)
     assert size.prompt_tokens == 256 + 64
+
+
+def test_teacher_cache_benchmark_reads_what_it_writes(tmp_path):
+    teacher_cache.write(tmp_path, records=1030, tokens=2, ids=3)
+    assert len(list(tmp_path.glob("*.array_record"))) == 2
+    found = teacher_cache.read(tmp_path)
+    assert 0 < found["median_read_seconds"] <= found["opening_seconds"]
