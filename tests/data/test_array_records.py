@@ -10,7 +10,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moddistill.data.array_records import ArrayRecordFile, pack_record, unpack_record
+from moddistill.data.array_records import (
+    ArrayRecordFile,
+    pack_record,
+    unpack_record,
+    writing_records,
+)
 from moddistill.data.image_files import EmbeddedImage
 from moddistill.errors import UserError
 
@@ -207,3 +212,9 @@ def test_many_files_share_few_open_readers(write):
     assert len(os.listdir("/proc/self/fd")) - before <= 64
     files[0].close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_disk_without_space_is_an_error(tmp_path):
+    full = pytest.raises(UserError, match="expected a disk with enough space, got open")
+    with full, writing_records(tmp_path / "missing/x.array_record") as write:
+        write(b"1")
