@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from moddistill.cli.parser import Parser, in_range, user_errors
-from moddistill.config import DataConfig, RecipeConfig, SourceConfig, TaskConfig, TrainConfig
+from moddistill.config import (
+    CacheConfig,
+    DataConfig,
+    RecipeConfig,
+    SourceConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from moddistill.configdict import from_config_dict, to_config_dict
 from moddistill.errors import UserError
 from moddistill.params import flatten
@@ -24,6 +31,7 @@ FLAGS = {
     "train": _RUN,
     "recipe": _RUN,
     "plan": (*_EXPERIMENT, "topology", "json", "fit", "utilisation"),
+    "extract": (*_EXPERIMENT, "out", "top_k", "samples", "coordinator", "processes", "process"),
     "evaluate": (*_MODEL, "tasks", "task", "suite", "compare", "data", "include_path", "out"),
     "generate": (*_ANSWERS, "prompt", "jsonl", "out", "json", "logprobs"),
     "chat": _ANSWERS,
@@ -63,13 +71,14 @@ def test_help_shows_the_flags_of_the_command_first_and_no_others(module, capsys)
     assert text.startswith(f"usage: python -m {'tools' if module[:4] == 'conv' else 'moddistill'}.")
 
 
-@pytest.mark.parametrize("module", ["train", "plan", "recipe"])
+@pytest.mark.parametrize("module", ["train", "extract", "plan", "recipe"])
 def test_help_shows_each_field_of_the_config_once(module, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     tasks = {"NAME": TaskConfig()}
     config = TrainConfig(data=DataConfig(sources={"NAME": SourceConfig()}), tasks=tasks)
     if module == "recipe":
-        config = RecipeConfig(stages={"NAME": config}, tasks=tasks)
+        caches = {"NAME": CacheConfig()}
+        config = RecipeConfig(stages={"NAME": config}, caches=caches, tasks=tasks)
     text = help_of(module, capsys)
     shown = [flag for flag in listed(text) if flag.startswith("config.")]
     assert sorted(shown) == sorted(field_names(config, "config"))
