@@ -33,7 +33,14 @@ from jaxtyping import Array, Float, Int
 
 from moddistill.config import DistillationConfig, Divergence
 from moddistill.models.logits import MASKED
-from moddistill.teachers.targets import FullLogits, LabelLogprobs, Predictions, Samples, TopK
+from moddistill.teachers.targets import (
+    NO_ID,
+    FullLogits,
+    LabelLogprobs,
+    Predictions,
+    Samples,
+    TopK,
+)
 
 # Those that are expectations under the teacher, which ids drawn from it estimate.
 SAMPLED_DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "skew_kl")
@@ -76,8 +83,8 @@ def divergence_to(
 
 def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array:
     student = jax.nn.log_softmax(logits / config.temperature)
-    chosen = jnp.take_along_axis(student, teacher.ids, axis=-1)
-    # Over the other ids alone: 1 - sum_k q_k has no correct digit where the sum is nearly 1.
+    chosen = _logprobs_of(teacher.ids, student)
+    # Over the other ids only: 1 - sum_k q_k has no correct digit where the sum is nearly 1.
     others = jnp.put_along_axis(student, teacher.ids, MASKED, axis=-1, inplace=False)
     rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
     known = jnp.concatenate([teacher.logprobs, teacher.log_rest[:, None]], axis=-1)
@@ -89,10 +96,17 @@ def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array
 
 def _to_samples(teacher: Samples, logits: Array, config: DistillationConfig) -> Array:
     student = jax.nn.log_softmax(logits / config.temperature)
-    student = jnp.take_along_axis(student, teacher.ids, axis=-1)
+    student = _logprobs_of(teacher.ids, student)
     if config.divergence == "skew_kl":
         student = _mixture(teacher.logprobs, student, config.mix)
-    return config.temperature**2 * jnp.mean(teacher.logprobs - student, axis=-1)
+    drawn = teacher.ids != NO_ID
+    total = jnp.sum(jnp.where(drawn, teacher.logprobs - student, 0.0), axis=-1)
+    return config.temperature**2 * total / jnp.maximum(jnp.sum(drawn, axis=-1), 1)
+
+
+def _logprobs_of(ids: Int[Array, "C K"], log_q: Float[Array, "C V"]) -> Float[Array, "C K"]:
+    """The log-probabilities of ids; masked of an id beyond the vocabulary."""
+    return jnp.take_along_axis(log_q, ids, axis=-1, mode="fill", fill_value=MASKED)
 
 
 def label_logprobs(teacher: Predictions, labels: Int[Array, "C"]) -> Float[Array, "C"]:

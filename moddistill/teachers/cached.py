@@ -4,12 +4,21 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moddistill.config import CachedKind
 from moddistill.models.batch import Batch
+from moddistill.models.logits import MASKED
 from moddistill.models.vlm import Output
-from moddistill.models.vocabulary import IdRanges
-from moddistill.teachers.targets import LabelLogprobs, Predictions, Samples, Targets, TopK
+from moddistill.models.vocabulary import IdRanges, token_mask
+from moddistill.teachers.targets import (
+    NO_ID,
+    LabelLogprobs,
+    Predictions,
+    Samples,
+    Targets,
+    TopK,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +39,13 @@ class CachedTeacher:
 
     def predictions(self, targets: Targets, real_ids: IdRanges) -> Predictions:
         found = targets.per_position
-        match self.kind:
-            case "top_k":
-                return TopK(found.ids, found.logprobs, found.log_rest)
-            case "samples":
-                return Samples(found.ids, found.logprobs)
-            case "answers":
-                return LabelLogprobs(found.label_logprobs)
+        if self.kind == "answers":
+            return LabelLogprobs(found.label_logprobs)
+        # Of ids that the student lacks, such as control tokens, both models have no probability.
+        shared = jnp.asarray(token_mask(real_ids, real_ids[-1][1]))
+        is_shared = jnp.take(shared, found.ids, mode="fill", fill_value=False)
+        ids = jnp.where(is_shared, found.ids, NO_ID)
+        logprobs = jnp.where(is_shared, found.logprobs, MASKED)
+        if self.kind == "samples":
+            return Samples(ids, logprobs)
+        return TopK(ids, logprobs, found.log_rest)

@@ -28,6 +28,9 @@ class Targets(NamedTuple):
 NO_TARGETS = Targets()
 
 
+NO_ID = 2**31 - 1  # beyond any vocabulary: in the place of an id without probability
+
+
 class FullLogits(NamedTuple):
     """Predictions over all ids: float32 logits, in which ids that are no tokens are masked."""
 
@@ -35,7 +38,10 @@ class FullLogits(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """Log-probabilities of some ids, and of all others together: one bucket."""
+    """Log-probabilities of some ids, and of all others together: one bucket.
+
+    The log-probability of `NO_ID` is masked.
+    """
 
     ids: Int[Array, "C K"]
     logprobs: Float[Array, "C K"]
@@ -43,7 +49,10 @@ class TopK(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Ids drawn from the teacher's distribution with replacement, and their log-probabilities."""
+    """Ids drawn from the teacher's distribution with replacement, and their log-probabilities.
+
+    `NO_ID` is none of them, and its log-probability is masked.
+    """
 
     ids: Int[Array, "C K"]
     logprobs: Float[Array, "C K"]
