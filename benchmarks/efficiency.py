@@ -235,13 +235,15 @@ def _published_rows(computed: dict[str, Any]) -> list[list[str]]:
 
     def figures(plan: dict[str, Any]) -> list[float]:
         memory = (plan["parameter_bytes"] + plan["cache_bytes"]) / 1e9
-        speed = [plan["chips"]["a100"]["tokens_per_second"]] if "a100" in plan["chips"] else []
+        chips = plan["chips"]
+        speed = [chips["a100"]["tokens_per_second"]] if "a100" in chips else []
         numbers = plan["parameters"] / 1e9, plan["active_parameters"] / 1e9
         return [*numbers, plan["prefill_flops"] / 1e12, memory, *speed]
 
-    ours = zip(*(figures(computed[name]) for name in _PAIRS), strict=True)
+    ours = list(zip(*(figures(computed[name]) for name in _PAIRS), strict=True))
+    published = list(PUBLISHED.items())[: len(ours)]
     rows = []
-    for (what, pair), row in zip(PUBLISHED.items(), ours, strict=False):
+    for (what, pair), row in zip(published, ours, strict=True):
         cells = [f"{x:.1f} ({x / row[-1]:.0%})" for x in row[:-1]] + [f"{row[-1]:.1f}"]
         rows.append([what, f"{pair[0]} ({pair[0] / pair[1]:.0%}), {pair[1]}", *cells])
     return rows

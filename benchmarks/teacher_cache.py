@@ -6,6 +6,7 @@ The cache has random targets of Qwen's ids. It is read in a new process, as work
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -63,7 +64,8 @@ def write(folder: Path, records: int, tokens: int, ids: int) -> None:
     source = SourceIdentity(records, "", {})
     fingerprint = Fingerprint("conversation", {}, 1.0, {"records": source})
     teacher = TeacherIdentity("random", "", "", "chatml", {})
-    write_json(folder / SETTINGS, CacheSettings(format, 0, teacher, fingerprint).as_json())
+    settings = CacheSettings(format, 0, teacher, fingerprint)
+    write_json(folder / SETTINGS, dataclasses.asdict(settings))
     write_digests(folder, "extract")
 
 

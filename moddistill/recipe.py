@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import RecipeConfig, TaskConfig, TrainConfig
-from moddistill.configdict import from_config_dict
+from moddistill.configdict import check_values, from_config_dict
 from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.sources import check_source
 from moddistill.distributed.processes import (
@@ -42,6 +42,7 @@ from moddistill.training.lock import locked
 from moddistill.training.log_output import start_logging
 from moddistill.training.loop import LOG, train
 from moddistill.training.resume import is_finished
+from moddistill.training.stages import is_cached
 from moddistill.training.validation import check_settings
 
 
@@ -155,6 +156,10 @@ def check_recipe(config: RecipeConfig, workdir: Path) -> None:
         if name not in config.stages or not config.stages[name].teacher:
             expected = f"stages of {config.order} with a teacher"
             raise invalid("config.caches", tuple(config.caches), expected)
+        if is_cached(config.stages[name]):
+            expected = "a model, whose cache config.caches makes"
+            raise invalid(f"config.stages.{name}.teacher", config.stages[name].teacher, expected)
+        check_values(config.caches[name], f"config.caches.{name}")
     if config.evaluated and not config.tasks:
         raise invalid("config.evaluated", config.evaluated, "() without config.tasks")
     _check_tasks(config, workdir)

@@ -128,6 +128,11 @@ def test_efficiency_benchmark_computes_every_model_and_measures_those_that_fit(m
     text = efficiency.tables(result)
     assert text.count("\n| small |") == 2
     assert "| 3.00 GiB |" in text
+    assert "\n| tokens/s | 38.5 (247%), 15.6 |" in text
+    for plan in result["computed"].values():
+        del plan["chips"]["a100"]
+    text = efficiency.tables(result)
+    assert "\n| tokens/s |" not in text and "\n| memory, GB |" in text
 
 
 def test_shape_of_qwen_vl_chat_has_the_published_numbers_of_parameters():

@@ -17,7 +17,7 @@ def test_a_stage_trains_and_is_planned_from_the_cache_that_the_command_makes(
     command = [sys.executable, "-m", "moddistill.extract", *flags]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    assert "8 records, 40 tokens with targets" in made.stderr
+    assert "8 records, 42 tokens with targets" in made.stderr
     assert f"config.teacher=cache:{folder}" in made.stderr
     assert (train(config, tmp_path / "run") / "model.json").is_file()
     cached = f"--config.teacher={config.teacher}"

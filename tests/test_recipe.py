@@ -148,11 +148,22 @@ def test_stages_with_a_cache_train_without_their_teacher(tiny_config, tmp_path, 
     recipe.run(config, tmp_path)
 
 
-def test_caches_are_of_stages_with_a_teacher(tiny_config, tmp_path):
-    stages = {"sft": tiny_config("sft")}
-    config = RecipeConfig(order=("sft",), stages=stages, caches={"sft": CacheConfig()})
-    with pytest.raises(UserError, match=r"config\.caches: expected stages of .* with a teacher"):
-        recipe.run(config, tmp_path)
+@pytest.mark.parametrize(
+    ("stage", "changes", "cache", "message"),
+    [
+        ("sft", {}, {}, r"config\.caches: expected stages of .* with a teacher"),
+        ("d2s", {"teacher": "cache:x"}, {}, r"config\.stages\.d2s\.teacher: expected a model, "),
+        ("d2s", {}, {"ids": 0}, r"config\.caches\.d2s\.ids: expected >= 1 .*, got 0"),
+    ],
+)
+def test_caches_that_cannot_be_made_stop_the_recipe_first(
+    stage, changes, cache, message, tiny_config, tmp_path
+):
+    stages, caches = {stage: tiny_config(stage, **changes)}, {stage: CacheConfig(**cache)}
+    config = RecipeConfig(order=(stage,), stages=stages, caches=caches)
+    with pytest.raises(UserError, match=message):
+        recipe.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def from_sft(folder):

@@ -46,11 +46,12 @@ def log_forecast(
 
 def _means(setup: Setup, plan: ShardPlan) -> tuple[float, float]:
     """Returns the mean supervised tokens and bytes of a record, from some at even distances."""
-    places = [(s.source, r) for s in plan.shards for r in (s.first, s.end - 1) if s.end > s.first]
-    step = max(1, len(places) // _SAMPLED)
+    ends = np.cumsum([shard.end - shard.first for shard in plan.shards])
     counts = []
-    for source, record in places[::step]:
-        counts.append(_supervised(setup, source, record))
+    for number in np.unique(np.linspace(0, ends[-1] - 1, _SAMPLED).astype(int)).tolist():
+        at = int(np.searchsorted(ends, number, side="right"))
+        shard = plan.shards[at]
+        counts.append(_supervised(setup, shard.source, shard.end - int(ends[at]) + number))
     known = [count for count in counts if count] or [0]
     sizes = [setup.settings.format.bytes_of(count) for count in known]
     return float(np.mean(known)), float(np.mean(sizes))

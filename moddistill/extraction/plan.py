@@ -9,37 +9,42 @@ import numpy as np
 
 from moddistill.data.packing import Row, Sample, best_fit
 from moddistill.data.sources import Source
-from moddistill.teachers.cache import SHARD_RECORDS
+from moddistill.teachers.cache import SHARD_RECORDS, shard_names
 
 _CACHED = 8  # shards, for threads which read neighbouring rows
 
 
 class Shard(NamedTuple):
-    """A shard to be made: its source, its number there, and its usable records, `first` to `end`.
+    """A shard to be made: its source, and its usable records there, `first` to `end`.
 
     Attributes:
+      name: of its file.
       positions: of these records within the shard, whose other entries have no targets.
       size: number of entries.
     """
 
     source: int
-    number: int
+    name: str
     first: int
     end: int
     positions: np.ndarray
     size: int
 
 
-def shards_of(source: Source, number: int) -> list[Shard]:
-    """Returns all shards of source `number`."""
+def shards_of(source: Source, number: int, name: str) -> list[Shard]:
+    """Returns all shards of a source, which has a number and a name."""
     positions = source.positions(np.arange(len(source)))
     starts = np.arange(0, source.total, SHARD_RECORDS)
     ends = np.minimum(starts + SHARD_RECORDS, source.total)
     bounds = np.searchsorted(positions, [starts, ends])
     return [
-        Shard(number, index, first, end, positions[first:end] - start, stop - start)
-        for index, (start, stop, first, end) in enumerate(
-            zip(starts.tolist(), ends.tolist(), *bounds.tolist(), strict=True)
+        Shard(number, file, first, end, positions[first:end] - start, stop - start)
+        for file, start, stop, first, end in zip(
+            shard_names(name, source.total),
+            starts.tolist(),
+            ends.tolist(),
+            *bounds.tolist(),
+            strict=True,
         )
     ]
 

@@ -5,7 +5,7 @@ on teacher and records only, not on batches, devices or processes.
 """
 
 import contextlib
-import json
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,13 +31,14 @@ from moddistill.extraction.forecast import log_forecast
 from moddistill.extraction.plan import Shard, ShardPlan, shards_of
 from moddistill.extraction.program import Extracted, make_extraction
 from moddistill.extraction.setup import Setup, prepare
-from moddistill.params import flatten
 from moddistill.storage.digests import NAME, verify, write_digests
 from moddistill.storage.json_file import read_json, write_json
-from moddistill.teachers.cache import SETTINGS, TOKENIZER
+from moddistill.teachers.cache import SETTINGS, TOKENIZER, describe_changes
 from moddistill.teachers.entries import Entry
+from moddistill.teachers.live import load_teacher
 from moddistill.training.lock import locked
 from moddistill.training.program import teacher_shapes
+from moddistill.training.streams import LISTS, remove_lists
 
 LOG = logging.getLogger("moddistill")
 _WORK = ".work"
@@ -54,6 +55,8 @@ def extract(config: TrainConfig, cache: CacheConfig, folder: Path) -> None:
     with locked(folder / _WORK, "--out"), contextlib.ExitStack() as stack:
         with at_field("config.mesh"):
             mesh = sharding.make_mesh(config.mesh)
+        if not (folder / SETTINGS).exists():
+            remove_lists(folder)
         setup = prepare(config, cache, mesh, folder)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(tuple(sharding.RULES.items())))
@@ -70,27 +73,23 @@ def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: expected a folder, got the file {str(folder)!r}")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if found and SETTINGS not in found and found != [_WORK]:
+    # Before it has settings, a folder may have the lists of records of an attempt that failed.
+    foreign = [name for name in found if name not in (_WORK, *LISTS)]
+    if foreign and SETTINGS not in found:
         raise UserError(
             f"--out: expected an empty folder or one that extract made, got {str(folder)!r} with "
-            f"{found[0]!r}"
+            f"{foreign[0]!r}"
         )
 
 
 def _write_settings(setup: Setup, folder: Path) -> None:
     """Writes `cache.json` and the tokenizer; UserError if the folder is of other settings."""
-    settings = json.loads(json.dumps(setup.settings.as_json()))
+    settings = dataclasses.asdict(setup.settings)
     if (folder / SETTINGS).exists():
-        then, now = flatten(read_json(folder / SETTINGS)), flatten(settings)
-        changed = [
-            f"{name.replace('/', '.')} {now.get(name)!r} instead of {then.get(name)!r}"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
-        if changed:
+        if changed := describe_changes(read_json(folder / SETTINGS), settings):
             raise UserError(
                 f"--out: expected a folder begun with the same settings and records, got "
-                f"{str(folder)!r} and {'; '.join(changed)}"
+                f"{str(folder)!r} and {changed}"
             )
     elif is_main_process():
         setup.tokenizer.save(str(folder / TOKENIZER))
@@ -102,18 +101,17 @@ def _missing(setup: Setup, folder: Path) -> list[Shard]:
     """Returns the shards that are not there yet."""
     return [
         shard
-        for number, source in enumerate(setup.sources)
-        for shard in shards_of(source, number)
-        if not (folder / setup.shard_file(shard)).exists()
+        for number, (name, source) in enumerate(zip(setup.names, setup.sources, strict=True))
+        for shard in shards_of(source, number, name)
+        if not (folder / shard.name).exists()
     ]
 
 
 def _finish(folder: Path) -> None:
+    shutil.rmtree(folder / _WORK)
     if (folder / NAME).is_file():
-        shutil.rmtree(folder / _WORK)
         verify(folder)
     else:
-        shutil.rmtree(folder / _WORK)
         write_digests(folder, "extract")
 
 
@@ -154,7 +152,9 @@ def _extracted(
     config: TrainConfig, setup: Setup, plan: ShardPlan, batches: Batches, mesh: Mesh
 ) -> Iterator[_Batch]:
     """Yields the batches one after the other, each while the device computes the next."""
-    params = setup.load(teacher_shapes(config, setup.model.config, mesh), mesh)
+    architecture = setup.model.config
+    shapes = teacher_shapes(config, architecture, mesh)
+    params = load_teacher(config, setup.teacher, architecture, shapes, mesh)
     run = jax.jit(
         make_extraction(
             setup.model,
@@ -240,11 +240,10 @@ class _ShardWriter:
             self._current += 1
 
     def _write(self, shard: Shard) -> None:
-        name = self._setup.shard_file(shard)
-        partial = self._folder / _WORK / name
+        partial = self._folder / _WORK / shard.name
         absent = Entry(bytes(8), None, "left out of the teacher's records")
         with writing_records(partial) as write:
             for position in range(shard.size):
                 entry = self._entries.get(position, absent)
                 write(self._setup.settings.format.pack(entry))
-        partial.rename(self._folder / name)
+        partial.rename(self._folder / shard.name)

@@ -1,9 +1,8 @@
 """What an extraction needs: the teacher, the records as it reads them, and the cache's settings."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -15,7 +14,6 @@ from moddistill.data.rows import RowSpec
 from moddistill.data.sources import Source
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import at_field, invalid
-from moddistill.extraction.plan import Shard
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.vlm import ModelConfig, Vlm
 from moddistill.models.vocabulary import num_ids
@@ -23,14 +21,16 @@ from moddistill.teachers.cache import (
     CacheSettings,
     TeacherIdentity,
     fingerprint_of,
-    shard_names,
 )
 from moddistill.teachers.entries import EntryFormat
-from moddistill.teachers.live import load_teacher
 from moddistill.training.provenance import model_fingerprint
 from moddistill.training.stages import is_cached, stage_of
 from moddistill.training.streams import HELDOUT, open_and_list, row_spec
-from moddistill.training.validation import check_batch_divides_mesh, check_settings
+from moddistill.training.validation import (
+    check_batch_divides_mesh,
+    check_cached_positions,
+    check_settings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Setup:
       names: of the sources.
       spec: format of the rows that the teacher reads.
       rows: of a batch.
-      load: from shapes and mesh to the teacher's parameters.
+      teacher: its model folder; None for new weights.
     """
 
     model: Vlm
@@ -51,11 +51,7 @@ class Setup:
     sources: Sequence[Source]
     spec: RowSpec
     rows: int
-    load: Callable[[Any, Mesh], dict[str, Any]]
-
-    def shard_file(self, shard: Shard) -> str:
-        """Returns the name of the file of a shard."""
-        return shard_names(self.names[shard.source], self.sources[shard.source].total)[shard.number]
+    teacher: Path | None
 
     def record_number(self, sample: Sample) -> int:
         """Returns a number of a record that no other one of any source has."""
@@ -79,13 +75,12 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
     entries = _format(config, cache, architecture)
     data = dataclasses.replace(config.data, template=architecture.template)
     spec = row_spec(config, data, architecture.vision)
-    named = dict(config.data.sources)
+    names = sorted(config.data.sources)
     opened = open_and_list(data, spec, tokenizer, folder, "config.data.sources")
     if config.heldout_steps:
-        named[HELDOUT] = data.heldout
+        names.append(HELDOUT)
         heldout = dataclasses.replace(data, sources={HELDOUT: data.heldout})
         opened += open_and_list(heldout, spec, tokenizer, folder, "config.data")
-    names = [*sorted(config.data.sources), *([HELDOUT] if config.heldout_steps else ())]
     identity = TeacherIdentity(
         config.teacher,
         _digest(config, teacher),
@@ -109,7 +104,7 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
         opened,
         spec,
         config.batch_size // config.grad_accum_steps,
-        lambda shapes, mesh: load_teacher(config, teacher.folder, architecture, shapes, mesh),
+        teacher.folder,
     )
 
 
@@ -125,11 +120,10 @@ def _check_stage(config: TrainConfig) -> None:
         raise invalid("config.stage", config.stage, "a stage with a teacher: d2d, d2s, preference")
     if is_cached(config):
         raise invalid("config.teacher", config.teacher, "a model, whose predictions are extracted")
-    distillation = config.distillation
-    for name, value in (("kd_positions", "response"), ("kd_shift", "correct")):
-        if getattr(distillation, name) != value:
-            expected = f"{value!r}, the positions that a cache has"
-            raise invalid(f"config.distillation.{name}", getattr(distillation, name), expected)
+    check_cached_positions(config)
+    if config.heldout_steps and HELDOUT in config.data.sources:
+        expected = f"other names than {HELDOUT!r}, that of data.heldout in a cache"
+        raise invalid("config.data.sources", sorted(config.data.sources), expected)
 
 
 def _teacher(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moddistill.errors import UserError, invalid
+from moddistill.params import flatten
 from moddistill.storage.text_file import replace_text
 
 _LARGEST_FILE = 16 * 2**20  # bytes; the tokenizer settings with the most added tokens have 2 MB
@@ -72,3 +73,11 @@ def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise UserError(f"an integer of {len(digits)} digits")
     return int(digits)
+
+
+def changed_values(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the values that differ between two nested objects, both, by their dotted names."""
+    # Both sides go through JSON, in which tuples are lists.
+    old, new = (flatten(json.loads(json.dumps(each))) for each in (then, now))
+    pairs = {key: (old.get(key), new.get(key)) for key in new | old}
+    return {key.replace("/", "."): pair for key, pair in pairs.items() if pair[0] != pair[1]}

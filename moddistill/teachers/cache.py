@@ -22,9 +22,8 @@ from moddistill.data.array_records import ArrayRecordFile
 from moddistill.data.sources import Source
 from moddistill.errors import UserError
 from moddistill.models.batch import CacheShape
-from moddistill.params import flatten
 from moddistill.storage.digests import NAME
-from moddistill.storage.json_file import read_json
+from moddistill.storage.json_file import changed_values, read_json
 from moddistill.teachers.entries import Entry, EntryFormat
 
 CACHED = "cache:"  # before the folder in `config.teacher`
@@ -70,7 +69,7 @@ class TeacherIdentity:
 
     Attributes:
       spec: its name, for messages.
-      digest: of its model folder; empty for new weights.
+      digest: of its model folder, or the seed of new weights.
       tokenizer: digest of its tokenizer.
       template: conversation format.
       images: size, number of tokens and preprocessing of its images.
@@ -95,9 +94,6 @@ class CacheSettings:
     seed: int
     teacher: TeacherIdentity
     fingerprint: Fingerprint
-
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def read_settings(folder: Path) -> CacheSettings:
@@ -167,10 +163,9 @@ class TeacherCache:
         if not missing and not (folder / NAME).is_file():
             missing = [NAME]
         if missing:
-            more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
             raise UserError(
                 f"{folder}: expected a finished cache, got one without "
-                f"{', '.join(missing[:_MOST_SHOWN])}{more}; the same moddistill.extract continues"
+                f"{_first_of(missing, ', ')}; the same moddistill.extract continues"
             )
 
     def __reduce__(self):
@@ -231,15 +226,22 @@ def check_fingerprint(cache: TeacherCache, run: Fingerprint, origin: str) -> Non
     made = dataclasses.replace(
         made, sources={name: x for name, x in made.sources.items() if name in run.sources}
     )
-    then, now = (flatten(dataclasses.asdict(x)) for x in (made, run))
-    different = [
-        f"{name} {now.get(name)!r} instead of {then.get(name)!r}".replace("/", ".")
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if different:
-        more = f" and {len(different) - _MOST_SHOWN} more" * (len(different) > _MOST_SHOWN)
+    if different := describe_changes(*map(dataclasses.asdict, (made, run))):
         raise UserError(
-            f"{origin}: expected a cache of this run's records, got {str(cache.folder)!r}, to "
-            f"which the run has {'; '.join(different[:_MOST_SHOWN])}{more}"
+            f"{origin}: expected a cache of this run's records, got {str(cache.folder)!r}, while "
+            f"the run has {different}"
         )
+
+
+def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns how settings differ from those of a cache; an empty text if they do not."""
+    changed = [
+        f"{name} {new!r} instead of {old!r}"
+        for name, (old, new) in sorted(changed_values(then, now).items())
+    ]
+    return _first_of(changed, "; ")
+
+
+def _first_of(items: Sequence[str], separator: str) -> str:
+    more = f" and {len(items) - _MOST_SHOWN} more" if len(items) > _MOST_SHOWN else ""
+    return separator.join(items[:_MOST_SHOWN]) + more

@@ -18,7 +18,7 @@ reason in place of arrays.
 import dataclasses
 import hashlib
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,6 +26,8 @@ from jaxtyping import Float, Int
 from moddistill.config import CachedKind
 from moddistill.errors import UserError
 from moddistill.models.vocabulary import IdRanges, num_ids, token_mask
+
+Array = Any  # of numpy in files, of jax in the program that makes them
 
 _MAGIC = b"MDT1"
 _HEAD = struct.Struct("<4s8sI")
@@ -35,10 +37,10 @@ _LOW = 16  # bits of an id in an array of its own
 class TokenTargets(NamedTuple):
     """What a teacher predicts at the n supervised tokens of a record; `answers` has n = 2 sums."""
 
-    label_logprobs: Float[np.ndarray, "N"]
-    ids: Int[np.ndarray, "N K"] | None = None
-    logprobs: Float[np.ndarray, "N K"] | None = None
-    log_rest: Float[np.ndarray, "N"] | None = None
+    label_logprobs: Float[Array, "N"]
+    ids: Int[Array, "N K"] | None = None
+    logprobs: Float[Array, "N K"] | None = None
+    log_rest: Float[Array, "N"] | None = None
 
 
 class Entry(NamedTuple):

@@ -45,8 +45,8 @@ class Models(NamedTuple):
     teacher: ResolvedModel | None
     student_config: ModelConfig
     teacher_config: ModelConfig | None
-    cache: TeacherCache | None = None
-    cached_ids: IdRanges = ()
+    cache: TeacherCache | None
+    cached_ids: IdRanges
 
 
 def resolve_models(config: TrainConfig) -> Models:
@@ -56,26 +56,24 @@ def resolve_models(config: TrainConfig) -> Models:
       UserError: naming the setting of a model that does not exist or does not fit.
     """
     student, tokenizer = _student(config)
-    vision = teacher = None
+    vision = teacher = teacher_config = cache = None
+    cached_ids: IdRanges = ()
     if config.vision:
         with at_field("config.vision"):
             vision = resolve(config.vision, tokenizer)
     target = trained_architecture(config, student.config, vision.config if vision else None)
-    teacher_config = None
     if is_cached(config):
-        _warn_of_template(config, student)
         with at_field("config.teacher"):
             cache = TeacherCache(Path(config.teacher.removeprefix(CACHED)))
-            ids = _cached_ids(cache, tokenizer)
+            cached_ids = _cached_ids(cache, tokenizer)
         _check_divergence(config, cache)
-        return Models(tokenizer, student, vision, None, target, None, cache, ids)
-    if config.teacher:
+    elif config.teacher:
         with at_field("config.teacher"):
             teacher = resolve(config.teacher, tokenizer)
             # Compared with `target`, since a text-only student gets its encoder in this stage.
             teacher_config = teacher_architecture(config, teacher, target, tokenizer)
     _warn_of_template(config, student)
-    return Models(tokenizer, student, vision, teacher, target, teacher_config)
+    return Models(tokenizer, student, vision, teacher, target, teacher_config, cache, cached_ids)
 
 
 def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:

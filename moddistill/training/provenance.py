@@ -12,6 +12,7 @@ import json
 import secrets
 from pathlib import Path
 
+from moddistill.convert.resolve import ResolvedModel
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.vlm import ModelConfig
@@ -36,11 +37,14 @@ def check_models(models: Models, workdir: Path) -> None:
     for name, digest in _fingerprints(models).items():
         if recorded.get(name) != digest:
             model = getattr(models, name)
-            shown = f"{model.spec!r} with other content" if name != "tokenizer" else "another one"
+            if isinstance(model, ResolvedModel):
+                what, shown = "model", f"{model.spec!r} with other content"
+            else:
+                what, shown = "cache" if model is None else "tokenizer", "another one"
             raise UserError(
-                f"config.{name}: expected the {'model' if name != 'tokenizer' else name} that the "
-                f"run in {workdir} began with (digest {str(recorded.get(name))[:12]}), got {shown} "
-                f"({digest[:12]}); restore it, or use another --workdir"
+                f"config.{name}: expected the {what} that the run in {workdir} began with (digest "
+                f"{str(recorded.get(name))[:12]}), got {shown} ({digest[:12]}); restore it, or use "
+                "another --workdir"
             )
 
 

@@ -8,9 +8,8 @@ from typing import Any
 from moddistill.config import TrainConfig
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, invalid
-from moddistill.params import flatten
 from moddistill.storage.digests import NAME, check_outside
-from moddistill.storage.json_file import write_json
+from moddistill.storage.json_file import changed_values, write_json
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
@@ -119,11 +118,7 @@ def _steps(workdir: Path, pattern: str) -> list[int]:
 
 def _changed(config: TrainConfig, file: Path) -> dict[str, tuple[Any, Any]]:
     """Settings by their dotted names, with the value in `config.json` and the one in `config`."""
-    # Both sides went through JSON, in which tuples are lists.
-    then = flatten(json.loads(file.read_text()))
-    now = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-    pairs = {key: (then.get(key), now.get(key)) for key in now | then}
-    return {key.replace("/", "."): pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return changed_values(json.loads(file.read_text()), dataclasses.asdict(config))
 
 
 def write_settings(config: TrainConfig, workdir: Path) -> None:

@@ -35,9 +35,9 @@ from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 
-# Files in which the pipeline lists records, and what happened to these.
 HELDOUT = "heldout"  # the name of the source of held-out records
-_LISTS = {"quarantine.jsonl": "left out", "truncated.jsonl": "truncated to max_length"}
+# Files in which the pipeline lists records, and what happened to these.
+LISTS = {"quarantine.jsonl": "left out", "truncated.jsonl": "truncated to max_length"}
 
 
 class Streams(NamedTuple):
@@ -182,13 +182,13 @@ def _batches(
 def remove_lists(workdir: Path) -> None:
     """Removes lists of a run that left no checkpoint, whose records are read again."""
     if is_main_process():
-        for name in _LISTS:
+        for name in LISTS:
             (workdir / name).unlink(missing_ok=True)
 
 
 def warn_of_records(workdir: Path) -> None:
     """Logs how many records were left out or truncated, and the file that lists them."""
-    for name, what in _LISTS.items():
+    for name, what in LISTS.items():
         listed = Quarantine(str(workdir / name))
         if listed.count:
             LOG.warning("%d records %s: %s", listed.count, what, listed.path)

@@ -57,16 +57,21 @@ def _check_cached(config: TrainConfig) -> None:
     """Raises UserError for settings that a teacher from a cache cannot have."""
     if not is_cached(config):
         return
-    for name in ("kd_positions", "kd_shift"):
-        value, default = (getattr(x, name) for x in (config.distillation, DistillationConfig()))
-        if value != default:
-            expected = f"{default!r}, the positions that a cache has"
-            raise invalid(f"config.distillation.{name}", value, expected)
+    check_cached_positions(config)
     for name in ("teacher_quantization", "teacher_offload"):
         value, default = (getattr(x, name) for x in (config, TrainConfig()))
         if value != default:
             expected = f"{default!r}, since the teacher {config.teacher!r} has no parameters"
             raise invalid(f"config.{name}", value, expected)
+
+
+def check_cached_positions(config: TrainConfig) -> None:
+    """Raises UserError for a divergence at positions that no cache has."""
+    for name in ("kd_positions", "kd_shift"):
+        value, default = (getattr(x, name) for x in (config.distillation, DistillationConfig()))
+        if value != default:
+            expected = f"{default!r}, the positions that a cache has"
+            raise invalid(f"config.distillation.{name}", value, expected)
 
 
 def _check_heldout(config: TrainConfig) -> None:

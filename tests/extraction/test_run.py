@@ -16,6 +16,7 @@ from moddistill.errors import UserError
 from moddistill.extraction import plan, run
 from moddistill.extraction.run import extract
 from moddistill.models.vocabulary import num_ids
+from moddistill.storage.model_folder import save_model
 from moddistill.teachers import cache as caches
 from moddistill.teachers.cache import TeacherCache
 from moddistill.training.loop import train
@@ -90,7 +91,7 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
         if len(written) == 2:
             raise KeyboardInterrupt
         write(self, shard)
-        written.append(shard.number)
+        written.append(shard.name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run._ShardWriter, "_write", write_two)
@@ -163,6 +164,76 @@ def test_a_folder_of_something_else_is_kept(tiny_config, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"--out: expected an empty folder .* 'thesis.tex'"):
         extract(tiny_config("d2s"), CacheConfig(), tmp_path)
+
+
+def test_an_attempt_that_failed_can_be_repeated(tiny_config, tmp_path):
+    """With the list of the records that were left out, which is that of the last attempt."""
+    config = tiny_config("d2s", data={"max_length": 180, "max_rejected": 0.0})
+    with pytest.raises(UserError, match=r"expected at most 0.0% of 8 records to be left out"):
+        extract(config, CacheConfig(ids=8), tmp_path)
+    assert (tmp_path / "quarantine.jsonl").read_text().count("\n") > 0
+    extract(tiny_config("d2s"), CacheConfig(ids=8), tmp_path)
+    assert TeacherCache(tmp_path) and not (tmp_path / "quarantine.jsonl").exists()
+
+
+def test_held_out_records_have_targets_too(tiny_config, tmp_path):
+    config = tiny_config("d2s")
+    [source] = config.data.sources.values()
+    data = dataclasses.replace(config.data, heldout=source)
+    config = dataclasses.replace(config, data=data, heldout_steps=1)
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    train_from(tmp_path / "cache", config, tmp_path)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "heldout_kd" in rows
+    data = dataclasses.replace(data, sources={"heldout": source})
+    config = dataclasses.replace(config, data=data)
+    with pytest.raises(UserError, match=r"config.data.sources: expected other names than 'held"):
+        extract(config, CacheConfig(ids=8), tmp_path / "other")
+
+
+@pytest.fixture
+def teacher_of(tiny_architecture, init, tokenizer, tmp_path):
+    """`teacher_of(**changes)`: the folder of a teacher whose architecture differs from `tiny`."""
+
+    def make(patch_size=14, template="vicuna"):
+        config = tiny_architecture("tiny-teacher")
+        vision = dataclasses.replace(config.vision, patch_size=patch_size)
+        config = dataclasses.replace(config, vision=vision, template=template)
+        save_model(tmp_path / "teacher", config, init(config), tokenizer, {})
+        return str(tmp_path / "teacher")
+
+    return make
+
+
+def test_a_teacher_with_other_image_tokens_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
+    """16 image tokens where the student has 4; a live teacher would be refused."""
+    teacher = teacher_of(patch_size=7)
+    config = tiny_config("d2s", teacher=teacher, data={"max_length": 240})
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    assert TeacherCache(tmp_path / "cache").settings.teacher.images["tokens"] == 16
+    train_from(tmp_path / "cache", config, tmp_path)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == config.steps and all(row["kd"] > 0 for row in rows)
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+
+
+def test_records_whose_supervised_tokens_differ_are_left_out(tiny_config, teacher_of, tmp_path):
+    """`chatml` ends an answer with another token than `vicuna`."""
+    config = tiny_config("d2s", teacher=teacher_of(template="chatml"), data={"max_rejected": 1.0})
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    train_from(tmp_path / "cache", config, tmp_path)
+    listed = (tmp_path / "run" / "quarantine.jsonl").read_text()
+    assert listed.count("got those of other tokens") == 8
+
+
+def test_a_run_does_not_resume_with_another_cache(tiny_config, cached, tmp_path):
+    folder = shutil.copytree(cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache")
+    config = tiny_config("d2s")
+    train_from(folder, config, tmp_path)
+    shutil.rmtree(folder)
+    shutil.copytree(cached("d2s", CacheConfig("samples", 8)), folder)
+    with pytest.raises(UserError, match=r"config.teacher: expected the cache that the run in"):
+        train_from(folder, dataclasses.replace(config, steps=6), tmp_path)
 
 
 def train_from(folder, config, tmp_path):
