@@ -18,7 +18,7 @@ from moddistill.convert.exporting import export_model
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("train", "recipe", "plan", "prepare", "evaluate", "generate", "chat", "convert"),
-    *("report", "explore"),
+    *("report", "explore", "extract"),
 )
 EXPERIMENT = """
 from moddistill.config import DataConfig, SourceConfig, TrainConfig
