@@ -146,6 +146,7 @@ def test_stages_with_a_cache_train_without_their_teacher(tiny_config, tmp_path, 
     assert all((tmp_path / name / "model" / "model.json").is_file() for name in stages)
     shutil.rmtree(tmp_path / "caches")  # a finished recipe needs them no more
     recipe.run(config, tmp_path)
+    assert not (tmp_path / "caches").exists()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,13 @@ def test_source_of_several_files_has_their_records_in_order(open_source, data_fi
     np.testing.assert_array_equal(source.lengths(np.array([8, 0, 4])), every[[8, 0, 4]])
 
 
+def test_positions_count_all_records_of_all_files(open_source, data_file, tmp_path):
+    data_file(MIXED, "a.jsonl")
+    data_file(MIXED[:2] * 2, "b.jsonl")
+    source = open_source(f"{tmp_path}/*.jsonl")
+    assert source.positions(np.array([4, 0, 3, 1])).tolist() == [8, 0, 6, 4]
+
+
 @pytest.mark.parametrize("images", [1, 2])
 def test_row_of_the_densest_samples_has_place_for_all_their_images(
     images, open_source, data_file, image_file
