@@ -46,9 +46,9 @@ def write(folder: Path, records: int, tokens: int, ids: int) -> None:
     entries = [
         format.pack(
             Entry(
-                rng.bytes(8),
                 TokenTargets(
                     -rng.exponential(size=tokens),
+                    rng.integers(0, _REAL_IDS[-1][1], tokens),
                     rng.integers(0, _REAL_IDS[-1][1], shape),
                     -rng.exponential(size=shape),
                     -rng.exponential(size=tokens),

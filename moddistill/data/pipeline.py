@@ -11,6 +11,7 @@ record that is only found to be bad when it is read is padding in its row, and s
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -114,8 +115,8 @@ class Batches:
       batch_size: rows of a batch, over all processes.
       workers: worker processes; 0 reads in threads.
       timeout: seconds without a row after which workers count as stopped.
-      lists: folder of `quarantine.jsonl` and `truncated.jsonl`.
-      max_rejected: share of a source's records that may be rejected.
+      lists: folder of `quarantine.jsonl`, `truncated.jsonl` and `without_targets.jsonl`.
+      max_rejected: share of a source's records that may be rejected, or without targets.
 
     Raises:
       UserError: while iterating, when more records than `max_rejected` turn out to be bad.
@@ -139,6 +140,7 @@ class Batches:
         self._workers = workers
         self._timeout = timeout
         self._quarantine = Quarantine(str(lists / "quarantine.jsonl"))
+        self._without_targets = Quarantine(str(lists / "without_targets.jsonl"))
         self._max_rejected = max_rejected
         self._rows: Any = None
 
@@ -150,7 +152,8 @@ class Batches:
             self._rows = self._start()
         count = len(self._local_rows) // self._together
         rows = _combine([next(self._rows) for _ in range(count)], np.concatenate)
-        self._list(rows.rejected)
+        self._list(rows.rejected, self._quarantine, "left out")
+        self._list(rows.without_targets, self._without_targets, "without a teacher's targets")
         self.next_row += self._batch_size
         return rows.batch
 
@@ -182,14 +185,13 @@ class Batches:
             return iter(rows.to_iter_dataset(grain.ReadOptions(_THREADS, ahead + _THREADS)))
         return RowWorkers(rows.__getitem__, self._workers, ahead, self._timeout)
 
-    def _list(self, rejected: Sequence[Rejected]) -> None:
-        if not rejected:
+    def _list(self, found: Sequence[Rejected], lists: Quarantine, what: str) -> None:
+        if not found:
             return
-        self._quarantine.add(rejected)
-        counts = self._quarantine.counts
+        lists.add(found)
         for source in self._maker.sources:
-            count = sum(counts[path] for path in source.digests)
-            _check_share(source, count, self._max_rejected, self._quarantine.path, rejected)
+            count = sum(lists.counts[path] for path in source.digests)
+            _check_share(source, count, self._max_rejected, lists.path, found, what)
 
 
 class _RowNumbers:
@@ -205,8 +207,9 @@ class _RowNumbers:
 
 def _combine(made: Sequence[MadeRow], join: Callable[..., np.ndarray]) -> MadeRow:
     """Returns several rows in one, with arrays that are stacked or concatenated."""
-    rejected = tuple(item for each in made for item in each.rejected)
-    return MadeRow(_combine_arrays([each.batch for each in made], join), rejected)
+    batch = _combine_arrays([each.batch for each in made], join)
+    lists = zip(*(each[1:] for each in made), strict=True)
+    return MadeRow(batch, *(tuple(itertools.chain(*items)) for items in lists))
 
 
 def _combine_arrays(items: Sequence[Any], join: Callable[..., np.ndarray]) -> Any:
@@ -259,11 +262,16 @@ def check_left_out(source: Source, limit: float, path: Path) -> None:
 
 
 def _check_share(
-    source: Source, count: int, limit: float, path: Path | str, rejected: Iterable[Rejected]
+    source: Source,
+    count: int,
+    limit: float,
+    path: Path | str,
+    rejected: Iterable[Rejected],
+    what: str = "left out",
 ) -> None:
     if count > limit * source.total:
         raise UserError(
-            f"{source.name}: expected at most {limit:.1%} of {source.total} records to be left out "
+            f"{source.name}: expected at most {limit:.1%} of {source.total} records to be {what} "
             f"(config.data.max_rejected), got {count}: {_common_reasons(rejected)}; see {path}"
         )
 

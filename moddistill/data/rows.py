@@ -40,10 +40,20 @@ class RowSpec:
 
 
 class MadeRow(NamedTuple):
-    """A row, and the records that turned out bad: their tokens are padding."""
+    """A row, and records with a reason.
+
+    Attributes:
+      rejected: records that turned out bad, whose tokens are padding.
+      without_targets: records of which a teacher cache has no targets.
+    """
 
     batch: AnyBatch
     rejected: tuple[Rejected, ...]
+    without_targets: tuple[Rejected, ...] = ()
+
+
+class WithoutTargets(UserError):
+    """A record is read, but has no targets in a teacher cache."""
 
 
 def needed_image_slots(sources: Sequence[Source], packing: bool) -> int:
@@ -72,7 +82,8 @@ class TargetReader(Protocol):
           position: number of the record among all of the source.
 
         Raises:
-          UserError: the cache has none of these tokens.
+          WithoutTargets: the cache has none of these answers, which are read without.
+          UserError: the same of a pair, which is left out.
         """
 
 
@@ -94,13 +105,15 @@ class RowMaker:
 
     def __call__(self, number: int) -> MadeRow:
         """Reads the records and images of a row."""
-        spec, rejected, cursor, slot = self.spec, [], 0, 0
+        spec, cursor, slot = self.spec, 0, 0
+        rejected: list[Rejected] = []
+        without_targets: list[Rejected] = []
         sides = [self._empty() for _ in range(_num_sides(spec))]
         pixels = self._no_images()
         for segment, sample in enumerate(self.plan.row(number), start=1):
             try:
                 content, images = self._read(sample)
-                targets = self._targets(sample, content)
+                targets = self._targets(sample, content, without_targets)
             except UserError as error:
                 rejected.append(self._rejected(sample, error))
             else:
@@ -113,7 +126,8 @@ class RowMaker:
             cursor += sample.length
         if spec.kind == "preference":
             return MadeRow(PreferenceBatch(*sides, images=pixels), tuple(rejected))
-        return MadeRow(sides[0]._replace(images=pixels), tuple(rejected))
+        batch = sides[0]._replace(images=pixels)
+        return MadeRow(batch, tuple(rejected), tuple(without_targets))
 
     def _read(self, sample: Sample) -> tuple[list[Side], list[np.ndarray]]:
         """Returns sides and images of a sample; UserError if they are not as planned."""
@@ -129,11 +143,18 @@ class RowMaker:
             )
         return sides, _read_images(record, spec)
 
-    def _targets(self, sample: Sample, sides: Sequence[Side]) -> Sequence[CachedTargets | None]:
+    def _targets(
+        self, sample: Sample, sides: Sequence[Side], without_targets: list[Rejected]
+    ) -> Sequence[CachedTargets | None]:
+        """Returns the targets of a sample; appends it to `without_targets` if there are none."""
         if self.targets is None:
             return [None] * len(sides)
         [position] = self.sources[sample.source].positions(np.array([sample.record])).tolist()
-        return self.targets.read(sample.source, position, sides)
+        try:
+            return self.targets.read(sample.source, position, sides)
+        except WithoutTargets as error:
+            without_targets.append(self._rejected(sample, error))
+            return [None] * len(sides)
 
     def _empty(self) -> Batch:
         length = self.spec.max_length

@@ -87,11 +87,13 @@ def _targets(
     log_p = jax.nn.log_softmax(logits / temperature)
     if format.kind == "samples":
         ids = draw(log_p, seed, *places, count=format.ids)
-        return TokenTargets(label_logprobs, ids, jnp.take_along_axis(log_p, ids, axis=1))
+        logprobs = jnp.take_along_axis(log_p, ids, axis=1)
+        return TokenTargets(label_logprobs, ids=ids, logprobs=logprobs)
     logprobs, ids = jax.lax.top_k(log_p, format.ids)
     # Over the other ids only: 1 - sum_k p_k has no correct digit where the sum is nearly 1.
     others = jnp.put_along_axis(log_p, ids, MASKED, axis=1, inplace=False)
-    return TokenTargets(label_logprobs, ids, logprobs, jax.nn.logsumexp(others, axis=1))
+    log_rest = jax.nn.logsumexp(others, axis=1)
+    return TokenTargets(label_logprobs, None, ids, logprobs, log_rest)
 
 
 def draw(

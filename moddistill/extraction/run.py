@@ -33,7 +33,7 @@ from moddistill.extraction.program import Extracted, make_extraction
 from moddistill.extraction.setup import Setup, prepare
 from moddistill.storage.digests import NAME, verify, write_digests
 from moddistill.storage.json_file import read_json, write_json
-from moddistill.teachers.cache import SETTINGS, TOKENIZER, describe_changes
+from moddistill.teachers.cache import SETTINGS, VOCABULARY, describe_changes
 from moddistill.teachers.entries import Entry
 from moddistill.teachers.live import load_teacher
 from moddistill.training.lock import locked
@@ -83,7 +83,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _write_settings(setup: Setup, folder: Path) -> None:
-    """Writes `cache.json` and the tokenizer; UserError if the folder is of other settings."""
+    """Writes `cache.json` and the vocabulary; UserError if the folder is of other settings."""
     settings = dataclasses.asdict(setup.settings)
     if (folder / SETTINGS).exists():
         if changed := describe_changes(read_json(folder / SETTINGS), settings):
@@ -92,7 +92,7 @@ def _write_settings(setup: Setup, folder: Path) -> None:
                 f"{str(folder)!r} and {changed}"
             )
     elif is_main_process():
-        setup.tokenizer.save(str(folder / TOKENIZER))
+        setup.texts.save(folder / VOCABULARY)
         write_json(folder / SETTINGS, settings)
     barrier("writing the settings of the cache")
 
@@ -217,7 +217,7 @@ class _ShardWriter:
                 break
             self._write_until(first_row + row)
             samples = plan.row(first_row + row)
-            entries = entries_of(extracted, row, samples, self._setup.settings.format)
+            entries = entries_of(extracted, row, samples, self._setup)
             shard = plan.shards[self._current]
             for sample, entry in zip(samples, entries, strict=True):
                 self._entries[int(shard.positions[sample.record - shard.first])] = entry
@@ -241,7 +241,7 @@ class _ShardWriter:
 
     def _write(self, shard: Shard) -> None:
         partial = self._folder / _WORK / shard.name
-        absent = Entry(bytes(8), None, "left out of the teacher's records")
+        absent = Entry(None, "left out of the teacher's records")
         with writing_records(partial) as write:
             for position in range(shard.size):
                 entry = self._entries.get(position, absent)

@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 
 from moddistill.config import CacheConfig, TrainConfig
 from moddistill.convert.resolve import ResolvedModel, resolve
+from moddistill.data.chat_template import end_token
 from moddistill.data.packing import Sample
 from moddistill.data.rows import RowSpec
 from moddistill.data.sources import Source
+from moddistill.data.token_texts import TokenTexts, token_texts
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import at_field, invalid
 from moddistill.models.compute import ComputeConfig
@@ -38,6 +40,7 @@ class Setup:
     """An extraction.
 
     Attributes:
+      texts: of the teacher's tokens.
       names: of the sources.
       spec: format of the rows that the teacher reads.
       rows: of a batch.
@@ -46,6 +49,7 @@ class Setup:
 
     model: Vlm
     tokenizer: Tokenizer
+    texts: TokenTexts
     settings: CacheSettings
     names: Sequence[str]
     sources: Sequence[Source]
@@ -89,6 +93,8 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
         {"size": spec.image_size, "tokens": spec.image_tokens, **dataclasses.asdict(spec.images)},
     )
     fingerprint = fingerprint_of(config, spec.kind, dict(zip(names, opened, strict=True)))
+    end = end_token(architecture.template)
+    texts = token_texts(tokenizer.backend, end if end in tokenizer.special_tokens else None)
     compute = ComputeConfig(
         dtype=jnp.dtype(config.dtype),
         one_segment=not config.data.packing,
@@ -99,6 +105,7 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
     return Setup(
         Vlm(architecture, compute),
         tokenizer,
+        texts,
         CacheSettings(entries, config.seed, identity, fingerprint),
         names,
         opened,

@@ -5,9 +5,11 @@
 
 D is KL(teacher || student) or another one of `divergences`.
 
-Each mean is over the positions of its own mask in the global batch.
+Each mean is over the positions of its own mask in the global batch. Of a cached teacher with other
+tokens, chunks of text count in the first one too.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +23,8 @@ from moddistill.losses.chunked import TokenFn, chunked_token_loss, logit_inputs
 from moddistill.losses.divergences import cross_entropy, divergence_to
 from moddistill.losses.labels import next_token
 from moddistill.losses.router import add_router_losses
-from moddistill.models.batch import Batch, num_tokens
+from moddistill.losses.text_chunks import chunk_loss
+from moddistill.models.batch import LAST, Batch, num_tokens
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import IdRanges, common_ids
 from moddistill.params import merge
@@ -58,9 +61,17 @@ def token_loss(
         masks = loss_masks(batch, config, terms)
         return {name: mask.reshape(-1).astype(jnp.float32) for name, mask in masks.items()}
 
+    def counts_of(batch: Batch) -> dict[str, Array]:
+        counts = {name: jnp.sum(mask) for name, mask in flat_masks(batch).items()}
+        if has_chunks(batch):
+            counts["kd"] += jnp.sum(batch.teacher.chunk == LAST)
+        return counts
+
+    def has_chunks(batch: Batch) -> bool:
+        return "kd" in terms and batch.teacher is not None and batch.teacher.chunk is not None
+
     def denominators_of(batch: Batch) -> Denominators:
-        masks = flat_masks(batch)
-        counts = {name: jnp.maximum(jnp.sum(mask), 1.0) for name, mask in masks.items()}
+        counts = {name: jnp.maximum(count, 1.0) for name, count in counts_of(batch).items()}
         return counts | {"tokens": num_tokens(batch)}
 
     def micro_batch(
@@ -73,28 +84,30 @@ def token_loss(
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
         targets = teacher.targets(teacher_params, batch, output) if "kd" in terms else NO_TARGETS
-        masks = flat_masks(batch)
+        masks, counts = flat_masks(batch), counts_of(batch)
         # Divided by the number of positions in the global batch, not in this part of it.
         weights = {
             name: mask * (coefficients[name] / denominators[name]) for name, mask in masks.items()
         }
-        loss, values = chunked_token_loss(
-            token_fn,
-            logit_inputs(output),
-            next_token(batch.tokens, batch.loss_mask, batch.segments)[0].reshape(-1),
-            weights,
-            targets,
+        token_sum = functools.partial(
+            chunked_token_loss,
+            labels=next_token(batch.tokens, batch.loss_mask, batch.segments)[0].reshape(-1),
             chunk_size=chunk_size,
             real_ids=real_ids,
         )
-        metrics = {
-            name: (jnp.sum(values[name] * masks[name]), jnp.sum(masks[name])) for name in terms
-        }
+        inputs = logit_inputs(output)
+        loss, values = token_sum(token_fn, inputs, weights=weights, targets=targets)
+        sums = {name: jnp.sum(values[name] * masks[name]) for name in terms}
+        if has_chunks(batch):
+            weight = coefficients["kd"] / denominators["kd"]
+            of_chunks, total = chunk_loss(token_sum, inputs, batch.teacher, weight)
+            loss, sums["kd"] = loss + of_chunks, sums["kd"] + total
+        metrics = {name: (sums[name], counts[name]) for name in terms}
         loss, metrics = add_router_losses(
             loss, metrics, output.router, router, denominators["tokens"]
         )
         # As a mean over the first term's positions: sums over micro-batches give `loss` again.
-        metrics["loss"] = (loss * denominators[terms[0]], jnp.sum(masks[terms[0]]))
+        metrics["loss"] = (loss * denominators[terms[0]], counts[terms[0]])
         return loss, jax.lax.stop_gradient(metrics)
 
     return Loss(denominators_of, micro_batch)
@@ -135,7 +148,7 @@ def loss_masks(
     `ce` counts at predictions of supervised tokens, and so does `kd` by default. Variants of `kd`:
     `kd_positions="all_tokens"` counts the predictions of all tokens but the first of each sample;
     `kd_shift="reference"` is the mask of the original code, which is not shifted with the labels:
-    one position late. With a cache, `kd` counts where it has targets.
+    one position late. With a cache, `kd` counts where it has targets of a token.
     """
     _, supervised = next_token(batch.tokens, batch.loss_mask, batch.segments)
     masks = {"ce": supervised, "kd": supervised}

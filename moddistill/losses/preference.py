@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from moddistill.config import PREFERENCE_KINDS, PreferenceConfig, RouterLossConfig
 from moddistill.errors import not_one_of
@@ -27,6 +27,7 @@ from moddistill.losses import Denominators, Loss, Metrics
 from moddistill.losses.chunked import LogitInputs, chunked_token_loss, logit_inputs
 from moddistill.losses.divergences import cross_entropy, label_logprobs
 from moddistill.losses.labels import next_token
+from moddistill.losses.likelihoods import sum_by_segment, surrogate
 from moddistill.losses.router import add_router_losses
 from moddistill.models.batch import (
     PreferenceBatch,
@@ -110,7 +111,7 @@ def preference_loss(
 
     1. Log-probabilities of the answers' tokens under student and teacher, without gradient. Their
        sums over the segments of a row are the log-likelihoods pi and ref.
-    2. From L(pi - ref) and d L / d pi, a token loss that has the gradient of L (`_surrogate`).
+    2. From L(pi - ref) and d L / d pi, a token loss that has the gradient of L (`surrogate`).
 
     Args:
       chunk_size: positions whose logits are in memory at one time.
@@ -138,17 +139,17 @@ def preference_loss(
         inputs = logit_inputs(output)
         predictions = functools.partial(teacher.predictions, real_ids=real_ids)
         policy, reference = _log_probs(token_sum, predictions, inputs, targets, supervised)
-        is_pair = _sum_by_segment(sample_starts(batch.chosen), batch.chosen.segments) > 0
+        is_pair = sum_by_segment(sample_starts(batch.chosen), batch.chosen.segments) > 0
 
         def loss_of_pairs(policy: Array) -> tuple[Array, tuple[Array, Array]]:
-            ratios = _sum_by_segment(policy - reference, answers.segments)
+            ratios = sum_by_segment(policy - reference, answers.segments)
             chosen, rejected = jnp.split(ratios, 2)
             losses = preference_losses(
                 chosen, rejected, is_pair, config.kind, config.beta, config.label_smoothing
             )
             return jnp.sum(losses) / denominators["pairs"], (chosen, rejected)
 
-        # L as a function of the log-probabilities only; `_surrogate` adds the models' gradients.
+        # L as a function of the log-probabilities only; `surrogate` adds the models' gradients.
         (loss, ratios), d_policy = jax.value_and_grad(loss_of_pairs, has_aux=True)(policy)
         pairs = num_samples(batch)
         metrics = _preference_metrics(*ratios, config.beta, pairs)
@@ -157,7 +158,7 @@ def preference_loss(
             loss, metrics, output.router, router, denominators["tokens"]
         )
         metrics["loss"] = (loss * denominators["pairs"], pairs)
-        loss = loss + _surrogate(token_sum, inputs, supervised, d_policy)
+        loss = loss + surrogate(token_sum, inputs, supervised, d_policy)
         return loss, jax.lax.stop_gradient(metrics)
 
     return Loss(denominators_of, micro_batch)
@@ -184,44 +185,6 @@ def _log_probs(
     _, values = token_sum(token_fn, inputs, weights=weights, targets=targets)
     policy, reference = (values[name].reshape(supervised.shape) for name in weights)
     return policy, reference
-
-
-def _sum_by_segment(
-    values: Float[Array, "B T"] | Bool[Array, "B T"], segments: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Returns the sum over segment s + 1 of each row in column s; 0 for segments that it lacks.
-
-    A row of T tokens has at most T segments, so the result has that static width.
-    """
-    size = segments.shape[1] + 1
-    sums = functools.partial(jax.ops.segment_sum, num_segments=size)
-    return jax.vmap(sums)(values.astype(jnp.float32), segments)[:, 1:]  # 0 is padding
-
-
-def _surrogate(
-    token_sum: Callable,
-    inputs: LogitInputs,
-    supervised: Bool[Array, "B T"],
-    d_policy: Float[Array, "B T"],
-) -> Float[Array, ""]:
-    """Returns 0, with the gradient of the preference loss.
-
-    A chunk sees some tokens of an answer, while the loss L needs the sum over all of them,
-    pi_i = sum_t log p_it. By the chain rule
-
-        d L / d theta = sum_i (d L / d pi_i) sum_t d log p_it / d theta,
-
-    which is the gradient of sum_it c_i log p_it with constants c_i = d L / d pi_i: a token loss
-    with weights c_i, which `d_policy` has at every position of answer i. Its value means nothing
-    and is subtracted; x - x is 0 to the last bit, however large x is.
-    """
-
-    def token_fn(logits: Array, _: Targets, labels: Array) -> dict[str, Array]:
-        return {"policy": -cross_entropy(logits, labels)}
-
-    weights = {"policy": (supervised * d_policy).reshape(-1)}
-    surrogate, _ = token_sum(token_fn, inputs, weights=weights)
-    return surrogate - jax.lax.stop_gradient(surrogate)
 
 
 def _preference_metrics(chosen: Array, rejected: Array, beta: float, weight: Array) -> Metrics:

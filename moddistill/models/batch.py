@@ -13,20 +13,24 @@ from jaxtyping import Bool, Float, Int, UInt8
 from moddistill.config import CachedKind, DataConfig
 
 Array = Any
+WITHIN, LAST = 1, 2  # of a chunk
 
 
 class CachedTargets(NamedTuple):
     """What a teacher cache has of the tokens of rows, at the positions that predict them.
 
-    Elsewhere, and for records without targets, everything is zero.
+    Elsewhere, and for records without targets, everything is zero. Tokens that teacher and student
+    do not have in common are in chunks, of which the teacher's likelihood is known.
 
     Attributes:
-      known: whether there are targets.
+      known: whether there are targets of the token.
       ids: the teacher's most probable ids, or ids drawn from its distribution.
       logprobs: of these ids.
       log_rest: the log-probability of all other ids together; None of drawn ids.
       label_logprobs: the log-likelihood of an answer, at its first position; of pairs only, which
         have no ids.
+      chunk: `WITHIN` at a token of a chunk, `LAST` at its last one.
+      chunk_logprobs: log-likelihood of a chunk, at its last token.
     """
 
     known: Bool[Array, "B T"]
@@ -34,6 +38,8 @@ class CachedTargets(NamedTuple):
     logprobs: Float[Array, "B T K"] | None = None
     log_rest: Float[Array, "B T"] | None = None
     label_logprobs: Float[Array, "B T"] | None = None
+    chunk: Int[Array, "B T"] | None = None
+    chunk_logprobs: Float[Array, "B T"] | None = None
 
 
 class Batch(NamedTuple):
@@ -151,6 +157,8 @@ def make_targets(
         array(per_id, np.int32),
         array(per_id, np.float32),
         array(shape, np.float32) if cached.kind == "top_k" else None,
+        chunk=array(shape, np.int8),
+        chunk_logprobs=array(shape, np.float32),
     )
 
 

@@ -1,9 +1,58 @@
-"""Alignment of teacher and student: equal token ids, equal conversation template."""
+"""Alignment of teacher and student: their token ids, and the conversation template."""
+
+from typing import NamedTuple
+
+import numpy as np
 
 from moddistill.config import TrainConfig
+from moddistill.data.token_texts import TokenTexts
 from moddistill.data.tokenizer import CONTROLS, Tokenizer
 from moddistill.errors import UserError, invalid
 from moddistill.models.vocabulary import IdRanges, id_ranges
+from moddistill.teachers.targets import NO_ID
+
+
+class IdMap(NamedTuple):
+    """Ids of a teacher's tokens in the student's vocabulary.
+
+    Attributes:
+      to_student: int32 of each id of the teacher; `NO_ID` for tokens that the student lacks.
+      is_shared: whether one vocabulary has the text of the other, with the same ids. Tokens that
+        one of them lacks are control tokens or additions then, which no answer has.
+    """
+
+    to_student: np.ndarray
+    is_shared: bool
+
+    def ids_of_student(self) -> IdRanges:
+        """Returns the ids of the student that the teacher has too."""
+        return id_ranges(self.to_student[self.to_student != NO_ID].tolist())
+
+
+def id_map(teacher: TokenTexts, student: TokenTexts) -> IdMap:
+    """Returns the ids of tokens of equal text, of equal control tokens, and of ends of answers.
+
+    Where ends of answers are different tokens, their ids are exchanged.
+    """
+    # Reversed, so that of several ids with one text the first counts.
+    of_text = {text: id for id, text in reversed([*enumerate(student.texts)]) if text is not None}
+    to_student = np.full(_size(teacher), NO_ID, np.int32)
+    for id, text in enumerate(teacher.texts):
+        to_student[id] = of_text.get(text, NO_ID)
+    same = to_student[: len(teacher.texts)]
+    has_same_ids = bool(np.all((same == NO_ID) | (same == np.arange(len(same)))))
+    texts = set(of_text), {text for text in teacher.texts if text is not None}
+    is_shared = has_same_ids and (texts[0] <= texts[1] or texts[1] <= texts[0])
+    for name, id in teacher.controls.items():
+        to_student[id] = student.controls.get(name, NO_ID)
+    if None not in (teacher.end, student.end):
+        to_student[to_student == student.end] = to_student[teacher.end]
+        to_student[teacher.end] = student.end
+    return IdMap(to_student, is_shared)
+
+
+def _size(texts: TokenTexts) -> int:
+    return max(len(texts.texts) - 1, *texts.controls.values()) + 1
 
 
 def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:

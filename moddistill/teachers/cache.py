@@ -1,7 +1,7 @@
 """A teacher cache: what a teacher predicts at the supervised tokens of records, in files.
 
     CACHE/cache.json                           what it is of (`Fingerprint`), and its format
-    CACHE/tokenizer/                           the teacher's
+    CACHE/vocabulary.json                      the texts of the teacher's tokens
     CACHE/SOURCE-00000-of-00012.array_record   entries of `SHARD_RECORDS` records, in their order
     CACHE/quarantine.jsonl, truncated.jsonl    records without targets, and those that were cut
     CACHE/digests.json                         SHA-256 of all files, written last
@@ -20,6 +20,7 @@ from typing import Any
 from moddistill.config import TrainConfig
 from moddistill.data.array_records import ArrayRecordFile
 from moddistill.data.sources import Source
+from moddistill.data.token_texts import TokenTexts, read_token_texts
 from moddistill.errors import UserError
 from moddistill.models.batch import CacheShape
 from moddistill.storage.digests import NAME
@@ -27,7 +28,7 @@ from moddistill.storage.json_file import changed_values, read_json
 from moddistill.teachers.entries import Entry, EntryFormat
 
 CACHED = "cache:"  # before the folder in `config.teacher`
-SETTINGS, TOKENIZER = "cache.json", "tokenizer"
+SETTINGS, VOCABULARY = "cache.json", "vocabulary.json"
 SHARD_RECORDS = 1024
 _MOST_SHOWN = 5
 
@@ -174,6 +175,11 @@ class TeacherCache:
     @property
     def shape(self) -> CacheShape:
         return CacheShape(self.settings.format.kind, self.settings.format.ids)
+
+    @functools.cached_property
+    def texts(self) -> TokenTexts:
+        """The teacher's vocabulary."""
+        return read_token_texts(self.folder / VOCABULARY)
 
     @functools.cached_property
     def _files(self) -> dict[str, list[ArrayRecordFile]]:

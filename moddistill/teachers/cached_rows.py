@@ -6,10 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from moddistill.data.examples import Side
+from moddistill.data.rows import WithoutTargets
+from moddistill.data.token_texts import TokenTexts
 from moddistill.errors import UserError
-from moddistill.models.batch import CachedTargets, make_targets
+from moddistill.models.batch import LAST, WITHIN, CachedTargets, make_targets
+from moddistill.models.logits import MASKED
+from moddistill.teachers.alignment import IdMap
 from moddistill.teachers.cache import TeacherCache
 from moddistill.teachers.entries import TokenTargets, text_digest
+from moddistill.teachers.targets import NO_ID
+from moddistill.teachers.text_chunks import align
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,38 +24,83 @@ class CachedRows:
 
     Attributes:
       names: of the sources, in the order of their numbers.
+      ids: from the teacher's ids to those of the student.
+      student: the texts of its tokens.
     """
 
     cache: TeacherCache
     names: tuple[str, ...]
+    ids: IdMap
+    student: TokenTexts
 
     def empty(self, length: int) -> CachedTargets:
         return make_targets(np.zeros, (length,), self.cache.shape)
 
     def read(self, source: int, position: int, sides: Sequence[Side]) -> list[CachedTargets]:
-        predicted = [np.flatnonzero(side.loss_mask[1:]) for side in sides]
-        entry = self.cache.entry(self.names[source], position)
-        if entry.targets is None:
-            raise UserError(f"teacher cache: expected targets, got none: {entry.reason}")
-        pairs = zip(sides, predicted, strict=True)
-        if entry.digest != text_digest(*(side.tokens[1:][at] for side, at in pairs)):
+        is_pair = self.cache.shape.kind == "answers"
+        try:
+            entry = self.cache.entry(self.names[source], position)
+            if entry.targets is None:
+                raise UserError(f"teacher cache: expected targets, got none: {entry.reason}")
+            if is_pair:
+                return self._of_pair(sides, entry.targets, entry.digest)
+            return [self._of_tokens(sides[0], entry.targets)]
+        except UserError as error:
+            if is_pair:  # has no loss without its reference
+                raise
+            raise WithoutTargets(str(error)) from None
+
+    def _of_pair(
+        self, sides: Sequence[Side], targets: TokenTargets, digest: bytes
+    ) -> list[CachedTargets]:
+        texts = [self.student.spell(side.tokens[side.loss_mask]) for side in sides]
+        if digest != text_digest(*texts):
             raise UserError(
-                "teacher cache: expected targets of the supervised tokens of this record, got "
-                "those of other tokens"
+                "teacher cache: expected the log-likelihoods of these answers, got those of others"
             )
         found = [self.empty(len(side.tokens)) for side in sides]
-        for number, (targets, at) in enumerate(zip(found, predicted, strict=True)):
-            if self.cache.shape.kind == "answers":
-                targets.known[at[:1]] = True
-                targets.label_logprobs[at[:1]] = entry.targets.label_logprobs[number]
-            else:
-                _write(targets, at, entry.targets)
+        for number, (side, row) in enumerate(zip(sides, found, strict=True)):
+            first = np.flatnonzero(side.loss_mask[1:])[:1]
+            row.known[first] = True
+            row.label_logprobs[first] = targets.label_logprobs[number]
         return found
 
+    def _of_tokens(self, side: Side, targets: TokenTargets) -> CachedTargets:
+        row = self.empty(len(side.tokens))
+        predicted = np.flatnonzero(side.loss_mask[1:])
+        labels = side.tokens[1:][predicted]
+        if np.array_equal(self.ids.to_student[targets.labels], labels):
+            self._write(row, predicted, targets)
+            return row
+        texts = self.cache.texts.spell(targets.labels)
+        chunks = align(self.student.spell(labels), texts)
+        tokens = [chunk for chunk in chunks if chunk.is_token]
+        at = predicted[[chunk.student.start for chunk in tokens]]
+        self._write(row, at, _select(targets, [chunk.teacher.start for chunk in tokens]))
+        for chunk in chunks:
+            if not chunk.is_token:
+                at = predicted[chunk.student.start : chunk.student.stop]
+                row.chunk[at] = WITHIN
+                row.chunk[at[-1]] = LAST
+                of_chunk = targets.label_logprobs[chunk.teacher.start : chunk.teacher.stop]
+                row.chunk_logprobs[at[-1]] = of_chunk.sum()
+        return row
 
-def _write(row: CachedTargets, at: np.ndarray, targets: TokenTargets) -> None:
-    row.known[at] = True
-    row.ids[at] = targets.ids
-    row.logprobs[at] = targets.logprobs
-    if row.log_rest is not None:
+    def _write(self, row: CachedTargets, at: np.ndarray, targets: TokenTargets) -> None:
+        ids = self.ids.to_student[targets.ids]
+        is_absent = ids == NO_ID
+        row.known[at] = True
+        row.ids[at] = ids
+        row.logprobs[at] = np.where(is_absent, MASKED, targets.logprobs)
+        if row.log_rest is None:
+            return
         row.log_rest[at] = targets.log_rest
+        if not self.ids.is_shared and is_absent.any():
+            # Texts that no token of the student has are among the others.
+            absent = np.where(is_absent, targets.logprobs, MASKED)
+            others = np.logaddexp.reduce(absent, axis=1)
+            row.log_rest[at] = np.logaddexp(targets.log_rest, others)
+
+
+def _select(targets: TokenTargets, at: Sequence[int]) -> TokenTargets:
+    return TokenTargets(*(None if x is None else x[np.asarray(at, int)] for x in targets))

@@ -11,14 +11,15 @@ from moddistill.convert.resolve import (
     ResolvedModel,
     resolve,
 )
+from moddistill.data.chat_template import end_token
+from moddistill.data.token_texts import TokenTexts, token_texts
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
-from moddistill.errors import at_field, invalid
+from moddistill.errors import UserError, at_field, invalid
 from moddistill.losses.divergences import SAMPLED_DIVERGENCES
 from moddistill.models.upcycle import check_upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig
-from moddistill.models.vocabulary import IdRanges
-from moddistill.teachers.alignment import shared_ids
-from moddistill.teachers.cache import CACHED, TOKENIZER, TeacherCache
+from moddistill.teachers.alignment import IdMap, id_map
+from moddistill.teachers.cache import CACHED, TeacherCache
 from moddistill.teachers.live import teacher_architecture
 from moddistill.training.stages import is_cached, stage_of
 
@@ -36,7 +37,7 @@ class Models(NamedTuple):
       student_config: the architecture that the stage trains.
       teacher_config: the teacher's, with the token ids that it shares with the student.
       cache: the cache that `config.teacher` names, if any.
-      cached_ids: ids of tokens that its teacher and the student share.
+      ids: from its teacher's ids to those of the student.
     """
 
     tokenizer: Tokenizer
@@ -46,7 +47,7 @@ class Models(NamedTuple):
     student_config: ModelConfig
     teacher_config: ModelConfig | None
     cache: TeacherCache | None
-    cached_ids: IdRanges
+    ids: IdMap | None
 
 
 def resolve_models(config: TrainConfig) -> Models:
@@ -56,8 +57,7 @@ def resolve_models(config: TrainConfig) -> Models:
       UserError: naming the setting of a model that does not exist or does not fit.
     """
     student, tokenizer = _student(config)
-    vision = teacher = teacher_config = cache = None
-    cached_ids: IdRanges = ()
+    vision = teacher = teacher_config = cache = ids = None
     if config.vision:
         with at_field("config.vision"):
             vision = resolve(config.vision, tokenizer)
@@ -65,7 +65,8 @@ def resolve_models(config: TrainConfig) -> Models:
     if is_cached(config):
         with at_field("config.teacher"):
             cache = TeacherCache(Path(config.teacher.removeprefix(CACHED)))
-            cached_ids = _cached_ids(cache, tokenizer)
+            ids = id_map(cache.texts, student_texts(config, tokenizer))
+            _check_vocabulary(config, cache, ids)
         _check_divergence(config, cache)
     elif config.teacher:
         with at_field("config.teacher"):
@@ -73,7 +74,7 @@ def resolve_models(config: TrainConfig) -> Models:
             # Compared with `target`, since a text-only student gets its encoder in this stage.
             teacher_config = teacher_architecture(config, teacher, target, tokenizer)
     _warn_of_template(config, student)
-    return Models(tokenizer, student, vision, teacher, target, teacher_config, cache, cached_ids)
+    return Models(tokenizer, student, vision, teacher, target, teacher_config, cache, ids)
 
 
 def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:
@@ -87,10 +88,19 @@ def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:
         raise invalid("config.distillation.divergence", value, expected)
 
 
-def _cached_ids(cache: TeacherCache, tokenizer: Tokenizer) -> IdRanges:
-    """Returns the ids of tokens that the cache's teacher and the student share."""
-    of_teacher = load_tokenizer(str(cache.folder / TOKENIZER))
-    return shared_ids(of_teacher, tokenizer, cache.settings.teacher.spec)
+def student_texts(config: TrainConfig, tokenizer: Tokenizer) -> TokenTexts:
+    """Returns the texts of the student's tokens, with the end of an answer in its template."""
+    end = end_token(config.data.template)
+    return token_texts(tokenizer.backend, end if end in tokenizer.special_tokens else None)
+
+
+def _check_vocabulary(config: TrainConfig, cache: TeacherCache, ids: IdMap) -> None:
+    """Raises UserError for drawn ids of another vocabulary."""
+    if cache.shape.kind == "samples" and not ids.is_shared:
+        raise UserError(
+            "expected a cache made with --top_k for a teacher of another vocabulary than the "
+            f"student's, got one of drawn ids, {str(cache.folder)!r}"
+        )
 
 
 def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:

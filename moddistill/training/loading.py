@@ -64,7 +64,10 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     target, teacher = models.student_config, models.teacher_config
     cached = None
     if models.cache is not None:
-        cached = CachedTeacher(models.cache.shape.kind, models.cached_ids)
+        ids, all_ids = models.ids, models.tokenizer.real_ids
+        cached = CachedTeacher(
+            models.cache.shape.kind, ids.ids_of_student() if ids.is_shared else all_ids
+        )
     program = make_program(config, target, cached or teacher, mesh)
     teacher_params = None
     if teacher is not None:

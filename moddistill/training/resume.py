@@ -10,6 +10,7 @@ from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, invalid
 from moddistill.storage.digests import NAME, check_outside
 from moddistill.storage.json_file import changed_values, write_json
+from moddistill.training.streams import LISTS
 
 # Settings that may change when a run resumes: of memory, speed and logging, and its length.
 _FREE = (
@@ -47,7 +48,7 @@ def check_is_workdir(workdir: Path) -> None:
             expected = "a new folder, or that of a run with its settings in config.json"
             raise invalid("--workdir", str(workdir), expected)
         return
-    for name in ("metrics.jsonl", "quarantine.jsonl", "truncated.jsonl", "checkpoints"):
+    for name in ("metrics.jsonl", *LISTS, "checkpoints"):
         if (workdir / name).exists():
             expected = f"a new folder, or that of a run, not one with {name} but no config.json"
             raise invalid("--workdir", str(workdir), expected)

@@ -28,16 +28,20 @@ from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.processes import barrier, is_main_process
 from moddistill.distributed.sharding import local_rows
 from moddistill.models.vision import VisionConfig
-from moddistill.teachers.cache import TeacherCache, check_fingerprint, fingerprint_of
+from moddistill.teachers.cache import check_fingerprint, fingerprint_of
 from moddistill.teachers.cached_rows import CachedRows
-from moddistill.training.architectures import Models
+from moddistill.training.architectures import Models, student_texts
 from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 
 HELDOUT = "heldout"  # the name of the source of held-out records
 # Files in which the pipeline lists records, and what happened to these.
-LISTS = {"quarantine.jsonl": "left out", "truncated.jsonl": "truncated to max_length"}
+LISTS = {
+    "quarantine.jsonl": "left out",
+    "truncated.jsonl": "truncated to max_length",
+    "without_targets.jsonl": "without targets of the teacher",
+}
 
 
 class Streams(NamedTuple):
@@ -70,14 +74,14 @@ def open_streams(config: TrainConfig, models: Models, mesh: Mesh, workdir: Path)
 
     sources = opened(data, origin)
     plan = plan_rows(data, sources, config.seed)
-    targets = _targets(config, models.cache, sorted(data.sources), sources)
+    targets = _targets(config, models, sorted(data.sources), sources)
     training = _batches(config, data, models, sources, targets, plan, mesh, workdir)
     heldout, others = None, []
     if config.heldout_steps:
         data = dataclasses.replace(data, sources={HELDOUT: data.heldout})
         others = opened(data, "config.data")
         other_plan = plan_rows(data, others, config.seed)
-        targets = _targets(config, models.cache, [HELDOUT], others)
+        targets = _targets(config, models, [HELDOUT], others)
         heldout = _batches(config, data, models, others, targets, other_plan, mesh, workdir)
     digests: dict[str, str] = {}
     for source in [*sources, *others]:
@@ -138,17 +142,15 @@ def open_and_list(
 
 
 def _targets(
-    config: TrainConfig,
-    cache: TeacherCache | None,
-    names: Sequence[str],
-    sources: Sequence[Source],
+    config: TrainConfig, models: Models, names: Sequence[str], sources: Sequence[Source]
 ) -> CachedRows | None:
     """Returns the targets of sources; UserError for a cache of other records."""
+    cache = models.cache
     if cache is None:
         return None
     run = fingerprint_of(config, stage_of(config).records, dict(zip(names, sources, strict=True)))
     check_fingerprint(cache, run, "config.teacher")
-    return CachedRows(cache, tuple(names))
+    return CachedRows(cache, tuple(names), models.ids, student_texts(config, models.tokenizer))
 
 
 def _batches(

@@ -12,9 +12,11 @@ import pytest
 
 from moddistill.config import CacheConfig
 from moddistill.convert.resolve import load
+from moddistill.data.tokenizer import train_bpe
 from moddistill.errors import UserError
 from moddistill.extraction import plan, run
 from moddistill.extraction.run import extract
+from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vocabulary import num_ids
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import cache as caches
@@ -77,7 +79,6 @@ def test_entries_depend_on_the_records_only(tiny_config, cached, tmp_path, wante
     [(name, source)] = a.settings.fingerprint.sources.items()
     for number in range(source.records):
         x, y = a.entry(name, number), b.entry(name, number)
-        assert x.digest == y.digest
         chex.assert_trees_all_close(x.targets, y.targets, atol=2e-3)
 
 
@@ -107,7 +108,7 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
     a, b = TeacherCache(folder), TeacherCache(whole)
     for number in range(8):
         first, second = (each.entry("conversations", number) for each in (a, b))
-        assert first.digest == second.digest
+        np.testing.assert_array_equal(first.targets.labels, second.targets.labels)
         chex.assert_trees_all_close(first.targets, second.targets, atol=2e-3)
 
 
@@ -192,11 +193,11 @@ def test_held_out_records_have_targets_too(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def teacher_of(tiny_architecture, init, tokenizer, tmp_path):
+def teacher_of(init, tokenizer, tmp_path):
     """`teacher_of(**changes)`: the folder of a teacher whose architecture differs from `tiny`."""
 
-    def make(patch_size=14, template="vicuna"):
-        config = tiny_architecture("tiny-teacher")
+    def make(patch_size=14, template="vicuna", tokenizer=tokenizer):
+        config = with_vocabulary(preset("tiny-teacher"), tokenizer.real_ids, tokenizer.image_id)
         vision = dataclasses.replace(config.vision, patch_size=patch_size)
         config = dataclasses.replace(config, vision=vision, template=template)
         save_model(tmp_path / "teacher", config, init(config), tokenizer, {})
@@ -212,18 +213,57 @@ def test_a_teacher_with_other_image_tokens_teaches_from_a_cache(tiny_config, tea
     extract(config, CacheConfig(ids=8), tmp_path / "cache")
     assert TeacherCache(tmp_path / "cache").settings.teacher.images["tokens"] == 16
     train_from(tmp_path / "cache", config, tmp_path)
-    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == config.steps and all(row["kd"] > 0 for row in rows)
-    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+    assert taught(tmp_path / "run") == config.steps
 
 
-def test_records_whose_supervised_tokens_differ_are_left_out(tiny_config, teacher_of, tmp_path):
-    """`chatml` ends an answer with another token than `vicuna`."""
-    config = tiny_config("d2s", teacher=teacher_of(template="chatml"), data={"max_rejected": 1.0})
+def test_a_teacher_of_another_template_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
+    """`chatml` has another end of an answer than `vicuna`, and no space before it."""
+    config = tiny_config("d2s", teacher=teacher_of(template="chatml"))
     extract(config, CacheConfig(ids=8), tmp_path / "cache")
     train_from(tmp_path / "cache", config, tmp_path)
-    listed = (tmp_path / "run" / "quarantine.jsonl").read_text()
-    assert listed.count("got those of other tokens") == 8
+    assert taught(tmp_path / "run") == config.steps
+
+
+def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
+    other = train_bpe(["which shape is this? is it a blue star or a green circle? " * 3], 290)
+    config = tiny_config("d2s", teacher=teacher_of(tokenizer=other))
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    train_from(tmp_path / "cache", config, tmp_path)
+    assert taught(tmp_path / "run") == config.steps
+    extract(config, CacheConfig("samples", 8), tmp_path / "drawn")
+    with pytest.raises(UserError, match=r"config\.teacher: expected a cache made with --top_k for"):
+        train_from(tmp_path / "drawn", config, tmp_path / "other")
+
+
+def test_records_of_other_answers_are_trained_without_targets(
+    tiny_config, cached, tmp_path, monkeypatch
+):
+    config = tiny_config("d2s", data={"max_rejected": 1.0})
+    monkeypatch.setattr(TeacherCache, "entry", other_entry)
+    train_from(cached("d2s", CacheConfig("top_k", 8)), config, tmp_path)
+    listed = (tmp_path / "run" / "without_targets.jsonl").read_text()
+    assert listed.count("answer: expected ") == 8
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["ce"] > 0 and not row.get("kd") for row in rows)
+    monkeypatch.setattr(TeacherCache, "entry", other_entry)
+    with pytest.raises(UserError, match=r"records to be without a teacher's targets .*, got "):
+        train_from(cached("d2s", CacheConfig("top_k", 8)), tiny_config("d2s"), tmp_path / "other")
+
+
+def other_entry(cache, source, number, entry=TeacherCache.entry):
+    """That of a record, whose answer begins with another letter."""
+    found = entry(cache, source, number)
+    labels = found.targets.labels.copy()
+    labels[0] = labels[0] % 100 + 1
+    return found._replace(targets=found.targets._replace(labels=labels))
+
+
+def taught(workdir):
+    """The number of steps with a divergence; no record was left out, or had no targets."""
+    lists = {"quarantine.jsonl", "without_targets.jsonl"}
+    assert not lists & {path.name for path in workdir.iterdir()}
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return sum(row["kd"] > 0 for row in rows)
 
 
 def test_a_run_does_not_resume_with_another_cache(tiny_config, cached, tmp_path):
@@ -283,17 +323,17 @@ def test_a_folder_without_a_cache_is_named(tiny_config, tmp_path):
         train_from(tmp_path, tiny_config("d2s"), tmp_path)
 
 
-def test_a_damaged_entry_leaves_out_its_record(tiny_config, cached, tmp_path):
+def test_a_damaged_entry_is_no_target(tiny_config, cached, tmp_path):
     """Bits are compared as entries are read; damage never becomes a target."""
     folder = shutil.copytree(cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache")
     file = sorted(folder.glob("*.array_record"))[0]
     data = bytearray(file.read_bytes())
-    where = data.index(b"MDT1") if b"MDT1" in data else 200
+    where = data.index(b"MDT2") if b"MDT2" in data else 200
     data[where + 20] ^= 4
     file.write_bytes(data)
     config = tiny_config("d2s", data={"max_rejected": 1.0})
     train_from(folder, config, tmp_path)
-    listed = (tmp_path / "run" / "quarantine.jsonl").read_text()
+    listed = (tmp_path / "run" / "without_targets.jsonl").read_text()
     assert "expected undamaged bytes" in listed
 
 

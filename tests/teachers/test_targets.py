@@ -14,7 +14,6 @@ from moddistill.losses.chunked import LogitInputs, chunked_token_loss
 from moddistill.losses.distillation import loss_masks, token_loss
 from moddistill.losses.divergences import divergence_to
 from moddistill.models.batch import CachedTargets
-from moddistill.models.logits import MASKED
 from moddistill.models.vlm import Vlm
 from moddistill.models.vocabulary import num_ids, token_mask
 from moddistill.params import flatten
@@ -120,31 +119,6 @@ def test_targets_of_all_ids_give_the_loss_of_the_live_teacher(
     assert isinstance(live, Teacher) and isinstance(cached, Teacher)
     found = loss(cached, None, batch._replace(teacher=known))
     chex.assert_trees_all_close(found, loss(live, teacher_params, batch), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["top_k", "samples"])
-def test_ids_that_the_student_lacks_have_no_part(kind):
-    """Id 7 is no token of the student, and 25 is beyond its embedding."""
-    logits = jnp.where(token_mask(REAL, VOCAB), jnp.linspace(-1, 1, VOCAB)[None], MASKED)
-    log_q = np.asarray(jax.nn.log_softmax(logits))[0]
-    p = np.array([0.4, 0.2, 0.2, 0.1])
-    known = CachedTargets(
-        jnp.ones(1, bool), jnp.array([[3, 7, 25, 12]]), jnp.log(p)[None], jnp.log(jnp.array([0.1]))
-    )
-    predictions = CachedTeacher(kind, REAL).predictions(Targets(known), REAL)
-
-    def loss(logits):
-        return divergence_to(predictions, logits, DistillationConfig())[0]
-
-    value, gradient = jax.value_and_grad(loss)(logits)
-    if kind == "samples":
-        expected = np.mean([np.log(0.4) - log_q[3], np.log(0.1) - log_q[12]])
-    else:  # renormalised over the ids that both have
-        rest = 1 - np.exp(log_q[3]) - np.exp(log_q[12])
-        shared, q = np.array([0.4, 0.1, 0.1]) / 0.6, [*np.exp(log_q[[3, 12]]), rest]
-        expected = np.sum(shared * np.log(shared / q))
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert np.all(np.isfinite(gradient)) and gradient[0, 7] == 0
 
 
 def test_tokens_without_targets_have_cross_entropy_only(tiny_architecture, random_batch):

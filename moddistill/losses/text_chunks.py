@@ -1,0 +1,65 @@
+"""Likelihoods of chunks of text that teacher and student divide into different tokens.
+
+Of a chunk with probability p under the teacher and q under the student, the loss is the divergence
+of "this chunk follows, or another text does", at most that of all texts:
+
+    p log(p / q) + (1 - p) log((1 - p) / (1 - q))
+
+References:
+  ALM: https://arxiv.org/abs/2503.20083, with temperature 1.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moddistill.losses.chunked import LogitInputs
+from moddistill.losses.likelihoods import policy_logprobs, sum_by_segment, surrogate
+from moddistill.models.batch import LAST, CachedTargets
+
+# Nearer to 1, a float32 has too few digits of 1 - p.
+_LARGEST = -1e-5
+
+
+def chunk_divergence(
+    student: Float[Array, "*N"], teacher: Float[Array, "*N"]
+) -> Float[Array, "*N"]:
+    """Returns the divergence of the log-likelihoods of chunks, in nats."""
+    student, teacher = (jnp.minimum(x, _LARGEST) for x in (student, teacher))
+    p = jnp.exp(teacher)
+    follows = p * (teacher - student)
+    return follows + (1 - p) * (_log_others(teacher) - _log_others(student))
+
+
+def _log_others(logprobs: Array) -> Array:
+    """log(1 - p) of log p."""
+    return jnp.log(-jnp.expm1(logprobs))
+
+
+def chunk_loss(
+    token_sum: Callable, inputs: LogitInputs, targets: CachedTargets, weight: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns `weight` times the sum of the divergences of all chunks, and that sum.
+
+    Args:
+      token_sum: `chunked_token_loss` with the labels of the batch.
+      weight: of each chunk.
+    """
+    in_chunk, is_last = targets.chunk > 0, targets.chunk == LAST
+    # A token's chunk is counted by the ends before it.
+    ends = jnp.cumsum(is_last, axis=1) - is_last
+    numbers = jnp.where(in_chunk, ends + 1, 0)
+    weights = {"policy": in_chunk.reshape(-1).astype(jnp.float32)}
+    _, values = token_sum(policy_logprobs, jax.lax.stop_gradient(inputs), weights=weights)
+    policy = values["policy"].reshape(in_chunk.shape)
+    teacher = sum_by_segment(targets.chunk_logprobs * is_last, numbers)
+    exists = sum_by_segment(is_last, numbers) > 0
+
+    def loss_of(policy: Array) -> Array:
+        divergences = chunk_divergence(sum_by_segment(policy, numbers), teacher)
+        return jnp.sum(jnp.where(exists, divergences, 0.0))
+
+    total, d_policy = jax.value_and_grad(loss_of)(policy)
+    return weight * total + surrogate(token_sum, inputs, in_chunk, weight * d_policy), total

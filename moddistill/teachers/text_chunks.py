@@ -1,0 +1,99 @@
+"""Alignment of two tokenizations of the same answers, by the bytes at which their tokens end.
+
+    student   " " "4" "2" " cats" END      chunks   " " "4" ~ "4"   "2" = "2"   ...
+    teacher   "4" "2" " cats" END
+
+Chunks are the smallest groups of tokens that end at the same byte in both. Chunks of one token of
+equal text have the same distribution to predict (=); of all others only the likelihood can be
+compared (~). Templates differ in whether an answer begins with a space, which does not count.
+
+References:
+  ALM: https://arxiv.org/abs/2503.20083.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moddistill.data.token_texts import END
+from moddistill.errors import UserError
+
+_MOST_SHOWN = 40  # characters of an answer
+
+
+class Chunk(NamedTuple):
+    """Tokens `student` of one tokenization, and `teacher` of the other, that have the same text.
+
+    Attributes:
+      is_token: whether it is one token of equal text on both sides.
+    """
+
+    student: range
+    teacher: range
+    is_token: bool
+
+
+def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Chunk]:
+    """Returns the chunks of the texts of tokens, in their order.
+
+    The last answer of a truncated sample is aligned as far as both have it.
+
+    Raises:
+      UserError: the answers differ.
+    """
+    answers = list(zip(_answers(student), _answers(teacher), strict=False))
+    chunks = []
+    for number, (mine, other) in enumerate(answers, start=1):
+        ours, theirs = student[mine.start : mine.stop], teacher[other.start : other.stop]
+        for a, b in _align_answer(ours, theirs, is_last=number == len(answers)):
+            is_token = len(a) == len(b) == 1 and ours[a.start] == theirs[b.start]
+            chunks.append(Chunk(_moved(a, mine.start), _moved(b, other.start), is_token))
+    return chunks
+
+
+def _moved(span: range, by: int) -> range:
+    return range(span.start + by, span.stop + by)
+
+
+def _answers(texts: Sequence[bytes]) -> Iterator[range]:
+    """Yields the tokens of each answer with its end; the last one may lack it."""
+    start = 0
+    for position, text in enumerate(texts):
+        if text == END:
+            yield range(start, position + 1)
+            start = position + 1
+    if start < len(texts):
+        yield range(start, len(texts))
+
+
+def _align_answer(
+    student: Sequence[bytes], teacher: Sequence[bytes], is_last: bool
+) -> Iterator[tuple[range, range]]:
+    """Yields the tokens of each chunk of one answer, counted from its first one."""
+    texts = b"".join(student), b"".join(teacher)
+    skipped = _leading_spaces(*texts)
+    a, b = (text[count:] for text, count in zip(texts, skipped, strict=True))
+    is_truncated = is_last and (a.startswith(b) or b.startswith(a))
+    if a != b and not is_truncated:
+        raise UserError(f"answer: expected {_shown(a)} as the student reads it, got {_shown(b)}")
+    ends = [
+        np.cumsum([len(text) for text in side]) - count
+        for side, count in zip((student, teacher), skipped, strict=True)
+    ]
+    starts = [0, 0]
+    for end in np.intersect1d(*ends):
+        if end > 0:
+            stops = [int(np.searchsorted(each, end, side="right")) for each in ends]
+            yield range(starts[0], stops[0]), range(starts[1], stops[1])
+            starts = stops
+
+
+def _leading_spaces(a: bytes, b: bytes) -> tuple[int, int]:
+    """Returns how many bytes of each text precede the answer: a space that one of them has more."""
+    spaces = [len(text) - len(text.lstrip(b" ")) for text in (a, b)]
+    return int(spaces[0] > spaces[1]), int(spaces[1] > spaces[0])
+
+
+def _shown(text: bytes) -> str:
+    return repr(text.removesuffix(END).decode(errors="replace")[:_MOST_SHOWN])
