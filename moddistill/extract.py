@@ -17,7 +17,7 @@ from moddistill.cli.parser import Parser, add_process_flags, in_range, user_erro
 from moddistill.config import CacheConfig, TrainConfig
 from moddistill.configdict import from_config_dict
 from moddistill.distributed.processes import initialize, leaving_at_once
-from moddistill.extraction.run import extract
+from moddistill.extraction.run import BACKENDS, extract
 from moddistill.training.interruption import ctrl_c_ends_at_once
 from moddistill.training.log_output import start_logging
 
@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="N ids drawn from the teacher's distribution, an unbiased estimate",
     )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="jax",
+        help="what runs the teacher; transformers, of the extra `torch`: any model that it has for "
+        "images and text, with its own processor and chat template",
+    )
     add_process_flags(parser)
     args = parser.parse_args(argv)
     cache = CacheConfig("top_k", args.top_k) if args.top_k else CacheConfig()
@@ -46,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ctrl_c_ends_at_once(), leaving_at_once(), user_errors():
         initialize(args.coordinator, args.processes, args.process)
         start_logging()
-        extract(from_config_dict(TrainConfig, args.config.to_dict()), cache, args.out)
+        config = from_config_dict(TrainConfig, args.config.to_dict())
+        extract(config, cache, args.out, args.backend)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,15 @@ from moddistill.data.examples import encode_sides
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError
 from moddistill.extraction.plan import ShardPlan
-from moddistill.extraction.setup import Setup
+from moddistill.extraction.setup import JaxSetup, Setup
+from moddistill.teachers.entries import Entry
 
 LOG = logging.getLogger("moddistill")
 _SAMPLED = 64  # records, from whose mean size that of the cache follows
 
 
 def log_forecast(
-    setup: Setup, plan: ShardPlan, run: Callable[..., Any], arguments: tuple[Any, ...]
+    setup: JaxSetup, plan: ShardPlan, run: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     """Logs time and bytes of the rows of a plan.
 
@@ -35,16 +36,28 @@ def log_forecast(
         return
     records = sum(shard.end - shard.first for shard in plan.shards)
     tokens, size = _means(setup, plan)
+    _log(records, records * tokens, records * size, seconds)
+
+
+def log_forecast_of(entries: Sequence[Entry], seconds: float, records: int, setup: Setup) -> None:
+    """Logs time and bytes of records, from the entries of some and the time that these took."""
+    known = [len(each.targets.label_logprobs) for each in entries if each.targets] or [0]
+    size = sum(map(setup.settings.format.bytes_of, known))
+    share = records / len(entries)
+    _log(records, sum(known) * share, size * share, seconds * share)
+
+
+def _log(records: int, tokens: float, size: float, seconds: float) -> None:
     LOG.info(
         "extraction of %s records, %s tokens with targets, about %s MB; about %s",
         f"{records:,}",
-        f"{round(records * tokens):,}",
-        f"{records * size / 1e6:,.1f}",
+        f"{round(tokens):,}",
+        f"{size / 1e6:,.1f}",
         _duration(seconds),
     )
 
 
-def _means(setup: Setup, plan: ShardPlan) -> tuple[float, float]:
+def _means(setup: JaxSetup, plan: ShardPlan) -> tuple[float, float]:
     """Returns the mean supervised tokens and bytes of a record, from some at even distances."""
     ends = np.cumsum([shard.end - shard.first for shard in plan.shards])
     counts = []
@@ -57,7 +70,7 @@ def _means(setup: Setup, plan: ShardPlan) -> tuple[float, float]:
     return float(np.mean(known)), float(np.mean(sizes))
 
 
-def _supervised(setup: Setup, source: int, record: int) -> int:
+def _supervised(setup: JaxSetup, source: int, record: int) -> int:
     """Returns the number of tokens with targets of a record; 0 if it cannot be read."""
     spec = setup.spec
     try:

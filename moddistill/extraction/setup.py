@@ -7,18 +7,17 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moddistill.config import CacheConfig, TrainConfig
+from moddistill.config import CacheConfig, DataConfig, TrainConfig
 from moddistill.convert.resolve import ResolvedModel, resolve
 from moddistill.data.chat_template import end_token
-from moddistill.data.packing import Sample
 from moddistill.data.rows import RowSpec
 from moddistill.data.sources import Source
 from moddistill.data.token_texts import TokenTexts, token_texts
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import at_field, invalid
 from moddistill.models.compute import ComputeConfig
-from moddistill.models.vlm import ModelConfig, Vlm
-from moddistill.models.vocabulary import num_ids
+from moddistill.models.vlm import Vlm
+from moddistill.models.vocabulary import IdRanges, num_ids
 from moddistill.teachers.cache import (
     CacheSettings,
     TeacherIdentity,
@@ -42,49 +41,52 @@ class Setup:
     Attributes:
       texts: of the teacher's tokens.
       names: of the sources.
-      spec: format of the rows that the teacher reads.
       rows: of a batch.
+    """
+
+    texts: TokenTexts
+    settings: CacheSettings
+    names: Sequence[str]
+    sources: Sequence[Source]
+    rows: int
+
+    def record_number(self, source: int, record: int) -> int:
+        """Returns a number of a usable record that no other one of any source has."""
+        return sum(each.total for each in self.sources[:source]) + record
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxSetup(Setup):
+    """An extraction by a teacher in JAX.
+
+    Attributes:
+      spec: format of the rows that the teacher reads.
       teacher: its model folder; None for new weights.
     """
 
     model: Vlm
     tokenizer: Tokenizer
-    texts: TokenTexts
-    settings: CacheSettings
-    names: Sequence[str]
-    sources: Sequence[Source]
     spec: RowSpec
-    rows: int
     teacher: Path | None
 
-    def record_number(self, sample: Sample) -> int:
-        """Returns a number of a record that no other one of any source has."""
-        before = sum(source.total for source in self.sources[: sample.source])
-        return before + sample.record
 
-
-def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -> Setup:
+def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -> JaxSetup:
     """Resolves the teacher and opens the records; problems of these are listed in the folder.
 
     Raises:
       UserError: naming the setting of a teacher or records that do not fit.
     """
     check_settings(config)
-    _check_stage(config)
+    check_stage(config)
     check_batch_divides_mesh(config, mesh)
     teacher, tokenizer = _teacher(config)
     architecture = teacher.config
     if teacher.folder is None:  # new weights have no template of their own
         architecture = dataclasses.replace(architecture, template=config.data.template)
-    entries = _format(config, cache, architecture)
+    entries = entry_format(config, cache, architecture.decoder.real_ids)
     data = dataclasses.replace(config.data, template=architecture.template)
     spec = row_spec(config, data, architecture.vision)
-    names = sorted(config.data.sources)
-    opened = open_and_list(data, spec, tokenizer, folder, "config.data.sources")
-    if config.heldout_steps:
-        names.append(HELDOUT)
-        heldout = dataclasses.replace(data, sources={HELDOUT: data.heldout})
-        opened += open_and_list(heldout, spec, tokenizer, folder, "config.data")
+    names, opened = open_records(config, data, spec, tokenizer, folder)
     identity = TeacherIdentity(
         config.teacher,
         _digest(config, teacher),
@@ -102,17 +104,30 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
         expert_transport=config.expert_transport,
         quantized_layers=config.teacher_quantization != "none" or config.teacher_offload,
     )
-    return Setup(
-        Vlm(architecture, compute),
-        tokenizer,
-        texts,
-        CacheSettings(entries, config.seed, identity, fingerprint),
-        names,
-        opened,
-        spec,
-        config.batch_size // config.grad_accum_steps,
-        teacher.folder,
+    return JaxSetup(
+        texts=texts,
+        settings=CacheSettings(entries, config.seed, identity, fingerprint),
+        names=names,
+        sources=opened,
+        rows=config.batch_size // config.grad_accum_steps,
+        model=Vlm(architecture, compute),
+        tokenizer=tokenizer,
+        spec=spec,
+        teacher=teacher.folder,
     )
+
+
+def open_records(
+    config: TrainConfig, data: DataConfig, spec: RowSpec, tokenizer: Tokenizer, folder: Path
+) -> tuple[list[str], list[Source]]:
+    """Returns the names of the sources of a run, and these; held-out records are the last one."""
+    names = sorted(data.sources)
+    opened = open_and_list(data, spec, tokenizer, folder, "config.data.sources")
+    if config.heldout_steps:
+        names.append(HELDOUT)
+        heldout = dataclasses.replace(data, sources={HELDOUT: data.heldout})
+        opened += open_and_list(heldout, spec, tokenizer, folder, "config.data")
+    return names, opened
 
 
 def _digest(config: TrainConfig, teacher: ResolvedModel) -> str:
@@ -121,7 +136,7 @@ def _digest(config: TrainConfig, teacher: ResolvedModel) -> str:
     return model_fingerprint(teacher.folder, teacher.config)
 
 
-def _check_stage(config: TrainConfig) -> None:
+def check_stage(config: TrainConfig) -> None:
     """Raises UserError for a stage that a cache cannot serve."""
     if not stage_of(config).teacher:
         raise invalid("config.stage", config.stage, "a stage with a teacher: d2d, d2s, preference")
@@ -146,8 +161,8 @@ def _teacher(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
     return resolve(config.teacher, tokenizer), tokenizer
 
 
-def _format(config: TrainConfig, cache: CacheConfig, teacher: ModelConfig) -> EntryFormat:
-    real_ids = teacher.decoder.real_ids
+def entry_format(config: TrainConfig, cache: CacheConfig, real_ids: IdRanges) -> EntryFormat:
+    """Returns how entries are written; UserError for more ids than the teacher has."""
     if stage_of(config).records == "preference":
         return EntryFormat("answers", 0, real_ids)
     if cache.kind == "top_k" and cache.ids > num_ids(real_ids):

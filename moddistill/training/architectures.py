@@ -56,7 +56,7 @@ def resolve_models(config: TrainConfig) -> Models:
     Raises:
       UserError: naming the setting of a model that does not exist or does not fit.
     """
-    student, tokenizer = _student(config)
+    student, tokenizer = student_of(config)
     vision = teacher = teacher_config = cache = ids = None
     if config.vision:
         with at_field("config.vision"):
@@ -103,7 +103,7 @@ def _check_vocabulary(config: TrainConfig, cache: TeacherCache, ids: IdMap) -> N
         )
 
 
-def _student(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
+def student_of(config: TrainConfig) -> tuple[ResolvedModel, Tokenizer]:
     """The student with the tokenizer of its folder, or of `config.tokenizer` for new weights."""
     if not config.student.startswith(RANDOM):
         if config.tokenizer:

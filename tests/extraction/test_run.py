@@ -14,7 +14,7 @@ from moddistill.config import CacheConfig
 from moddistill.convert.resolve import load
 from moddistill.data.tokenizer import train_bpe
 from moddistill.errors import UserError
-from moddistill.extraction import plan, run
+from moddistill.extraction import batches, plan
 from moddistill.extraction.run import extract
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vocabulary import num_ids
@@ -88,14 +88,14 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
     whole, folder = cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache"
     written = []
 
-    def write_two(self, shard, write=run._ShardWriter._write):
+    def write_two(folder, shard, *args, write=batches.write_shard):
         if len(written) == 2:
             raise KeyboardInterrupt
-        write(self, shard)
+        write(folder, shard, *args)
         written.append(shard.name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run._ShardWriter, "_write", write_two)
+        patch.setattr(batches, "write_shard", write_two)
         extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
     with pytest.raises(UserError, match=r"without records 6 to 7 of conversations; the same"):
         TeacherCache(folder)
