@@ -59,7 +59,7 @@ def image_patches(batch: Batch, config: ModelConfig) -> ImagePatches:
     [index] = jax.vmap(find)(is_image)
     images = jnp.sum(is_image, axis=1) // patches
     used = jnp.arange(slots)[None] < images[:, None]
-    return ImagePatches(index.reshape(-1, slots, patches), used)
+    return ImagePatches(index.reshape(len(index), slots, patches), used)
 
 
 def image_relations(
@@ -111,5 +111,5 @@ def _difference(
 
 
 def _inverse_root(squares: Float[Array, "*I"]) -> Float[Array, "*I"]:
-    """1 / sqrt, which is finite at 0 and has no gradient there."""
-    return jax.lax.rsqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
+    """1 / sqrt, whose value and gradient are finite at 0."""
+    return jax.lax.rsqrt(jnp.maximum(squares, 1e-20))
