@@ -10,7 +10,8 @@ and i images. Each mean is over the positions (or images) of its own mask in the
 
 The terms of images are those of LLaVA-KD, which has the weights 1, 1 and 0.5 for `kd`, `image_kd`
 and `relation`. They compare the outputs at the patches themselves: no token is to be predicted
-there, so nothing is shifted. The original means are over micro-batches, with all images in one.
+there, so nothing is shifted. The original training code is not released; the divergences in its
+repository are means over the positions of a micro-batch.
 
 References:
   LLaVA-KD: https://arxiv.org/abs/2410.16236.
