@@ -97,8 +97,8 @@ def token_loss(
         )
         if per_image is not None:
             models = logit_inputs(output), teacher.logit_inputs(targets)
-            patches = image_patches(batch, student.config)
-            values["relation"] = image_relations(*models, patches, real_ids).reshape(-1)
+            index = image_patches(batch, student.config).index
+            values["relation"] = image_relations(*models, index, real_ids).reshape(-1)
             loss += jnp.sum(per_image * values["relation"])
         metrics = {n: (jnp.sum(values[n] * mask), jnp.sum(mask)) for n, mask in masks.items()}
         loss, metrics = add_router_losses(

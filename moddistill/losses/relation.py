@@ -54,7 +54,6 @@ def image_patches(batch: Batch, config: ModelConfig) -> ImagePatches:
     # Every image in a row has all of its patches, so that the n-th patch is one of image n // P.
     slots = min(batch.images.shape[1], batch.tokens.shape[1] // patches)
     is_image = image_positions(batch, config.image_token_id)
-
     find = functools.partial(jnp.nonzero, size=slots * patches, fill_value=0)
     [index] = jax.vmap(find)(is_image)
     images = jnp.sum(is_image, axis=1) // patches
@@ -63,18 +62,20 @@ def image_patches(batch: Batch, config: ModelConfig) -> ImagePatches:
 
 
 def image_relations(
-    student: LogitInputs, teacher: LogitInputs, patches: ImagePatches, real_ids: IdRanges
+    student: LogitInputs, teacher: LogitInputs, index: Int[Array, "B I P"], real_ids: IdRanges
 ) -> Float[Array, "B I"]:
-    """Returns the value of each image, 0 in slots without one; the teacher gets no gradient.
+    """Returns the value of each image, without a gradient for the teacher.
+
+    It is a finite number in slots without an image, which the caller gives no weight.
 
     Args:
       student: hidden states of all `B * T` positions, and the head.
       teacher: the same; its width may be another one.
+      index: positions of the patches in their row.
       real_ids: ids that both share.
     """
     teacher = jax.lax.stop_gradient(teacher)
-    cosines = [_image_cosines(model, patches.index, real_ids) for model in (student, teacher)]
-    return jnp.where(patches.used, _difference(*cosines), 0.0)
+    return _difference(*(_image_cosines(model, index, real_ids) for model in (student, teacher)))
 
 
 def _image_cosines(

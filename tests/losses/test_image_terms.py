@@ -169,7 +169,8 @@ def test_no_array_of_patches_by_vocabulary_exists(models, batch):
     student, teacher = (model.config.decoder.vocab_size for model in models[:2])
     assert f"8x{student}xf32" in text
     for size in {student, teacher}:
-        assert f"x4x{size}xf32" not in text and f"45x{size}xf32" not in text
+        for positions in ("x4", "45", "180"):  # patches, a row, all rows
+            assert f"{positions}x{size}xf32" not in text
 
 
 def test_relation_without_a_token_term_is_refused(models):
