@@ -1,7 +1,7 @@
 """The relation of an image's patches: how alike a model's outputs are at any two of them.
 
     R_ij  = cos(z_i, z_j)                       z_i the logits at patch i; R is [P, P]
-    value = 1 - cos(R_student, R_teacher)       over all entries of an image's R; from 0 to 2
+    value = 1 - cos(R_student, R_teacher)       over all entries of an image's R; from 0 to 1
 
 This is the relation distillation of LLaVA-KD. Its training code is not released; what is different
 from the published description, or open in it:
