@@ -122,6 +122,8 @@ class DistillationConfig:
     ] = 1.0
     kd_weight: Annotated[float, Range(ge=0), "weight of the divergence"] = 1.0
     ce_weight: Annotated[float, Range(ge=0), "weight of the cross entropy"] = 1.0
+    image_kd_weight: Annotated[float, Range(ge=0), "weight of the divergence at patches"] = 0.0
+    relation_weight: Annotated[float, Range(ge=0), "weight of the relation of patches"] = 0.0
     kd_positions: Annotated[
         Literal["response", "all_tokens"], "tokens with a divergence: those of answers, or all"
     ] = "response"

@@ -1,7 +1,7 @@
 """Losses: `(params, frozen, teacher, batch, rng) -> (scalar, {name: (sum, weight)})`.
 
-Each term is a mean over what it counts in the global batch (supervised tokens, pairs): a sum
-divided by a denominator. With N of the global batch and micro-batches k,
+Each term is a mean over what it counts in the global batch (tokens, images, pairs): a sum divided
+by a denominator. With N of the global batch and micro-batches k,
 
     loss = sum_k loss_k,   loss_k = (sum of the values in k) / N,
 

@@ -30,19 +30,12 @@ from moddistill.models.chunks import (
     take_chunk,
     write_chunk,
 )
-from moddistill.models.logits import masked_logits
+from moddistill.models.logits import LogitInputs, masked_logits
 from moddistill.models.vlm import Output
 from moddistill.models.vocabulary import IdRanges
 from moddistill.teachers.targets import NO_TARGETS, Targets
 
 TokenFn = Callable[[Array, Targets, Array], dict[str, Array]]
-
-
-class LogitInputs(NamedTuple):
-    """The two factors of the student's logits."""
-
-    hidden: Float[Array, "T D"]
-    head: Float[Array, "V D"]
 
 
 def logit_inputs(output: Output) -> LogitInputs:

@@ -112,6 +112,11 @@ def sample_starts(batch: Batch) -> Bool[Array, "*B T"]:
     return (batch.positions == 0) & (batch.segments > 0)
 
 
+def image_positions(batch: Batch, image_token_id: int) -> Bool[Array, "*B T"]:
+    """Marks the tokens that are patches of images."""
+    return (batch.tokens == image_token_id) & (batch.segments > 0)
+
+
 def image_slots(data: DataConfig, image_tokens: int) -> int:
     """Returns the image slots of a row, at least one: as many images as its tokens can hold.
 

@@ -1,11 +1,20 @@
 """Logits from hidden states and the head, over the ids that are tokens."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moddistill.models.vocabulary import IdRanges, token_mask
 
 MASKED = -1e30
+
+
+class LogitInputs(NamedTuple):
+    """The two factors of a model's logits."""
+
+    hidden: Float[Array, "T D"]
+    head: Float[Array, "V D"]
 
 
 def masked_logits(

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from moddistill.models.attention_kernels import Structure, causal
-from moddistill.models.batch import Batch, make_batch
+from moddistill.models.batch import Batch, image_positions, make_batch
 from moddistill.models.compute import ComputeConfig
 from moddistill.models.decoder import Context, Decoder, DecoderConfig
 from moddistill.models.kv_cache import KVCache
@@ -67,7 +67,7 @@ class Vlm(nn.Module):
         """Hidden states [B, T, D] of a batch; with `cache`, its tokens continue those in there."""
         config = self.config
         valid = batch.segments > 0
-        is_image = (batch.tokens == config.image_token_id) & valid
+        is_image = image_positions(batch, config.image_token_id)
         if cache is None:
             structure = causal(batch.segments, self.compute.one_segment)
         else:

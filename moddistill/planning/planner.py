@@ -81,7 +81,8 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
-    flops = step_flops(student, teacher, content.size, set(program.abstract_state.params), shared)
+    trained, at_images = set(state.params), config.distillation.image_kd_weight > 0
+    flops = step_flops(student, teacher, content.size, trained, shared, image_logits=at_images)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
     report |= {name: getattr(content, name) for name in ("samples", "padding", "steps")}
     return report | _fit_and_duration(report, topology, utilisation)

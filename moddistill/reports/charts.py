@@ -14,7 +14,7 @@ from moddistill.reports.template import Html, join, part
 # Keys of a metrics row that are text of the card, not curves.
 NOT_DRAWN = ("step", "seconds")
 # The first curves of a stage after `loss`; all others follow as they are in the rows.
-_FIRST = ("kd", "ce", "preference", "balance", "lr", "tokens_per_second")
+_FIRST = ("kd", "ce", "image_kd", "relation", "preference", "balance", "lr", "tokens_per_second")
 WIDTH, HEIGHT = 300, 100  # of a curve, in SVG units
 
 

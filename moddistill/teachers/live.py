@@ -14,7 +14,7 @@ from moddistill.convert.resolve import ResolvedModel, random_params
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field
 from moddistill.models.batch import Batch
-from moddistill.models.logits import masked_logits
+from moddistill.models.logits import LogitInputs, masked_logits
 from moddistill.models.quantization import loading_shapes, quantize_all
 from moddistill.models.vlm import ModelConfig, Output, Vlm
 from moddistill.models.vocabulary import IdRanges
@@ -45,6 +45,9 @@ class LiveTeacher:
 
     def predictions(self, targets: Targets, real_ids: IdRanges) -> FullLogits:
         return FullLogits(masked_logits(targets.per_position, targets.shared, real_ids))
+
+    def logit_inputs(self, targets: Targets) -> LogitInputs:
+        return LogitInputs(targets.per_position, targets.shared)
 
 
 def teacher_inputs(params: dict[str, Any], batch: Batch, student: Output) -> Batch:

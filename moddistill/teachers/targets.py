@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int
 
 from moddistill.models.batch import Batch
+from moddistill.models.logits import LogitInputs
 from moddistill.models.vlm import Output
 from moddistill.models.vocabulary import IdRanges
 
@@ -85,3 +86,6 @@ class Teacher(Protocol):
 
     def predictions(self, targets: Targets, real_ids: IdRanges) -> Predictions:
         """Returns predictions at the C positions of `targets`, over the ids in `real_ids`."""
+
+    def logit_inputs(self, targets: Targets) -> LogitInputs | None:
+        """Returns the factors of the logits at all positions of `targets`, if they are known."""

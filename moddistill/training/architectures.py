@@ -149,12 +149,22 @@ def trained_architecture(
             )
             raise invalid("config.student", config.student, expected)
         target = dataclasses.replace(target, vision=tower.vision)
+    _check_image_terms(config, target)
     if not stage_of(config).sparse:
         return target
     with at_field("config.upcycle"):
         check_upcycle(config.upcycle)
     with at_field("config.student" if base.decoder.moe else "config.moe"):
         return upcycle_config(target, config.moe)
+
+
+def _check_image_terms(config: TrainConfig, student: ModelConfig) -> None:
+    """Raises UserError for losses at image positions of a student without a vision encoder."""
+    for name in ("image_kd_weight", "relation_weight"):
+        value = getattr(config.distillation, name)
+        if value and student.vision is None:
+            expected = f"0.0, since the student {config.student!r} has no vision encoder"
+            raise invalid(f"config.distillation.{name}", value, expected)
 
 
 def _warn_of_template(config: TrainConfig, student: ResolvedModel) -> None:

@@ -88,7 +88,14 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         LOG.info("the teacher gets the features of the student's vision encoder, which is the same")
         teacher_params = without_tower(teacher_params)
     trained = set(state.params)
-    flops = functools.partial(step_flops, target, teacher, trained=trained, shared_tower=shared)
+    flops = functools.partial(
+        step_flops,
+        target,
+        teacher,
+        trained=trained,
+        shared_tower=shared,
+        image_logits=config.distillation.image_kd_weight > 0,
+    )
     return Run(program.model, program.loss, program.step, state, teacher_params, flops)
 
 

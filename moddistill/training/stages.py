@@ -92,14 +92,14 @@ STAGES: dict[str, Stage] = {
     ),
     "d2d": Stage(
         trains=(LANGUAGE_MODEL, PROJECTOR),
-        loss=functools.partial(_token_loss, terms=("kd",)),
+        loss=functools.partial(_token_loss, terms=("kd", "image_kd", "relation")),
         reads=_KD + _ROUTER,
         teacher=True,
     ),
     "d2s": Stage(
         trains=(EXPERT_LAYERS, PROJECTOR),
         also=(DENSE_LAYERS,),
-        loss=functools.partial(_token_loss, terms=("kd", "ce")),
+        loss=functools.partial(_token_loss, terms=("kd", "ce", "image_kd", "relation")),
         reads=_KD + _CE + _ROUTER,
         teacher=True,
         sparse=True,

@@ -67,10 +67,10 @@ def _check_cached(config: TrainConfig) -> None:
 
 def check_cached_positions(config: TrainConfig) -> None:
     """Raises UserError for a divergence at positions that no cache has."""
-    for name in ("kd_positions", "kd_shift"):
+    for name in ("kd_positions", "kd_shift", "image_kd_weight", "relation_weight"):
         value, default = (getattr(x, name) for x in (config.distillation, DistillationConfig()))
         if value != default:
-            expected = f"{default!r}, the positions that a cache has"
+            expected = f"{default!r}, since a cache has the tokens of answers only"
             raise invalid(f"config.distillation.{name}", value, expected)
 
 

@@ -146,6 +146,11 @@ def test_a_finished_cache_is_checked(tiny_config, cached, tmp_path):
             {"distillation": {"kd_positions": "all_tokens"}},
             r"config.distillation.kd_positions: expected 'response'",
         ),
+        (
+            CacheConfig("top_k", 8),
+            {"distillation": {"relation_weight": 0.5}},
+            r"config.distillation.relation_weight: expected 0.0, since a cache",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -11,6 +11,7 @@ from moddistill.config import DistillationConfig, ExpertConfig, RouterLossConfig
 from moddistill.losses.distillation import loss_masks, token_loss
 from moddistill.losses.divergences import divergence
 from moddistill.models.batch import padded_batch
+from moddistill.models.presets import preset
 from moddistill.models.vlm import Vlm
 from moddistill.params import flatten, merge
 from moddistill.teachers.live import LiveTeacher
@@ -34,7 +35,7 @@ TOY = padded_batch(
     ids=["correct", "reference", "all_tokens"],
 )
 def test_distilled_positions(config, expected):
-    masks = loss_masks(TOY, config, ("kd", "ce"))
+    masks = loss_masks(TOY, config, ("kd", "ce"), preset("tiny"))
     np.testing.assert_array_equal(masks["kd"], [expected])
     np.testing.assert_array_equal(masks["ce"], [[0, 1, 1, 0, 0, 0]])
 

@@ -28,6 +28,9 @@ TOKEN_LOSSES = {
     "kd and ce": DistillationConfig(kd_weight=0.7, ce_weight=1.3),
     "kd of all tokens": DistillationConfig(kd_positions="all_tokens"),
     "kd one position late": DistillationConfig(kd_shift="reference"),
+    "kd of patches and their relation": DistillationConfig(
+        kd_weight=0.0, image_kd_weight=0.7, relation_weight=2.0
+    ),
 }
 LOSSES = (*TOKEN_LOSSES, *PREFERENCE_KINDS)
 
@@ -50,7 +53,7 @@ def run(models):
     def compiled(name):
         if name in TOKEN_LOSSES:
             config = TOKEN_LOSSES[name]
-            terms = ("kd", "ce")
+            terms = ("kd", "ce", "image_kd", "relation")
             loss = token_loss(student, teacher, config, ROUTER, terms=terms, chunk_size=8)
         else:
             config = PreferenceConfig(kind=name, beta=0.5)

@@ -135,6 +135,15 @@ def test_flops_of_a_step_are_those_of_its_samples(tiny_architecture):
     np.testing.assert_allclose(count(StepSize(6.0, 6.0, 6.0, 6.0)), 2 * np.asarray(total))
 
 
+def test_logits_at_image_positions_count_like_those_at_supervised_ones(tiny_architecture):
+    student, teacher = tiny_architecture(), tiny_architecture("tiny-teacher")
+    trained = set(flatten(abstract_params(student)))
+    count = functools.partial(step_flops, student, teacher, trained=trained, shared_tower=False)
+    size = StepSize(tokens=40.0, squared_lengths=400.0, images=3.0, supervised=5.0)
+    more = size._replace(supervised=5.0 + 3.0 * student.vision.patches)
+    assert count(size, image_logits=True) == count(more) > count(size)
+
+
 def test_frozen_weights_cost_no_gradient():
     config = one_layer()
     paths = set(flatten(unbox(abstract_params(config))))

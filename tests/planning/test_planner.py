@@ -34,6 +34,17 @@ def test_plan_reports_memory_flops_and_collectives(report):
     assert report["fits"] is None  # other programs use memory of this machine
 
 
+def test_logits_at_image_positions_are_planned(tiny_config, report):
+    config = tiny_config(
+        "d2s",
+        mesh={"data": 2, "fsdp": 2, "expert": 2},
+        distillation={"image_kd_weight": 1.0, "relation_weight": 0.5},
+    )
+    found = planner.plan(config, "cpu:8")
+    for name in ("model_flops_per_step", "teacher_flops_per_step", "temp_bytes_per_chip"):
+        assert found[name] > report[name]
+
+
 def test_parameters_and_moments_are_sharded(tiny_config, report):
     """Moments have twice the bytes of the trained parameters."""
     data_parallel = planner.plan(tiny_config("d2s", mesh={"data": 8}), "cpu:8")

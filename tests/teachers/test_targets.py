@@ -122,10 +122,11 @@ def test_targets_of_all_ids_give_the_loss_of_the_live_teacher(
 
 
 def test_tokens_without_targets_have_cross_entropy_only(tiny_architecture, random_batch):
-    batch = random_batch(tiny_architecture("tiny"), rows=2, length=16)
+    config = tiny_architecture("tiny")
+    batch = random_batch(config, rows=2, length=16)
     known = np.array(batch.loss_mask)
     known[1] = False
     batch = jax.tree.map(jnp.asarray, batch._replace(teacher=CachedTargets(np.roll(known, -1, 1))))
-    masks = loss_masks(batch, DistillationConfig(), ("kd", "ce"))
+    masks = loss_masks(batch, DistillationConfig(), ("kd", "ce"), config)
     assert masks["ce"][1].any() and not masks["kd"][1].any()
     np.testing.assert_array_equal(masks["kd"][0], masks["ce"][0])

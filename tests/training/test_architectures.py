@@ -3,11 +3,16 @@
 import dataclasses
 from collections import Counter
 
+import pytest
+
 from moddistill.convert import resolve
 from moddistill.convert.exporting import export_model
+from moddistill.errors import UserError
+from moddistill.planning.planner import architectures
 from moddistill.storage import model_folder
 from moddistill.storage.model_folder import save_model
 from moddistill.training import loop
+from moddistill.training.architectures import resolve_models
 
 
 def test_run_imports_and_reads_each_model_once(
@@ -43,3 +48,20 @@ def test_run_imports_and_reads_each_model_once(
     [cached] = (tmp_path / "cache" / "moddistill").iterdir()
     folders = (config.student, config.vision, str(cached))
     assert reads == {f"{folder}/model.json": 1 for folder in folders}
+
+
+@pytest.mark.parametrize("name", ["image_kd_weight", "relation_weight"])
+@pytest.mark.parametrize("find", [resolve_models, architectures])
+def test_losses_at_image_positions_need_a_vision_encoder(
+    tiny_config, tiny_architecture, tiny_models, init, tokenizer, tmp_path, name, find
+):
+    language = dataclasses.replace(tiny_architecture(), vision=None)
+    save_model(tmp_path / "language", language, init(language), tokenizer, {})
+    config = tiny_config(
+        "d2d", student=str(tmp_path / "language"), tokenizer="", distillation={name: 0.5}
+    )
+    expected = rf"^config\.distillation\.{name}: expected 0\.0, .* no vision encoder, got 0\.5$"
+    with pytest.raises(UserError, match=expected):
+        find(config)
+    folder = str(tiny_models["teacher"])
+    find(dataclasses.replace(config, vision=folder, teacher=folder))

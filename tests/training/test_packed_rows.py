@@ -21,7 +21,7 @@ from moddistill.training.stages import STAGES
 from tests.packed_rows import batch_of, preference_of, random_pairs, random_samples
 
 EXPERTS = ExpertConfig(dispatch="capacity", capacity_factor=0.8)
-CASES = [stage for stage in STAGES if stage != "preference"]
+CASES = [*(stage for stage in STAGES if stage != "preference"), "d2d images"]
 CASES += [f"preference {kind}" for kind in PREFERENCE_KINDS]
 ONE_DEVICE = MeshConfig(data=1)
 MESHES = {
@@ -109,7 +109,12 @@ def first_step(tiny_config, models, batches):
             router={"z_weight": 0.02},
             data={"packing": packed},
         )
-        if kind:
+        if kind == "images":
+            weights = {"image_kd_weight": 0.7, "relation_weight": 2.0}
+            config = dataclasses.replace(
+                config, distillation=dataclasses.replace(config.distillation, **weights)
+            )
+        elif kind:
             config = dataclasses.replace(
                 config, preference=dataclasses.replace(config.preference, kind=kind, beta=0.5)
             )
@@ -160,7 +165,7 @@ def test_step_on_packed_rows_is_that_of_samples_in_rows_of_their_own(first_step,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "d2d images"])
 def test_step_on_packed_rows_is_the_same_on_every_mesh(first_step, apart, stage, mesh):
     case = "preference kto_pair" if stage == "preference" else stage
     check(first_step, apart, case, MESHES[mesh])

@@ -49,6 +49,31 @@ STAGES = ("sft", "init", "d2d", "d2s", "preference")
             r"kd_weight: expected 1\.0 in stage 'preference' .*, got 2\.0",
         ),
         (
+            "sft",
+            {"distillation": {"relation_weight": 0.5}},
+            r"relation_weight: expected 0\.0 in stage 'sft' .* read by d2d, d2s only\), got 0\.5",
+        ),
+        (
+            "preference",
+            {"distillation": {"image_kd_weight": 1.0}},
+            r"image_kd_weight: expected 0\.0 in stage 'preference' .*, got 1\.0",
+        ),
+        (
+            "d2s",
+            {"distillation": {"image_kd_weight": -1.0}},
+            r"image_kd_weight: expected >= 0, got -1\.0",
+        ),
+        (
+            "d2s",
+            {"teacher": "cache:x", "distillation": {"image_kd_weight": 1.0}},
+            r"image_kd_weight: expected 0\.0, since a cache has the tokens of answers only, got 1",
+        ),
+        (
+            "d2d",
+            {"teacher": "cache:x", "distillation": {"relation_weight": 0.5}},
+            r"relation_weight: expected 0\.0, since a cache has .*, got 0\.5$",
+        ),
+        (
             "d2s",
             {"distillation": {"mix": 0.5}},
             r"distillation\.mix: expected its default unless distillation\.divergence=jsd, skew_kl "
@@ -149,12 +174,12 @@ def test_settings_out_of_range_or_never_read_are_refused(tiny_config, stage, fie
         (
             "d2d",
             {"distillation": {"kd_weight": 0.0}},
-            r"config\.distillation\.kd_weight: expected > 0, got 0\.0",
+            r"config\.distillation\.kd_weight or image_kd_weight: expected > 0, got 0\.0",
         ),
         (
             "d2s",
             {"distillation": {"kd_weight": 0.0, "ce_weight": 0.0}},
-            r"config\.distillation\.kd_weight or ce_weight: expected > 0, got 0\.0",
+            r"distillation\.kd_weight or ce_weight or image_kd_weight: expected > 0, got 0\.0",
         ),
         ("sft", {"heldout_steps": 1}, r"config\.data\.heldout\.path: expected a file, .*, got ''$"),
         (
