@@ -150,6 +150,7 @@ class TransformersTeacher:
             text=[row.chat.text for row in rows],
             images=images or None,
             padding=True,
+            truncation=False,
             return_tensors="pt",
         )
 

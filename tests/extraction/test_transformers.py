@@ -1,21 +1,30 @@
-"""A teacher in `transformers` against the same weights here, and what may go wrong with one."""
+"""Teachers in `transformers`: against the same weights here, of published classes, and bad ones."""
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moddistill.config import CacheConfig, DataConfig, SourceConfig
+from moddistill.config import CacheConfig, DataConfig, MeshConfig, SourceConfig
 from moddistill.convert.exporting import export_model
+from moddistill.errors import UserError
+from moddistill.extraction import transformers_run
 from moddistill.extraction.run import extract
+from moddistill.extraction.transformers_teacher import TransformersTeacher
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vocabulary import num_ids
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers.cache import TeacherCache
+from moddistill.training.loop import train
 from tests import torch_or_skip as torch
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 TALKS = [
     [("<image>\nwhat colour is it?", "a red circle")],
     [("hello", "hi there"), ("what is 2 + 2?", "4"), ("bye", "bye")],
@@ -109,3 +118,113 @@ def test_a_cache_is_that_of_the_same_weights_here(
                 np.testing.assert_allclose(y, x, atol=atol * (20 if kind == "preference" else 1))
     assert count == (2 if kind == "preference" else len(TALKS))
     assert here.settings.fingerprint == there.settings.fingerprint
+
+
+def change_json(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.fixture
+def folder(teachers, tmp_path):
+    """A copy of a teacher, to be changed."""
+    return Path(shutil.copytree(teachers("chatml") / "hf", tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("fault", ["template", "weights", "folder"])
+def test_folders_without_a_teacher_are_refused(folder, run_of, tmp_path, fault):
+    if fault == "template":
+        for name in ("chat_template.json", "chat_template.jinja"):
+            (folder / name).unlink(missing_ok=True)
+        for file in folder.glob("*config.json"):
+            change_json(file, chat_template=None)
+        expected = "expected a processor with a chat template, got none"
+    elif fault == "weights":
+        (folder / "model.safetensors").unlink()
+        expected = "expected what AutoModelForImageTextToText of transformers loads, got"
+    else:
+        shutil.rmtree(folder)
+        expected = r"model: expected an existing folder or a hub name .*, got '.*hf'"
+    with pytest.raises(UserError, match=rf"config\.teacher: .*{expected}"):
+        extract(run_of(folder), CacheConfig(ids=4), tmp_path / "cache", "transformers")
+
+
+def test_a_model_whose_logits_are_capped_is_refused(folder, run_of, tmp_path, monkeypatch):
+    class Capped(TransformersTeacher):
+        def __init__(self, *args):
+            super().__init__(*args)
+            head = self._model.get_output_embeddings()
+            head.register_forward_hook(lambda module, x, y: y.tanh() / 2 if x[0].ndim == 3 else y)
+
+    monkeypatch.setattr(transformers_run, "TransformersTeacher", Capped)
+    with pytest.raises(UserError, match="expected a model whose logits are a matmul of its last"):
+        extract(run_of(folder), CacheConfig(ids=4), tmp_path / "cache", "transformers")
+
+
+def reasons(cache):
+    return [cache.entry("talks", number).reason for number in range(len(TALKS))]
+
+
+def test_a_processor_that_drops_images_leaves_out_their_records(
+    folder, run_of, tmp_path, monkeypatch
+):
+    def without_images(self, rows, make=TransformersTeacher._inputs):
+        def plain(row):
+            return row._replace(images=[], chat=row.chat._replace(text=no_image(row.chat.text)))
+
+        return make(self, [plain(row) for row in rows])
+
+    def no_image(text):
+        return text.replace("<image>", "")
+
+    monkeypatch.setattr(TransformersTeacher, "_inputs", without_images)
+    extract(run_of(folder), CacheConfig(ids=4), tmp_path / "cache", "transformers")
+    found = reasons(TeacherCache(tmp_path / "cache"))
+    assert found[1] == ""
+    assert all(each.startswith("processor: expected ") for each in (*found[:1], *found[2:]))
+
+
+def test_a_record_that_the_processor_refuses_is_the_only_one_left_out(
+    folder, run_of, tmp_path, monkeypatch
+):
+    def refuse(self, rows, make=TransformersTeacher._inputs):
+        if any("hello" in row.chat.text for row in rows):
+            raise ValueError("no greetings")
+        return make(self, rows)
+
+    monkeypatch.setattr(TransformersTeacher, "_inputs", refuse)
+    extract(run_of(folder), CacheConfig(ids=4), tmp_path / "cache", "transformers")
+    found = reasons(TeacherCache(tmp_path / "cache"))
+    assert found == ["", "processor: no greetings", "", ""]
+
+
+def test_drawn_ids_depend_on_the_records_only(folder, run_of, tmp_path):
+    drawn = []
+    for rows in (8, 2):
+        run = run_of(folder, batch_size=rows, mesh=MeshConfig(data=2, tensor=4))
+        extract(run, CacheConfig("samples", 16), tmp_path / str(rows), "transformers")
+        cache = TeacherCache(tmp_path / str(rows))
+        drawn.append([cache.entry("talks", n).targets.ids for n in range(len(TALKS))])
+    for x, y in zip(*drawn, strict=True):
+        assert np.mean(x == y) > 0.95  # rounding may move a draw to the next id
+    assert len({tuple(row) for x in drawn[0] for row in x.tolist()}) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_classes_teach(family, data, run_of, tmp_path):
+    """Against all logits of their own; then a student of another vocabulary learns from them."""
+    command = [sys.executable, "-m", "tests.extraction.published_teachers", family]
+    arguments = [str(tmp_path / "made"), str(data / "talks.json"), str(data)]
+    made = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    cache = TeacherCache(tmp_path / "made" / "cache")
+    expected = json.loads((tmp_path / "made" / "expected.json").read_text())
+    for number, answers in enumerate(expected):
+        found = cache.entry("talks", number)
+        assert found.targets is not None, found.reason
+        np.testing.assert_allclose(found.targets.label_logprobs, np.concatenate(answers), atol=1e-4)
+    run = dataclasses.replace(run_of(f"cache:{cache.folder}"), tokenizer=run_of("x").tokenizer)
+    train(run, tmp_path / "run")
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["kd"] > 0 for row in rows)
+    assert not (tmp_path / "run" / "without_targets.jsonl").exists()
