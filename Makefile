@@ -75,8 +75,12 @@ $(VENV)/tpu.installed: $(VENV)/test.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,tpu]'
 	touch $@
 
-# lmms-eval without its dependencies, which are gigabytes: tests use its classes.
+# lmms-eval without its dependencies, which are gigabytes: tests use its classes. torchvision, of
+# torch 2.13, in a folder that one test adds to its path: where it is found, transformers imports it,
+# which fails next to a torch for CPUs.
 $(VENV)/test.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	if $(BIN)/python -c 'import torch'; then $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check --no-deps --target $(VENV)/torchvision torchvision==0.28.0; fi
 	touch $@

@@ -131,7 +131,9 @@ class TransformersTeacher:
         if not good:
             return places
         hidden = self._hidden(inputs)
-        chosen = torch.cat([hidden[n, each.positions - 1] for n, each in good])
+        # Some processors pad on the left, whatever they are asked for.
+        mask = inputs["attention_mask"].bool()
+        chosen = torch.cat([hidden[n, mask[n]][each.positions - 1] for n, each in good])
         numbers = [
             np.stack([np.full(len(each.labels), rows[n].number), each.positions], axis=1)
             for n, each in good

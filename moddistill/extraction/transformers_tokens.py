@@ -35,7 +35,6 @@ class ChatTokens:
         if image is None:
             raise UserError(f"{origin}: expected a processor of images, got one without")
         self.image_id = int(self._tokenizer.convert_tokens_to_ids(image))
-        self._tokenizer.padding_side = "right"
 
     @property
     def template(self) -> Callable[[list[Message]], str]:
