@@ -12,42 +12,10 @@ import pytest
 
 from moddistill.config import CacheConfig
 from moddistill.convert.resolve import load
-from moddistill.data.tokenizer import train_bpe
 from moddistill.errors import UserError
-from moddistill.extraction import batches, plan
 from moddistill.extraction.run import extract
-from moddistill.models.presets import preset, with_vocabulary
-from moddistill.models.vocabulary import num_ids
-from moddistill.storage.model_folder import save_model
-from moddistill.teachers import cache as caches
 from moddistill.teachers.cache import TeacherCache
 from moddistill.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def small_shards():
-    """Shards of three records, so that a few records have several."""
-    patch = pytest.MonkeyPatch()
-    for module in (caches, plan):
-        patch.setattr(module, "SHARD_RECORDS", 3)
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def cached(tiny_config, tokenizer, tmp_path_factory, small_shards):
-    """`cached(stage, wanted, **changes)`: the folder of a cache, made once."""
-    made = {}
-
-    def make(stage, wanted=None, **changes):
-        wanted = wanted or CacheConfig("top_k", num_ids(tokenizer.real_ids))
-        key = repr((stage, wanted, changes))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("cache") / stage
-            extract(tiny_config(stage, **changes), wanted, made[key])
-        return made[key]
-
-    return make
 
 
 def losses_and_params(config, workdir):
@@ -80,36 +48,6 @@ def test_entries_depend_on_the_records_only(tiny_config, cached, tmp_path, wante
     for number in range(source.records):
         x, y = a.entry(name, number), b.entry(name, number)
         chex.assert_trees_all_close(x.targets, y.targets, atol=2e-3)
-
-
-def test_an_interrupted_extraction_makes_the_missing_shards(
-    tiny_config, cached, tmp_path, monkeypatch
-):
-    whole, folder = cached("d2s", CacheConfig("top_k", 8)), tmp_path / "cache"
-    written = []
-
-    def write_two(folder, shard, *args, write=batches.write_shard):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        write(folder, shard, *args)
-        written.append(shard.name)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(batches, "write_shard", write_two)
-        extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
-    with pytest.raises(UserError, match=r"without records 6 to 7 of conversations; the same"):
-        TeacherCache(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
-    assert len(before) == len(written) == 2
-    extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
-    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    ours = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert ours == {path.name for path in whole.rglob("*") if path.is_file()}
-    a, b = TeacherCache(folder), TeacherCache(whole)
-    for number in range(8):
-        first, second = (each.entry("conversations", number) for each in (a, b))
-        np.testing.assert_array_equal(first.targets.labels, second.targets.labels)
-        chex.assert_trees_all_close(first.targets, second.targets, atol=2e-3)
 
 
 def test_a_finished_cache_is_checked(tiny_config, cached, tmp_path):
@@ -195,80 +133,6 @@ def test_held_out_records_have_targets_too(tiny_config, tmp_path):
     config = dataclasses.replace(config, data=data)
     with pytest.raises(UserError, match=r"config.data.sources: expected other names than 'held"):
         extract(config, CacheConfig(ids=8), tmp_path / "other")
-
-
-@pytest.fixture
-def teacher_of(init, tokenizer, tmp_path):
-    """`teacher_of(**changes)`: the folder of a teacher whose architecture differs from `tiny`."""
-
-    def make(patch_size=14, template="vicuna", tokenizer=tokenizer):
-        config = with_vocabulary(preset("tiny-teacher"), tokenizer.real_ids, tokenizer.image_id)
-        vision = dataclasses.replace(config.vision, patch_size=patch_size)
-        config = dataclasses.replace(config, vision=vision, template=template)
-        save_model(tmp_path / "teacher", config, init(config), tokenizer, {})
-        return str(tmp_path / "teacher")
-
-    return make
-
-
-def test_a_teacher_with_other_image_tokens_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
-    """16 image tokens where the student has 4; a live teacher would be refused."""
-    teacher = teacher_of(patch_size=7)
-    config = tiny_config("d2s", teacher=teacher, data={"max_length": 240})
-    extract(config, CacheConfig(ids=8), tmp_path / "cache")
-    assert TeacherCache(tmp_path / "cache").settings.teacher.images["tokens"] == 16
-    train_from(tmp_path / "cache", config, tmp_path)
-    assert taught(tmp_path / "run") == config.steps
-
-
-def test_a_teacher_of_another_template_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
-    """`chatml` has another end of an answer than `vicuna`, and no space before it."""
-    config = tiny_config("d2s", teacher=teacher_of(template="chatml"))
-    extract(config, CacheConfig(ids=8), tmp_path / "cache")
-    train_from(tmp_path / "cache", config, tmp_path)
-    assert taught(tmp_path / "run") == config.steps
-
-
-def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
-    other = train_bpe(["which shape is this? is it a blue star or a green circle? " * 3], 290)
-    config = tiny_config("d2s", teacher=teacher_of(tokenizer=other))
-    extract(config, CacheConfig(ids=8), tmp_path / "cache")
-    train_from(tmp_path / "cache", config, tmp_path)
-    assert taught(tmp_path / "run") == config.steps
-    extract(config, CacheConfig("samples", 8), tmp_path / "drawn")
-    with pytest.raises(UserError, match=r"config\.teacher: expected a cache made with --top_k for"):
-        train_from(tmp_path / "drawn", config, tmp_path / "other")
-
-
-def test_records_of_other_answers_are_trained_without_targets(
-    tiny_config, cached, tmp_path, monkeypatch
-):
-    config = tiny_config("d2s", data={"max_rejected": 1.0})
-    monkeypatch.setattr(TeacherCache, "entry", other_entry)
-    train_from(cached("d2s", CacheConfig("top_k", 8)), config, tmp_path)
-    listed = (tmp_path / "run" / "without_targets.jsonl").read_text()
-    assert listed.count("answer: expected ") == 8
-    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["ce"] > 0 and not row.get("kd") for row in rows)
-    monkeypatch.setattr(TeacherCache, "entry", other_entry)
-    with pytest.raises(UserError, match=r"records to be without a teacher's targets .*, got "):
-        train_from(cached("d2s", CacheConfig("top_k", 8)), tiny_config("d2s"), tmp_path / "other")
-
-
-def other_entry(cache, source, number, entry=TeacherCache.entry):
-    """That of a record, whose answer begins with another letter."""
-    found = entry(cache, source, number)
-    labels = found.targets.labels.copy()
-    labels[0] = labels[0] % 100 + 1
-    return found._replace(targets=found.targets._replace(labels=labels))
-
-
-def taught(workdir):
-    """The number of steps with a divergence; no record was left out, or had no targets."""
-    lists = {"quarantine.jsonl", "without_targets.jsonl"}
-    assert not lists & {path.name for path in workdir.iterdir()}
-    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return sum(row["kd"] > 0 for row in rows)
 
 
 def test_a_run_does_not_resume_with_another_cache(tiny_config, cached, tmp_path):

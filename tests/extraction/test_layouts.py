@@ -1,0 +1,93 @@
+"""Teachers whose images, template or vocabulary are not the student's."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moddistill.config import CacheConfig
+from moddistill.data.tokenizer import train_bpe
+from moddistill.errors import UserError
+from moddistill.extraction.run import extract
+from moddistill.models.presets import preset, with_vocabulary
+from moddistill.storage.model_folder import save_model
+from moddistill.teachers.cache import TeacherCache
+from moddistill.training.loop import train
+
+
+def train_from(folder, config, tmp_path):
+    return train(dataclasses.replace(config, teacher=f"cache:{folder}"), tmp_path / "run")
+
+
+@pytest.fixture
+def teacher_of(init, tokenizer, tmp_path):
+    """`teacher_of(**changes)`: the folder of a teacher whose architecture differs from `tiny`."""
+
+    def make(patch_size=14, template="vicuna", tokenizer=tokenizer):
+        config = with_vocabulary(preset("tiny-teacher"), tokenizer.real_ids, tokenizer.image_id)
+        vision = dataclasses.replace(config.vision, patch_size=patch_size)
+        config = dataclasses.replace(config, vision=vision, template=template)
+        save_model(tmp_path / "teacher", config, init(config), tokenizer, {})
+        return str(tmp_path / "teacher")
+
+    return make
+
+
+def test_a_teacher_with_other_image_tokens_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
+    """16 image tokens where the student has 4; a live teacher would be refused."""
+    teacher = teacher_of(patch_size=7)
+    config = tiny_config("d2s", teacher=teacher, data={"max_length": 240})
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    assert TeacherCache(tmp_path / "cache").settings.teacher.images["tokens"] == 16
+    train_from(tmp_path / "cache", config, tmp_path)
+    assert taught(tmp_path / "run") == config.steps
+
+
+def test_a_teacher_of_another_template_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
+    """`chatml` has another end of an answer than `vicuna`, and no space before it."""
+    config = tiny_config("d2s", teacher=teacher_of(template="chatml"))
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    train_from(tmp_path / "cache", config, tmp_path)
+    assert taught(tmp_path / "run") == config.steps
+
+
+def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
+    other = train_bpe(["which shape is this? is it a blue star or a green circle? " * 3], 290)
+    config = tiny_config("d2s", teacher=teacher_of(tokenizer=other))
+    extract(config, CacheConfig(ids=8), tmp_path / "cache")
+    train_from(tmp_path / "cache", config, tmp_path)
+    assert taught(tmp_path / "run") == config.steps
+    extract(config, CacheConfig("samples", 8), tmp_path / "drawn")
+    with pytest.raises(UserError, match=r"config\.teacher: expected a cache made with --top_k for"):
+        train_from(tmp_path / "drawn", config, tmp_path / "other")
+
+
+def test_records_of_other_answers_are_trained_without_targets(
+    tiny_config, cached, tmp_path, monkeypatch
+):
+    config = tiny_config("d2s", data={"max_rejected": 1.0})
+    monkeypatch.setattr(TeacherCache, "entry", other_entry)
+    train_from(cached("d2s", CacheConfig("top_k", 8)), config, tmp_path)
+    listed = (tmp_path / "run" / "without_targets.jsonl").read_text()
+    assert listed.count("answer: expected ") == 8
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["ce"] > 0 and not row.get("kd") for row in rows)
+    monkeypatch.setattr(TeacherCache, "entry", other_entry)
+    with pytest.raises(UserError, match=r"records to be without a teacher's targets .*, got "):
+        train_from(cached("d2s", CacheConfig("top_k", 8)), tiny_config("d2s"), tmp_path / "other")
+
+
+def other_entry(cache, source, number, entry=TeacherCache.entry):
+    """That of a record, whose answer begins with another letter."""
+    found = entry(cache, source, number)
+    labels = found.targets.labels.copy()
+    labels[0] = labels[0] % 100 + 1
+    return found._replace(targets=found.targets._replace(labels=labels))
+
+
+def taught(workdir):
+    """The number of steps with a divergence; no record was left out, or had no targets."""
+    lists = {"quarantine.jsonl", "without_targets.jsonl"}
+    assert not lists & {path.name for path in workdir.iterdir()}
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return sum(row["kd"] > 0 for row in rows)
