@@ -135,7 +135,8 @@ def loss_masks(
     `ce` counts at predictions of supervised tokens, and so does `kd` by default. Variants of `kd`:
     `kd_positions="all_tokens"` counts the predictions of all tokens but the first of each sample;
     `kd_shift="reference"` is the mask of the original code, which is not shifted with the labels:
-    one position late. With a cache, `kd` counts where it has targets.
+    one position late. With a cache, `kd` counts where it has targets. The student's own answers are
+    no labels, so `ce` does not count there.
     """
     _, supervised = next_token(batch.tokens, batch.loss_mask, batch.segments)
     masks = {"ce": supervised, "kd": supervised}
@@ -145,4 +146,6 @@ def loss_masks(
         masks["kd"] = batch.loss_mask
     if batch.teacher is not None:
         masks["kd"] &= batch.teacher.known
+    if batch.on_policy is not None:
+        masks["ce"] &= ~batch.on_policy[:, None]
     return {name: masks[name] for name in terms}
