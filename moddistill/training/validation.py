@@ -185,14 +185,18 @@ def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
         axes = " * ".join(BATCH_AXES)
         expected = f"a multiple of the mesh's {axes} ({shards})"
         raise invalid("config.batch_size / config.grad_accum_steps", micro_batch, expected)
-    answered = config.on_policy.share * micro_batch / shards
-    if not math.isclose(answered, round(answered), rel_tol=1e-6):
-        expected = f"a share that is a whole number of the {micro_batch // shards} rows of a device"
-        expected += " in each micro-batch"
+    if not is_whole(config.on_policy.share, micro_batch // shards):
+        expected = "a share with which the student answers a whole number of the "
+        expected += f"{micro_batch // shards} rows that a device has of a micro-batch"
         raise invalid("config.on_policy.share", config.on_policy.share, expected)
     if config.data.max_length % mesh.shape["tensor"]:
         expected = f"a multiple of mesh.tensor ({mesh.shape['tensor']}), which shards positions"
         raise invalid("config.data.max_length", config.data.max_length, expected)
+
+
+def is_whole(share: float, rows: int) -> bool:
+    """Returns whether a share of some rows is a whole number of them."""
+    return math.isclose(share * rows, round(share * rows), rel_tol=1e-6)
 
 
 def _check_processes(mesh: Mesh) -> None:
