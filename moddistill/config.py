@@ -235,8 +235,8 @@ class TrainConfig:
     keep_best: Annotated[
         str, "metric of held-out records, such as `loss`, whose lowest checkpoint is kept too"
     ] = ""
-    heldout_steps: Annotated[int, Range(ge=0, le=10**6), "batches of `data.heldout`"] = 0
-    heldout_every: Annotated[int, Range(ge=0), "steps between them; 0: after the last one"] = 0
+    heldout_steps: Annotated[int, Range(ge=0, le=10**6), "batches of `data.heldout` evaluated"] = 0
+    heldout_every: Annotated[int, Range(ge=0), "steps between evaluations; 0: the last only"] = 0
     tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
     eval_every: Annotated[int, Range(ge=0), "steps between runs of `tasks`; 0: the last only"] = 0
     on_divergence: Annotated[
@@ -255,7 +255,7 @@ class TrainConfig:
     ] = "full"
     scan: Annotated[bool, "layers as a loop; false compiles longer, runs faster if few"] = True
     donate: Annotated[bool, "a step reuses the memory of parameters and moments"] = True
-    logits_chunk_size: Annotated[int, Range(ge=1), "positions with logits at one time"] = 256
+    logits_chunk_size: Annotated[int, Range(ge=1), "supervised positions with logits at once"] = 256
     expert_transport: Annotated[
         ExpertTransport, "collective that moves tokens to their experts; ragged: no CPU"
     ] = "all_gather"

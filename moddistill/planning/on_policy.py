@@ -31,7 +31,7 @@ def answer_peak(
 
 def answer_work(
     config: TrainConfig, student: ModelConfig, content: StepSize, mesh: Mesh, topology: str
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Returns FLOPs and seconds of the answers of a step, all as long as they may be.
 
     Reading prompts has the utilisation of the step, but a token is bounded by the bytes that it

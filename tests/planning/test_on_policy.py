@@ -26,7 +26,7 @@ def config(tiny_config):
 
 
 def test_work_of_answers(config):
-    """Prompts have 3/4 of 50 tokens, rounded up; each of four devices makes two answers at one time, twice."""
+    """Prompts have 3/4 of 50 tokens, rounded up. Four devices make two answers each, twice."""
     student, mesh = preset("tiny"), make_mesh(MeshConfig(data=4), jax.devices()[:4])
     found = answer_work(config, student, CONTENT, mesh, "v5e:2x2")
     size = AnswerSize(16, 38, 1, 12)
