@@ -15,7 +15,8 @@ from moddistill.distributed.accelerators import peak_flops
 from moddistill.models.batch import num_samples, num_tokens
 from moddistill.models.flops import StepSize, step_flops
 from moddistill.models.vlm import ModelConfig
-from moddistill.planning.planner import abstract_batch, architectures, peak_bytes
+from moddistill.planning.memory import peak_bytes
+from moddistill.planning.planner import abstract_batch, architectures
 from moddistill.teachers.live import shares_tower, without_tower
 from moddistill.training.program import full_step_size, make_program, with_shardings
 

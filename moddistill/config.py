@@ -117,9 +117,7 @@ class DistillationConfig:
         Range(gt=0, lt=1),
         "share of the teacher in the mixture of jsd and skew_kl, of the student in skew_reverse_kl",
     ] = 0.1
-    temperature: Annotated[
-        float, Range(gt=0), "divides logits of both models; `kd` is multiplied by its square"
-    ] = 1.0
+    temperature: Annotated[float, Range(gt=0), "of both models; squared, it scales `kd`"] = 1.0
     kd_weight: Annotated[float, Range(ge=0), "weight of the divergence"] = 1.0
     ce_weight: Annotated[float, Range(ge=0), "weight of the cross entropy"] = 1.0
     image_kd_weight: Annotated[float, Range(ge=0), "weight of the divergence at patches"] = 0.0
@@ -130,6 +128,16 @@ class DistillationConfig:
     kd_shift: Annotated[
         Literal["correct", "reference"], "mask of the divergence; reference: one position late"
     ] = "correct"
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPolicyConfig:
+    """Answers of the student, made in training, in place of those of some records."""
+
+    share: Annotated[float, Range(ge=0, le=1), "share of rows that the student answers"] = 0.0
+    tokens: Annotated[int, Range(ge=1, le=10**6), "tokens of the longest answer"] = 128
+    temperature: Annotated[float, Range(ge=1e-4, le=1e4), "divides the student's logits"] = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1), "probability of the tokens to sample from"] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +216,7 @@ class TrainConfig:
     """
 
     stage: Annotated[StageName, "row of moddistill/training/stages.py"] = "sft"
-    student: Annotated[str, "model to train: a folder, a Hugging Face name, or `random:PRESET`"] = (
-        ""
-    )
+    student: Annotated[str, "model to train: folder, Hugging Face name, or `random:PRESET`"] = ""
     teacher: Annotated[str, "model to distil from, named in the same ways"] = ""
     vision: Annotated[str, "model whose vision encoder a text-only student receives"] = ""
     tokenizer: Annotated[str, "tokenizer folder, for `random:` students only"] = ""
@@ -229,12 +235,8 @@ class TrainConfig:
     keep_best: Annotated[
         str, "metric of held-out records, such as `loss`, whose lowest checkpoint is kept too"
     ] = ""
-    heldout_steps: Annotated[
-        int, Range(ge=0, le=10**6), "batches of `data.heldout` that are evaluated"
-    ] = 0
-    heldout_every: Annotated[
-        int, Range(ge=0), "steps between such evaluations; 0: after the last one"
-    ] = 0
+    heldout_steps: Annotated[int, Range(ge=0, le=10**6), "batches of `data.heldout` evaluated"] = 0
+    heldout_every: Annotated[int, Range(ge=0), "steps between evaluations; 0: the last only"] = 0
     tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
     eval_every: Annotated[int, Range(ge=0), "steps between runs of `tasks`; 0: the last only"] = 0
     on_divergence: Annotated[
@@ -253,22 +255,19 @@ class TrainConfig:
     ] = "full"
     scan: Annotated[bool, "layers as a loop; false compiles longer, runs faster if few"] = True
     donate: Annotated[bool, "a step reuses the memory of parameters and moments"] = True
-    logits_chunk_size: Annotated[
-        int, Range(ge=1), "supervised positions whose logits are in memory at one time"
-    ] = 256
+    logits_chunk_size: Annotated[int, Range(ge=1), "supervised positions with logits at once"] = 256
     expert_transport: Annotated[
         ExpertTransport, "collective that moves tokens to their experts; ragged: no CPU"
     ] = "all_gather"
     teacher_quantization: Annotated[
         Literal["none", "int8"], "of the teacher's layers; int8 halves their memory"
     ] = "none"
-    teacher_offload: Annotated[
-        bool, "keep the teacher's layers in host memory, for teachers that fit nowhere else"
-    ] = False
+    teacher_offload: Annotated[bool, "keep the teacher's layers in host memory"] = False
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     distillation: DistillationConfig = DistillationConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
     preference: PreferenceConfig = PreferenceConfig()
     router: RouterLossConfig = RouterLossConfig()
     moe: ExpertConfig = ExpertConfig()  # experts that a sparse stage adds to a dense student

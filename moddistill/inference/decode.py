@@ -1,6 +1,7 @@
 """The programs of decoding: `admit` reads prompts into rows, `step` adds a token to each row.
 
-`read_beginnings` reads what several prompts begin with, before `admit` reads the rest of each.
+`begin` makes rows of some prompts and nothing else, within a program. `read_beginnings` reads what
+several prompts begin with, before `admit` reads the rest of each.
 
 Rows are independent: each has its own slots of the key/value cache, its own position and random
 keys, so that a prompt takes the place of one that is answered while the others go on.
@@ -117,38 +118,60 @@ def admit(
     else:
         cache = _continued(shared, length)
     batch = batch._replace(positions=batch.positions + cache.length[:, None])
-    output = model.apply({"params": params}, batch, cache)
     seen = None
     if sampling.penalises:
         seen = _tokens_of(batch, decoder.vocab_size)
         if shared is not None:
             seen |= _tokens_of(shared.batch, decoder.vocab_size)[shared.of]
-    # The last token of each prompt predicts the first new one.
-    last = jnp.sum(batch.segments > 0, axis=1) - 1
-    hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)
-    counts = jnp.zeros(count, jnp.int32)
-    drawn = rngs, counts, seen
-    choice, seen = _choose(model, output, hidden, drawn, sampling, top_logprobs)
+    new, choice = begin(
+        model, params, batch, cache, rngs, seen, sampling=sampling, top_logprobs=top_logprobs
+    )
 
     def put(old: Array, new: Array) -> Array:
         return old.at[at].set(new, mode="drop")
 
     # Beginnings and rests are padded, so that slots without a token may be beyond those of a row.
     slots = rows.cache.segments.shape[1]
-    used = min(slots, output.cache.segments.shape[1])
+    used = min(slots, new.cache.segments.shape[1])
 
     def put_slots(old: Array, new: Array) -> Array:  # [repeats, B, S, ...] from [..., G, T, ...]
         return old.at[:, at, :used].set(new[:, :, :used], mode="drop")
 
-    segments = jnp.pad(output.cache.segments[:, :used], ((0, 0), (0, slots - used)))
+    segments = jnp.pad(new.cache.segments[:, :used], ((0, 0), (0, slots - used)))
     cache = KVCache(
-        jax.tree.map(put_slots, rows.cache.layers, output.cache.layers),
+        jax.tree.map(put_slots, rows.cache.layers, new.cache.layers),
         put(rows.cache.segments, segments),
-        put(rows.cache.length, output.cache.length),
+        put(rows.cache.length, new.cache.length),
     )
-    old = rows.last, rows.rngs, rows.count, rows.seen
-    new = choice.tokens, rngs, counts + 1, seen
+    old, new = ((x.last, x.rngs, x.count, x.seen) for x in (rows, new))
     return Rows(_sharded(cache), *jax.tree.map(put, old, new)), choice
+
+
+def begin(
+    model: Vlm,
+    params: dict[str, Any],
+    batch: Batch,
+    cache: KVCache,
+    rngs: Array,
+    seen: Bool[Array, "B V"] | None = None,
+    *,
+    sampling: Sampling,
+    top_logprobs: int,
+) -> tuple[Rows, Choice]:
+    """Reads prompts, padded on the right, into a cache of theirs, and chooses their first tokens.
+
+    Args:
+      cache: empty, or with the beginnings of the prompts; its slots are those of the new rows.
+      seen: the tokens of the prompts, if these are penalised.
+    """
+    output = model.apply({"params": params}, batch, cache)
+    # The last token of each prompt predicts the first new one.
+    last = jnp.sum(batch.segments > 0, axis=1) - 1
+    hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)
+    counts = jnp.zeros(len(last), jnp.int32)
+    drawn = rngs, counts, seen
+    choice, seen = _choose(model, output, hidden, drawn, sampling, top_logprobs)
+    return Rows(_sharded(output.cache), choice.tokens, rngs, counts + 1, seen), choice
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="rows")

@@ -180,7 +180,7 @@ def loss_masks(
     `kd_positions="all_tokens"` counts the predictions of all tokens but the first of each sample;
     `kd_shift="reference"` is the mask of the original code, which is not shifted with the labels:
     one position late. With a cache, `kd` counts where it has targets of a token. `image_kd` counts
-    at patches.
+    at patches. The student's own answers are no labels, so `ce` does not count there.
     """
     _, supervised = next_token(batch.tokens, batch.loss_mask, batch.segments)
     masks = {"ce": supervised, "kd": supervised}
@@ -190,6 +190,8 @@ def loss_masks(
         masks["kd"] = batch.loss_mask
     if batch.teacher is not None:
         masks["kd"] &= batch.teacher.known
+    if batch.on_policy is not None:
+        masks["ce"] &= ~batch.on_policy[:, None]
     if "image_kd" in terms:
         masks["image_kd"] = image_positions(batch, student.image_token_id)
     if "relation" in terms:

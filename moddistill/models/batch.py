@@ -57,6 +57,8 @@ class Batch(NamedTuple):
         slots after them; None for text-only models.
       features: vision features of another model with the same encoder, in place of images.
       teacher: targets from a cache, if the teacher has one.
+      on_policy: rows whose answer is the student's own, so that its tokens are no labels; None if
+        all answers are those of records.
     """
 
     tokens: Int[Array, "B T"]
@@ -66,6 +68,7 @@ class Batch(NamedTuple):
     images: UInt8[Array, "U I h w 3"] | None = None
     features: Float[Array, "U X W"] | None = None
     teacher: CachedTargets | None = None
+    on_policy: Bool[Array, "B"] | None = None
 
 
 class PreferenceBatch(NamedTuple):

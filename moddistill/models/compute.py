@@ -31,3 +31,12 @@ class ComputeConfig:
     quantized_layers: bool = False
     expert_transport: str = "all_gather"
     token_routing: bool = False
+
+    def without_gradients(self) -> "ComputeConfig":
+        """The settings by which a model that trains is decoded.
+
+        Layers stay stacked: each of its own would be a copy.
+        """
+        return ComputeConfig(
+            dtype=self.dtype, unroll=self.unroll, expert_transport=self.expert_transport
+        )

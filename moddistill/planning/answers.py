@@ -22,7 +22,7 @@ from moddistill.models.batch import make_batch
 from moddistill.models.flops import parameter_counts
 from moddistill.models.layer_plan import unstack
 from moddistill.models.vlm import ModelConfig, Vlm
-from moddistill.planning.planner import USABLE_MEMORY, compile_program, peak_bytes
+from moddistill.planning.memory import USABLE_MEMORY, compile_program, peak_bytes
 from moddistill.planning.roofline import (
     AnswerSize,
     Work,

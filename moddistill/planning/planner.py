@@ -6,7 +6,6 @@ are those of the compiled program.
 
 import dataclasses
 import functools
-import logging
 import math
 import re
 from pathlib import Path
@@ -28,14 +27,17 @@ from moddistill.models.vlm import ModelConfig
 from moddistill.planning.cached import cache_shape, cached_teacher
 from moddistill.planning.content import step_content
 from moddistill.planning.hlo_collectives import collectives
+from moddistill.planning.memory import USABLE_MEMORY, compile_program, memory_per_chip
+from moddistill.planning.on_policy import answer_peak, answer_work, format_answers
 from moddistill.teachers.live import check_teacher, shares_tower, without_tower
 from moddistill.training.architectures import trained_architecture
 from moddistill.training.program import Program, make_program, with_shardings
 from moddistill.training.stages import is_cached, stage_of
-from moddistill.training.validation import check_batch_divides_mesh, check_settings
-
-LOG = logging.getLogger("moddistill")
-USABLE_MEMORY = 0.97  # fraction for programs; the runtime reserves the rest
+from moddistill.training.validation import (
+    check_batch_divides_mesh,
+    check_settings,
+    is_whole,
+)
 
 
 def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
@@ -70,6 +72,9 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     batch = abstract_batch(config, student, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         compiled = compile_program(program.step.lower(state, program.teacher, batch), topology)
+        peak = None
+        if config.on_policy.share:
+            peak = answer_peak(config, program, state, batch, mesh, topology)
     cores = accelerators.devices_per_chip(topology)
     report = {
         "topology": topology,
@@ -77,7 +82,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "shared_tower": shared,
         "micro_batch": config.batch_size // config.grad_accum_steps,
         "batch_size": config.batch_size,
-        **_memory(compiled, topology),
+        **memory_per_chip(compiled, topology),
         "arguments": {name: cores * x for name, x in argument_bytes(program, batch).items()},
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
@@ -85,6 +90,11 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     flops = step_flops(student, teacher, content.size, trained, shared, image_logits=at_images)
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
     report |= {name: getattr(content, name) for name in ("samples", "padding", "steps")}
+    if config.on_policy.share:
+        report |= answer_work(config, student, content.size, mesh, topology)
+        # What the program of answers has no argument for stays in memory.
+        others = report["arguments"]["moments"] + report["arguments"]["teacher"]
+        report["answer_peak_bytes_per_chip"] = None if peak is None else peak + others
     return report | _fit_and_duration(report, topology, utilisation)
 
 
@@ -102,7 +112,8 @@ def fit(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[st
     mesh = sharding.make_mesh(config.mesh, accelerators.topology_devices(topology))
     shards = sharding.num_batch_shards(mesh)
     size = config.batch_size
-    counts = [n for n in range(1, size + 1) if size % n == 0 and size // n % shards == 0]
+    counts = [n for n in range(1, size + 1) if size % (n * shards) == 0]
+    counts = [n for n in counts if is_whole(config.on_policy.share, size // (n * shards))]
     for steps in counts or [1]:
         candidate = dataclasses.replace(config, grad_accum_steps=steps)
         report = plan(candidate, topology, utilisation)
@@ -162,46 +173,6 @@ def _check_memory(config: TrainConfig, topology: str) -> None:
         raise invalid("config.teacher_offload", config.teacher_offload, expected)
 
 
-def _memory(compiled: Any, topology: str) -> dict[str, int | None]:
-    """Returns the compiler's bytes per chip; None values without a program."""
-    memory = compiled.memory_analysis() if compiled else None
-    if memory is None:
-        return dict.fromkeys(f"{name}_bytes_per_chip" for name in ("peak", "argument", "temp"))
-    cores = accelerators.devices_per_chip(topology)
-    return {
-        "peak_bytes_per_chip": cores * peak_bytes(memory, accelerators.parse_topology(topology)[0]),
-        "argument_bytes_per_chip": cores * memory.argument_size_in_bytes,
-        "temp_bytes_per_chip": cores * memory.temp_size_in_bytes,
-    }
-
-
-def peak_bytes(memory: Any, name: str) -> int:
-    """Returns the peak bytes of one device from a program's `memory_analysis()`.
-
-    Args:
-      name: of the accelerator; "cpu" for CPUs.
-    """
-    if name != "cpu":  # the peak includes arguments in host memory
-        return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
-    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # CPUs have no peak of both
-    return sizes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def compile_program(lowered: Any, topology: str) -> Any:
-    """Compiles a program for a topology; None if the compiler runs out of device memory."""
-    try:
-        return lowered.compile(compiler_options=accelerators.compiler_options(topology))
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if "RESOURCE_EXHAUSTED" not in reason or "vmem" in reason.lower():
-            raise UserError(
-                f"topology: expected settings that compile for {topology!r}, got an error of the "
-                f"compiler: {reason}"
-            ) from error
-        LOG.warning("%s", reason)
-        return None
-
-
 def _collectives(compiled: Any, chips: int) -> dict[str, dict[str, int]] | None:
     """Returns the collectives; None where the backend cannot print its program."""
     if chips == 1:
@@ -241,13 +212,15 @@ def _fit_and_duration(report: dict[str, Any], topology: str, utilisation: float)
     chip = accelerators.CHIPS[name]
     allowed = round(chip.memory * USABLE_MEMORY)
     flops = report["model_flops_per_step"] + report["teacher_flops_per_step"]
-    speed = chip.flops * report["chips"] * utilisation
+    flops += report.get("answer_prompt_flops_per_step", 0.0)
+    seconds = flops / (chip.flops * report["chips"] * utilisation)
+    seconds += report.get("answer_token_seconds_per_step", 0.0)
+    peaks = [report[name] for name in report if name.endswith("peak_bytes_per_chip")]
     return {
         "allowed_bytes_per_chip": allowed,
-        "fits": report["peak_bytes_per_chip"] is not None
-        and report["peak_bytes_per_chip"] <= allowed,
-        "seconds_per_step": flops / speed,
-        "days": report["steps"] * flops / speed / 86400 if report["steps"] else None,
+        "fits": all(peak is not None and peak <= allowed for peak in peaks),
+        "seconds_per_step": seconds,
+        "days": report["steps"] * seconds / 86400 if report["steps"] else None,
         "utilisation": utilisation,
     }
 
@@ -273,6 +246,8 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"{kind:<18} {entry['count']:4} times, {entry['bytes'] / 2**20:10.1f} MiB")
     lines.append(f"student    {report['model_flops_per_step'] / 1e12:10.1f} TFLOP a step")
     lines.append(f"teacher    {report['teacher_flops_per_step'] / 1e12:10.1f} TFLOP a step")
+    if "answer_flops_per_step" in report:
+        lines += format_answers(report)
     lines.append(f"a step has {report['batch_size']:,} {_rows(report)}")
     if report["fits"] is not None:
         word = "fits" if report["fits"] else "does not fit"

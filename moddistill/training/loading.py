@@ -18,11 +18,13 @@ from moddistill.convert.resolve import (
 )
 from moddistill.distributed.sharding import param_shardings
 from moddistill.errors import at_field
+from moddistill.inference.answer import end_id
 from moddistill.losses import Loss
 from moddistill.models.flops import StepFlops, StepSize, step_flops
 from moddistill.models.moe.grouped_matmul import kernel_name
 from moddistill.models.upcycle import upcycle
 from moddistill.models.vlm import Vlm, abstract_params
+from moddistill.models.vocabulary import common_ids
 from moddistill.params import count
 from moddistill.storage.model_folder import load_params
 from moddistill.teachers.cached import CachedTeacher
@@ -33,6 +35,7 @@ from moddistill.teachers.live import (
     without_tower,
 )
 from moddistill.training.architectures import Models
+from moddistill.training.on_policy import make_answer, with_answers_of_the_student
 from moddistill.training.program import Program, make_program
 from moddistill.training.state import State
 
@@ -45,7 +48,8 @@ class Run(NamedTuple):
     Attributes:
       model: the student.
       loss: of the stage.
-      step: `state, metrics = step(state, teacher, batch)`, jitted; donates the state.
+      step: `state, metrics = step(state, teacher, batch)`, jitted; donates the state. On-policy, it
+        is two jitted functions, of which the first answers a share of the batch.
       state: before the first step.
       teacher: the teacher's parameters, or None; without its vision encoder if that is shared.
       flops: from the content of a step to its FLOPs.
@@ -87,6 +91,12 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     if shared:
         LOG.info("the teacher gets the features of the student's vision encoder, which is the same")
         teacher_params = without_tower(teacher_params)
+    step = program.step
+    if config.on_policy.share:
+        ids = common_ids(target.decoder.real_ids, teacher.decoder.real_ids)
+        end = end_id(config.data.template, models.tokenizer)
+        answer = make_answer(config, program.model, ids, end, mesh)
+        step = with_answers_of_the_student(answer, step)
     trained = set(state.params)
     flops = functools.partial(
         step_flops,
@@ -96,7 +106,7 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         shared_tower=shared,
         image_logits=config.distillation.image_kd_weight > 0,
     )
-    return Run(program.model, program.loss, program.step, state, teacher_params, flops)
+    return Run(program.model, program.loss, step, state, teacher_params, flops)
 
 
 def _first_state(program: Program, params: dict[str, Any]) -> State:

@@ -52,6 +52,7 @@ def _settings(part: str) -> tuple[str, ...]:
 
 _CE = ("distillation.ce_weight",)
 _KD = tuple(name for name in _settings("distillation") if name not in _CE)
+_ON_POLICY = _settings("on_policy")
 _PREFERENCE = _settings("preference")
 _ROUTER = _settings("router")
 
@@ -64,7 +65,7 @@ class Stage:
       trains: patterns of the parameters that train in the paper.
       also: patterns of those that the reference code trains beyond them.
       loss: from config, student and teacher (or None) to the loss.
-      reads: dotted names of the settings that its loss reads.
+      reads: dotted names of the settings of its loss and answers that it reads.
       teacher: whether it needs a teacher.
       sparse: whether a dense student becomes sparse before the first step.
       records: kind of records.
@@ -93,14 +94,14 @@ STAGES: dict[str, Stage] = {
     "d2d": Stage(
         trains=(LANGUAGE_MODEL, PROJECTOR),
         loss=functools.partial(_token_loss, terms=("kd", "image_kd", "relation")),
-        reads=_KD + _ROUTER,
+        reads=_KD + _ON_POLICY + _ROUTER,
         teacher=True,
     ),
     "d2s": Stage(
         trains=(EXPERT_LAYERS, PROJECTOR),
         also=(DENSE_LAYERS,),
         loss=functools.partial(_token_loss, terms=("kd", "ce", "image_kd", "relation")),
-        reads=_KD + _CE + _ROUTER,
+        reads=_KD + _CE + _ON_POLICY + _ROUTER,
         teacher=True,
         sparse=True,
     ),

@@ -121,12 +121,8 @@ def content_metrics(batch: AnyBatch, student: ModelConfig) -> Metrics:
 def _accumulate(
     gradients: Callable[..., tuple[Any, Metrics]], accumulate: int, batch: Any, rng: jax.Array
 ) -> tuple[Any, Metrics]:
-    """Sums gradients and metrics over `accumulate` micro-batches, in a scan.
-
-    Each takes every `accumulate`-th row, so that rows stay on the devices they are on.
-    """
-    # [B, ...] to [B / A, A, ...] to [A, B / A, ...]: row i is in micro-batch i % A.
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    """Sums gradients and metrics over `accumulate` micro-batches, in a scan."""
+    micro = micro_batches(batch, accumulate)
 
     def run(index: jax.Array, part: Any) -> tuple[Any, Metrics]:
         return gradients(part, jax.random.fold_in(rng, index))
@@ -140,3 +136,12 @@ def _accumulate(
     shapes = jax.eval_shape(run, *jax.tree.map(lambda x: x[0], inputs))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(body, zeros, inputs)[0]
+
+
+def micro_batches(rows: Any, count: int) -> Any:
+    """Returns arrays [B, ...] as [A, B / A, ...], of `count` A parts.
+
+    Each takes every A-th row, so that rows stay on the devices they are on.
+    """
+    # By way of [B / A, A, ...]: row i is in part i % A.
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)

@@ -14,7 +14,6 @@ from moddistill.evals.harness import check_tasks, evaluate_in_memory
 from moddistill.evals.results import write_results
 from moddistill.evals.runner import answer_and_score, find_task
 from moddistill.evals.task import Question
-from moddistill.models.compute import ComputeConfig
 from moddistill.models.vlm import Vlm
 from moddistill.params import merge
 from moddistill.training.interruption import Stops, Waiting
@@ -62,12 +61,8 @@ class Tasks:
         workdir: Path,
     ):
         self._config, self._questions, self._workdir = config, questions, workdir
-        # Without what serves gradients. Layers stay stacked: each of its own would be a copy.
-        old = model.compute
-        compute = ComputeConfig(
-            dtype=old.dtype, unroll=old.unroll, expert_transport=old.expert_transport
-        )
-        self._model, self._tokenizer = model.clone(compute=compute), tokenizer
+        self._model = model.clone(compute=model.compute.without_gradients())
+        self._tokenizer = tokenizer
 
     def is_due(self, step: int) -> bool:
         """Returns whether the questions are answered after a step."""

@@ -6,7 +6,13 @@ from collections import Counter
 
 from jax.sharding import Mesh
 
-from moddistill.config import DistillationConfig, ExpertConfig, TrainConfig, UpcycleConfig
+from moddistill.config import (
+    DistillationConfig,
+    ExpertConfig,
+    OnPolicyConfig,
+    TrainConfig,
+    UpcycleConfig,
+)
 from moddistill.configdict import check_values
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
 from moddistill.errors import invalid
@@ -22,6 +28,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_read(config)
     _check_losses(config)
     _check_cached(config)
+    _check_on_policy(config)
     _check_length(config)
     if config.batch_size % config.grad_accum_steps:
         expected = f"a multiple of grad_accum_steps ({config.grad_accum_steps})"
@@ -63,6 +70,32 @@ def _check_cached(config: TrainConfig) -> None:
         if value != default:
             expected = f"{default!r}, since the teacher {config.teacher!r} has no parameters"
             raise invalid(f"config.{name}", value, expected)
+
+
+def _check_on_policy(config: TrainConfig) -> None:
+    """Raises UserError for settings with which the student cannot answer, or learns nothing of it.
+
+    Its answers have a divergence, but no labels.
+    """
+    share = config.on_policy.share
+    if not share:
+        if config.on_policy != OnPolicyConfig():
+            expected = "its defaults, since on_policy.share is 0"
+            raise invalid("config.on_policy", config.on_policy, expected)
+        return
+    if is_cached(config):
+        expected = f"0, since the teacher {config.teacher!r} cannot score new answers"
+        raise invalid("config.on_policy.share", share, expected)
+    if config.data.packing:
+        expected = f"False, since on_policy.share is {share}"
+        raise invalid("config.data.packing", True, expected)
+    if not config.distillation.kd_weight:
+        expected = f"> 0, since on_policy.share is {share}"
+        raise invalid("config.distillation.kd_weight", 0.0, expected)
+    reads_labels = "distillation.ce_weight" in STAGES[config.stage].reads
+    if share == 1 and reads_labels and config.distillation.ce_weight:
+        expected = "< 1, or distillation.ce_weight=0, since answers of the student have no labels"
+        raise invalid("config.on_policy.share", share, expected)
 
 
 def check_cached_positions(config: TrainConfig) -> None:
@@ -152,9 +185,18 @@ def check_batch_divides_mesh(config: TrainConfig, mesh: Mesh) -> None:
         axes = " * ".join(BATCH_AXES)
         expected = f"a multiple of the mesh's {axes} ({shards})"
         raise invalid("config.batch_size / config.grad_accum_steps", micro_batch, expected)
+    if not is_whole(config.on_policy.share, micro_batch // shards):
+        expected = "a share with which the student answers a whole number of the "
+        expected += f"{micro_batch // shards} rows that a device has of a micro-batch"
+        raise invalid("config.on_policy.share", config.on_policy.share, expected)
     if config.data.max_length % mesh.shape["tensor"]:
         expected = f"a multiple of mesh.tensor ({mesh.shape['tensor']}), which shards positions"
         raise invalid("config.data.max_length", config.data.max_length, expected)
+
+
+def is_whole(share: float, rows: int) -> bool:
+    """Returns whether a share of some rows is a whole number of them."""
+    return math.isclose(share * rows, round(share * rows), rel_tol=1e-6)
 
 
 def _check_processes(mesh: Mesh) -> None:

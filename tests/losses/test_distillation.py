@@ -40,6 +40,15 @@ def test_distilled_positions(config, expected):
     np.testing.assert_array_equal(masks["ce"], [[0, 1, 1, 0, 0, 0]])
 
 
+def test_answers_of_the_student_are_no_labels():
+    """Of two equal rows, the second has the student's own answer."""
+    both = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), TOY)
+    batch = both._replace(on_policy=jnp.array([False, True]))
+    masks = loss_masks(batch, DistillationConfig(), ("kd", "ce"), preset("tiny"))
+    np.testing.assert_array_equal(masks["kd"], [[0, 1, 1, 0, 0, 0]] * 2)
+    np.testing.assert_array_equal(masks["ce"], [[0, 1, 1, 0, 0, 0], [0] * 6])
+
+
 @pytest.fixture(scope="module")
 def setting(tiny_architecture, init, random_batch):
     """Student (dense or sparse) and teacher, both text-only, their parameters, and a batch.

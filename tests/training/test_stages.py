@@ -85,7 +85,7 @@ def test_every_field_of_the_losses_is_read_somewhere():
     config = TrainConfig()
     assert read == {
         f"{part}.{field.name}"
-        for part in ("distillation", "preference", "router")
+        for part in ("distillation", "on_policy", "preference", "router")
         for field in dataclasses.fields(getattr(config, part))
     }
 

@@ -81,6 +81,55 @@ STAGES = ("sft", "init", "d2d", "d2s", "preference")
         ),
         (
             "sft",
+            {"on_policy": {"share": 0.5}},
+            r"on_policy\.share: expected 0\.0 in stage 'sft' .* read by d2d, d2s only\), got 0\.5",
+        ),
+        (
+            "preference",
+            {"on_policy": {"top_p": 0.9}},
+            r"on_policy\.top_p: expected 1\.0 in stage 'preference' .*, got 0\.9",
+        ),
+        (
+            "d2d",
+            {"on_policy": {"share": 1.1}},
+            r"on_policy\.share: expected >= 0 and <= 1, got 1\.1",
+        ),
+        (
+            "d2d",
+            {"on_policy": {"temperature": 0.0}},
+            r"on_policy\.temperature: expected >= 0\.0001 and <= 10000\.0, got 0\.0",
+        ),
+        (
+            "d2d",
+            {"on_policy": {"tokens": 64}},
+            r"on_policy: expected its defaults, since on_policy\.share is 0, got OnPolicy",
+        ),
+        (
+            "d2d",
+            {"on_policy": {"share": 0.5}},
+            r"data\.packing: expected False, since on_policy\.share is 0\.5, got True$",
+        ),
+        (
+            "d2d",
+            {"on_policy": {"share": 0.5}, "teacher": "cache:c", "data": {"packing": False}},
+            r"on_policy\.share: expected 0, since the teacher 'cache:c' cannot score .*, got 0\.5$",
+        ),
+        (
+            "d2s",
+            {
+                "on_policy": {"share": 0.5},
+                "data": {"packing": False},
+                "distillation": {"kd_weight": 0.0},
+            },
+            r"kd_weight: expected > 0, since on_policy\.share is 0\.5, got 0\.0$",
+        ),
+        (
+            "d2s",
+            {"on_policy": {"share": 1.0}, "data": {"packing": False}},
+            r"on_policy\.share: expected < 1, or distillation\.ce_weight=0, .*, got 1\.0$",
+        ),
+        (
+            "sft",
             {"heldout_steps": 1},
             r"heldout\.path: expected a file, since heldout_steps is 1, got ''$",
         ),
@@ -256,3 +305,30 @@ def test_mesh_whose_batch_shards_each_have_one_process_is_accepted(tiny_config, 
 def test_mesh_with_batch_shards_across_processes_is_refused(tiny_config, processes, axes, message):
     with pytest.raises(ValueError, match=message):
         check_batch_divides_mesh(tiny_config("sft"), spread_over(processes, **axes))
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields"),
+    [
+        ("d2d", {"on_policy": {"share": 1.0}}),
+        ("d2s", {"on_policy": {"share": 1.0}, "distillation": {"ce_weight": 0.0}}),
+    ],
+)
+def test_the_student_may_answer_all_rows_where_no_term_needs_labels(tiny_config, stage, fields):
+    check_settings(tiny_config(stage, data={"packing": False}, **fields))
+
+
+@pytest.mark.parametrize(("share", "accumulate"), [(0.29, 1), (0.7, 1), (0.7, 10), (0.5, 50)])
+def test_share_of_the_rows_of_a_device_is_accepted(tiny_config, share, accumulate):
+    """200 rows for each device, 1/50 of them in a micro-batch at least."""
+    config = tiny_config(
+        "d2d", batch_size=400, grad_accum_steps=accumulate, on_policy={"share": share}
+    )
+    check_batch_divides_mesh(config, spread_over((0, 0), data=2))
+
+
+def test_share_that_divides_a_row_is_refused(tiny_config):
+    config = tiny_config("d2d", batch_size=12, grad_accum_steps=2, on_policy={"share": 0.5})
+    said = r"^config\.on_policy\.share: expected .* whole number of the 3 rows .* got 0\.5$"
+    with pytest.raises(ValueError, match=said):
+        check_batch_divides_mesh(config, spread_over((0, 0), data=2))
