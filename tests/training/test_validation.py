@@ -55,6 +55,16 @@ STAGES = ("sft", "init", "d2d", "d2s", "preference")
             r"or skew_reverse_kl, got 0\.5",
         ),
         (
+            "d2s",
+            {"distillation": {"divergence": "jsd", "mix": 0.0}},
+            r"distillation\.mix: expected > 0 and < 1, got 0\.0",
+        ),
+        (
+            "d2s",
+            {"distillation": {"divergence": "skew_kl", "mix": 1.0}},
+            r"distillation\.mix: expected > 0 and < 1, got 1\.0",
+        ),
+        (
             "sft",
             {"heldout_steps": 1},
             r"heldout\.path: expected a file, since heldout_steps is 1, got ''$",
@@ -180,6 +190,11 @@ def test_run_with_invalid_settings_leaves_no_model(tiny_config, tmp_path, stage,
     with pytest.raises(ValueError, match=message):
         loop.train(tiny_config(stage, **fields), tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl", "skew_reverse_kl"])
+def test_mix_is_accepted_where_it_is_read(tiny_config, divergence):
+    check_settings(tiny_config("d2s", distillation={"divergence": divergence, "mix": 0.5}))
 
 
 @pytest.mark.parametrize("stage", STAGES)
