@@ -222,6 +222,26 @@ def test_images_that_are_not_decoded_are_saved_too(image, tmp_path):
     assert all((tmp_path / name).is_file() for name in names)
 
 
+def test_images_with_transparent_pixels_are_saved_too(tmp_path):
+    doc = {"image": Image.new("RGBA", (6, 3))}
+    assert samples_module._thumbnails(doc, tmp_path / "images" / "t", 5) == ["images/t/5-0.jpg"]
+
+
+def test_of_images_that_cannot_be_decoded_none_is_saved(tmp_path):
+    file = tmp_path / "noise.png"
+    Image.effect_noise((400, 400), 90).save(file)
+    whole = file.read_bytes()
+    place = whole.rindex(
+        b"IDAT"
+    )  # of the last chunk of pixels, whose name is made one that none has
+    doc = {
+        "cut": {"bytes": whole[: len(whole) // 2], "path": None},
+        "broken": {"bytes": whole[:place] + bytes(4) + whole[place + 4 :], "path": None},
+        "gone": {"bytes": None, "path": str(tmp_path / "gone.png")},
+    }
+    assert samples_module._thumbnails(doc, tmp_path / "images" / "t", 5) == []
+
+
 def test_images_are_saved_of_examples_and_of_questions_that_are_not_right():
     samples = [{"doc_id": i, "exact_match": float(i % 100 != 7)} for i in range(1000)]
     shown = samples_module._shown(samples)

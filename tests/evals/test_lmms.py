@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import io
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -133,16 +132,42 @@ def test_settings_of_requests_are_followed(model, form, tiny_models, docs):
 
 def test_a_question_that_cannot_be_answered_is_said_after_the_others(model, form, docs, tmp_path):
     model._log = AnswerLog(tmp_path / "answers.jsonl", "model")
-    docs[1]["images"] = [str(tmp_path / "gone.png")]
-    message = r"^task: 1 of 3 questions cannot be answered, .* is document 1: .*gone\.png"
+    for doc in docs[1:]:
+        doc["images"] = [str(tmp_path / "gone.png")]
+    message = r"^task: 2 of 3 questions cannot be answered, .* is document 1: .*gone\.png"
     with pytest.raises(UserError, match=message):
         model.generate_until(requests(docs, form, {"max_new_tokens": 5}))
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
 
 
-def test_an_image_that_cannot_be_decoded_is_said_after_the_others(model, form, docs, image):
-    content = Path(image(5)).read_bytes()
-    docs[1]["images"] = [Image.open(io.BytesIO(content[: len(content) // 2]))]
+class ReadLater(dict):
+    """A document whose image is decoded at each access, the first `sound` times without a fault."""
+
+    def __init__(self, doc, whole, damaged, sound):
+        super().__init__(doc)
+        self.contents = [whole] * sound + [damaged] * 9
+
+    def __getitem__(self, name):
+        if name == "images":
+            return [Image.open(io.BytesIO(self.contents.pop(0)))]
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize(("damage", "sound"), [("cut", 0), ("chunk", 0), ("size", 0), ("cut", 1)])
+def test_an_image_that_cannot_be_decoded_is_said_after_the_others(
+    model, form, docs, tmp_path, monkeypatch, damage, sound
+):
+    """Images are decoded for their digests, and once more when they are needed."""
+    Image.effect_noise((400, 400), 90).save(tmp_path / "noise.png")
+    whole = damaged = (tmp_path / "noise.png").read_bytes()
+    last = whole.rindex(b"IDAT")
+    if damage == "cut":
+        damaged = whole[: len(whole) // 2]
+    elif damage == "chunk":
+        damaged = whole[:last] + bytes(4) + whole[last + 4 :]
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    docs[1] = ReadLater(docs[1], whole, damaged, sound)
     message = r"^task: 1 of 3 questions cannot be answered, .* document 1: expected images that can"
     with pytest.raises(UserError, match=message):
         model.generate_until(requests(docs, form, {"max_new_tokens": 5}))

@@ -144,6 +144,32 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(
     assert rows_of(run.out) == rows_of(whole.out)
 
 
+def test_a_finished_evaluation_asks_nothing_again(results, data, tiny_models, monkeypatch):
+    scores, out = results[0]["counting"], results[1] / "counting"
+    rows, asked = rows_of(out), []
+
+    def none(model, params, tokenizer, prompts, *_):
+        asked.extend(prompts)
+        return iter(())
+
+    monkeypatch.setattr(runner, "generate", none)
+    assert evaluate(tiny_models["sparse"], [TaskRun(counting.TASK, data, out)]) == [scores]
+    assert asked == [] and rows_of(out) == rows
+
+
+def test_a_question_about_another_image_is_another_one(data, tiny_models, tmp_path):
+    copied = shutil.copytree(data, tmp_path / "data")
+    asked = [
+        {"id": "0", "prompt": "<image>\nwhat is it?", "images": [name], "answers": ["red"]}
+        for name in ("images/0.png", "images/1.png")
+    ]
+    (copied / "questions.json").write_text(json.dumps(asked))
+    run = TaskRun(counting.TASK, copied, tmp_path / "run")
+    evaluate(tiny_models["dense"], [run])
+    lines = (run.out / "answers.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == 2
+
+
 def test_a_question_that_cannot_be_answered_is_said_after_the_others(data, tiny_models, tmp_path):
     copied = shutil.copytree(data, tmp_path / "data")
     (copied / "images" / "1.png").write_bytes(b"no image")

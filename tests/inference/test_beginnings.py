@@ -81,6 +81,17 @@ def test_an_image_is_read_once_for_its_questions(dense, image, monkeypatch, rows
     assert_same_answers(together, one_by_one(dense, prompts))
 
 
+def test_each_question_follows_its_own_image_of_several_that_are_read_together(
+    dense, image, monkeypatch
+):
+    """32 rows leave memory for four beginnings at a time."""
+    read = count_calls(monkeypatch, table, "read_beginnings")
+    prompts = [Prompt(f"<image>\nwhat is at {n % 8}?", (image(n // 8),)) for n in range(32)]
+    together = answer(*dense, prompts, DECODING)
+    assert [len(batch.tokens) for _, _, batch in read] == [4]
+    assert_same_answers(together[::8], one_by_one(dense, prompts[::8]))
+
+
 def test_a_row_whose_answer_ends_gets_the_next_question_of_an_image(dense, image, monkeypatch):
     """Questions about one image wait for no more rows than others do."""
     monkeypatch.setattr(batching, "MAX_ROWS", 4)
@@ -110,6 +121,28 @@ def test_tokens_that_are_read_together_are_bounded(dense, image, monkeypatch):
         if shared is not None:
             longest = shared.batch.tokens.shape[1] + batch.tokens.shape[1]
         assert len(batch.tokens) == 1 or len(batch.tokens) * longest <= 800
+
+
+@pytest.mark.parametrize(("spare", "together"), [(0, 4), (-1, 1)])
+def test_a_program_reads_a_power_of_four_prompts_up_to_the_bound(
+    dense, monkeypatch, spare, together
+):
+    prompts = [Prompt("what?")] * 4
+    tokens = len(one_by_one(dense, prompts[:1])[0].prompt_ids)
+    monkeypatch.setattr(table, "MOST_TOKENS", 4 * tokens + spare)
+    read = count_calls(monkeypatch, table, "admit")
+    answer(*dense, prompts, DECODING)
+    assert [len(batch.tokens) for _, _, _, batch, *_ in read] == [together] * (4 // together)
+
+
+def test_prompts_of_more_tokens_than_are_read_together_are_read_one_by_one(
+    dense, image, monkeypatch
+):
+    prompts = [Prompt(f"<image>\nwhat is at {n}?", (image(0),)) for n in range(3)]
+    prompts += [Prompt(f"{n}?") for n in range(3)]
+    expected = one_by_one(dense, prompts)
+    monkeypatch.setattr(table, "MOST_TOKENS", 8)
+    assert_same_answers(answer(*dense, prompts, DECODING), expected)
 
 
 def test_prompts_of_the_plain_template_that_are_equal(dense, image):

@@ -10,13 +10,14 @@ import pytest
 from moddistill.convert.resolve import load
 from moddistill.data.chat_template import render
 from moddistill.errors import UserError
-from moddistill.inference import batching, generation
+from moddistill.inference import batching, generation, table
 from moddistill.inference.answer import Answer, Decoding, end_id
 from moddistill.inference.decode import admit, step
 from moddistill.inference.generation import answer, generate, stream
 from moddistill.inference.prompts import Prompt, encode_prompt, load_images, prompt_batch
 from moddistill.inference.sampling import Sampling
 from moddistill.models.vlm import Vlm
+from tests.calls import count_calls
 from tests.inference.same_answers import assert_same_answers
 
 NEW = 6
@@ -85,6 +86,41 @@ def test_tokens_of_a_shared_beginning_are_penalised(dense, prompts, monkeypatch)
     ids = [[each.token_ids for each in found] for found in (together, one_by_one)]
     assert ids[0] == ids[1]
     assert ids[0] != [each.token_ids for each in answer(*dense, prompts, GREEDY)]
+
+
+def test_penalised_tokens_are_those_of_the_prompt_and_its_answer(dense, image, monkeypatch):
+    """Neither those of another beginning, nor padding; four beginnings are read together."""
+    found, beginnings = [], set()
+
+    def admitted(*args, **static):
+        rows, choice = admit(*args, **static)
+        seen, shared = np.array(rows.seen), args[6]
+        beginnings.add(len(shared.batch.tokens) if shared else 0)
+        found.extend(sorted(np.flatnonzero(seen[row])) for row in args[4] if row < len(seen))
+        return rows, choice
+
+    monkeypatch.setattr(table, "admit", admitted)
+    prompts = [
+        Prompt(f"{before}<image>\n{question}", (image(0),))
+        for before in ("", "one two three ", "four ", "five ")
+        for question in map("{}?".format, range(8))
+    ]
+    prompts += [Prompt("six"), Prompt("seven and eight")]
+    decoding = Decoding(max_new_tokens=1, sampling=PENALISED.sampling)
+    answers = answer(*dense, prompts, decoding)
+    expected = [
+        sorted({*each.prompt_ids, *(token.token_id for token in each.logprobs)}) for each in answers
+    ]
+    assert sorted(found) == sorted(expected) and beginnings == {0, 4}
+
+
+def test_all_free_rows_are_filled_before_a_step(dense, monkeypatch):
+    """Three prompts are read by three programs, as their number is no power of four."""
+    monkeypatch.setattr(generation, "end_id", lambda *_: -1)
+    steps = count_calls(monkeypatch, table, "step")
+    answer(*dense, [Prompt(f"{n}?") for n in range(3)], GREEDY)
+    count = len(steps)
+    assert count == NEW - 1  # the first tokens come from the prompts
 
 
 def test_layers_that_are_stacked_give_the_same_answers(model, prompts, tiny_models):

@@ -1,6 +1,8 @@
 """The report page: its sections, marks of answers, problems, and that it needs no other file."""
 
+import base64
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -154,11 +156,18 @@ def test_partial_and_missing_scores_are_shown(tmp_path, content):
 
 def test_tasks_without_scores_of_questions_are_named(tmp_path):
     """AMBER's, for example, are computed from counts of all answers."""
-    rows = [row(n, "a", metrics={"amber": {"objects": 3, "hallucinated": 1}}) for n in range(2)]
-    found = dataclasses.replace(results("model", rows), definition=None)
-    page = write(tmp_path, Content(results=[found]))
-    assert titles(page)[1] == "Tasks without intervals"
-    assert "The samples of x &lt; y have no score for each question" in page
+    counts, score = ({"amber": {"objects": 3, "hallucinated": 1}}, {"exact_match": 1.0})
+    tasks = {"x < y": [counts] * 2, "more": [counts], "partly": [counts, score], "no samples": []}
+    found = [
+        dataclasses.replace(
+            results("model", [row(n, "a", metrics=each) for n, each in enumerate(metrics)], task),
+            definition=None,
+        )
+        for task, metrics in tasks.items()
+    ]
+    page = write(tmp_path, Content(results=found))
+    assert titles(page)[1:3] == ["partly: interval", "Tasks without intervals"]
+    assert "The samples of x &lt; y, more have no score for each question" in page
 
 
 def test_the_sections_are_those_that_there_is_content_for(tmp_path, content):
@@ -211,11 +220,13 @@ def test_an_example_shows_all_its_images(tmp_path, content, count):
     assert sum(link.startswith("data:") for link in links) == count
 
 
-def test_photographs_are_jpeg(tmp_path, content):
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_photographs_are_small_jpeg(tmp_path, content, mode):
     file = tmp_path / "noise.png"
-    Image.effect_noise((300, 300), 90).save(file)
+    Image.effect_noise((600, 600), 90).convert(mode).save(file)
     page = write(tmp_path, with_images(content, [str(file)]))
-    assert 'class="photo" src="data:image/jpeg;base64,' in page
+    [data] = re.findall(r'class="photo" src="data:image/jpeg;base64,(.*?)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 256)
 
 
 def test_what_cannot_be_drawn_is_listed_and_the_rest_is_shown(tmp_path, content):

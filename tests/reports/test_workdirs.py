@@ -1,6 +1,7 @@
 """What reports read in folders, and what they say of damage; the command over them."""
 
 import json
+import math
 import os
 import re
 
@@ -109,6 +110,11 @@ def test_results_of_lmms_eval_have_a_task_each(tmp_path):
         [{"layer": 0, "image": [1, -2], "text": [1, 2]}],
         [{"layer": 0, "image": [0, 0], "text": [0, 0]}],
         [{"layer": 0, "image": [1, 2]}],
+        [{"image": [1, 2], "text": [1, 2]}],
+        [{"layer": 0, "image": [1, 2], "text": [1, "2"]}],
+        [{"layer": 0, "image": [1, 2], "text": 2}],
+        [{"layer": 0, "image": [1, 2], "text": [1, math.inf]}],
+        [LOAD, {"layer": 1, "image": [1, 2]}],
     ],
 )
 def test_loads_that_are_no_shares_are_listed_and_the_rest_is_read(tmp_path, loads):

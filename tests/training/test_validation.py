@@ -80,6 +80,16 @@ STAGES = ("sft", "init", "d2d", "d2s", "preference")
             r"or skew_reverse_kl, got 0\.5",
         ),
         (
+            "d2s",
+            {"distillation": {"divergence": "jsd", "mix": 0.0}},
+            r"distillation\.mix: expected > 0 and < 1, got 0\.0",
+        ),
+        (
+            "d2s",
+            {"distillation": {"divergence": "skew_kl", "mix": 1.0}},
+            r"distillation\.mix: expected > 0 and < 1, got 1\.0",
+        ),
+        (
             "sft",
             {"on_policy": {"share": 0.5}},
             r"on_policy\.share: expected 0\.0 in stage 'sft' .* read by d2d, d2s only\), got 0\.5",
@@ -254,6 +264,11 @@ def test_run_with_invalid_settings_leaves_no_model(tiny_config, tmp_path, stage,
     with pytest.raises(ValueError, match=message):
         loop.train(tiny_config(stage, **fields), tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl", "skew_reverse_kl"])
+def test_mix_is_accepted_where_it_is_read(tiny_config, divergence):
+    check_settings(tiny_config("d2s", distillation={"divergence": divergence, "mix": 0.5}))
 
 
 @pytest.mark.parametrize("stage", STAGES)
