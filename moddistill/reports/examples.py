@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from moddistill.evals.samples import EXAMPLES, evenly
 from moddistill.evals.task import Row
@@ -112,7 +112,8 @@ def _image(path: Path, missing: list[str]) -> Html:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+    # A broken chunk of a PNG is a SyntaxError, and a name with a null byte a ValueError.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         missing.append(str(path))
         return Html("")
     image.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))

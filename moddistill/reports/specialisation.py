@@ -93,16 +93,17 @@ def specialisation_table(content: Content) -> tuple[Sequence[Column], list[dict[
             if each.model == results.model and each.task != results.task and each.loads
         ]
         for place, load in enumerate(results.loads):
-            others_here = [_both(each.loads[place]) for each in others if place < len(each.loads)]
+            mine = _both(load)
+            loads = [_both(each.loads[place]) for each in others if place < len(each.loads)]
+            # Results of another model in a folder of the same name may have other experts.
+            others_here = [each for each in loads if len(each) == len(mine)]
             rows.append(
                 {
                     "model": results.model,
                     "task": results.task,
                     "layer": load["layer"],
                     "modalities": distance(load["image"], load["text"]),
-                    "tasks": distance(_both(load), np.sum(others_here, axis=0))
-                    if others_here
-                    else None,
+                    "tasks": distance(mine, np.sum(others_here, axis=0)) if others_here else None,
                 }
             )
     return _COLUMNS, rows

@@ -243,6 +243,7 @@ def _is_whole(row: Row) -> bool:
         and isinstance(row.get("metrics", {}), dict)
         and isinstance(row.get("answers", []), list)
         and isinstance(row.get("images", []), list)
+        and all(isinstance(name, str) for name in row.get("images", []))
     )
 
 

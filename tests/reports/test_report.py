@@ -13,6 +13,7 @@ from PIL import Image
 from moddistill.errors import UserError
 from moddistill.evals.task import Column, Task, exact_match
 from moddistill.reports.report import write_report
+from moddistill.reports.specialisation import specialisation_table
 from moddistill.reports.workdirs import Content, Results, Run
 
 VOID = {"meta", "img", "br", "input"}
@@ -227,6 +228,26 @@ def test_photographs_are_small_jpeg(tmp_path, content, mode):
     page = write(tmp_path, with_images(content, [str(file)]))
     [data] = re.findall(r'class="photo" src="data:image/jpeg;base64,(.*?)"', page)
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 256)
+
+
+def test_damaged_images_are_listed(tmp_path, content):
+    file = tmp_path / "noise.png"
+    Image.effect_noise((400, 400), 90).save(file)
+    whole = file.read_bytes()
+    place = whole.rindex(b"IDAT")  # the name of the last chunk of pixels
+    file.write_bytes(whole[:place] + bytes(4) + whole[place + 4 :])
+    page = write(tmp_path, with_images(content, [str(file), "null\0byte.png"]))
+    assert "2 images of examples cannot be read" in page
+
+
+def test_tasks_whose_models_have_other_experts_are_not_compared(tmp_path, content):
+    rows = content.results[0].rows
+    for task, load in (("a", [1, 2]), ("b", [2, 1]), ("c", [1, 2, 3])):
+        loads = [{"layer": 0, "image": load, "text": load}]
+        content.results.append(results("sparse", rows, task=task, loads=loads))
+    _, table = specialisation_table(content)
+    found = {row["task"]: row["tasks"] for row in table if row["model"] == "sparse"}
+    assert found == {"a": pytest.approx(1 / 3), "b": pytest.approx(1 / 3), "c": None}
 
 
 def test_what_cannot_be_drawn_is_listed_and_the_rest_is_shown(tmp_path, content):

@@ -153,6 +153,7 @@ def test_a_cut_line_is_counted(workdir):
         {"correct": "yes"},
         {"correct": True, "metrics": 1},
         {"correct": True, "images": None},
+        {"correct": True, "images": [3]},
     ],
 )
 def test_a_row_that_cannot_be_scored_is_counted(damage, tmp_path):
