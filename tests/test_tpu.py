@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.teacher_cache import write
 from experiments import d2d, d2s
 from moddistill import plan
 from moddistill.config import ExpertConfig, MeshConfig, TrainConfig
@@ -128,3 +129,13 @@ def test_distillation_of_the_papers_size_fits_one_chip(
     report = plan.plan(dataclasses.replace(config, batch_size=8, trainable=trainable), topology)
     assert report["fits"]
     assert report["peak_bytes_per_chip"] <= most * 2**30
+
+
+def test_distillation_from_a_cached_teacher_fits_a_small_chip(tmp_path):
+    """64 ids of the 7B teacher; 8 samples of 2,048 positions."""
+    write(tmp_path, records=8, tokens=4, ids=64)
+    config = from_config_dict(TrainConfig, d2s.get_config(SMALL).to_dict())
+    config = dataclasses.replace(config, batch_size=8, teacher=f"cache:{tmp_path}")
+    report = plan.plan(config, "v5e:1x1")
+    assert report["fits"] and report["teacher_flops_per_step"] == 0
+    assert report["peak_bytes_per_chip"] <= 15 * 2**30

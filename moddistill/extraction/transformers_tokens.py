@@ -45,12 +45,9 @@ class ChatTokens:
     def texts(self) -> TokenTexts:
         """The vocabulary, with the token that the template has after an answer."""
         backend = self._tokenizer.backend_tokenizer
-        plain = token_texts(backend, None)
-        [first, *_] = self._tokenizer(after_answer(self.template), add_special_tokens=False)[
-            "input_ids"
-        ] or [None]
-        ends = {id: name for name, id in plain.controls.items()}
-        return token_texts(backend, ends.get(first))
+        names = {id: name for name, id in token_texts(backend, None).controls.items()}
+        following = self._tokenizer(after_answer(self.template), add_special_tokens=False)
+        return token_texts(backend, names.get(next(iter(following["input_ids"]), None)))
 
     def places(self, chat: ChatText, ids: np.ndarray, images: int) -> Places:
         """Returns the supervised tokens of a conversation.
