@@ -75,7 +75,7 @@ def sides_of(made, number, small):
 
 def test_row_holds_its_samples_one_after_the_other(maker, three, small, tmp_path):
     made = maker(three, [2, 0, 1])
-    batch, rejected = made(0)
+    batch, rejected, _ = made(0)
     samples = [sides_of(made, number, small)[0] for number in (2, 0, 1)]
     lengths = [len(sample.tokens) for sample in samples]
     rest = 240 - sum(lengths)
@@ -119,7 +119,7 @@ def test_bad_sample_is_padding_and_shifts_nothing(maker, three, tmp_path):
     good = maker(three, [2, 1, 0])(0).batch
     (tmp_path / "a.png").write_bytes(b"no image")
     made = maker(three, [2, 1, 0])
-    batch, [rejected] = made(0)
+    batch, [rejected], _ = made(0)
     assert (rejected.file, rejected.line) == (three, 2)
     assert "a.png" in rejected.reason
     bad = good.segments == 2
@@ -134,7 +134,7 @@ def test_bad_sample_is_padding_and_shifts_nothing(maker, three, tmp_path):
 
 def test_row_of_bad_samples_only_is_padding(maker, three, tmp_path):
     (tmp_path / "b.png").unlink()
-    batch, rejected = maker(three, [2, 1])(0)
+    batch, rejected, _ = maker(three, [2, 1])(0)
     assert len(rejected) == 2
     assert not batch.segments.any() and not batch.loss_mask.any() and not batch.images.any()
 
@@ -166,6 +166,6 @@ def test_record_with_another_length_than_in_its_index_is_rejected(maker, data_fi
     path = data_file([talk("q", "abc")])
     made = maker(path, [0])
     made.plan.samples = (made.plan.samples[0]._replace(length=3),)
-    batch, [rejected] = made(0)
+    batch, [rejected], _ = made(0)
     assert "record: expected 3 tokens as in its index, got" in rejected.reason
     assert not batch.segments.any()
