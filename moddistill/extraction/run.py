@@ -56,8 +56,11 @@ def extract(config: TrainConfig, cache: CacheConfig, folder: Path, backend: str 
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(tuple(sharding.RULES.items())))
         _write_settings(setup, folder)
-        if missing := _missing(setup, folder):
+        missing = _missing(setup, folder)
+        barrier("listing the shards")  # before any is written, so that all processes see the same
+        if missing:
             run(config, setup, missing, mesh, folder)
+        barrier("making the shards")  # of which each process may have written some
         if is_main_process():
             _finish(folder)
         barrier("finishing the cache")

@@ -108,7 +108,7 @@ def run(
                 begun = time.monotonic()
                 for number, entry in zip(numbers, _entries(setup, shard, numbers), strict=True):
                     entries[int(shard.positions[number - shard.first])] = entry
-                if not bar.n:
+                if not bar.n and is_main_process():
                     log_forecast_of([*entries.values()], time.monotonic() - begun, total, setup)
                 bar.update(len(numbers))
             write_shard(folder, shard, entries, setup.settings.format)
