@@ -20,11 +20,13 @@ import numpy as np
 
 from benchmarks.head_to_head import resident_bytes
 from moddistill.data.array_records import writing_records
+from moddistill.data.token_texts import TokenTexts
 from moddistill.storage.digests import write_digests
 from moddistill.storage.json_file import write_json
 from moddistill.teachers.cache import (
     SETTINGS,
     SHARD_RECORDS,
+    VOCABULARY,
     CacheSettings,
     Fingerprint,
     SourceIdentity,
@@ -63,8 +65,9 @@ def write(folder: Path, records: int, tokens: int, ids: int) -> None:
                 append(entry)
     source = SourceIdentity(records, "", {})
     fingerprint = Fingerprint("conversation", {}, 1.0, {"records": source})
-    teacher = TeacherIdentity("random", "", "", "chatml", {})
+    teacher = TeacherIdentity("random", "", "", "chatml", {}, "")
     settings = CacheSettings(format, 0, teacher, fingerprint)
+    TokenTexts([], {}, None).save(folder / VOCABULARY)
     write_json(folder / SETTINGS, dataclasses.asdict(settings))
     write_digests(folder, "extract")
 

@@ -191,7 +191,7 @@ class Batches:
         lists.add(found)
         for source in self._maker.sources:
             count = sum(lists.counts[path] for path in source.digests)
-            _check_share(source, count, self._max_rejected, lists.path, found, what)
+            check_share(source, count, self._max_rejected, lists.path, found, what)
 
 
 class _RowNumbers:
@@ -258,10 +258,10 @@ def warn_of_slow_files(sources: Sequence[Source]) -> None:
 def check_left_out(source: Source, limit: float, path: Path) -> None:
     """Raises UserError if a larger share than `limit` of a source's records is left out."""
     count = source.total - len(source)
-    _check_share(source, count, limit, path, source.left_out())
+    check_share(source, count, limit, path, source.left_out())
 
 
-def _check_share(
+def check_share(
     source: Source,
     count: int,
     limit: float,
@@ -269,6 +269,12 @@ def _check_share(
     rejected: Iterable[Rejected],
     what: str = "left out",
 ) -> None:
+    """Raises UserError if `count` is a larger share than `limit` of a source's records.
+
+    Args:
+      path: of the list of these records.
+      rejected: some of them, for the message.
+    """
     if count > limit * source.total:
         raise UserError(
             f"{source.name}: expected at most {limit:.1%} of {source.total} records to be {what} "

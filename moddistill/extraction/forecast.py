@@ -39,12 +39,11 @@ def log_forecast(
     _log(records, records * tokens, records * size, seconds)
 
 
-def log_forecast_of(entries: Sequence[Entry], seconds: float, records: int, setup: Setup) -> None:
-    """Logs time and bytes of records, from the entries of some and the time that these took."""
+def log_forecast_of(entries: Sequence[Entry], seconds: float, share: float, setup: Setup) -> None:
+    """Logs time and bytes of `share` times as many records as these entries, which took seconds."""
     known = [len(each.targets.label_logprobs) for each in entries if each.targets] or [0]
     size = sum(map(setup.settings.format.bytes_of, known))
-    share = records / len(entries)
-    _log(records, sum(known) * share, size * share, seconds * share)
+    _log(round(len(entries) * share), sum(known) * share, size * share, seconds * share)
 
 
 def _log(records: int, tokens: float, size: float, seconds: float) -> None:

@@ -112,9 +112,16 @@ def draw(
 
     def of_position(log_p: Array, record: Array, position: Array) -> Array:
         mine = jax.random.fold_in(jax.random.fold_in(key, record), position)
-        cumulative = jnp.cumsum(jnp.exp(log_p))
-        # Below the last sum, which rounding leaves near one, so that no id of probability 0 is hit.
-        at = jax.random.uniform(mine, (count,)) * cumulative[-1]
-        return jnp.searchsorted(cumulative, at, side="right").astype(jnp.int32)
+        return inverse_cumulative(log_p, jax.random.uniform(mine, (count,)))
 
     return jax.vmap(of_position)(log_p, records, positions)
+
+
+def inverse_cumulative(log_p: Array, uniform: Array) -> Array:
+    """Returns the ids at which the cumulative distribution exceeds numbers from 0 to below 1."""
+    # XLA adds in parts, whose rounding may let a sum fall where probabilities are 0.
+    cumulative = jax.lax.cummax(jnp.cumsum(jnp.exp(log_p)))
+    ids = jnp.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    # Rounding may also end beyond the last id of a token.
+    is_token = jnp.take(log_p, ids, mode="fill", fill_value=MASKED) > MASKED / 2
+    return jnp.where(is_token, ids, jnp.argmax(log_p)).astype(jnp.int32)

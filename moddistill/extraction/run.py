@@ -71,8 +71,9 @@ def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: expected a folder, got the file {str(folder)!r}")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    # Before it has settings, a folder may have the lists of records of an attempt that failed.
-    foreign = [name for name in found if name not in (WORK, *LISTS)]
+    # Before it has settings, a folder may have the lists or the vocabulary of a failed attempt.
+    known = (WORK, VOCABULARY, *LISTS)
+    foreign = [name for name in found if name not in known and not name.endswith(".partial")]
     if foreign and SETTINGS not in found:
         raise UserError(
             f"--out: expected an empty folder or one that extract made, got {str(folder)!r} with "

@@ -93,6 +93,7 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
         tokenizer.digest,
         architecture.template,
         {"size": spec.image_size, "tokens": spec.image_tokens, **dataclasses.asdict(spec.images)},
+        f"{config.dtype}, quantization {config.teacher_quantization}",
     )
     fingerprint = fingerprint_of(config, spec.kind, dict(zip(names, opened, strict=True)))
     end = end_token(architecture.template)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from moddistill.convert.hub import local_folder
 from moddistill.convert.resolve import resolve
 from moddistill.data.image_decoding import ImageRules
 from moddistill.data.images import read_image
+from moddistill.data.pipeline import check_share
+from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError, at_field
 from moddistill.extraction.forecast import log_forecast_of
@@ -31,7 +33,7 @@ from moddistill.training.streams import row_spec
 from moddistill.training.validation import check_settings
 
 LOG = logging.getLogger("moddistill")
-_READ = 2**20  # bytes of a file that identify it, together with its size
+_READ, _PARTS = 2**20, 16  # bytes of each part of a file that identifies it, and their number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ def prepare(config: TrainConfig, cache: CacheConfig, folder: Path) -> Transforme
         _digest(source),
         hashlib.sha256(repr(texts).encode()).hexdigest(),
         "chat template of the teacher",
-        {"processor": "of the teacher"},
+        {"processor": "of the teacher", **dataclasses.asdict(spec.images)},
+        config.dtype,
     )
     fingerprint = fingerprint_of(config, spec.kind, dict(zip(names, opened, strict=True)))
     return TransformersSetup(
@@ -86,32 +89,73 @@ def prepare(config: TrainConfig, cache: CacheConfig, folder: Path) -> Transforme
 
 
 def _digest(folder: Path) -> str:
-    """Returns a digest of the names, sizes and beginnings of a model's files."""
+    """Returns a digest of the names and sizes of a model's files, and of parts of each."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + stream.read(_READ))
+            for start in sorted({0, *(size * part // _PARTS for part in range(1, _PARTS))}):
+                stream.seek(start)
+                digest.update(stream.read(_READ))
     return digest.hexdigest()
 
 
 def run(
     config: TrainConfig, setup: TransformersSetup, shards: Sequence[Shard], mesh: Any, folder: Path
 ) -> None:
-    """Makes shards of a cache; processes take turns at them."""
-    del config, mesh
+    """Makes shards of a cache; processes take turns at them.
+
+    Raises:
+      UserError: the teacher cannot read more of the records than `data.max_rejected`.
+    """
+    del mesh
     mine = shards[jax.process_index() :: jax.process_count()]
-    total = sum(shard.end - shard.first for shard in mine)
-    with tqdm(total=total, unit=" records", disable=not is_main_process()) as bar:
+    left_out = Quarantine(str(folder / "quarantine.jsonl"))
+    total = sum(_work(setup, shard) for shard in mine)
+    with tqdm(total=total, unit=" tokens", disable=not is_main_process()) as bar:
         for shard in mine:
             entries: dict[int, Entry] = {}
             for numbers in _batches(setup, shard):
                 begun = time.monotonic()
                 for number, entry in zip(numbers, _entries(setup, shard, numbers), strict=True):
                     entries[int(shard.positions[number - shard.first])] = entry
+                work = _work(setup, shard, numbers)
                 if not bar.n and is_main_process():
-                    log_forecast_of([*entries.values()], time.monotonic() - begun, total, setup)
-                bar.update(len(numbers))
+                    # Of these records and time, all have as many as of tokens.
+                    share = sum(_work(setup, each) for each in shards) / work
+                    seconds = (time.monotonic() - begun) / jax.process_count()
+                    log_forecast_of([*entries.values()], seconds, share, setup)
+                bar.update(work)
+            _list_left_out(config, setup, shard, entries, left_out)
             write_shard(folder, shard, entries, setup.settings.format)
+
+
+def _work(setup: Setup, shard: Shard, numbers: Sequence[int] | None = None) -> int:
+    """Returns the tokens of records, all of a shard by default, as the student reads them."""
+    records = np.arange(shard.first, shard.end) if numbers is None else np.array(numbers)
+    return int(setup.sources[shard.source].lengths(records).sum())
+
+
+def _list_left_out(
+    config: TrainConfig,
+    setup: Setup,
+    shard: Shard,
+    entries: Mapping[int, Entry],
+    left_out: Quarantine,
+) -> None:
+    """Lists records without targets; UserError if there are too many."""
+    source = setup.sources[shard.source]
+    numbers = dict(zip(shard.positions.tolist(), range(shard.first, shard.end), strict=True))
+    found = [
+        Rejected(*source.place(numbers[position]), entry.reason)
+        for position, entry in entries.items()
+        if entry.targets is None
+    ]
+    if found:
+        left_out.add(found)
+        count = sum(left_out.counts[path] for path in source.digests)
+        check_share(source, count, config.data.max_rejected, left_out.path, found)
 
 
 def _batches(setup: Setup, shard: Shard) -> Iterator[list[int]]:

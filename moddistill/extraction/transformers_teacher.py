@@ -153,6 +153,7 @@ class TransformersTeacher:
             images=images or None,
             padding=True,
             truncation=False,
+            add_special_tokens=self.tokens.adds_special_tokens(rows[0].chat.text),
             return_tensors="pt",
         )
 

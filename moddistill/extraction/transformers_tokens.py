@@ -1,13 +1,13 @@
 """Tokens of a conversation as a processor of `transformers` makes them, and its answers there."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moddistill.data.token_texts import TokenTexts, token_texts
-from moddistill.errors import UserError, invalid
+from moddistill.errors import UserError, invalid, one_line
 from moddistill.extraction.chat_text import ChatText, Message, after_answer
 
 
@@ -27,6 +27,7 @@ class ChatTokens:
 
     def __init__(self, processor: Any, origin: str):
         self._processor, self._tokenizer = processor, processor.tokenizer
+        self._origin = origin
         if not getattr(processor, "chat_template", None):
             raise UserError(f"{origin}: expected a processor with a chat template, got none")
         if not getattr(self._tokenizer, "is_fast", False):
@@ -36,10 +37,17 @@ class ChatTokens:
             raise UserError(f"{origin}: expected a processor of images, got one without")
         self.image_id = int(self._tokenizer.convert_tokens_to_ids(image))
 
-    @property
-    def template(self) -> Callable[[list[Message]], str]:
-        """From messages to their text."""
-        return functools.partial(self._processor.apply_chat_template, tokenize=False)
+    def template(self, chat: list[Message]) -> str:
+        """Returns messages as text; UserError if the template refuses them."""
+        try:
+            return self._processor.apply_chat_template(chat, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            raise UserError(f"chat template: {one_line(str(error) or repr(error))}") from error
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Returns whether the tokenizer adds what begins a text, or the template has done so."""
+        begin = self._tokenizer.bos_token
+        return begin is None or not text.startswith(begin)
 
     @functools.cached_property
     def texts(self) -> TokenTexts:
@@ -47,7 +55,12 @@ class ChatTokens:
         backend = self._tokenizer.backend_tokenizer
         names = {id: name for name, id in token_texts(backend, None).controls.items()}
         following = self._tokenizer(after_answer(self.template), add_special_tokens=False)
-        return token_texts(backend, names.get(next(iter(following["input_ids"]), None)))
+        end = names.get(next(iter(following["input_ids"]), None))
+        if end is None:
+            raise UserError(
+                f"{self._origin}: expected a chat template with a control token after each answer"
+            )
+        return token_texts(backend, end)
 
     def places(self, chat: ChatText, ids: np.ndarray, images: int) -> Places:
         """Returns the supervised tokens of a conversation.
@@ -59,7 +72,11 @@ class ChatTokens:
         Raises:
           UserError: tokens are not those of the text, or an answer has none.
         """
-        encoded = self._tokenizer(chat.text, return_offsets_mapping=True)
+        encoded = self._tokenizer(
+            chat.text,
+            return_offsets_mapping=True,
+            add_special_tokens=self.adds_special_tokens(chat.text),
+        )
         tokens, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"])
         count = tokens.count(self.image_id)
         if count != images:
@@ -82,7 +99,7 @@ class ChatTokens:
         if offsets[inside[0], 0] < start or offsets[inside[-1], 1] > stop:
             raise UserError("answer: expected tokens of its own, got one with the template's text")
         after = inside[-1] + 1
-        if self.texts.end is not None and after < len(tokens) and tokens[after] == self.texts.end:
+        if after < len(tokens) and tokens[after] == self.texts.end:
             return np.append(inside, after)
         return inside
 

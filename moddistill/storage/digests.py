@@ -21,6 +21,7 @@ import numpy as np
 
 from moddistill.distributed.processes import any_process
 from moddistill.errors import UserError
+from moddistill.storage.text_file import replace_text
 
 NAME = "digests.json"
 UNDAMAGED = "an undamaged folder"
@@ -42,10 +43,7 @@ def write_digests(folder: Path, written_by: str) -> None:
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda name: _sha256(folder / name, sync=True), names)
         digests = Digests(written_by, dict(zip(names, hashes, strict=True)))
-    with (folder / NAME).open("w") as file:
-        file.write(_render(digests))
-        file.flush()
-        os.fsync(file.fileno())
+    replace_text(folder / NAME, _render(digests))
 
 
 def read_digests(folder: Path, expected: str = UNDAMAGED) -> Digests:

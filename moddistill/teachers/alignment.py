@@ -17,8 +17,8 @@ class IdMap(NamedTuple):
 
     Attributes:
       to_student: int32 of each id of the teacher; `NO_ID` for tokens that the student lacks.
-      is_shared: whether one vocabulary has the text of the other, with the same ids. Tokens that
-        one of them lacks are control tokens or additions then, which no answer has.
+      is_shared: whether the teacher has all texts of the student, with the same ids. Others, which
+        only the teacher has, are control tokens or additions then, which no answer has.
     """
 
     to_student: np.ndarray
@@ -32,17 +32,19 @@ class IdMap(NamedTuple):
 def id_map(teacher: TokenTexts, student: TokenTexts) -> IdMap:
     """Returns the ids of tokens of equal text, of equal control tokens, and of ends of answers.
 
-    Where ends of answers are different tokens, their ids are exchanged.
+    No two of the teacher's ids have one of the student's. Where ends of answers are different
+    tokens, their ids are exchanged.
     """
-    # Reversed, so that of several ids with one text the first counts.
-    of_text = {text: id for id, text in reversed([*enumerate(student.texts)]) if text is not None}
+    # Of several ids with one text the last counts: in SentencePiece, bytes come before characters.
+    of_text = {text: id for id, text in enumerate(student.texts) if text is not None}
+    by_text = {text: id for id, text in enumerate(teacher.texts) if text is not None}
     to_student = np.full(_size(teacher), NO_ID, np.int32)
-    for id, text in enumerate(teacher.texts):
+    for text, id in by_text.items():
         to_student[id] = of_text.get(text, NO_ID)
     same = to_student[: len(teacher.texts)]
     has_same_ids = bool(np.all((same == NO_ID) | (same == np.arange(len(same)))))
-    texts = set(of_text), {text for text in teacher.texts if text is not None}
-    is_shared = has_same_ids and (texts[0] <= texts[1] or texts[1] <= texts[0])
+    texts = of_text.keys(), by_text.keys()
+    is_shared = has_same_ids and texts[0] <= texts[1]
     for name, id in teacher.controls.items():
         to_student[id] = student.controls.get(name, NO_ID)
     if None not in (teacher.end, student.end):

@@ -23,7 +23,7 @@ from moddistill.data.sources import Source
 from moddistill.data.token_texts import TokenTexts, read_token_texts
 from moddistill.errors import UserError
 from moddistill.models.batch import CacheShape
-from moddistill.storage.digests import NAME
+from moddistill.storage.digests import NAME, verify
 from moddistill.storage.json_file import changed_values, read_json
 from moddistill.teachers.entries import Entry, EntryFormat
 
@@ -74,6 +74,7 @@ class TeacherIdentity:
       tokenizer: digest of its tokenizer.
       template: conversation format.
       images: size, number of tokens and preprocessing of its images.
+      compute: dtype and quantization of its layers.
     """
 
     spec: str
@@ -81,6 +82,7 @@ class TeacherIdentity:
     tokenizer: str
     template: str
     images: Mapping[str, Any]
+    compute: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +170,7 @@ class TeacherCache:
                 f"{folder}: expected a finished cache, got one without "
                 f"{_first_of(missing, ', ')}; the same moddistill.extract continues"
             )
+        verify(folder, [SETTINGS, VOCABULARY])  # entries have checks of their own
 
     def __reduce__(self):
         return TeacherCache, (self.folder,)

@@ -6,9 +6,12 @@ import pytest
 import tokenizers
 
 from moddistill.convert.resolve import load, resolve
+from moddistill.data.token_texts import TokenTexts
 from moddistill.data.tokenizer import Tokenizer, train_bpe
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
+from moddistill.teachers.alignment import id_map
+from moddistill.teachers.targets import NO_ID
 
 
 def random_words():
@@ -134,3 +137,19 @@ def test_teacher_with_new_weights_fits_any_template(tiny_config, tiny_architectu
     config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
     teacher = resolve(config.teacher, tokenizer)
     live.teacher_architecture(config, teacher, tiny_architecture(), tokenizer)
+
+
+def test_a_vocabulary_has_its_own_ids():
+    """Two ids have one text: a byte of SentencePiece and a character."""
+    texts = TokenTexts([b",", b"a", b",", b"b"], {"</s>": 4}, 4)
+    found = id_map(texts, texts)
+    assert found.to_student.tolist() == [NO_ID, 1, 2, 3, 4] and found.is_shared
+
+
+def test_texts_that_only_the_student_has_are_possible_labels():
+    """An answer may have them, so that the ids of both are no basis of a loss."""
+    more = TokenTexts([b"a", b"b", b"<think>"], {"</s>": 3}, 3)
+    less = TokenTexts([b"a", b"b", None], {"</s>": 3}, 3)
+    assert not id_map(teacher=less, student=more).is_shared
+    assert id_map(teacher=more, student=less).is_shared
+    assert id_map(teacher=more, student=less).to_student.tolist() == [0, 1, NO_ID, 3]
