@@ -22,6 +22,12 @@ def load_module() -> ModuleType:
     return importlib.import_module("torch")
 
 
+def skip_module() -> None:
+    """Skips the module that is imported, under the conditions of `load_module`."""
+    if sys.version_info >= (3, 12) and importlib.util.find_spec("torch") is None:
+        pytest.skip(REASON, allow_module_level=True)
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):  # what pytest and Python ask of any module
         raise AttributeError(name)

@@ -15,16 +15,18 @@ from transformers import AutoProcessor
 from moddistill.config import CacheConfig, DataConfig, MeshConfig, SourceConfig
 from moddistill.convert.exporting import export_model
 from moddistill.errors import UserError
-from moddistill.extraction import transformers_run
 from moddistill.extraction.run import extract
-from moddistill.extraction.transformers_teacher import TransformersTeacher
 from moddistill.extraction.transformers_tokens import ChatTokens
 from moddistill.models.presets import preset, with_vocabulary
 from moddistill.models.vocabulary import num_ids
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers.cache import TeacherCache
 from moddistill.training.loop import train
-from tests import torch_or_skip as torch
+from tests import torch_or_skip
+
+torch_or_skip.skip_module()
+from moddistill.extraction import transformers_run  # noqa: E402  imports torch
+from moddistill.extraction.transformers_teacher import TransformersTeacher  # noqa: E402
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 TALKS = [
@@ -33,11 +35,6 @@ TALKS = [
     [("<image>\nand this <image>\nis what?", "two shapes, no circle"), ("sure?", "yes")],
     [("<image>\nis it a triangle?", "no")],
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _torch():
-    torch.load_module()
 
 
 @pytest.fixture(scope="module")
