@@ -82,5 +82,5 @@ $(VENV)/test.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	if $(BIN)/python -c 'import torch' 2>/dev/null; then $(BIN)/python -m pip install --quiet \
-		--disable-pip-version-check --no-deps --target $(VENV)/torchvision torchvision==0.28.0; fi
+		--disable-pip-version-check --no-deps --target $(VENV)/torchvision/site-packages torchvision==0.28.0; fi
 	touch $@

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-_TORCHVISION = Path(sys.prefix) / "torchvision"  # beside what other tests import
+_TORCHVISION = Path(sys.prefix) / "torchvision" / "site-packages"  # not what others import
 _MISSING = ("nms", "qnms")  # operators that it describes without asking whether they are there
 if _TORCHVISION.is_dir():
     sys.path.append(str(_TORCHVISION))
