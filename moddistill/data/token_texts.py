@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from moddistill.data.chat_template import end_token
+from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError
 from moddistill.storage.json_file import read_json, write_json
 
@@ -79,6 +81,12 @@ def token_texts(backend: tokenizers.Tokenizer, end: str | None) -> TokenTexts:
         if token not in controls:
             texts[id] = token.encode() if token in written else spell(token)
     return TokenTexts(texts, controls, None if end is None else controls[end])
+
+
+def texts_in_template(tokenizer: Tokenizer, template: str) -> TokenTexts:
+    """Returns the tokens of a tokenizer, with the end of an answer in a template."""
+    end = end_token(template)
+    return token_texts(tokenizer.backend, end if end in tokenizer.special_tokens else None)
 
 
 def _spelling(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:

@@ -9,10 +9,9 @@ from jax.sharding import Mesh
 
 from moddistill.config import CacheConfig, DataConfig, TrainConfig
 from moddistill.convert.resolve import ResolvedModel, resolve
-from moddistill.data.chat_template import end_token
 from moddistill.data.rows import RowSpec
 from moddistill.data.sources import Source
-from moddistill.data.token_texts import TokenTexts, token_texts
+from moddistill.data.token_texts import TokenTexts, texts_in_template
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import at_field, invalid
 from moddistill.models.compute import ComputeConfig
@@ -96,8 +95,7 @@ def prepare(config: TrainConfig, cache: CacheConfig, mesh: Mesh, folder: Path) -
         f"{config.dtype}, quantization {config.teacher_quantization}",
     )
     fingerprint = fingerprint_of(config, spec.kind, dict(zip(names, opened, strict=True)))
-    end = end_token(architecture.template)
-    texts = token_texts(tokenizer.backend, end if end in tokenizer.special_tokens else None)
+    texts = texts_in_template(tokenizer, architecture.template)
     compute = ComputeConfig(
         dtype=jnp.dtype(config.dtype),
         one_segment=not config.data.packing,

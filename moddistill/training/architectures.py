@@ -11,8 +11,7 @@ from moddistill.convert.resolve import (
     ResolvedModel,
     resolve,
 )
-from moddistill.data.chat_template import end_token
-from moddistill.data.token_texts import TokenTexts, token_texts
+from moddistill.data.token_texts import TokenTexts, texts_in_template
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.errors import UserError, at_field, invalid
 from moddistill.losses.divergences import SAMPLED_DIVERGENCES
@@ -38,6 +37,7 @@ class Models(NamedTuple):
       teacher_config: the teacher's, with the token ids that it shares with the student.
       cache: the cache that `config.teacher` names, if any.
       ids: from its teacher's ids to those of the student.
+      texts: of the student's tokens, if there is a cache.
     """
 
     tokenizer: Tokenizer
@@ -48,6 +48,7 @@ class Models(NamedTuple):
     teacher_config: ModelConfig | None
     cache: TeacherCache | None
     ids: IdMap | None
+    texts: TokenTexts | None
 
 
 def resolve_models(config: TrainConfig) -> Models:
@@ -57,7 +58,7 @@ def resolve_models(config: TrainConfig) -> Models:
       UserError: naming the setting of a model that does not exist or does not fit.
     """
     student, tokenizer = student_of(config)
-    vision = teacher = teacher_config = cache = ids = None
+    vision = teacher = teacher_config = cache = ids = texts = None
     if config.vision:
         with at_field("config.vision"):
             vision = resolve(config.vision, tokenizer)
@@ -65,7 +66,8 @@ def resolve_models(config: TrainConfig) -> Models:
     if is_cached(config):
         with at_field("config.teacher"):
             cache = TeacherCache(Path(config.teacher.removeprefix(CACHED)))
-            ids = id_map(cache.texts, student_texts(config, tokenizer))
+            texts = texts_in_template(tokenizer, config.data.template)
+            ids = id_map(cache.texts, texts)
             _check_vocabulary(config, cache, ids)
         _check_divergence(config, cache)
     elif config.teacher:
@@ -74,7 +76,7 @@ def resolve_models(config: TrainConfig) -> Models:
             # Compared with `target`, since a text-only student gets its encoder in this stage.
             teacher_config = teacher_architecture(config, teacher, target, tokenizer)
     _warn_of_template(config, student)
-    return Models(tokenizer, student, vision, teacher, target, teacher_config, cache, ids)
+    return Models(tokenizer, student, vision, teacher, target, teacher_config, cache, ids, texts)
 
 
 def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:
@@ -86,12 +88,6 @@ def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:
             "with --top_k"
         )
         raise invalid("config.distillation.divergence", value, expected)
-
-
-def student_texts(config: TrainConfig, tokenizer: Tokenizer) -> TokenTexts:
-    """Returns the texts of the student's tokens, with the end of an answer in its template."""
-    end = end_token(config.data.template)
-    return token_texts(tokenizer.backend, end if end in tokenizer.special_tokens else None)
 
 
 def _check_vocabulary(config: TrainConfig, cache: TeacherCache, ids: IdMap) -> None:

@@ -30,7 +30,7 @@ from moddistill.distributed.sharding import local_rows
 from moddistill.models.vision import VisionConfig
 from moddistill.teachers.cache import check_fingerprint, fingerprint_of
 from moddistill.teachers.cached_rows import CachedRows
-from moddistill.training.architectures import Models, student_texts
+from moddistill.training.architectures import Models
 from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
@@ -150,7 +150,7 @@ def _targets(
         return None
     run = fingerprint_of(config, stage_of(config).records, dict(zip(names, sources, strict=True)))
     check_fingerprint(cache, run, "config.teacher")
-    return CachedRows(cache, tuple(names), models.ids, student_texts(config, models.tokenizer))
+    return CachedRows(cache, tuple(names), models.ids, models.texts)
 
 
 def _batches(
