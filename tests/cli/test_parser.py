@@ -31,7 +31,9 @@ FLAGS = {
     "train": _RUN,
     "recipe": _RUN,
     "plan": (*_EXPERIMENT, "topology", "json", "fit", "utilisation"),
-    "extract": (*_EXPERIMENT, "out", "top_k", "samples", "coordinator", "processes", "process"),
+    "extract": (
+        *_EXPERIMENT, "out", "top_k", "samples", "backend", "coordinator", "processes", "process",
+    ),
     "evaluate": (*_MODEL, "tasks", "task", "suite", "compare", "data", "include_path", "out"),
     "generate": (*_ANSWERS, "prompt", "jsonl", "out", "json", "logprobs"),
     "chat": _ANSWERS,
