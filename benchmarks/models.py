@@ -18,13 +18,19 @@ def random_params(config: Any, seed: int) -> dict[str, Any]:
     return init(config, make_mesh(MeshConfig()), jax.random.key(seed))
 
 
-def save_both(folder: Path, name: str, config: Any, params: dict[str, Any]) -> None:
-    """Writes a model folder `name` and its export for `transformers`, `name`-hf."""
+def save_both(
+    folder: Path, name: str, config: Any, params: dict[str, Any], tokenizer: Any = None
+) -> None:
+    """Writes a model folder `name` and its export for `transformers`, `name`-hf.
+
+    Without a tokenizer the models have a small one.
+    """
     from moddistill.convert.exporting import export_model
     from moddistill.data.tokenizer import train_bpe
     from moddistill.storage.model_folder import save_model
 
-    save_model(folder / name, config, params, train_bpe(["a small tokenizer"], 300), {})
+    tokenizer = tokenizer or train_bpe(["a small tokenizer"], 300)
+    save_model(folder / name, config, params, tokenizer, {})
     # Padded, so that both sides compute as many logits.
     options = {"max_shard_size": 10**10, "vocabulary": "padded"}
     export_model(folder / name, folder / f"{name}-hf", **options)
