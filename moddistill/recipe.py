@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from moddistill.cli.parser import Parser, add_process_flags, user_errors
 from moddistill.config import RecipeConfig, TaskConfig, TrainConfig
 from moddistill.configdict import check_values, from_config_dict
-from moddistill.convert.resolve import RANDOM, as_model_folder
 from moddistill.data.sources import check_source
 from moddistill.distributed.processes import (
     broadcast_from_main,
@@ -34,8 +33,7 @@ from moddistill.evals.results import is_evaluated
 from moddistill.evals.runner import TaskRun, evaluate, find_task
 from moddistill.extraction.run import extract
 from moddistill.reports.summary import evaluation_folder, write_recipe, write_summary
-from moddistill.storage.model_folder import read_model_config, read_source
-from moddistill.teachers.alignment import check_template
+from moddistill.storage.model_folder import read_source
 from moddistill.teachers.cache import CACHED
 from moddistill.training.interruption import ctrl_c_ends_at_once
 from moddistill.training.lock import locked
@@ -147,7 +145,6 @@ def check_recipe(config: RecipeConfig, workdir: Path) -> None:
                 _check_steps(stage, workdir / name)
             else:
                 _check_sources(stage, workdir)
-                _check_template(config, stage, workdir)
     if sorted(config.order) != sorted(config.stages):
         raise invalid("config.order", config.order, f"each of {tuple(config.stages)} once")
     if not set(config.evaluated) <= set(config.stages):
@@ -198,22 +195,6 @@ def _check_sources(stage: TrainConfig, workdir: Path) -> None:
         if not any(path.resolve().is_relative_to(workdir.resolve()) for path in paths):
             with at_field(f"config.data.{name}"):
                 check_source(source)
-
-
-def _check_template(config: RecipeConfig, stage: TrainConfig, workdir: Path) -> None:
-    """Compares the stage's template with its teacher's, an earlier stage's model or a folder."""
-    if not stage.teacher or stage.teacher.startswith((RANDOM, CACHED)):
-        return
-    # The model folder of an earlier stage may not exist yet; its template is in the config.
-    folder = Path(stage.teacher).resolve()
-    if folder.name == "model" and folder.parent.parent == workdir.resolve():
-        teacher_stage = config.stages.get(folder.parent.name)
-        if teacher_stage is not None:
-            check_template(stage, teacher_stage.data.template)
-    elif folder.exists():
-        with at_field("config.teacher"):
-            trained_with = read_model_config(as_model_folder(stage.teacher)).template
-        check_template(stage, trained_with)
 
 
 def _check_steps(stage: TrainConfig, folder: Path) -> None:

@@ -100,22 +100,6 @@ def test_missing_records_and_images_of_any_stage_stop_the_recipe_first(tiny_conf
         run(path=f"{workdir}/first/made.json")
 
 
-@pytest.mark.parametrize("where", ["folder", "earlier stage"])
-def test_another_template_than_the_teachers_stops_the_recipe_first(
-    where, tiny_config, tiny_models, tmp_path
-):
-    workdir = tmp_path / "run"
-    teacher = {"folder": tiny_models["teacher"], "earlier stage": workdir / "first" / "model"}
-    data = dataclasses.replace(tiny_config("d2d").data, template="chatml")
-    first = tiny_config("sft")
-    second = tiny_config("d2d", teacher=str(teacher[where]), data=data)
-    stages = {"first": first, "second": second}
-    message = r"^config\.stages\.second\.data\.template: expected 'vicuna', .*, got 'chatml'"
-    with pytest.raises(ValueError, match=message):
-        recipe.run(RecipeConfig(order=tuple(stages), stages=stages), workdir)
-    assert not workdir.exists()
-
-
 def test_teachers_and_students_of_the_experiments_share_a_template():
     """A stage's teacher, if the recipe or `sft` trains it, reads the stage's own template."""
     for size in ("full", "demo"):

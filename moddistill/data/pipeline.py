@@ -69,8 +69,14 @@ def open_sources(
     return sources
 
 
-def plan_rows(config: DataConfig, sources: Sequence[Source], seed: int) -> RowPlan:
+def plan_rows(
+    config: DataConfig, sources: Sequence[Source], seed: int, others: Sequence[Source] = ()
+) -> RowPlan:
     """Returns the plan of the rows of a run.
+
+    Args:
+      others: the same sources as another reader of the rows has them. A sample has place for the
+        longer of its two forms.
 
     Raises:
       UserError: the weights are so small that an epoch has no record.
@@ -80,20 +86,24 @@ def plan_rows(config: DataConfig, sources: Sequence[Source], seed: int) -> RowPl
     if sum(order.uses) < 1:
         expected = "weights with at least one record in an epoch"
         raise invalid("config.data.sources", weights, expected)
-    return RowPlan(order, _Lengths(sources), config.max_length, config.packing)
+    return RowPlan(order, _Lengths(sources, others), config.max_length, config.packing)
 
 
 class _Lengths:
     """Lengths of the samples of a window."""
 
-    def __init__(self, sources: Sequence[Source]):
-        self.sources = sources
+    def __init__(self, sources: Sequence[Source], others: Sequence[Source]):
+        self.sources, self.others = sources, others
 
     def __call__(self, window: Window) -> np.ndarray:
         lengths = np.zeros(len(window.record), np.int64)
         for number, source in enumerate(self.sources):
             at = window.source == number
-            lengths[at] = source.lengths(window.record[at])
+            records = window.record[at]
+            lengths[at] = source.lengths(records)
+            if self.others:
+                of_other = self.others[number].lengths_at(source.positions(records))
+                lengths[at] = np.maximum(lengths[at], of_other)
         return lengths
 
 

@@ -18,7 +18,9 @@ from moddistill.data.records import AnyRecord
 from moddistill.data.sources import Source
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError
-from moddistill.models.batch import AnyBatch, Batch, CachedTargets, PreferenceBatch
+from moddistill.models.batch import AnyBatch, Batch, CachedTargets, PreferenceBatch, TeacherRows
+
+OfTeacher = CachedTargets | TeacherRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +69,43 @@ def needed_image_slots(sources: Sequence[Source], packing: bool) -> int:
     return max(1, *(source.most_images_of_rows for source in sources))
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A sample as the student reads it.
+
+    Attributes:
+      source: its number.
+      position: number of the record among all of the source.
+      segment: its number in the row.
+    """
+
+    source: int
+    position: int
+    segment: int
+    record: AnyRecord
+    sides: Sequence[Side]
+
+
 @runtime_checkable
-class TargetReader(Protocol):
-    """Targets of records from a teacher cache; safe in threads and worker processes."""
+class TeacherReader(Protocol):
+    """What rows have for a teacher; safe in threads and worker processes.
 
-    def empty(self, length: int) -> CachedTargets:
-        """Returns the targets of `length` positions, none of which is known."""
+    Attributes:
+      image_size: at which the teacher reads images; 0 if it takes those of the student.
+      images: how it reads them.
+    """
 
-    def read(self, source: int, position: int, sides: Sequence[Side]) -> Sequence[CachedTargets]:
-        """Returns the targets of the positions of a sample, for each of its sides.
+    image_size: int
+    images: ImageRules | None
 
-        Args:
-          source: its number.
-          position: number of the record among all of the source.
+    def empty(self, length: int) -> OfTeacher:
+        """Returns what rows of `length` positions without any sample have."""
+
+    def read(self, sample: Encoded) -> Sequence[OfTeacher]:
+        """Returns what each side of a sample has, from its first position on.
 
         Raises:
-          WithoutTargets: the cache has none of these answers, which are read without.
+          WithoutTargets: the teacher has no targets of these answers, which are read without.
           UserError: the same of a pair, which is left out.
         """
 
@@ -93,7 +116,7 @@ class RowMaker:
 
     Attributes:
       image_slots: images of a row.
-      targets: of a teacher cache, if rows have them.
+      teacher: what rows have for a teacher, if anything.
     """
 
     plan: Plan
@@ -101,7 +124,7 @@ class RowMaker:
     tokenizer: Tokenizer
     spec: RowSpec
     image_slots: int
-    targets: TargetReader | None = None
+    teacher: TeacherReader | None = None
 
     def __call__(self, number: int) -> MadeRow:
         """Reads the records and images of a row."""
@@ -109,52 +132,70 @@ class RowMaker:
         rejected: list[Rejected] = []
         without_targets: list[Rejected] = []
         sides = [self._empty() for _ in range(_num_sides(spec))]
-        pixels = self._no_images()
+        pixels = [
+            np.zeros((self.image_slots, size, size, 3), np.uint8) for size, _ in self._image_sizes
+        ]
         for segment, sample in enumerate(self.plan.row(number), start=1):
             try:
-                content, images = self._read(sample)
-                targets = self._targets(sample, content, without_targets)
+                content, images = self._read(sample, segment)
+                of_teacher = self._of_teacher(sample, content, without_targets)
             except UserError as error:
                 rejected.append(self._rejected(sample, error))
             else:
-                for row, side, known in zip(sides, content, targets, strict=True):
-                    _write(row, side, known, cursor, segment)
-                for image in images:
-                    pixels[slot] = image
+                for row, side, more in zip(sides, content.sides, of_teacher, strict=True):
+                    _write(row, side, more, cursor, segment)
+                for found in images:
+                    for array, image in zip(pixels, found, strict=True):
+                        array[slot] = image
                     slot += 1
             # A bad sample leaves its place empty, so that nothing else moves.
             cursor += sample.length
+        of_images = dict(zip(("images", "teacher_images"), pixels, strict=False))
         if spec.kind == "preference":
-            return MadeRow(PreferenceBatch(*sides, images=pixels), tuple(rejected))
-        batch = sides[0]._replace(images=pixels)
+            return MadeRow(PreferenceBatch(*sides, **of_images), tuple(rejected))
+        batch = sides[0]._replace(**of_images)
         return MadeRow(batch, tuple(rejected), tuple(without_targets))
 
-    def _read(self, sample: Sample) -> tuple[list[Side], list[np.ndarray]]:
-        """Returns sides and images of a sample; UserError if they are not as planned."""
-        spec = self.spec
-        record = self.sources[sample.source][sample.record]
+    def _read(self, sample: Sample, segment: int) -> tuple[Encoded, list[tuple[np.ndarray, ...]]]:
+        """Returns a sample, and its images at each size; UserError if it is not as planned."""
+        spec, source = self.spec, self.sources[sample.source]
+        record = source[sample.record]
         sides = encode_sides(record, spec.template, self.tokenizer, spec.image_tokens)
         sides = [Side(*(x[: spec.max_length] for x in side)) for side in sides]
         length = max(len(side.tokens) for side in sides)
-        if length != sample.length:
+        number = np.array([sample.record])
+        [expected], [position] = source.lengths(number).tolist(), source.positions(number).tolist()
+        if length != expected:
             raise UserError(
-                f"record: expected {sample.length} tokens as in its index, got {length}; the file "
+                f"record: expected {expected} tokens as in its index, got {length}; the file "
                 "has changed, or an image in it is empty"
             )
-        return sides, _read_images(record, spec)
+        sizes = [_read_images(record, *size) for size in self._image_sizes]
+        encoded = Encoded(sample.source, position, segment, record, sides)
+        return encoded, list(zip(*sizes, strict=True))
 
-    def _targets(
-        self, sample: Sample, sides: Sequence[Side], without_targets: list[Rejected]
-    ) -> Sequence[CachedTargets | None]:
-        """Returns the targets of a sample; appends it to `without_targets` if there are none."""
-        if self.targets is None:
-            return [None] * len(sides)
-        [position] = self.sources[sample.source].positions(np.array([sample.record])).tolist()
+    @property
+    def _image_sizes(self) -> list[tuple[int, ImageRules]]:
+        """The sizes at which images are read, of the student and of a teacher with another one."""
+        if not self.spec.image_tokens:
+            return []
+        sizes = [(self.spec.image_size, self.spec.images)]
+        if self.teacher is not None and self.teacher.image_size:
+            sizes.append((self.teacher.image_size, self.teacher.images))
+        return sizes
+
+    def _of_teacher(
+        self, sample: Sample, encoded: Encoded, without_targets: list[Rejected]
+    ) -> Sequence[OfTeacher | None]:
+        """Returns what a sample has for the teacher; one without goes to `without_targets`."""
+        nothing = [None] * len(encoded.sides)
+        if self.teacher is None:
+            return nothing
         try:
-            return self.targets.read(sample.source, position, sides)
+            return self.teacher.read(encoded)
         except WithoutTargets as error:
             without_targets.append(self._rejected(sample, error))
-            return [None] * len(sides)
+            return nothing
 
     def _empty(self) -> Batch:
         length = self.spec.max_length
@@ -164,15 +205,7 @@ class RowMaker:
             zeros,
             zeros.copy(),
             np.zeros(length, bool),
-            teacher=self.targets and self.targets.empty(length),
-        )
-
-    def _no_images(self) -> np.ndarray | None:
-        size = self.spec.image_size
-        return (
-            np.zeros((self.image_slots, size, size, 3), np.uint8)
-            if self.spec.image_tokens
-            else None
+            teacher=self.teacher and self.teacher.empty(length),
         )
 
     def _rejected(self, sample: Sample, error: UserError) -> Rejected:
@@ -184,19 +217,16 @@ def _num_sides(spec: RowSpec) -> int:
     return 2 if spec.kind == "preference" else 1
 
 
-def _write(row: Batch, side: Side, targets: CachedTargets | None, start: int, segment: int) -> None:
+def _write(row: Batch, side: Side, of_teacher: OfTeacher | None, start: int, segment: int) -> None:
     at = slice(start, start + len(side.tokens))
     row.tokens[at], row.loss_mask[at] = side
     row.positions[at] = np.arange(len(side.tokens))
     row.segments[at] = segment
-    if targets is not None:
-        for array, found in zip(row.teacher, targets, strict=True):
+    if of_teacher is not None:
+        for array, found in zip(row.teacher, of_teacher, strict=True):
             if found is not None:
-                array[at] = found
+                array[start : start + len(found)] = found
 
 
-def _read_images(record: AnyRecord, spec: RowSpec) -> list[np.ndarray]:
-    return [
-        preprocess(read_image(image, spec.images), spec.image_size, spec.images.pad_color)
-        for image in record.images
-    ]
+def _read_images(record: AnyRecord, size: int, rules: ImageRules) -> list[np.ndarray]:
+    return [preprocess(read_image(image, rules), size, rules.pad_color) for image in record.images]

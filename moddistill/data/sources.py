@@ -140,6 +140,16 @@ class Source:
             lengths[at] = file.index.tokens[file.numbers(numbers[at] - self._starts[each])]
         return np.minimum(lengths, self.limits.max_length)
 
+    def lengths_at(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the tokens of samples by their numbers among all `total` ones, int64; truncated
+        to `max_length`, and 0 of records without a sample."""
+        which = np.searchsorted(self._before, positions, side="right") - 1
+        lengths = np.zeros(len(positions), np.int64)
+        for each in np.unique(which).tolist():
+            at = which == each
+            lengths[at] = self._files[each].index.tokens[positions[at] - self._before[each]]
+        return np.minimum(lengths, self.limits.max_length)
+
     def images(self, number: int) -> int:
         """Returns the number of images of a record."""
         file, at = self._locate(number)

@@ -8,7 +8,7 @@
 D is KL(teacher || student) or another one of `divergences`, t are supervised positions, x patches
 and i images. Each mean is over the positions (or images) of its own mask in the global batch.
 
-Of a cached teacher with other tokens, chunks of text count in the first mean too.
+Of a teacher with other tokens, chunks of text count in the first mean too.
 
 The terms of images are those of LLaVA-KD, which has the weights 1, 1 and 0.5 for `kd`, `image_kd`
 and `relation`. They compare the outputs at the patches themselves: no token is to be predicted
@@ -108,7 +108,9 @@ def token_loss(
         sums = {name: jnp.sum(values[name] * mask) for name, mask in masks.items()}
         if "kd" in terms and _has_chunks(batch):
             weight = coefficients["kd"] / denominators["kd"]
-            of_chunks, total = chunk_loss(token_sum, inputs, batch.teacher, weight)
+            of_chunks, total = chunk_loss(
+                token_sum, inputs, batch.teacher.chunk, targets.chunk_logprobs, weight
+            )
             loss, sums["kd"] = loss + of_chunks, sums["kd"] + total
         metrics = {name: (sums[name], counts[name]) for name in masks}
         loss, metrics = add_router_losses(
@@ -179,8 +181,9 @@ def loss_masks(
     `ce` counts at predictions of supervised tokens, and so does `kd` by default. Variants of `kd`:
     `kd_positions="all_tokens"` counts the predictions of all tokens but the first of each sample;
     `kd_shift="reference"` is the mask of the original code, which is not shifted with the labels:
-    one position late. With a cache, `kd` counts where it has targets of a token. `image_kd` counts
-    at patches. The student's own answers are no labels, so `ce` does not count there.
+    one position late. With a cache, or a teacher of another layout, `kd` counts where there are
+    targets of a token. `image_kd` counts at patches. The student's own answers are no labels, so
+    `ce` does not count there.
     """
     _, supervised = next_token(batch.tokens, batch.loss_mask, batch.segments)
     masks = {"ce": supervised, "kd": supervised}

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moddistill.losses.chunked import LogitInputs
 from moddistill.losses.likelihoods import policy_logprobs, sum_by_segment, surrogate
-from moddistill.models.batch import LAST, CachedTargets
+from moddistill.models.batch import LAST
 
 # Nearer to 1, a float32 has too few digits of 1 - p.
 _LARGEST = -1e-5
@@ -39,22 +39,28 @@ def _log_others(logprobs: Array) -> Array:
 
 
 def chunk_loss(
-    token_sum: Callable, inputs: LogitInputs, targets: CachedTargets, weight: Float[Array, ""]
+    token_sum: Callable,
+    inputs: LogitInputs,
+    chunk: Int[Array, "B T"],
+    teacher_logprobs: Float[Array, "B T"],
+    weight: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns `weight` times the sum of the divergences of all chunks, and that sum.
 
     Args:
       token_sum: `chunked_token_loss` with the labels of the batch.
+      chunk: `WITHIN` at a token of a chunk, `LAST` at its last one, 0 elsewhere.
+      teacher_logprobs: log-likelihood of a chunk under the teacher, at its last token.
       weight: of each chunk.
     """
-    in_chunk, is_last = targets.chunk > 0, targets.chunk == LAST
+    in_chunk, is_last = chunk > 0, chunk == LAST
     # A token's chunk is counted by the ends before it.
     ends = jnp.cumsum(is_last, axis=1) - is_last
     numbers = jnp.where(in_chunk, ends + 1, 0)
     weights = {"policy": in_chunk.reshape(-1).astype(jnp.float32)}
     _, values = token_sum(policy_logprobs, jax.lax.stop_gradient(inputs), weights=weights)
     policy = values["policy"].reshape(in_chunk.shape)
-    teacher = sum_by_segment(targets.chunk_logprobs * is_last, numbers)
+    teacher = sum_by_segment(teacher_logprobs * is_last, numbers)
     exists = sum_by_segment(is_last, numbers) > 0
 
     def loss_of(policy: Array) -> Array:

@@ -42,6 +42,32 @@ class CachedTargets(NamedTuple):
     chunk_logprobs: Float[Array, "B T"] | None = None
 
 
+class TeacherRows(NamedTuple):
+    """The samples of rows as a live teacher of another layout reads them: each begins where it does
+    in the student's row, and has another template, end token or number of patches.
+
+    Attributes:
+      tokens, positions, segments: as in `Batch`.
+      in_chunk: at positions of the teacher, whether the token after it is one of a chunk whose
+        log-likelihood counts.
+      chunk_shift: there, the distance from it to the student's position with this log-likelihood:
+        the last of a chunk, or the first of an answer of a pair.
+      known: at positions of the student, whether the teacher predicts the same token at one of its
+        own; None of pairs, and so are the others below.
+      shift: there, the distance to that position.
+      chunk: `WITHIN` at a token of a chunk, `LAST` at its last one.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    in_chunk: Bool[Array, "B T"]
+    chunk_shift: Int[Array, "B T"]
+    known: Bool[Array, "B T"] | None = None
+    shift: Int[Array, "B T"] | None = None
+    chunk: Int[Array, "B T"] | None = None
+
+
 class Batch(NamedTuple):
     """Rows of one or several samples; one row has the same fields without axis B.
 
@@ -56,7 +82,8 @@ class Batch(NamedTuple):
       images: pixels of the samples of a row in their order, without gaps, and zeros in the unused
         slots after them; None for text-only models.
       features: vision features of another model with the same encoder, in place of images.
-      teacher: targets from a cache, if the teacher has one.
+      teacher: targets from a cache, or the rows as a teacher of another layout reads them.
+      teacher_images: the same images as this teacher reads them; None if as the student does.
       on_policy: rows whose answer is the student's own, so that its tokens are no labels; None if
         all answers are those of records.
     """
@@ -67,7 +94,8 @@ class Batch(NamedTuple):
     loss_mask: Bool[Array, "B T"] | None = None
     images: UInt8[Array, "U I h w 3"] | None = None
     features: Float[Array, "U X W"] | None = None
-    teacher: CachedTargets | None = None
+    teacher: CachedTargets | TeacherRows | None = None
+    teacher_images: UInt8[Array, "U I h w 3"] | None = None
     on_policy: Bool[Array, "B"] | None = None
 
 
@@ -81,6 +109,7 @@ class PreferenceBatch(NamedTuple):
     chosen: Batch
     rejected: Batch
     images: UInt8[Array, "B I h w 3"] | None = None
+    teacher_images: UInt8[Array, "B I h w 3"] | None = None
 
 
 AnyBatch = Batch | PreferenceBatch
@@ -91,7 +120,7 @@ def concatenate_sides(batch: PreferenceBatch) -> Batch:
     import jax  # noqa: PLC0415  data workers import this module
 
     both = jax.tree.map(lambda *x: jax.numpy.concatenate(x), batch.chosen, batch.rejected)
-    return both._replace(images=batch.images)
+    return both._replace(images=batch.images, teacher_images=batch.teacher_images)
 
 
 def sides_of(batch: AnyBatch) -> tuple[Batch, ...]:
@@ -170,6 +199,19 @@ def make_targets(
     )
 
 
+def make_teacher_rows(
+    array: Callable[[tuple[int, ...], Any], Any], shape: tuple[int, ...], is_pair: bool
+) -> TeacherRows:
+    """Teacher rows of arrays `array(shape, dtype)`, at positions of a given shape."""
+    ids = (array(shape, np.int32) for _ in range(3))
+    rows = TeacherRows(*ids, in_chunk=array(shape, np.bool_), chunk_shift=array(shape, np.int32))
+    if is_pair:
+        return rows
+    return rows._replace(
+        known=array(shape, np.bool_), shift=array(shape, np.int32), chunk=array(shape, np.int8)
+    )
+
+
 def make_batch(
     array: Callable[[tuple[int, ...], Any], Any],
     *,
@@ -178,6 +220,8 @@ def make_batch(
     images: tuple[int, int] | None = None,
     preference: bool = False,
     cached: CacheShape | None = None,
+    own_rows: bool = False,
+    teacher_images: tuple[int, int] | None = None,
 ) -> AnyBatch:
     """A batch of arrays `array(shape, dtype)`: shapes for a compiler, or a dummy.
 
@@ -185,17 +229,23 @@ def make_batch(
       images: slots of a row, and the height of an image, which is its width; None without images.
       preference: a batch with two sides.
       cached: of the teacher's cache; None without one.
+      own_rows: whether a live teacher reads the rows in a layout of its own.
+      teacher_images: as `images`, of a teacher that reads them at another size.
     """
+    shape = (rows, length)
 
     def side() -> Batch:
-        ids = (array((rows, length), np.int32) for _ in range(3))
-        teacher = make_targets(array, (rows, length), cached) if cached else None
-        return Batch(*ids, loss_mask=array((rows, length), bool), teacher=teacher)
+        ids = (array(shape, np.int32) for _ in range(3))
+        teacher = make_targets(array, shape, cached) if cached else None
+        if own_rows:
+            teacher = make_teacher_rows(array, shape, preference)
+        return Batch(*ids, loss_mask=array(shape, bool), teacher=teacher)
 
-    pixels = None
-    if images is not None:
-        count, size = images
-        pixels = array((rows, count, size, size, 3), np.uint8)
-    if preference:
-        return PreferenceBatch(side(), side(), pixels)
-    return side()._replace(images=pixels)
+    def pixels(slots: tuple[int, int] | None) -> Any:
+        if slots is None:
+            return None
+        count, size = slots
+        return array((rows, count, size, size, 3), np.uint8)
+
+    both = {"images": pixels(images), "teacher_images": pixels(teacher_images)}
+    return PreferenceBatch(side(), side(), **both) if preference else side()._replace(**both)

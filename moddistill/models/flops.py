@@ -83,9 +83,24 @@ def step_flops(
         size = size._replace(supervised=size.supervised + size.images * student.vision.patches)
     teacher_flops = 0.0
     if teacher is not None:
-        teacher_flops = forward_flops(teacher, size)
+        teacher_flops = forward_flops(teacher, _as_read_by(teacher, student, size))
         teacher_flops -= size.images * vision_flops(teacher.vision) if shared_tower else 0.0
     return StepFlops(training_flops(student, size, trained), teacher_flops)
+
+
+def _as_read_by(teacher: ModelConfig, student: ModelConfig, size: StepSize) -> StepSize:
+    """The content with the teacher's patches of images, but the text of the student's template.
+
+    Scores of further patches with text do not count, a few in a thousand of all FLOPs, and neither
+    do the further patches of the second side of a pair.
+    """
+    if student.vision is None:
+        return size
+    its, ours = teacher.vision.patches, student.vision.patches
+    return size._replace(
+        tokens=size.tokens + size.images * (its - ours),
+        squared_lengths=size.squared_lengths + size.images * (its**2 - ours**2),
+    )
 
 
 def forward_flops(config: ModelConfig, size: StepSize) -> float:

@@ -12,9 +12,10 @@ from moddistill.data.pipeline import open_sources, plan_rows
 from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.models.flops import StepSize
 from moddistill.models.vlm import ModelConfig
+from moddistill.teachers.live import has_own_layout
 from moddistill.training.program import SUPERVISED_SHARE, full_step_size
 from moddistill.training.stages import stage_of
-from moddistill.training.streams import row_spec, with_steps
+from moddistill.training.streams import row_spec, teacher_spec, with_steps, without_limit
 
 _ROWS = 4096  # whose mean stands for that of all rows
 
@@ -35,11 +36,16 @@ class Content(NamedTuple):
     steps: int
 
 
-def step_content(config: TrainConfig, student: ModelConfig) -> Content:
+def step_content(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None = None
+) -> Content:
     """Returns the mean content of a step, and makes the indices of its records that are missing.
 
     Both sides of a preference pair count as the longer one. The share of supervised tokens is
     assumed.
+
+    Args:
+      teacher: a live one.
 
     Raises:
       UserError: as `open_sources`.
@@ -47,13 +53,18 @@ def step_content(config: TrainConfig, student: ModelConfig) -> Content:
     tokenizer, data = _tokenizer(config), config.data
     files = [glob.glob(source.path, recursive=True) for source in data.sources.values()]
     if tokenizer is None or not files or not all(files):
-        return Content(full_step_size(config, student), None, None, config.steps)
-    sources = open_sources(data, row_spec(config, data, student.vision), tokenizer)
-    plan = plan_rows(data, sources, config.seed)
+        return Content(full_step_size(config, student, teacher), None, None, config.steps)
+    sources, others = open_sources(data, row_spec(config, data, student.vision), tokenizer), ()
+    if teacher is not None and has_own_layout(teacher, student):
+        spec = teacher_spec(config, data, student, teacher)
+        others = open_sources(without_limit(data), spec, tokenizer)
+    plan = plan_rows(data, sources, config.seed, others)
     steps = with_steps(config, plan).steps
     rows = [plan.row(number) for number in range(min(_ROWS, steps * config.batch_size))]
     samples = [sample for row in rows for sample in row]
-    lengths = np.array([sample.length for sample in samples], np.float64)
+    # A sample has place for the longer one of its two forms; the student reads its own.
+    lengths = [sources[each.source].lengths(np.array([each.record])) for each in samples]
+    lengths = np.concatenate(lengths).astype(np.float64)
     images = sum(sources[sample.source].images(sample.record) for sample in samples)
     per_step = config.batch_size / len(rows)
     sides = 2 if stage_of(config).records == "preference" else 1

@@ -29,7 +29,13 @@ from moddistill.planning.content import step_content
 from moddistill.planning.hlo_collectives import collectives
 from moddistill.planning.memory import USABLE_MEMORY, compile_program, memory_per_chip
 from moddistill.planning.on_policy import answer_peak, answer_work, format_answers
-from moddistill.teachers.live import check_teacher, shares_tower, without_tower
+from moddistill.teachers.live import (
+    check_teacher,
+    has_own_layout,
+    has_same_images,
+    shares_tower,
+    without_tower,
+)
 from moddistill.training.architectures import trained_architecture
 from moddistill.training.program import Program, make_program, with_shardings
 from moddistill.training.stages import is_cached, stage_of
@@ -59,7 +65,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     check_settings(config)
     student, teacher = architectures(config)
     cached = cached_teacher(config, student)
-    content = step_content(config, student)
+    content = step_content(config, student, teacher)
     devices = accelerators.topology_devices(topology)
     _check_memory(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -69,7 +75,7 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     state = with_shardings(program.abstract_state, program.state_shardings)
     if shared := shares_tower(student, teacher, program.abstract_state.params):
         program = program._replace(teacher=without_tower(program.teacher))
-    batch = abstract_batch(config, student, mesh)
+    batch = abstract_batch(config, student, mesh, teacher)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         compiled = compile_program(program.step.lower(state, program.teacher, batch), topology)
         peak = None
@@ -136,6 +142,8 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
     if not config.teacher or is_cached(config):
         return student, None
     teacher = architecture(config.teacher)
+    if not Path(config.teacher).exists():  # a preset, or a model that a stage will make
+        teacher = dataclasses.replace(teacher, template=config.data.template)
     check_teacher(teacher, student, config.teacher)
     return student, teacher
 
@@ -153,9 +161,18 @@ def architecture(spec: str) -> ModelConfig:
     return preset(names.pop())
 
 
-def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> AnyBatch:
-    """Shapes of a batch as the pipeline makes it, with their sharding."""
-    vision = student.vision
+def abstract_batch(
+    config: TrainConfig, student: ModelConfig, mesh: Mesh, teacher: ModelConfig | None = None
+) -> AnyBatch:
+    """Shapes of a batch as the pipeline makes it, with their sharding.
+
+    Args:
+      teacher: a live one, which may read the rows in a layout of its own.
+    """
+    vision, teacher_images = student.vision, None
+    own_rows = teacher is not None and has_own_layout(teacher, student)
+    if own_rows and vision and not has_same_images(teacher, student):
+        teacher_images = image_slots(config.data, vision.patches), teacher.vision.image_size
     return make_batch(
         functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)),
         rows=config.batch_size,
@@ -163,6 +180,8 @@ def abstract_batch(config: TrainConfig, student: ModelConfig, mesh: Mesh) -> Any
         images=(image_slots(config.data, vision.patches), vision.image_size) if vision else None,
         preference=stage_of(config).records == "preference",
         cached=cache_shape(config),
+        own_rows=own_rows,
+        teacher_images=teacher_images,
     )
 
 

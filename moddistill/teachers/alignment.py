@@ -1,10 +1,11 @@
-"""Alignment of teacher and student: their token ids, and the conversation template."""
+"""Alignment of teacher and student: their token ids, and the positions that they share."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from moddistill.config import TrainConfig
+from moddistill.config import DistillationConfig, TrainConfig
+from moddistill.data.records import IMAGE
 from moddistill.data.token_texts import TokenTexts
 from moddistill.data.tokenizer import CONTROLS, Tokenizer
 from moddistill.errors import UserError, invalid
@@ -60,7 +61,8 @@ def _size(texts: TokenTexts) -> int:
 def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
     """Returns the ids of tokens in both vocabularies; losses compare the two models on these.
 
-    A control token that no template uses may be missing on one side: no sample contains it.
+    A control token that no template uses may be missing on one side, and an added token of the
+    teacher in the student: no sample contains it. `<image>` may have two ids.
 
     Args:
       origin: name of the teacher, for messages.
@@ -69,8 +71,9 @@ def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
       UserError: another token is missing on one side, or a token has two ids.
     """
     teacher_ids, student_ids = teacher.backend.get_vocab(), student.backend.get_vocab()
-    optional = (teacher.special_tokens | student.special_tokens) - set(CONTROLS)
-    one_sided = optional - (teacher_ids.keys() & student_ids.keys())
+    added = {each.content for each in teacher.backend.get_added_tokens_decoder().values()}
+    optional = (added | student.special_tokens) - set(CONTROLS)
+    one_sided = (optional - (teacher_ids.keys() & student_ids.keys())) | {IMAGE}
     different = [
         token
         for token in (teacher_ids.keys() | student_ids.keys()) - one_sided
@@ -87,15 +90,13 @@ def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
     return id_ranges(same - {student.image_id})
 
 
-def check_template(config: TrainConfig, trained_with: str) -> None:
-    """Raises UserError unless records are rendered in the template of the teacher's training.
+def check_answer_positions(config: TrainConfig, reason: str) -> None:
+    """Raises UserError for a divergence at other positions than those of answers.
 
-    In another template the teacher's predictions are for text unlike any that it has seen.
+    Args:
+      reason: why there is none, which ends the message.
     """
-    if config.data.template != trained_with:
-        raise invalid(
-            "config.data.template",
-            config.data.template,
-            f"{trained_with!r}, the template of the teacher {config.teacher!r} (or the teacher "
-            f"imported with --template {config.data.template})",
-        )
+    for name in ("kd_positions", "kd_shift", "image_kd_weight", "relation_weight"):
+        value, default = (getattr(x, name) for x in (config.distillation, DistillationConfig()))
+        if value != default:
+            raise invalid(f"config.distillation.{name}", value, f"{default!r}, {reason}")

@@ -32,7 +32,8 @@ class CachedTeacher:
 
     def targets(self, params: Any, batch: Batch, student: Output) -> Targets:
         del params, student
-        return Targets(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.teacher))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.teacher)
+        return Targets(flat, chunk_logprobs=batch.teacher.chunk_logprobs)
 
     def predictions(self, targets: Targets, real_ids: IdRanges) -> Predictions:
         del real_ids  # ids that the student lacks have no place in the batch

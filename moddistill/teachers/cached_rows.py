@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moddistill.data.examples import Side
-from moddistill.data.rows import WithoutTargets
+from moddistill.data.rows import Encoded, WithoutTargets
 from moddistill.data.token_texts import TokenTexts
 from moddistill.errors import UserError
 from moddistill.models.batch import LAST, WITHIN, CachedTargets, make_targets
@@ -20,7 +20,7 @@ from moddistill.teachers.text_chunks import align
 
 @dataclasses.dataclass(frozen=True)
 class CachedRows:
-    """A `TargetReader` of a cache.
+    """A `TeacherReader` of a cache.
 
     Attributes:
       names: of the sources, in the order of their numbers.
@@ -32,14 +32,16 @@ class CachedRows:
     names: tuple[str, ...]
     ids: IdMap
     student: TokenTexts
+    image_size: int = 0
+    images: None = None
 
     def empty(self, length: int) -> CachedTargets:
         return make_targets(np.zeros, (length,), self.cache.shape)
 
-    def read(self, source: int, position: int, sides: Sequence[Side]) -> list[CachedTargets]:
-        is_pair = self.cache.shape.kind == "answers"
+    def read(self, sample: Encoded) -> list[CachedTargets]:
+        is_pair, sides = self.cache.shape.kind == "answers", sample.sides
         try:
-            entry = self.cache.entry(self.names[source], position)
+            entry = self.cache.entry(self.names[sample.source], sample.position)
             if entry.targets is None:
                 raise UserError(f"teacher cache: expected targets, got none: {entry.reason}")
             if is_pair:

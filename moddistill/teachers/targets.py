@@ -20,10 +20,13 @@ class Targets(NamedTuple):
       per_position: pytree of arrays `[T, ...]`, one row for each of the batch's `B * T` positions:
         hidden states of a live teacher, token ids and log-probabilities of a cached one.
       shared: pytree of arrays that all positions need, such as the teacher's head.
+      chunk_logprobs: log-likelihood of each chunk of text at its last token; None if all tokens
+        are those of the student.
     """
 
     per_position: Any = None
     shared: Any = None
+    chunk_logprobs: Float[Array, "B T"] | None = None
 
 
 NO_TARGETS = Targets()

@@ -19,7 +19,7 @@ from moddistill.models.upcycle import check_upcycle, upcycle_config
 from moddistill.models.vlm import ModelConfig
 from moddistill.teachers.alignment import IdMap, id_map
 from moddistill.teachers.cache import CACHED, TeacherCache
-from moddistill.teachers.live import teacher_architecture
+from moddistill.teachers.live import has_own_layout, teacher_architecture
 from moddistill.training.stages import is_cached, stage_of
 
 LOG = logging.getLogger("moddistill")
@@ -35,9 +35,11 @@ class Models(NamedTuple):
       teacher: the model that `config.teacher` names, if any.
       student_config: the architecture that the stage trains.
       teacher_config: the teacher's, with the token ids that it shares with the student.
+      teacher_tokenizer: of a live teacher.
+      has_own_layout: whether a live teacher reads other tokens or images than the student.
       cache: the cache that `config.teacher` names, if any.
       ids: from its teacher's ids to those of the student.
-      texts: of the student's tokens, if there is a cache.
+      texts: of the student's tokens, if the teacher's may be others.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +48,8 @@ class Models(NamedTuple):
     teacher: ResolvedModel | None
     student_config: ModelConfig
     teacher_config: ModelConfig | None
+    teacher_tokenizer: Tokenizer | None
+    has_own_layout: bool
     cache: TeacherCache | None
     ids: IdMap | None
     texts: TokenTexts | None
@@ -58,7 +62,7 @@ def resolve_models(config: TrainConfig) -> Models:
       UserError: naming the setting of a model that does not exist or does not fit.
     """
     student, tokenizer = student_of(config)
-    vision = teacher = teacher_config = cache = ids = texts = None
+    vision = teacher = teacher_config = its_tokenizer = cache = ids = texts = None
     if config.vision:
         with at_field("config.vision"):
             vision = resolve(config.vision, tokenizer)
@@ -73,10 +77,27 @@ def resolve_models(config: TrainConfig) -> Models:
     elif config.teacher:
         with at_field("config.teacher"):
             teacher = resolve(config.teacher, tokenizer)
+            its_tokenizer = tokenizer
+            if teacher.folder is not None:
+                its_tokenizer = load_tokenizer(str(teacher.folder))
             # Compared with `target`, since a text-only student gets its encoder in this stage.
-            teacher_config = teacher_architecture(config, teacher, target, tokenizer)
+            teacher_config = teacher_architecture(config, teacher, target, its_tokenizer, tokenizer)
+            if has_own_layout(teacher_config, target):
+                texts = texts_in_template(tokenizer, config.data.template)
     _warn_of_template(config, student)
-    return Models(tokenizer, student, vision, teacher, target, teacher_config, cache, ids, texts)
+    return Models(
+        tokenizer,
+        student,
+        vision,
+        teacher,
+        target,
+        teacher_config,
+        its_tokenizer,
+        teacher_config is not None and has_own_layout(teacher_config, target),
+        cache,
+        ids,
+        texts,
+    )
 
 
 def _check_divergence(config: TrainConfig, cache: TeacherCache) -> None:

@@ -16,6 +16,7 @@ from moddistill.convert.resolve import (
     load_or_init,
     random_params,
 )
+from moddistill.data.token_texts import texts_in_template
 from moddistill.distributed.sharding import param_shardings
 from moddistill.errors import at_field
 from moddistill.inference.answer import end_id
@@ -72,10 +73,16 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         cached = CachedTeacher(
             models.cache.shape.kind, ids.ids_of_student() if ids.is_shared else all_ids
         )
-    program = make_program(config, target, cached or teacher, mesh)
+    program = make_program(config, target, cached or teacher, mesh, _ends(models))
     teacher_params = None
     if teacher is not None:
         teacher_params = load_teacher(config, models.teacher.folder, teacher, program.teacher, mesh)
+        if models.has_own_layout:
+            LOG.info(
+                "the teacher reads records in its own form: template %r, %d tokens per image",
+                teacher.template,
+                teacher.vision.patches if target.vision else 0,
+            )
     state = _first_state(program, student_params(config, models, mesh))
     total = count(state.params) + count(state.frozen)
     LOG.info(
@@ -107,6 +114,15 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         image_logits=config.distillation.image_kd_weight > 0,
     )
     return Run(program.model, program.loss, step, state, teacher_params, flops)
+
+
+def _ends(models: Models) -> tuple[int, int] | None:
+    """Returns the tokens that end an answer of teacher and student, if they are different."""
+    if not models.has_own_layout:
+        return None
+    teacher = texts_in_template(models.teacher_tokenizer, models.teacher_config.template)
+    ends = teacher.end, models.texts.end
+    return None if None in ends or ends[0] == ends[1] else ends
 
 
 def _first_state(program: Program, params: dict[str, Any]) -> State:

@@ -31,19 +31,28 @@ from moddistill.training.step import Divergence, make_step
 SUPERVISED_SHARE = 0.25  # of the positions, about that of LLaVA's data
 
 
-def full_step_size(config: TrainConfig, student: ModelConfig) -> StepSize:
+def full_step_size(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig | None = None
+) -> StepSize:
     """Size of one step of a stage whose rows are all full: all that its kernels compute.
 
     A row counts as one sample, since attention computes its scores between samples too.
+
+    Args:
+      teacher: a live one. If it reads images as more tokens, its rows are full.
     """
     # Both sides of a preference row share their images.
-    rows = config.batch_size * (2 if stage_of(config).records == "preference" else 1)
+    sides = 2 if stage_of(config).records == "preference" else 1
+    rows = config.batch_size * sides
     tokens = rows * config.data.max_length
     images = 0
     if student.vision is not None:
-        images = config.batch_size * image_slots(config.data, student.vision.patches)
+        patches = student.vision.patches
+        most = patches if teacher is None else max(patches, teacher.vision.patches)
+        images = config.batch_size * image_slots(config.data, most)
+        tokens -= images * sides * (most - patches)
     supervised = round(tokens * SUPERVISED_SHARE)
-    return StepSize(tokens, tokens * config.data.max_length, images, supervised)
+    return StepSize(tokens, tokens**2 / rows, images, supervised)
 
 
 class Program(NamedTuple):
@@ -73,12 +82,14 @@ def make_program(
     student: ModelConfig,
     teacher: ModelConfig | CachedTeacher | None,
     mesh: Mesh,
+    ends: tuple[int, int] | None = None,
 ) -> Program:
     """Builds model, loss, step and shardings of a stage.
 
     Args:
       student: the architecture that the stage trains.
       teacher: of a live teacher its architecture; None for a stage without one.
+      ends: of a live teacher, see `LiveTeacher`.
 
     Raises:
       UserError: for a mesh that does not divide the parameters, or lacks `expert_transport`.
@@ -103,9 +114,9 @@ def make_program(
     by_layer = config.teacher_quantization != "none" or config.teacher_offload
     compute = dataclasses.replace(compute, quantized_layers=by_layer)
     is_live = isinstance(teacher, ModelConfig)
-    loss = stage_of(config).loss(
-        config, model, LiveTeacher(Vlm(teacher, compute)) if is_live else teacher
-    )
+    if is_live:
+        live = LiveTeacher(Vlm(teacher, compute), config.logits_chunk_size, ends)
+    loss = stage_of(config).loss(config, model, live if is_live else teacher)
     divergence = Divergence(config.divergence_factor, config.on_divergence == "skip")
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and
     # parameters and moments exist once. The teacher is an argument of its own and stays.

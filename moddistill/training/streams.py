@@ -24,17 +24,22 @@ from moddistill.data.pipeline import (
 from moddistill.data.quarantine import Quarantine
 from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
 from moddistill.data.sources import Source
+from moddistill.data.token_texts import texts_in_template
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.distributed.processes import barrier, is_main_process
 from moddistill.distributed.sharding import local_rows
 from moddistill.models.vision import VisionConfig
+from moddistill.models.vlm import ModelConfig
 from moddistill.teachers.cache import check_fingerprint, fingerprint_of
 from moddistill.teachers.cached_rows import CachedRows
+from moddistill.teachers.live import has_same_images
+from moddistill.teachers.live_rows import LiveRows
 from moddistill.training.architectures import Models
 from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 
+_NO_LIMIT = 2**30  # tokens
 HELDOUT = "heldout"  # the name of the source of held-out records
 # Files in which the pipeline lists records, and what happened to these.
 LISTS = {
@@ -68,25 +73,78 @@ def open_streams(config: TrainConfig, models: Models, mesh: Mesh, workdir: Path)
     """
     data, origin = config.data, "config.data.sources"
 
-    def opened(data: DataConfig, origin: str) -> list[Source]:
-        spec = row_spec(config, data, models.student_config.vision)
-        return open_and_list(data, spec, models.tokenizer, workdir, origin)
-
-    sources = opened(data, origin)
-    plan = plan_rows(data, sources, config.seed)
-    targets = _targets(config, models, sorted(data.sources), sources)
-    training = _batches(config, data, models, sources, targets, plan, mesh, workdir)
-    heldout, others = None, []
+    training = _open_stream(config, models, mesh, workdir, data, origin)
+    streams = [training]
     if config.heldout_steps:
         data = dataclasses.replace(data, sources={HELDOUT: data.heldout})
-        others = opened(data, "config.data")
-        other_plan = plan_rows(data, others, config.seed)
-        targets = _targets(config, models, [HELDOUT], others)
-        heldout = _batches(config, data, models, others, targets, other_plan, mesh, workdir)
+        streams.append(_open_stream(config, models, mesh, workdir, data, "config.data"))
     digests: dict[str, str] = {}
-    for source in [*sources, *others]:
-        digests |= source.digests
-    return Streams(training, heldout, plan, digests)
+    for stream in streams:
+        for source in stream.sources:
+            digests |= source.digests
+    heldout = streams[1].batches if config.heldout_steps else None
+    return Streams(training.batches, heldout, training.plan, digests)
+
+
+class _Stream(NamedTuple):
+    sources: list[Source]
+    plan: RowPlan
+    batches: Batches
+
+
+def _open_stream(
+    config: TrainConfig, models: Models, mesh: Mesh, workdir: Path, data: DataConfig, origin: str
+) -> _Stream:
+    """Opens the sources of `data`, which are those of training or of held-out records."""
+    spec = row_spec(config, data, models.student_config.vision)
+    sources = open_and_list(data, spec, models.tokenizer, workdir, origin)
+    teacher, others = None, []
+    if models.cache is not None:
+        teacher = _cached_rows(config, models, sorted(data.sources), sources)
+    elif models.has_own_layout:
+        teacher = live_rows(config, models, data)
+        others = _open(without_limit(data), teacher.spec, teacher.tokenizer, origin)
+    plan = plan_rows(data, sources, config.seed, others)
+    batches = Batches(
+        RowMaker(
+            plan,
+            sources,
+            models.tokenizer,
+            spec,
+            needed_image_slots(sources, data.packing),
+            teacher,
+        ),
+        local_rows=local_rows(mesh, config.batch_size),
+        batch_size=config.batch_size,
+        workers=data.workers,
+        timeout=data.worker_timeout,
+        lists=workdir,
+        max_rejected=data.max_rejected,
+    )
+    return _Stream(sources, plan, batches)
+
+
+def live_rows(config: TrainConfig, models: Models, data: DataConfig) -> LiveRows:
+    """Returns what rows have for a live teacher of another layout than the student's."""
+    student, teacher = models.student_config, models.teacher_config
+    spec = teacher_spec(config, data, student, teacher)
+    tokenizer = models.teacher_tokenizer
+    texts = texts_in_template(tokenizer, teacher.template)
+    image_size = 0 if has_same_images(teacher, student) else spec.image_size
+    return LiveRows(spec, tokenizer, texts, models.texts, image_size)
+
+
+def teacher_spec(
+    config: TrainConfig, data: DataConfig, student: ModelConfig, teacher: ModelConfig
+) -> RowSpec:
+    """Returns format and shapes of the rows as a live teacher of another layout reads them."""
+    data = dataclasses.replace(data, template=teacher.template)
+    return row_spec(config, data, teacher.vision if student.vision else None)
+
+
+def without_limit(data: DataConfig) -> DataConfig:
+    """Returns the data without a limit of length: of what is too long, the teacher reads a part."""
+    return dataclasses.replace(data, max_length=_NO_LIMIT)
 
 
 def with_steps(config: TrainConfig, plan: RowPlan) -> TrainConfig:
@@ -129,56 +187,30 @@ def open_and_list(
     Raises:
       UserError: for sources that cannot be read, or too many records that are left out.
     """
+    sources = _open(data, spec, tokenizer, origin)
     if is_main_process():
-        sources = open_sources(data, spec, tokenizer, origin)
         list_left_out(sources, folder)
         warn_of_slow_files(sources)
-    barrier(f"indexing {origin}")
-    if not is_main_process():
-        sources = open_sources(data, spec, tokenizer, origin)
+    barrier(f"listing {origin}")
     for source in sources:
         check_left_out(source, data.max_rejected, folder / "quarantine.jsonl")
     return sources
 
 
-def _targets(
+def _open(data: DataConfig, spec: RowSpec, tokenizer: Tokenizer, origin: str) -> list[Source]:
+    """Opens sources, of which the main process makes the missing indices."""
+    sources = open_sources(data, spec, tokenizer, origin) if is_main_process() else []
+    barrier(f"indexing {origin}")
+    return sources or open_sources(data, spec, tokenizer, origin)
+
+
+def _cached_rows(
     config: TrainConfig, models: Models, names: Sequence[str], sources: Sequence[Source]
-) -> CachedRows | None:
+) -> CachedRows:
     """Returns the targets of sources; UserError for a cache of other records."""
-    cache = models.cache
-    if cache is None:
-        return None
     run = fingerprint_of(config, stage_of(config).records, dict(zip(names, sources, strict=True)))
-    check_fingerprint(cache, run, "config.teacher")
-    return CachedRows(cache, tuple(names), models.ids, models.texts)
-
-
-def _batches(
-    config: TrainConfig,
-    data: DataConfig,
-    models: Models,
-    sources: Sequence[Source],
-    targets: CachedRows | None,
-    plan: RowPlan,
-    mesh: Mesh,
-    workdir: Path,
-) -> Batches:
-    return Batches(
-        RowMaker(
-            plan,
-            sources,
-            models.tokenizer,
-            row_spec(config, data, models.student_config.vision),
-            needed_image_slots(sources, data.packing),
-            targets,
-        ),
-        local_rows=local_rows(mesh, config.batch_size),
-        batch_size=config.batch_size,
-        workers=data.workers,
-        timeout=data.worker_timeout,
-        lists=workdir,
-        max_rejected=data.max_rejected,
-    )
+    check_fingerprint(models.cache, run, "config.teacher")
+    return CachedRows(models.cache, tuple(names), models.ids, models.texts)
 
 
 def remove_lists(workdir: Path) -> None:

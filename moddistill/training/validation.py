@@ -16,6 +16,7 @@ from moddistill.config import (
 from moddistill.configdict import check_values
 from moddistill.distributed.sharding import BATCH_AXES, num_batch_shards
 from moddistill.errors import invalid
+from moddistill.teachers.alignment import check_answer_positions
 from moddistill.training.stages import STAGES, is_cached, stage_of
 
 
@@ -100,11 +101,7 @@ def _check_on_policy(config: TrainConfig) -> None:
 
 def check_cached_positions(config: TrainConfig) -> None:
     """Raises UserError for a divergence at positions that no cache has."""
-    for name in ("kd_positions", "kd_shift", "image_kd_weight", "relation_weight"):
-        value, default = (getattr(x, name) for x in (config.distillation, DistillationConfig()))
-        if value != default:
-            expected = f"{default!r}, since a cache has the tokens of answers only"
-            raise invalid(f"config.distillation.{name}", value, expected)
+    check_answer_positions(config, "since a cache has the tokens of answers only")
 
 
 def _check_heldout(config: TrainConfig) -> None:

@@ -165,7 +165,7 @@ def test_both_sides_of_pairs_begin_at_the_same_positions(maker, data_file, image
 def test_record_with_another_length_than_in_its_index_is_rejected(maker, data_file):
     path = data_file([talk("q", "abc")])
     made = maker(path, [0])
-    made.plan.samples = (made.plan.samples[0]._replace(length=3),)
+    made.sources[0].lengths = lambda numbers: np.full(len(numbers), 3)  # the file was another one
     batch, [rejected], _ = made(0)
     assert "record: expected 3 tokens as in its index, got" in rejected.reason
     assert not batch.segments.any()

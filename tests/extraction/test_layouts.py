@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 
+import chex
 import pytest
 
 from moddistill.config import CacheConfig
@@ -10,9 +12,11 @@ from moddistill.data.tokenizer import train_bpe
 from moddistill.errors import UserError
 from moddistill.extraction.run import extract
 from moddistill.models.presets import preset, with_vocabulary
+from moddistill.models.vocabulary import num_ids
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers.cache import TeacherCache
 from moddistill.training.loop import train
+from tests.extraction.runs import losses_and_params
 
 
 def train_from(folder, config, tmp_path):
@@ -23,9 +27,9 @@ def train_from(folder, config, tmp_path):
 def teacher_of(init, tokenizer, tmp_path):
     """`teacher_of(**changes)`: the folder of a teacher whose architecture differs from `tiny`."""
 
-    def make(patch_size=14, template="vicuna", tokenizer=tokenizer):
+    def make(template="vicuna", tokenizer=tokenizer, **changes):
         config = with_vocabulary(preset("tiny-teacher"), tokenizer.real_ids, tokenizer.image_id)
-        vision = dataclasses.replace(config.vision, patch_size=patch_size)
+        vision = dataclasses.replace(config.vision, **changes)
         config = dataclasses.replace(config, vision=vision, template=template)
         save_model(tmp_path / "teacher", config, init(config), tokenizer, {})
         return str(tmp_path / "teacher")
@@ -33,22 +37,30 @@ def teacher_of(init, tokenizer, tmp_path):
     return make
 
 
-def test_a_teacher_with_other_image_tokens_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
-    """16 image tokens where the student has 4; a live teacher would be refused."""
-    teacher = teacher_of(patch_size=7)
-    config = tiny_config("d2s", teacher=teacher, data={"max_length": 240})
-    extract(config, CacheConfig(ids=8), tmp_path / "cache")
-    assert TeacherCache(tmp_path / "cache").settings.teacher.images["tokens"] == 16
-    train_from(tmp_path / "cache", config, tmp_path)
-    assert taught(tmp_path / "run") == config.steps
+LAYOUTS = {
+    "patches": {"patch_size": 7},  # 16 image tokens where the student has 4
+    "image size": {"image_size": 42},
+    "template": {"template": "chatml"},  # another end of an answer, and no space before it
+    "both": {"patch_size": 7, "template": "chatml"},
+}
 
 
-def test_a_teacher_of_another_template_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
-    """`chatml` has another end of an answer than `vicuna`, and no space before it."""
-    config = tiny_config("d2s", teacher=teacher_of(template="chatml"))
-    extract(config, CacheConfig(ids=8), tmp_path / "cache")
-    train_from(tmp_path / "cache", config, tmp_path)
-    assert taught(tmp_path / "run") == config.steps
+@pytest.mark.parametrize("stage", ["d2s", "preference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_teacher_of_another_layout_teaches_alike_live_and_from_a_cache(
+    layout, stage, tiny_config, tokenizer, teacher_of, tmp_path
+):
+    """A cache of all ids has all that a live teacher knows of answers."""
+    # Of packed rows, those of a live teacher have fewer samples.
+    data = {"max_length": 240, "packing": False}
+    live = tiny_config(stage, teacher=teacher_of(**LAYOUTS[layout]), data=data)
+    extract(live, CacheConfig("top_k", num_ids(tokenizer.real_ids)), tmp_path / "cache")
+    cached = dataclasses.replace(live, teacher=f"cache:{tmp_path / 'cache'}")
+    found = losses_and_params(live, tmp_path / "live")
+    expected = losses_and_params(cached, tmp_path / "cached")
+    assert len(found[0]) == live.steps and found[0][0]["loss"] > 0
+    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not {"quarantine.jsonl", "without_targets.jsonl"} & set(os.listdir(tmp_path / "live"))
 
 
 def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):

@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 
 from moddistill.config import CacheConfig
-from moddistill.convert.resolve import load
 from moddistill.errors import UserError
 from moddistill.extraction.run import extract
 from moddistill.teachers.cache import TeacherCache
 from moddistill.training.loop import train
-
-
-def losses_and_params(config, workdir):
-    train(config, workdir)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    _, params = load(workdir / "model")
-    names = ("loss", "kd", "ce", "preference", "reward_margin", "grad_norm")
-    return [{name: row[name] for name in names if name in row} for row in rows], params
+from tests.extraction.runs import losses_and_params
 
 
 @pytest.mark.parametrize("stage", ["d2d", "d2s", "preference"])

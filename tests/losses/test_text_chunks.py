@@ -56,7 +56,9 @@ def test_chunks_have_the_divergence_of_their_likelihoods(arrays, mesh):
         token_sum = functools.partial(
             chunked_token_loss, labels=labels, chunk_size=3, real_ids=((0, VOCAB),)
         )
-        loss, total = chunk_loss(token_sum, inputs, targets, jnp.float32(0.5))
+        loss, total = chunk_loss(
+            token_sum, inputs, targets.chunk, targets.chunk_logprobs, jnp.float32(0.5)
+        )
         return loss, total
 
     def both(fn, **kwargs):

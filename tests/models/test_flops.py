@@ -135,6 +135,18 @@ def test_flops_of_a_step_are_those_of_its_samples(tiny_architecture):
     np.testing.assert_allclose(count(StepSize(6.0, 6.0, 6.0, 6.0)), 2 * np.asarray(total))
 
 
+def test_a_teacher_reads_images_as_its_own_patches(tiny_architecture):
+    """A sample of 4 patches and 6 tokens of text, of which the teacher has 16 and 6."""
+    student, teacher = tiny_architecture(), tiny_architecture("tiny-teacher")
+    vision = dataclasses.replace(teacher.vision, patch_size=7)
+    teacher = dataclasses.replace(teacher, vision=vision)
+    size = StepSize(tokens=10.0, squared_lengths=100.0, images=1.0, supervised=5.0)
+    found = step_flops(student, teacher, size, set(), shared_tower=False).teacher
+    between = 2 * 6 * 12  # scores of text and further patches, which do not count
+    its = StepSize(tokens=22.0, squared_lengths=22.0**2 - between, images=1.0, supervised=5.0)
+    assert found == forward_flops(teacher, its)
+
+
 def test_logits_at_image_positions_count_like_those_at_supervised_ones(tiny_architecture):
     student, teacher = tiny_architecture(), tiny_architecture("tiny-teacher")
     trained = set(flatten(abstract_params(student)))

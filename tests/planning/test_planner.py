@@ -12,6 +12,7 @@ from moddistill.configdict import from_config_dict
 from moddistill.distributed.sharding import MESH_AXES
 from moddistill.models.presets import PRESETS
 from moddistill.planning import planner
+from moddistill.storage.model_folder import save_model
 from moddistill.training.program import make_program
 
 
@@ -130,12 +131,22 @@ def test_teacher_in_host_memory_of_a_planned_gpu_is_an_error(tiny_config, monkey
         planner.plan(tiny_config("d2s", teacher_offload=True), "h100:8")
 
 
-def test_teacher_that_does_not_match_the_student_is_an_error(tiny_config):
-    config = dataclasses.replace(
-        tiny_config("d2s"), student="random:qwen2-0.5b", teacher="random:tiny-teacher"
-    )
-    with pytest.raises(ValueError, match="image token of 'random:tiny-teacher': expected "):
-        planner.architectures(config)
+def test_a_teacher_of_another_layout_is_planned(
+    tiny_config, init, tiny_architecture, tokenizer, tmp_path
+):
+    """With 16 patches an image in place of 4, and another template."""
+    model = tiny_architecture("tiny-teacher")
+    vision = dataclasses.replace(model.vision, patch_size=7)
+    other = dataclasses.replace(model, vision=vision, template="chatml")
+    reports = []
+    for name, config in {"same": model, "other": other}.items():
+        save_model(tmp_path / name, config, init(config), tokenizer, {})
+        reports.append(planner.plan(tiny_config("d2s", teacher=str(tmp_path / name)), "cpu:8"))
+    same, own = reports
+    assert own["model_flops_per_step"] == same["model_flops_per_step"]
+    assert own["teacher_flops_per_step"] > 1.03 * same["teacher_flops_per_step"]
+    # Its tokens, positions, segments and shifts come with the batch.
+    assert own["arguments"]["batch"] > 1.5 * same["arguments"]["batch"]
 
 
 def test_vision_encoder_of_another_model_is_part_of_the_student(tiny_config):

@@ -30,7 +30,9 @@ def test_teacher_with_another_vocabulary_is_refused(
     config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
     message = r"^vocabulary of .*: expected the student's id \w+ for token '.*', got \w+$"
     with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(config, resolve(config.teacher), tiny_architecture(), tokenizer)
+        live.teacher_architecture(
+            config, resolve(config.teacher), tiny_architecture(), other, tokenizer
+        )
 
 
 def with_token(tokenizer, token):
@@ -53,7 +55,11 @@ def test_control_token_of_one_side_is_masked_on_both(
     save_model(tmp_path / "teacher", config, load(tiny_models["teacher"])[1], teacher_tokenizer, {})
     settings = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
     accepted = live.teacher_architecture(
-        settings, resolve(settings.teacher), tiny_architecture(), student_tokenizer
+        settings,
+        resolve(settings.teacher),
+        tiny_architecture(),
+        teacher_tokenizer,
+        student_tokenizer,
     )
     assert accepted.decoder.real_ids == ((0, tokenizer.image_id),)
 
@@ -85,7 +91,11 @@ def test_token_with_two_ids_is_named_with_both(
     message = rf"expected the student's id {ids[1]} for token '<\|im_end\|>', got {ids[0]}$"
     with pytest.raises(ValueError, match=message):
         live.teacher_architecture(
-            config, resolve(config.teacher), tiny_architecture(), student_tokenizer
+            config,
+            resolve(config.teacher),
+            tiny_architecture(),
+            teacher_tokenizer,
+            student_tokenizer,
         )
 
 
@@ -108,35 +118,43 @@ def test_word_that_only_the_student_has_is_refused(
     )
     with pytest.raises(ValueError, match=message):
         live.teacher_architecture(
-            config, resolve(config.teacher), tiny_architecture(), Tokenizer(backend)
+            config,
+            resolve(config.teacher),
+            tiny_architecture(),
+            tokenizer,
+            Tokenizer(backend),
         )
 
 
-def test_teacher_of_another_template_is_refused(
-    tiny_config, tiny_architecture, init, tokenizer, tmp_path
+def test_teacher_with_new_weights_has_the_template_of_the_records(
+    tiny_config, tiny_architecture, tokenizer
 ):
-    model = dataclasses.replace(tiny_architecture("tiny-teacher"), template="chatml")
-    save_model(tmp_path / "teacher", model, init(model), tokenizer, {})
-    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
-    student = tiny_architecture()
-    message = (
-        rf"^config\.data\.template: expected 'chatml', the template of the teacher "
-        rf"'{config.teacher}' \(or the teacher imported with --template vicuna\), got 'vicuna'$"
-    )
-    with pytest.raises(ValueError, match=message):
-        live.teacher_architecture(config, resolve(config.teacher), student, tokenizer)
-    data = dataclasses.replace(config.data, template="chatml")
-    same = dataclasses.replace(config, data=data)
-    assert (
-        live.teacher_architecture(same, resolve(same.teacher), student, tokenizer).template
-        == "chatml"
-    )
-
-
-def test_teacher_with_new_weights_fits_any_template(tiny_config, tiny_architecture, tokenizer):
     config = tiny_config("d2d", teacher="random:tiny-teacher", data={"template": "chatml"})
     teacher = resolve(config.teacher, tokenizer)
-    live.teacher_architecture(config, teacher, tiny_architecture(), tokenizer)
+    student = dataclasses.replace(tiny_architecture(), template="chatml")
+    found = live.teacher_architecture(config, teacher, student, tokenizer, tokenizer)
+    assert found.template == "chatml"
+
+
+def test_teacher_may_have_more_added_tokens_and_another_image_token(
+    tiny_config, tiny_architecture, tiny_models, tokenizer, tmp_path
+):
+    """As Qwen2.5 has, compared with Qwen2."""
+    fields = json.loads(tokenizer.backend.to_str())
+    [image] = [token for token in fields["added_tokens"] if token["content"] == "<image>"]
+    image["id"] += 1
+    tool = image | {"id": image["id"] - 1, "content": "<tool_call>", "special": False}
+    fields["added_tokens"].append(tool)
+    fields["added_tokens"].sort(key=lambda token: token["id"])
+    other = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(fields)))
+    assert other.image_id == tokenizer.image_id + 1
+    model = dataclasses.replace(tiny_architecture("tiny-teacher"), image_token_id=other.image_id)
+    save_model(tmp_path / "teacher", model, load(tiny_models["teacher"])[1], other, {})
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"))
+    found = live.teacher_architecture(
+        config, resolve(config.teacher), tiny_architecture(), other, tokenizer
+    )
+    assert found.decoder.real_ids == tokenizer.real_ids
 
 
 def test_a_vocabulary_has_its_own_ids():

@@ -7,7 +7,8 @@ import pytest
 
 from moddistill.config import DistillationConfig
 from moddistill.data.examples import Side
-from moddistill.data.rows import WithoutTargets
+from moddistill.data.records import Record
+from moddistill.data.rows import Encoded, WithoutTargets
 from moddistill.data.token_texts import TokenTexts
 from moddistill.errors import UserError
 from moddistill.losses.divergences import divergence_to
@@ -41,6 +42,11 @@ class OneRecord(TeacherCache):
         return self.found
 
 
+def sample(sides):
+    """Record 5 of the first source; its content is that of the sides."""
+    return Encoded(0, 5, 1, Record("records.json", 5, "5", (), (("c", "abc"),)), sides)
+
+
 def read(texts, labels, answer, *, kind="top_k", seed=0):
     """The targets of a prompt `c`, `<s>` and the tokens `answer`, of whose teacher's `labels`."""
     rng = np.random.default_rng(seed)
@@ -59,7 +65,7 @@ def read(texts, labels, answer, *, kind="top_k", seed=0):
     rows = CachedRows(cache, ("records",), id_map(texts, STUDENT), STUDENT)
     tokens = np.array([2, 8, *answer], np.int32)
     mask = np.arange(len(tokens)) >= 2
-    [row] = rows.read(0, 5, [Side(tokens, mask)])
+    [row] = rows.read(sample([Side(tokens, mask)]))
     return row, targets, 1 + np.arange(len(answer))  # positions that predict the answer
 
 
@@ -123,7 +129,7 @@ def test_control_tokens_that_the_student_lacks_have_no_part(kind):
     )
     cache = OneRecord(SAME, entry, CacheShape(kind, 3))
     rows = CachedRows(cache, ("records",), id_map(SAME, STUDENT), STUDENT)
-    [row] = rows.read(0, 5, [Side(np.int32([2, 4]), np.array([False, True]))])
+    [row] = rows.read(sample([Side(np.int32([2, 4]), np.array([False, True]))]))
     targets = Targets(jax.tree.map(lambda x: jnp.asarray(x[:1]), row))
     predictions = CachedTeacher(kind, ((0, 10),)).predictions(targets, ((0, 10),))
 
@@ -164,8 +170,8 @@ def test_a_pair_is_compared_by_the_text_of_its_answers():
         cache = OneRecord(OTHER, Entry(sums, digest=digest), CacheShape("answers", 0))
         return CachedRows(cache, ("records",), id_map(OTHER, STUDENT), STUDENT)
 
-    found = rows(text_digest(*texts)).read(0, 5, sides)
+    found = rows(text_digest(*texts)).read(sample(sides))
     assert [row.label_logprobs.tolist() for row in found] == [[-1.5, 0, 0], [-2.5, 0, 0]]
     with pytest.raises(UserError, match="expected the log-likelihoods of these answers") as error:
-        rows(text_digest(*reversed(texts))).read(0, 5, sides)
+        rows(text_digest(*reversed(texts))).read(sample(sides))
     assert not isinstance(error.value, WithoutTargets)

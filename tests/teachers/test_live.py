@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moddistill.config import MeshConfig
+from moddistill.config import MeshConfig, TrainConfig
 from moddistill.convert.resolve import load, resolve
 from moddistill.distributed.sharding import make_mesh
 from moddistill.params import flatten
+from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
 from moddistill.training.program import make_program
 
@@ -30,34 +31,58 @@ def changed(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"image_token_id": 5}, "image token of 'runs/t': expected 300 as in the student, got 5"),
-        (
-            {"patch_size": 7},
-            "positions per image of 'runs/t': expected 4 as in the student, got 16",
-        ),
-        (
-            {"image_size": 56, "patch_size": 28},
-            "image size of 'runs/t': expected 28 as in the student, got 56",
-        ),
-        (
-            {"vision": None},
-            "expected a teacher with a vision tower, as the student has, got 'runs/t' without one",
-        ),
-    ],
-)
-def test_teacher_that_does_not_fit_is_refused(tiny_architecture, fields, message):
+def test_teacher_without_a_vision_encoder_is_refused(tiny_architecture):
     student = tiny_architecture()
     live.check_teacher(student, student, "runs/t")
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        live.check_teacher(changed(student, **fields), student, "runs/t")
+    message = "^expected a teacher with a vision tower, as the student has, got 'runs/t' without"
+    with pytest.raises(ValueError, match=message):
+        live.check_teacher(dataclasses.replace(student, vision=None), student, "runs/t")
 
 
-def test_teacher_may_have_more_padding_rows(tiny_architecture):
+@pytest.mark.parametrize(
+    ("fields", "is_own"),
+    [
+        ({}, False),
+        ({"vocab_size": 400}, False),  # padding rows
+        ({"num_layers": 3}, False),
+        ({"template": "chatml"}, True),
+        ({"image_token_id": 5}, True),
+        ({"patch_size": 7}, True),
+        ({"image_size": 56, "patch_size": 28}, True),  # as many patches
+        ({"mean": (0.5, 0.5, 0.5)}, True),  # images are padded with its colour
+    ],
+    ids=str,
+)
+def test_layouts_differ_in_what_models_read(tiny_architecture, fields, is_own):
     student = tiny_architecture()
-    live.check_teacher(changed(student, vocab_size=400), student, "runs/t")
+    assert live.has_own_layout(changed(student, **fields), student) == is_own
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("distillation.image_kd_weight", 1.0, "0.0"),
+        ("distillation.relation_weight", 0.5, "0.0"),
+        ("distillation.kd_positions", "all_tokens", "'response'"),
+        ("on_policy.share", 0.5, "0"),
+    ],
+)
+def test_teacher_of_another_layout_has_predictions_of_answers_only(
+    name, value, least, tiny_config, tiny_architecture, init, tokenizer, tmp_path
+):
+    model = dataclasses.replace(tiny_architecture("tiny-teacher"), template="chatml")
+    save_model(tmp_path / "teacher", model, init(model), tokenizer, {})
+    part, field = name.split(".")
+    config = tiny_config("d2d", teacher=str(tmp_path / "teacher"), **{part: {field: value}})
+    message = (
+        rf"^config\.{part}\.{field}: expected {least}, since the teacher .*/teacher' has another "
+        "template, image token or image size than the student, got "
+    )
+    arguments = resolve(config.teacher), tiny_architecture(), tokenizer, tokenizer
+    with pytest.raises(ValueError, match=message):
+        live.teacher_architecture(config, *arguments)
+    same = dataclasses.replace(config, **{part: getattr(TrainConfig(), part)})
+    assert live.teacher_architecture(same, *arguments).template == "chatml"
 
 
 def test_teacher_is_loaded_in_the_frozen_dtype(
@@ -66,7 +91,7 @@ def test_teacher_is_loaded_in_the_frozen_dtype(
     config = tiny_config("d2d", teacher=str(tiny_models["teacher"]), dtype="bfloat16")
     student = tiny_architecture()
     model = resolve(config.teacher, tokenizer)
-    teacher = live.teacher_architecture(config, model, student, tokenizer)
+    teacher = live.teacher_architecture(config, model, student, tokenizer, tokenizer)
     shapes = make_program(config, student, teacher, mesh).teacher
     flat = flatten(live.load_teacher(config, model.folder, teacher, shapes, mesh))
     assert flat["decoder/embedding"].dtype == jnp.bfloat16
@@ -82,7 +107,7 @@ def test_teacher_is_quantized_and_offloaded(
     config = tiny_config("d2d", teacher=folder, dtype="float32", **fields)
     student = tiny_architecture()
     model = resolve(config.teacher, tokenizer)
-    teacher = live.teacher_architecture(config, model, student, tokenizer)
+    teacher = live.teacher_architecture(config, model, student, tokenizer, tokenizer)
     shapes = make_program(config, student, teacher, mesh).teacher
     params = live.load_teacher(config, model.folder, teacher, shapes, mesh)
     jax.tree.map(lambda x, shape: chex.assert_equal(x.sharding, shape.sharding), params, shapes)

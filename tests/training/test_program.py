@@ -67,6 +67,14 @@ def test_size_of_a_step_with_full_rows(tiny_config, stage, packing, expected):
     config = tiny_config(stage, batch_size=8, data=data)
     assert full_step_size(config, preset("tiny")) == expected
     text = dataclasses.replace(preset("tiny"), vision=None)
+    # Of a teacher that reads an image as 9 tokens, a row has place for two, of 18 tokens.
+    vision = dataclasses.replace(preset("tiny").vision, image_size=42)
+    teacher = dataclasses.replace(preset("tiny"), vision=vision)
+    rows = expected[0] // 20
+    images = 8 * 2
+    tokens = expected[0] - rows // 8 * images * 5
+    own = full_step_size(config, preset("tiny"), teacher)
+    assert own == (tokens, tokens**2 / rows, images, round(tokens / 4))
     assert full_step_size(config, text).images == 0
 
 

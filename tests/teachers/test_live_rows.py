@@ -1,0 +1,188 @@
+"""Rows of a live teacher of another layout, next to those of its student."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from moddistill.config import DataConfig, SourceConfig
+from moddistill.data.image_decoding import ImageRules
+from moddistill.data.images import PAD_COLOR, preprocess, read_image
+from moddistill.data.pipeline import open_sources, plan_rows
+from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
+from moddistill.data.token_texts import texts_in_template
+from moddistill.models.batch import LAST, WITHIN, make_batch, sides_of
+from moddistill.teachers.live_rows import LiveRows
+
+LENGTH = 1000
+RULES = ImageRules(pad_color=PAD_COLOR)
+# A space before an answer and 2 patches an image; none and 3 patches.
+STUDENT = RowSpec("conversation", "vicuna", LENGTH, 4, 2, RULES)
+TEACHER = RowSpec("conversation", "chatml", LENGTH, 6, 3, RULES)
+ANSWERS = [["a red bus", "three"], ["猫"], ["no"], ["yes", "and\nno", "猫 and bus"]]
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Conversations with one image each, and pairs of answers to the same questions."""
+    Image.new("RGB", (9, 5), (200, 30, 30)).save(tmp_path / "a.png")
+    found = []
+    for answers in ANSWERS:
+        turns = []
+        for number, answer in enumerate(answers):
+            question = "<image>\nwhat?" if number == 0 else "and this?"
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        found.append({"image": "a.png", "conversations": turns})
+    (tmp_path / "conversation.json").write_text(json.dumps(found))
+    pairs = [
+        {"image": "a.png", "conversations": x["conversations"][:1], "chosen": "yes", "rejected": no}
+        for x, no in zip(found, ["no", "no bus", "猫", "a red bus"], strict=True)
+    ]
+    (tmp_path / "preference.json").write_text(json.dumps(pairs))
+    return tmp_path
+
+
+@pytest.fixture
+def rows_of(records, tokenizer):
+    """`rows_of(kind, **changes)`: a function that makes rows, of a teacher with other settings."""
+
+    def make(kind="conversation", packing=True, **changes):
+        student = dataclasses.replace(STUDENT, kind=kind)
+        teacher = dataclasses.replace(TEACHER, kind=kind, **changes)
+        source = SourceConfig(str(records / f"{kind}.json"), str(records))
+        data = DataConfig(sources={"a": source}, max_length=LENGTH, packing=packing)
+        reader = LiveRows(
+            teacher,
+            tokenizer,
+            texts_in_template(tokenizer, teacher.template),
+            texts_in_template(tokenizer, student.template),
+            teacher.image_size,
+        )
+        sources = open_sources(data, student, tokenizer)
+        others = open_sources(dataclasses.replace(data, max_length=2**30), teacher, tokenizer)
+        plan = plan_rows(data, sources, 0, others)
+        slots = needed_image_slots(sources, packing)
+        return RowMaker(plan, sources, tokenizer, student, slots, reader)
+
+    return make
+
+
+def test_a_row_has_the_shapes_of_a_batch(rows_of):
+    for kind in ("conversation", "preference"):
+        made = rows_of(kind)
+        images = [(made.image_slots, size) for size in (4, 6)]
+        shapes = make_batch(
+            np.zeros,
+            rows=1,
+            length=LENGTH,
+            images=images[0],
+            preference=kind == "preference",
+            own_rows=True,
+            teacher_images=images[1],
+        )
+        one = jax.tree.map(lambda x: x[0], shapes)
+        chex.assert_trees_all_equal_shapes_and_dtypes(made(0).batch, one)
+
+
+def test_positions_that_correspond_predict_the_same_text(rows_of):
+    made = rows_of()
+    batch = made(0).batch
+    rows = batch.teacher
+    assert batch.segments.max() > 1  # several samples
+    at = np.flatnonzero(rows.known)
+    its = at + rows.shift[at]
+    assert len(set(its.tolist())) == len(at) and (rows.shift[at] != 0).any()
+    np.testing.assert_array_equal(batch.segments[at], rows.segments[its])
+    mine = made.teacher.student.spell(batch.tokens[at + 1])
+    assert mine == made.teacher.texts.spell(rows.tokens[its + 1])
+    # All other tokens of answers are in chunks: a space, and the first token after it.
+    supervised = np.flatnonzero(batch.loss_mask) - 1
+    assert set(supervised) == set(at) | set(np.flatnonzero(rows.chunk))
+
+
+def test_chunks_have_the_same_text_on_both_sides(rows_of):
+    made = rows_of()
+    batch = made(0).batch
+    rows = batch.teacher
+    ends = np.flatnonzero(rows.chunk == LAST)
+    inside = np.flatnonzero(rows.in_chunk)
+    targets = inside + rows.chunk_shift[inside]
+    assert set(targets.tolist()) == set(ends.tolist()) and len(ends) > 4
+    for start, end in zip([-1, *ends], ends, strict=False):
+        mine = [at for at in range(start + 1, end + 1) if rows.chunk[at] in (WITHIN, LAST)]
+        ours = made.teacher.student.spell(batch.tokens[np.array(mine) + 1])
+        theirs = made.teacher.texts.spell(rows.tokens[inside[targets == end] + 1])
+        assert b"".join(ours) == b" " + b"".join(theirs)
+
+
+def test_samples_of_packed_rows_are_those_of_rows_by_themselves(rows_of):
+    """Each begins where it does in the student's row, with its own place in the segments."""
+    packed, single = rows_of()(0).batch, rows_of(packing=False)
+    lone = {
+        row.tokens[row.segments > 0].tobytes(): row for row in (single(i).batch for i in range(4))
+    }
+    for segment in range(1, packed.segments.max() + 1):
+        tokens = packed.tokens[packed.segments == segment]
+        start = np.flatnonzero(packed.segments == segment)[0]
+        alone = lone[tokens.tobytes()].teacher
+        length = (alone.segments > 0).sum()
+        assert np.flatnonzero(packed.teacher.segments == segment).tolist() == list(
+            range(start, start + length)
+        )
+        for name in alone._fields:
+            if name != "segments":
+                found = getattr(packed.teacher, name)[start : start + length]
+                np.testing.assert_array_equal(found, getattr(alone, name)[:length])
+
+
+def test_a_teacher_reads_images_at_its_own_size(rows_of):
+    made = rows_of()
+    batch = made(0).batch
+    [image] = made.sources[0][0].images
+    expected = preprocess(read_image(image, RULES), 6, PAD_COLOR)
+    np.testing.assert_array_equal(batch.teacher_images[0], expected)
+    assert batch.images.shape[1:] == (4, 4, 3)
+
+
+def test_answers_of_pairs_count_at_their_first_position(rows_of):
+    made = rows_of("preference")
+    batch = made(0).batch
+    for side in sides_of(batch):
+        rows = side.teacher
+        assert rows.known is None and rows.chunk is None
+        inside = np.flatnonzero(rows.in_chunk)
+        targets = inside + rows.chunk_shift[inside]
+        for segment in range(1, side.segments.max() + 1):
+            of_answer = np.flatnonzero((side.segments == segment) & side.loss_mask) - 1
+            its = targets[rows.segments[inside] == segment]
+            assert set(its.tolist()) == {of_answer[0]}
+            predicted = inside[rows.segments[inside] == segment] + 1
+            texts = made.teacher.texts.spell(rows.tokens[predicted])
+            mine = made.teacher.student.spell(side.tokens[of_answer + 1])
+            assert b"".join(mine) == b" " + b"".join(texts)
+
+
+def test_a_record_that_the_teacher_has_no_place_for_is_trained_without_it(rows_of):
+    """Its 999 patches leave no place for the question; one row is nearly all image."""
+    made = rows_of(image_tokens=999)
+    found = made(0)
+    assert (
+        "expected all images within data.max_length 1000, got " in found.without_targets[0].reason
+    )
+    assert found.batch.loss_mask.any() and not found.batch.teacher.known.any()
+    pairs = rows_of("preference", image_tokens=999)(0)
+    assert "expected both answers within data.max_length 1000" in pairs.rejected[0].reason
+    assert not pairs.batch.chosen.loss_mask.any()
+
+
+def test_both_layouts_fit_their_rows(rows_of):
+    """Of 300 patches, two samples of the teacher fit a row, and more of the student would."""
+    made = rows_of(image_tokens=300)
+    for number in range(2):
+        found = made(number)
+        assert found.without_targets == ()
+        assert 1 <= found.batch.teacher.segments.max() <= 2
