@@ -138,15 +138,18 @@ def test_a_teacher_of_another_layout_is_planned(
     model = tiny_architecture("tiny-teacher")
     vision = dataclasses.replace(model.vision, patch_size=7)
     other = dataclasses.replace(model, vision=vision, template="chatml")
-    reports = []
-    for name, config in {"same": model, "other": other}.items():
+    models = {"student": tiny_architecture(), "same": model, "other": other}
+    for name, config in models.items():
         save_model(tmp_path / name, config, init(config), tokenizer, {})
-        reports.append(planner.plan(tiny_config("d2s", teacher=str(tmp_path / name)), "cpu:8"))
-    same, own = reports
+    student = {"student": str(tmp_path / "student"), "tokenizer": ""}
+    same, own = (
+        planner.plan(tiny_config("d2s", teacher=str(tmp_path / name), **student), "cpu:8")
+        for name in ("same", "other")
+    )
     assert own["model_flops_per_step"] == same["model_flops_per_step"]
     assert own["teacher_flops_per_step"] > 1.03 * same["teacher_flops_per_step"]
-    # Its tokens, positions, segments and shifts come with the batch.
-    assert own["arguments"]["batch"] > 1.5 * same["arguments"]["batch"]
+    # Of each of the 200 positions of a chip, 5 numbers of 4 bytes and 3 of one byte.
+    assert own["arguments"]["batch"] - same["arguments"]["batch"] == 200 * (5 * 4 + 3)
 
 
 def test_vision_encoder_of_another_model_is_part_of_the_student(tiny_config):
