@@ -38,7 +38,7 @@ class Models:
       teacher: folder or hub name of the teacher.
       runs: folder with one workdir per stage.
       has_projector: the student's projector is trained, so the recipe begins with `d2d`.
-      template: conversation format, which must be the teacher's.
+      template: conversation format, here that of the teacher too.
       max_length: tokens of a row and of a sample, image patches included.
       samples_per_row: average number of samples in a packed row.
       pairs_per_row: average number of pairs of answers.

@@ -18,7 +18,7 @@ Template = Literal["vicuna", "chatml", "plain"]
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "matmuls", "full"]
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "uld"
 ]
 CachedKind = Literal["top_k", "samples", "answers"]
 PreferenceKind = Literal["sigmoid", "hinge", "ipo", "kto_pair"]
@@ -59,7 +59,7 @@ class DataConfig:
     """Records, their conversation format, and the limits of a sample."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    template: Annotated[Template, "conversation format, which must be the teacher's"] = "vicuna"
+    template: Annotated[Template, "conversation format of the student"] = "vicuna"
     max_length: Annotated[
         int, Range(ge=1, le=10**6), "tokens of a row and of a sample, image patches included"
     ] = 2048

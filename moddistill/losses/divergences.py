@@ -8,13 +8,16 @@ With teacher p, student q and a share a, `mix`:
     skew_kl          KL(p || a p + (1 - a) q)
     skew_reverse_kl  KL(q || a q + (1 - a) p)
     total_variation  1/2 sum_v |p_v - q_v|
+    uld              sum_i |p_(i) - q_(i)|, the i-th largest probabilities
 
 The forward KL is the paper's mimic loss. The reference code minimises the cross entropy to the
 teacher, which is larger by the teacher's entropy and has the same gradient.
 
 Of a teacher whose K most probable ids are known, all other ids are one bucket of both models: the
 divergence of the K + 1 probabilities is never above that of all ids, and equal at K = V. Without
-the bucket, nothing would keep the student from the other ids.
+the bucket, nothing would keep the student from the other ids. `uld` compares the K largest
+probabilities of each model, whatever their ids are, so that vocabularies need not have any in
+common.
 
 Of a teacher with n ids drawn from p, the mean over them is an unbiased estimate of a divergence
 that is an expectation under p.
@@ -23,6 +26,7 @@ References:
   Sampled ids: https://arxiv.org/abs/2503.16870.
   Generalised JSD: GKD, https://arxiv.org/abs/2306.13649.
   Skew KL: DistiLLM, https://arxiv.org/abs/2402.03898.
+  ULD: https://arxiv.org/abs/2402.12030.
 """
 
 import math
@@ -83,6 +87,8 @@ def divergence_to(
 
 def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array:
     student = jax.nn.log_softmax(logits / config.temperature)
+    if config.divergence == "uld":
+        return config.temperature**2 * _uld_to_top_k(teacher, student)
     chosen = _logprobs_of(teacher.ids, student)
     # Over the other ids only: 1 - sum_k q_k has no correct digit where the sum is nearly 1.
     others = jnp.put_along_axis(student, teacher.ids, MASKED, axis=-1, inplace=False)
@@ -92,6 +98,21 @@ def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array
     return config.temperature**2 * _divergence(
         jnp.concatenate([chosen, rest], axis=-1), jax.nn.log_softmax(known), config
     )
+
+
+def _uld_to_top_k(teacher: TopK, log_q: Logits) -> Array:
+    """The difference of the largest probabilities, and of the sums of all smaller ones.
+
+    It is at most that of all probabilities, since |sum (p - q)| <= sum |p - q|.
+    """
+    known = jnp.concatenate([teacher.logprobs, teacher.log_rest[:, None]], axis=-1)
+    known = jax.nn.softmax(known)
+    p, rest = -jnp.sort(-known[:, :-1]), known[:, -1]
+    count = min(p.shape[1], log_q.shape[1])  # of a larger vocabulary
+    q = jnp.exp(jax.lax.top_k(log_q, count)[0])
+    rest_q = 1 - jnp.sum(q, axis=-1)
+    q = jnp.pad(q, ((0, 0), (0, p.shape[1] - count)))
+    return jnp.sum(jnp.abs(p - q), axis=-1) + jnp.abs(rest - rest_q)
 
 
 def _to_samples(teacher: Samples, logits: Array, config: DistillationConfig) -> Array:
@@ -134,6 +155,9 @@ def _divergence(student: Logits, teacher: Logits, config: DistillationConfig) ->
             return _kl(student, _mixture(student, teacher, mix))
         case "total_variation":
             return jnp.sum(jnp.abs(jnp.exp(teacher) - jnp.exp(student)), axis=-1) / 2
+        case "uld":
+            p, q = (jnp.sort(jnp.exp(x), axis=-1) for x in (teacher, student))
+            return jnp.sum(jnp.abs(p - q), axis=-1)
 
 
 def _kl(log_p: Logits, log_q: Logits) -> Float[Array, "*T"]:

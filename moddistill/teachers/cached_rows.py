@@ -26,12 +26,15 @@ class CachedRows:
       names: of the sources, in the order of their numbers.
       ids: from the teacher's ids to those of the student.
       student: the texts of its tokens.
+      by_rank: whether only the order of the teacher's probabilities counts, as of ULD. Then they
+        are those of its own ids, wherever both read the same text before.
     """
 
     cache: TeacherCache
     names: tuple[str, ...]
     ids: IdMap
     student: TokenTexts
+    by_rank: bool = False
     image_size: int = 0
     images: None = None
 
@@ -76,11 +79,11 @@ class CachedRows:
             return row
         texts = self.cache.texts.spell(targets.labels)
         chunks = align(self.student.spell(labels), texts)
-        tokens = [chunk for chunk in chunks if chunk.is_token]
+        tokens = [chunk for chunk in chunks if chunk.is_token or self.by_rank]
         at = predicted[[chunk.student.start for chunk in tokens]]
         self._write(row, at, _select(targets, [chunk.teacher.start for chunk in tokens]))
         for chunk in chunks:
-            if not chunk.is_token:
+            if not (chunk.is_token or self.by_rank):
                 at = predicted[chunk.student.start : chunk.student.stop]
                 row.chunk[at] = WITHIN
                 row.chunk[at[-1]] = LAST
@@ -89,9 +92,12 @@ class CachedRows:
         return row
 
     def _write(self, row: CachedTargets, at: np.ndarray, targets: TokenTargets) -> None:
+        row.known[at] = True
+        if self.by_rank:
+            row.logprobs[at], row.log_rest[at] = targets.logprobs, targets.log_rest
+            return
         ids = self.ids.to_student[targets.ids]
         is_absent = ids == NO_ID
-        row.known[at] = True
         row.ids[at] = ids
         row.logprobs[at] = np.where(is_absent, MASKED, targets.logprobs)
         if row.log_rest is None:

@@ -28,6 +28,8 @@ class LiveRows:
       tokenizer, texts: of its tokens.
       student: texts of the student's tokens.
       image_size: 0 if it takes the student's images.
+      by_rank: whether only the order of its probabilities counts, as of ULD. Then there are targets
+        wherever both read the same text before.
     """
 
     spec: RowSpec
@@ -35,6 +37,7 @@ class LiveRows:
     texts: TokenTexts
     student: TokenTexts
     image_size: int
+    by_rank: bool = False
 
     @property
     def images(self) -> ImageRules:
@@ -76,6 +79,8 @@ class LiveRows:
         if self._is_pair:
             in_chunk[its], shift[its] = True, mine[0] - its
             return rows
+        if self.by_rank:
+            chunks = [each._replace(is_token=True) for each in chunks]
         return _with_tokens(rows, chunks, mine, its, len(student.tokens))
 
     def _truncated(self, side: Side, sample: Encoded) -> Side:
@@ -101,7 +106,7 @@ def _with_tokens(
             at[span.start : span.stop] for at, span in ((mine, each.student), (its, each.teacher))
         )
         if each.is_token:
-            known[ours], shift[ours] = True, theirs - ours
+            known[ours[0]], shift[ours[0]] = True, theirs[0] - ours[0]
         else:
             chunk[ours], chunk[ours[-1]] = WITHIN, LAST
             rows.in_chunk[theirs], rows.chunk_shift[theirs] = True, ours[-1] - theirs

@@ -131,7 +131,7 @@ def live_rows(config: TrainConfig, models: Models, data: DataConfig) -> LiveRows
     tokenizer = models.teacher_tokenizer
     texts = texts_in_template(tokenizer, teacher.template)
     image_size = 0 if has_same_images(teacher, student) else spec.image_size
-    return LiveRows(spec, tokenizer, texts, models.texts, image_size)
+    return LiveRows(spec, tokenizer, texts, models.texts, image_size, _is_by_rank(config))
 
 
 def teacher_spec(
@@ -210,7 +210,12 @@ def _cached_rows(
     """Returns the targets of sources; UserError for a cache of other records."""
     run = fingerprint_of(config, stage_of(config).records, dict(zip(names, sources, strict=True)))
     check_fingerprint(models.cache, run, "config.teacher")
-    return CachedRows(models.cache, tuple(names), models.ids, models.texts)
+    return CachedRows(models.cache, tuple(names), models.ids, models.texts, _is_by_rank(config))
+
+
+def _is_by_rank(config: TrainConfig) -> bool:
+    """Returns whether the divergence does not compare probabilities of equal ids."""
+    return config.distillation.divergence == "uld"
 
 
 def remove_lists(workdir: Path) -> None:

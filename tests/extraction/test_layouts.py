@@ -69,6 +69,11 @@ def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teach
     extract(config, CacheConfig(ids=8), tmp_path / "cache")
     train_from(tmp_path / "cache", config, tmp_path)
     assert taught(tmp_path / "run") == config.steps
+    by_rank = dataclasses.replace(config.distillation, divergence="uld")
+    train_from(
+        tmp_path / "cache", dataclasses.replace(config, distillation=by_rank), tmp_path / "uld"
+    )
+    assert taught(tmp_path / "uld" / "run") == config.steps
     extract(config, CacheConfig("samples", 8), tmp_path / "drawn")
     with pytest.raises(UserError, match=r"config\.teacher: expected a cache made with --top_k for"):
         train_from(tmp_path / "drawn", config, tmp_path / "other")

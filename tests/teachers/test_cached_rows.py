@@ -47,7 +47,7 @@ def sample(sides):
     return Encoded(0, 5, 1, Record("records.json", 5, "5", (), (("c", "abc"),)), sides)
 
 
-def read(texts, labels, answer, *, kind="top_k", seed=0):
+def read(texts, labels, answer, *, kind="top_k", seed=0, by_rank=False):
     """The targets of a prompt `c`, `<s>` and the tokens `answer`, of whose teacher's `labels`."""
     rng = np.random.default_rng(seed)
     texts_ids = np.int32([id for id, text in enumerate(texts.texts) if text is not None])
@@ -62,7 +62,7 @@ def read(texts, labels, answer, *, kind="top_k", seed=0):
         rest,
     )
     cache = OneRecord(texts, Entry(targets), CacheShape(kind, 3))
-    rows = CachedRows(cache, ("records",), id_map(texts, STUDENT), STUDENT)
+    rows = CachedRows(cache, ("records",), id_map(texts, STUDENT), STUDENT, by_rank)
     tokens = np.array([2, 8, *answer], np.int32)
     mask = np.arange(len(tokens)) >= 2
     [row] = rows.read(sample([Side(tokens, mask)]))
@@ -100,6 +100,14 @@ def test_chunks_of_another_vocabulary_end_at_the_same_bytes():
     np.testing.assert_array_equal(row.chunk[at], [WITHIN, LAST, 0, 0])
     np.testing.assert_array_equal(row.known[at], [False, False, True, True])
     np.testing.assert_array_equal(row.chunk_logprobs[at], [0, targets.label_logprobs[0], 0, 0])
+
+
+def test_by_rank_each_chunk_has_the_probabilities_of_its_first_token():
+    """`ab c a` and the end here, `abc a` and the end there: three texts that both have read."""
+    row, targets, at = read(OTHER, [2, 1, 7], [4, 2, 0, 9], by_rank=True)
+    assert row.known[at].tolist() == [True, False, True, True] and not row.chunk.any()
+    np.testing.assert_array_equal(row.logprobs[at[[0, 2, 3]]], targets.logprobs)
+    np.testing.assert_array_equal(row.log_rest[at[[0, 2, 3]]], targets.log_rest)
 
 
 def test_texts_that_no_token_of_the_student_has_are_in_the_bucket():

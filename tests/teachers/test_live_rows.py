@@ -50,7 +50,7 @@ def records(tmp_path):
 def rows_of(records, tokenizer):
     """`rows_of(kind, **changes)`: a function that makes rows, of a teacher with other settings."""
 
-    def make(kind="conversation", packing=True, **changes):
+    def make(kind="conversation", packing=True, by_rank=False, **changes):
         student = dataclasses.replace(STUDENT, kind=kind)
         teacher = dataclasses.replace(TEACHER, kind=kind, **changes)
         source = SourceConfig(str(records / f"{kind}.json"), str(records))
@@ -61,6 +61,7 @@ def rows_of(records, tokenizer):
             texts_in_template(tokenizer, teacher.template),
             texts_in_template(tokenizer, student.template),
             teacher.image_size,
+            by_rank,
         )
         sources = open_sources(data, student, tokenizer)
         others = open_sources(dataclasses.replace(data, max_length=2**30), teacher, tokenizer)
@@ -185,3 +186,11 @@ def test_both_layouts_fit_their_rows(rows_of):
         found = made(number)
         assert found.without_targets == ()
         assert 1 <= found.batch.teacher.segments.max() <= 2
+
+
+def test_by_rank_every_chunk_has_targets_at_its_start(rows_of):
+    rows, plain = (rows_of(by_rank=flag)(0).batch.teacher for flag in (True, False))
+    assert not rows.chunk.any() and not rows.in_chunk.any()
+    starts = np.flatnonzero(rows.known & ~plain.known)
+    assert len(starts) == (plain.chunk == LAST).sum() and plain.chunk[starts].all()
+    assert (plain.known <= rows.known).all()
