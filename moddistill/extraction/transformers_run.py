@@ -26,6 +26,7 @@ from moddistill.extraction.plan import Shard
 from moddistill.extraction.setup import Setup, check_stage, entry_format, open_records
 from moddistill.extraction.shards import write_shard
 from moddistill.extraction.transformers_teacher import HowToRead, ReadRecord, TransformersTeacher
+from moddistill.storage.digests import content_digest
 from moddistill.teachers.cache import CacheSettings, TeacherIdentity, fingerprint_of
 from moddistill.teachers.entries import Entry
 from moddistill.training.architectures import student_of
@@ -33,7 +34,6 @@ from moddistill.training.streams import row_spec
 from moddistill.training.validation import check_settings
 
 LOG = logging.getLogger("moddistill")
-_READ, _PARTS = 2**20, 16  # bytes of each part of a file that identifies it, and their number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prepare(config: TrainConfig, cache: CacheConfig, folder: Path) -> Transforme
         texts = teacher.tokens.texts
     identity = TeacherIdentity(
         config.teacher,
-        _digest(source),
+        content_digest(source),
         hashlib.sha256(repr(texts).encode()).hexdigest(),
         "chat template of the teacher",
         {"processor": "of the teacher", **dataclasses.asdict(spec.images)},
@@ -86,19 +86,6 @@ def prepare(config: TrainConfig, cache: CacheConfig, folder: Path) -> Transforme
         teacher=teacher,
         images=spec.images,
     )
-
-
-def _digest(folder: Path) -> str:
-    """Returns a digest of the names and sizes of a model's files, and of parts of each."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for start in sorted({0, *(size * part // _PARTS for part in range(1, _PARTS))}):
-                stream.seek(start)
-                digest.update(stream.read(_READ))
-    return digest.hexdigest()
 
 
 def run(

@@ -11,6 +11,7 @@ bytes are a function of its content: a changed bit anywhere in the folder is fou
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -96,6 +97,16 @@ def _parse(content: bytes) -> Digests | None:
     names = map(PurePosixPath, digests.files)
     confined = all(not name.is_absolute() and ".." not in name.parts for name in names)
     return digests if intact and confined else None
+
+
+def content_digest(folder: Path) -> str:
+    """Returns a digest of the names and contents of a folder's files, hidden ones left out."""
+    hidden = re.compile(r"(^|/)\.")
+    names = [name for name in _list_files(folder) if not hidden.search(name)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _sha256(folder / name), names)
+        lines = [f"{name} {digest}\n" for name, digest in zip(names, found, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def verify(

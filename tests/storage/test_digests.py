@@ -14,7 +14,13 @@ import pytest
 import moddistill
 from moddistill.data.tokenizer import load_tokenizer
 from moddistill.storage import digests
-from moddistill.storage.digests import NAME, read_digests, verify, write_digests
+from moddistill.storage.digests import (
+    NAME,
+    content_digest,
+    read_digests,
+    verify,
+    write_digests,
+)
 from moddistill.storage.model_folder import read_model_config, read_source
 from moddistill.training import checkpoint
 from moddistill.training.state import State
@@ -204,3 +210,21 @@ def test_fingerprint_depends_only_on_the_content(folder, tmp_path):
     (folder / "a").write_text("second")
     write_digests(folder, "import")
     assert digests.fingerprint(folder) != before
+
+
+def test_a_digest_of_content_depends_on_every_byte_and_name(folder):
+    """Of a folder that has no digests, such as a download. Those of other tools are hidden."""
+    (folder / "c").write_bytes(bytes(3 * 2**20))
+    found = [content_digest(folder)]
+    (folder / ".git").mkdir()
+    (folder / ".git" / "index").write_text("of another tool")
+    assert content_digest(folder) == found[0]
+    with (folder / "c").open("r+b") as file:
+        file.seek(2**20 + 12345)
+        file.write(b"1")
+    found.append(content_digest(folder))
+    (folder / "below" / "b").rename(folder / "below" / "d")
+    found.append(content_digest(folder))
+    (folder / "a").unlink()
+    found.append(content_digest(folder))
+    assert len(set(found)) == 4
