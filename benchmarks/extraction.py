@@ -4,11 +4,11 @@
 
 - Teacher: CLIP's shape at 336 px with 6 layers of 256, projector, and a Qwen2 with 8 layers of
   1,024 and Qwen's vocabulary of 151,936; float32, the same weights on both sides.
-- Records: 16 conversations of LLaVA's lengths (`benchmarks.data_texts`) about an image of 576
+- Records: 32 conversations of LLaVA's lengths (`benchmarks.data_texts`) about an image of 576
   positions, in Qwen's real tokens. The 64 most probable ids of each supervised token are kept.
 
 A timed run of moddistill is a whole `extract`: opening and packing records, decoding images,
-loading the teacher, two rows of 2,048 tokens at a time, the files of the cache. The loop in
+loading the teacher, one row of 2,048 tokens at a time, the files of the cache. The loop in
 `transformers` has loaded its model and finds tokens and pixels in memory. It reads 8 records at a
 time, padded to the longest, takes the log-softmax of all logits and keeps the same numbers.
 """
@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks import head_to_head, models
 
-RECORDS, BATCH, IDS = 16, 8, 64
-ROWS, LENGTH = 2, 2048
+RECORDS, BATCH, IDS = 32, 8, 64
+LENGTH = 2048
 VOCABULARY, IMAGE = 151_936, 151_646
 
 
@@ -55,7 +55,7 @@ def train_config(folder: Path) -> Any:
         student=str(folder / "teacher"),
         teacher=str(folder / "teacher"),
         dtype="float32",
-        batch_size=ROWS,
+        batch_size=1,
         data=DataConfig(sources={"records": source}, template="chatml", max_length=LENGTH),
     )
 

@@ -1,6 +1,7 @@
 """An extraction by a teacher in JAX: batches of rows, whose entries fill shard after shard."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,8 +84,12 @@ def _extracted(
         numbers = _record_numbers(setup, plan, mesh, first)
         arguments = params, *sharding.put_batch(mesh, (next(batches), numbers))
         if first == 0:
-            log_forecast(setup, plan, run, arguments)
-        found = _Batch(first, run(*arguments))
+            run = run.lower(*arguments).compile()
+            begun = time.monotonic()
+            found = _Batch(0, jax.block_until_ready(run(*arguments)))
+            log_forecast(setup, plan, time.monotonic() - begun)
+        else:
+            found = _Batch(first, run(*arguments))
         if before is not None:
             yield before
         before = found

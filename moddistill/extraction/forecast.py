@@ -1,11 +1,8 @@
 """The forecast of an extraction: how long it takes, and how large its cache becomes."""
 
 import logging
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from moddistill.data.examples import encode_sides
@@ -19,21 +16,11 @@ LOG = logging.getLogger("moddistill")
 _SAMPLED = 64  # records, from whose mean size that of the cache follows
 
 
-def log_forecast(
-    setup: JaxSetup, plan: ShardPlan, run: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    """Logs time and bytes of the rows of a plan.
-
-    Args:
-      run: computes one batch from `arguments`; it is called twice, since the first call compiles.
-    """
-    jax.block_until_ready(run(*arguments))
-    begun = time.monotonic()
-    jax.block_until_ready(run(*arguments))
-    batches = -(-plan.starts[-1] // setup.rows)
-    seconds = batches * (time.monotonic() - begun)
+def log_forecast(setup: JaxSetup, plan: ShardPlan, seconds: float) -> None:
+    """Logs time and bytes of the rows of a plan, whose first batch took some seconds."""
     if not is_main_process():
         return
+    seconds *= -(-plan.starts[-1] // setup.rows)
     records = sum(shard.end - shard.first for shard in plan.shards)
     tokens, size = _means(setup, plan)
     _log(records, records * tokens, records * size, seconds)

@@ -62,10 +62,12 @@ def check(compute, inputs, segments):
 
 
 @pytest.mark.parametrize("length", [1, 12, 128])
+@pytest.mark.parametrize(("block", "part"), [(48, 128), (48, 20), (8, 20)])
 @pytest.mark.parametrize("segments", [ONE, PACKED, GAPS], ids=["one segment", "packed", "gaps"])
-def test_blocks_equal_the_matrix_of_all_scores(monkeypatch, segments, length):
-    """Also where the last block is not full."""
-    monkeypatch.setattr(attention_kernels, "_BLOCK", 48)
+def test_blocks_equal_the_matrix_of_all_scores(monkeypatch, segments, block, part, length):
+    """Also where the last block or part is not full."""
+    monkeypatch.setattr(attention_kernels, "_BLOCK", block)
+    monkeypatch.setattr(attention_kernels, "_PART", part)
     segments = jnp.asarray(segments, jnp.int32)[:, :length]
     check(lambda *x: attend(*x, causal(segments)), arrays(length=length), segments)
 

@@ -25,6 +25,7 @@ def quadratic_shapes(text):
 def test_no_array_of_a_step_has_all_queries_and_all_keys(tiny_config, monkeypatch, block):
     """Unless all queries are one block, which shows that the search finds such arrays."""
     monkeypatch.setattr(attention_kernels, "_BLOCK", block)
+    monkeypatch.setattr(attention_kernels, "_PARTS", 1 if block == LENGTH else 8)
     config = tiny_config("d2s", batch_size=1, data={"max_length": LENGTH})
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     student = upcycle_config(preset("tiny"), ExpertConfig())
