@@ -79,7 +79,7 @@ class Runs:
         return np.array([TASK.is_correct(row) for row in rows], float)
 
     def seconds(self, name: str) -> float:
-        return read_json(self._seconds_file(name))
+        return read_json(self._seconds_file(name))["seconds"]
 
     def _seconds_file(self, name: str) -> Path:
         return self.out / "seconds" / f"{name.replace('/', '-')}.json"
@@ -90,7 +90,7 @@ class Runs:
         begun = time.perf_counter()
         run()
         self._seconds_file(name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._seconds_file(name), time.perf_counter() - begun)
+        write_json(self._seconds_file(name), {"seconds": time.perf_counter() - begun})
 
 
 def cached_stages(runs: Runs, seeds: Sequence[int]) -> None:
@@ -103,7 +103,7 @@ def cached_stages(runs: Runs, seeds: Sequence[int]) -> None:
     live = [runs.correct(f"live/d2s-{seed}") for seed in seeds]
     for kind in ("live", *CACHES):
         found = [runs.correct(f"{kind}/d2s-{seed}") for seed in seeds]
-        print_accuracy(f"d2s, {kind}", found, live)
+        print_accuracy(f"d2s, {kind}", found, () if kind == "live" else live)
         stages = [
             [runs.seconds(f"{kind}/{stage}-{seed}") for seed in seeds]
             for stage in ("d2s", "preference")
@@ -136,7 +136,7 @@ def other_vocabulary(runs: Runs, seeds: Sequence[int]) -> None:
         for seed in seeds:
             runs.train(f"{name}/d2d-{seed}", runs.stage("d2d", seed=seed, **changes))
         found[name] = [runs.correct(f"{name}/d2d-{seed}") for seed in seeds]
-        print_accuracy(f"d2d, {name}", found[name], found["same"])
+        print_accuracy(f"d2d, {name}", found[name], () if name == "same" else found["same"])
     share = np.mean(found["other"]) / np.mean(found["same"])
     print(f"accuracy of other merges / of the same: {share:.3f}")
     print_accuracy("other merges against sft", found["other"], found["sft"])
@@ -160,7 +160,7 @@ def print_accuracy(
     """Prints the accuracy of each seed, and the difference from a reference, seed by seed."""
     each = ", ".join(f"{answers.mean():.4f}" for answers in found)
     print(f"{name}: {np.mean(found):.4f} ({each})")
-    if not any(answers is other for answers in found for other in reference) and len(reference):
+    if len(reference):
         differences = np.array(found) - np.array(reference)
         low, high = interval(replicates(differences))
         print(f"  difference {differences.mean():+.4f}, 95 % from {low:+.4f} to {high:+.4f}")
