@@ -22,13 +22,13 @@ import numpy as np
 
 from moddistill.config import DataConfig
 from moddistill.data.index import IndexSpec
-from moddistill.data.order import Order, Window
+from moddistill.data.order import Order
 from moddistill.data.packing import RowPlan
 from moddistill.data.quarantine import Quarantine, Rejected
 from moddistill.data.reasons import Reasons
 from moddistill.data.row_workers import RowWorkers
 from moddistill.data.rows import MadeRow, RowMaker, RowSpec
-from moddistill.data.sources import Limits, Source
+from moddistill.data.sources import Limits, Source, WindowLengths
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError, at_field, invalid
 from moddistill.models.batch import AnyBatch
@@ -86,25 +86,7 @@ def plan_rows(
     if sum(order.uses) < 1:
         expected = "weights with at least one record in an epoch"
         raise invalid("config.data.sources", weights, expected)
-    return RowPlan(order, _Lengths(sources, others), config.max_length, config.packing)
-
-
-class _Lengths:
-    """Lengths of the samples of a window."""
-
-    def __init__(self, sources: Sequence[Source], others: Sequence[Source]):
-        self.sources, self.others = sources, others
-
-    def __call__(self, window: Window) -> np.ndarray:
-        lengths = np.zeros(len(window.record), np.int64)
-        for number, source in enumerate(self.sources):
-            at = window.source == number
-            records = window.record[at]
-            lengths[at] = source.lengths(records)
-            if self.others:
-                of_other = self.others[number].lengths_at(source.positions(records))
-                lengths[at] = np.maximum(lengths[at], of_other)
-        return lengths
+    return RowPlan(order, WindowLengths(sources, others), config.max_length, config.packing)
 
 
 def _check_images(source: Source, spec: RowSpec) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from moddistill.config import SourceConfig
 from moddistill.data.forms import parse_record
 from moddistill.data.image_files import ImageFile, read_bytes
 from moddistill.data.index import FileIndex, IndexSpec, open_index
+from moddistill.data.order import Window
 from moddistill.data.parquet_files import ParquetFile
 from moddistill.data.quarantine import Rejected
 from moddistill.data.record_files import RecordFile, find_files, open_file
@@ -235,6 +236,28 @@ class Source:
             f"{self.config.path}: expected a usable record, got {self.total} that are left out, "
             f"such as record {first.line} of {first.file}: {first.reason}"
         )
+
+
+class WindowLengths:
+    """Lengths of the samples of a window of the order; of the longer ones of two forms.
+
+    Args:
+      others: the same sources as another reader of the rows has them, or none.
+    """
+
+    def __init__(self, sources: Sequence[Source], others: Sequence[Source] = ()):
+        self.sources, self.others = sources, others
+
+    def __call__(self, window: Window) -> np.ndarray:
+        lengths = np.zeros(len(window.record), np.int64)
+        for number, source in enumerate(self.sources):
+            at = window.source == number
+            records = window.record[at]
+            lengths[at] = source.lengths(records)
+            if self.others:
+                of_other = self.others[number].lengths_at(source.positions(records))
+                lengths[at] = np.maximum(lengths[at], of_other)
+        return lengths
 
 
 def _file_digest(image: ImageRef) -> bytes:

@@ -63,18 +63,14 @@ def token_loss(
     """
     coefficients = _coefficients(config, terms)
     terms = tuple(coefficients)
-    uses_teacher = terms != ("ce",)
     real_ids = student.config.decoder.real_ids
-    if uses_teacher:
+    if uses_teacher := terms != ("ce",):
         real_ids = common_ids(real_ids, teacher.real_ids)
     token_fn = _token_fn(teacher, config, terms, real_ids)
     flat_masks = functools.partial(_flat_masks, config=config, terms=terms, student=student.config)
 
     def denominators_of(batch: Batch) -> Denominators:
-        counts = {
-            name: jnp.maximum(count, 1.0)
-            for name, count in _counts(batch, flat_masks(batch)).items()
-        }
+        counts = jax.tree.map(lambda x: jnp.maximum(x, 1.0), _counts(batch, flat_masks(batch)))
         return counts | {"tokens": num_tokens(batch)}
 
     def micro_batch(
@@ -87,16 +83,13 @@ def token_loss(
     ) -> tuple[Array, Metrics]:
         output = student.apply({"params": merge(params, frozen)}, batch)
         targets = teacher.targets(teacher_params, batch, output) if uses_teacher else NO_TARGETS
-        masks = flat_masks(batch)
-        counts = _counts(batch, masks)
+        counts = _counts(batch, masks := flat_masks(batch))
         # Divided by the number of positions (images) in the global batch, not in this part of it.
         weights = {n: mask * (coefficients[n] / denominators[n]) for n, mask in masks.items()}
         per_image = weights.pop("relation", None)
+        labels = next_token(batch.tokens, batch.loss_mask, batch.segments)[0].reshape(-1)
         token_sum = functools.partial(
-            chunked_token_loss,
-            labels=next_token(batch.tokens, batch.loss_mask, batch.segments)[0].reshape(-1),
-            chunk_size=chunk_size,
-            real_ids=real_ids,
+            chunked_token_loss, labels=labels, chunk_size=chunk_size, real_ids=real_ids
         )
         inputs = logit_inputs(output)
         loss, values = token_sum(token_fn, inputs, weights=weights, targets=targets)
@@ -107,15 +100,13 @@ def token_loss(
             loss += jnp.sum(per_image * values["relation"])
         sums = {name: jnp.sum(values[name] * mask) for name, mask in masks.items()}
         if "kd" in terms and _has_chunks(batch):
+            chunks = batch.teacher.chunk, targets.chunk_logprobs
             weight = coefficients["kd"] / denominators["kd"]
-            of_chunks, total = chunk_loss(
-                token_sum, inputs, batch.teacher.chunk, targets.chunk_logprobs, weight
-            )
+            of_chunks, total = chunk_loss(token_sum, inputs, *chunks, weight)
             loss, sums["kd"] = loss + of_chunks, sums["kd"] + total
         metrics = {name: (sums[name], counts[name]) for name in masks}
-        loss, metrics = add_router_losses(
-            loss, metrics, output.router, router, denominators["tokens"]
-        )
+        tokens = denominators["tokens"]
+        loss, metrics = add_router_losses(loss, metrics, output.router, router, tokens)
         # As a mean over the first term's positions: sums over micro-batches give `loss` again.
         metrics["loss"] = (loss * denominators[terms[0]], counts[terms[0]])
         return loss, jax.lax.stop_gradient(metrics)
