@@ -38,7 +38,7 @@ from moddistill.training.loop import train
 
 IDS = 16
 CACHES = {"top_k": CacheConfig("top_k", IDS), "samples": CacheConfig("samples", IDS)}
-OTHER_TOKENS = 512  # of the other teacher, whose merges are those of English documentation
+OTHER_TOKENS = 500  # of the other teacher, whose merges are those of English documentation
 DATA = Path("data/easy_vqa")
 
 

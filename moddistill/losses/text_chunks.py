@@ -61,11 +61,10 @@ def chunk_loss(
     _, values = token_sum(policy_logprobs, jax.lax.stop_gradient(inputs), weights=weights)
     policy = values["policy"].reshape(in_chunk.shape)
     teacher = sum_by_segment(teacher_logprobs * is_last, numbers)
-    exists = sum_by_segment(is_last, numbers) > 0
 
     def loss_of(policy: Array) -> Array:
-        divergences = chunk_divergence(sum_by_segment(policy, numbers), teacher)
-        return jnp.sum(jnp.where(exists, divergences, 0.0))
+        # Of a number without a chunk, both log-likelihoods are 0, and so is their divergence.
+        return jnp.sum(chunk_divergence(sum_by_segment(policy, numbers), teacher))
 
     total, d_policy = jax.value_and_grad(loss_of)(policy)
     return weight * total + surrogate(token_sum, inputs, in_chunk, weight * d_policy), total

@@ -44,9 +44,9 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Chunk]:
     """
     answers = list(zip(_answers(student), _answers(teacher), strict=False))
     chunks = []
-    for number, (mine, other) in enumerate(answers, start=1):
+    for mine, other in answers:
         ours, theirs = student[mine.start : mine.stop], teacher[other.start : other.stop]
-        for a, b in _align_answer(ours, theirs, is_last=number == len(answers)):
+        for a, b in _align_answer(ours, theirs):
             is_token = len(a) == len(b) == 1 and ours[a.start] == theirs[b.start]
             chunks.append(Chunk(_moved(a, mine.start), _moved(b, other.start), is_token))
     return chunks
@@ -68,14 +68,14 @@ def _answers(texts: Sequence[bytes]) -> Iterator[range]:
 
 
 def _align_answer(
-    student: Sequence[bytes], teacher: Sequence[bytes], is_last: bool
+    student: Sequence[bytes], teacher: Sequence[bytes]
 ) -> Iterator[tuple[range, range]]:
     """Yields the tokens of each chunk of one answer, counted from its first one."""
     texts = b"".join(student), b"".join(teacher)
     skipped = _leading_spaces(*texts)
     a, b = (text[count:] for text, count in zip(texts, skipped, strict=True))
-    is_truncated = is_last and (a.startswith(b) or b.startswith(a))
-    if a != b and not is_truncated:
+    # Only a truncated answer, which has no end, is the beginning of another.
+    if not (a.startswith(b) or b.startswith(a)):
         raise UserError(f"answer: expected {_shown(a)} as the student reads it, got {_shown(b)}")
     ends = [
         np.cumsum([len(text) for text in side]) - count
@@ -83,10 +83,9 @@ def _align_answer(
     ]
     starts = [0, 0]
     for end in np.intersect1d(*ends):
-        if end > 0:
-            stops = [int(np.searchsorted(each, end, side="right")) for each in ends]
-            yield range(starts[0], stops[0]), range(starts[1], stops[1])
-            starts = stops
+        stops = [int(np.searchsorted(each, end, side="right")) for each in ends]
+        yield range(starts[0], stops[0]), range(starts[1], stops[1])
+        starts = stops
 
 
 def _leading_spaces(a: bytes, b: bytes) -> tuple[int, int]:

@@ -82,7 +82,12 @@ def test_positions_count_all_records_of_all_files(open_source, data_file, tmp_pa
     data_file(MIXED, "a.jsonl")
     data_file(MIXED[:2] * 2, "b.jsonl")
     source = open_source(f"{tmp_path}/*.jsonl")
-    assert source.positions(np.array([4, 0, 3, 1])).tolist() == [8, 0, 6, 4]
+    numbers = np.array([4, 0, 3, 1])
+    assert source.positions(numbers).tolist() == [8, 0, 6, 4]
+    np.testing.assert_array_equal(
+        source.lengths_at(source.positions(numbers)), source.lengths(numbers)
+    )
+    assert source.lengths_at(np.array([1])) == 0  # a record without a sample
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -102,6 +102,13 @@ def test_chunks_of_another_vocabulary_end_at_the_same_bytes():
     np.testing.assert_array_equal(row.chunk_logprobs[at], [0, targets.label_logprobs[0], 0, 0])
 
 
+def test_a_chunk_has_the_likelihood_of_all_its_tokens_of_the_teacher():
+    """`ab` of the student, `a` and `b` of the teacher."""
+    row, targets, at = read(OTHER, [1, 0, 7], [4, 9])
+    np.testing.assert_array_equal(row.chunk[at], [LAST, 0])
+    assert row.chunk_logprobs[at[0]] == targets.label_logprobs[:2].sum()
+
+
 def test_by_rank_each_chunk_has_the_probabilities_of_its_first_token():
     """`ab c a` and the end here, `abc a` and the end there: three texts that both have read."""
     row, targets, at = read(OTHER, [2, 1, 7], [4, 2, 0, 9], by_rank=True)
