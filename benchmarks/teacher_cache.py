@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.head_to_head import resident_bytes
 from moddistill.data.array_records import writing_records
 from moddistill.data.token_texts import TokenTexts
+from moddistill.extraction.shards import entries_together
 from moddistill.storage.digests import write_digests
 from moddistill.storage.json_file import write_json
 from moddistill.teachers.cache import (
@@ -60,7 +61,8 @@ def write(folder: Path, records: int, tokens: int, ids: int) -> None:
         for _ in range(SHARD_RECORDS)
     ]
     for number, name in enumerate(shard_names("records", records)):
-        with writing_records(folder / name) as append:
+        size = sum(map(len, entries)) / len(entries)
+        with writing_records(folder / name, entries_together(size)) as append:
             for entry in entries[: records - number * SHARD_RECORDS]:
                 append(entry)
     source = SourceIdentity(records, "", {})

@@ -46,7 +46,7 @@ class MadeRow(NamedTuple):
 
     Attributes:
       rejected: records that turned out bad, whose tokens are padding.
-      without_targets: records of which a teacher cache has no targets.
+      without_targets: records without targets of the teacher.
     """
 
     batch: AnyBatch
@@ -55,7 +55,15 @@ class MadeRow(NamedTuple):
 
 
 class WithoutTargets(UserError):
-    """A record is read, but has no targets in a teacher cache."""
+    """A record is read, but has no targets of the teacher.
+
+    Attributes:
+      instead: what its sides have for a live teacher, which reads its images too.
+    """
+
+    def __init__(self, reason: str, instead: "Sequence[OfTeacher] | None" = None):
+        super().__init__(reason)
+        self.instead = instead
 
 
 def needed_image_slots(sources: Sequence[Source], packing: bool) -> int:
@@ -106,7 +114,7 @@ class TeacherReader(Protocol):
 
         Raises:
           WithoutTargets: the teacher has no targets of these answers, which are read without.
-          UserError: the same of a pair, which is left out.
+          UserError: the same of a pair, or the teacher cannot read the record, which is left out.
         """
 
 
@@ -195,7 +203,7 @@ class RowMaker:
             return self.teacher.read(encoded)
         except WithoutTargets as error:
             without_targets.append(self._rejected(sample, error))
-            return nothing
+            return error.instead or nothing
 
     def _empty(self) -> Batch:
         length = self.spec.max_length

@@ -79,17 +79,19 @@ def _extracted(
         ),
         out_shardings=sharding.batch_sharding(mesh),
     )
-    before = None
+    before, begun = None, 0.0
     for first in range(0, plan.starts[-1], setup.rows):
+        rows = next(batches)
+        if first == setup.rows:  # computed one batch, and waited for the next
+            log_forecast(setup, plan, time.monotonic() - begun)
         numbers = _record_numbers(setup, plan, mesh, first)
-        arguments = params, *sharding.put_batch(mesh, (next(batches), numbers))
+        arguments = params, *sharding.put_batch(mesh, (rows, numbers))
         if first == 0:
             run = run.lower(*arguments).compile()
             begun = time.monotonic()
-            found = _Batch(0, jax.block_until_ready(run(*arguments)))
-            log_forecast(setup, plan, time.monotonic() - begun)
-        else:
-            found = _Batch(first, run(*arguments))
+        found = _Batch(first, run(*arguments))
+        if first == 0:
+            jax.block_until_ready(found.extracted)
         if before is not None:
             yield before
         before = found
@@ -139,6 +141,7 @@ class _ShardWriter:
             shard = plan.shards[self._current]
             for sample, entry in zip(samples, entries, strict=True):
                 self._entries[int(shard.positions[sample.record - shard.first])] = entry
+            self._bar.update(len(samples))
 
     def close(self) -> None:
         self._write_until(None)
@@ -153,6 +156,6 @@ class _ShardWriter:
             shard = plan.shards[self._current]
             if is_main_process():
                 write_shard(self._folder, shard, self._entries, self._setup.settings.format)
-            self._bar.update(shard.size)
+            self._bar.update(shard.size - len(self._entries))  # those left out
             self._entries = {}
             self._current += 1

@@ -10,6 +10,7 @@ from moddistill.distributed.processes import is_main_process
 from moddistill.errors import UserError
 from moddistill.extraction.plan import ShardPlan
 from moddistill.extraction.setup import JaxSetup, Setup
+from moddistill.extraction.shards import stored_size
 from moddistill.teachers.entries import Entry
 
 LOG = logging.getLogger("moddistill")
@@ -17,20 +18,21 @@ _SAMPLED = 64  # records, from whose mean size that of the cache follows
 
 
 def log_forecast(setup: JaxSetup, plan: ShardPlan, seconds: float) -> None:
-    """Logs time and bytes of the rows of a plan, whose first batch took some seconds."""
+    """Logs time and bytes of the rows of a plan, of which a batch takes some seconds."""
     if not is_main_process():
         return
     seconds *= -(-plan.starts[-1] // setup.rows)
     records = sum(shard.end - shard.first for shard in plan.shards)
     tokens, size = _means(setup, plan)
-    _log(records, records * tokens, records * size, seconds)
+    _log(records, records * tokens, records * stored_size(size), seconds)
 
 
 def log_forecast_of(entries: Sequence[Entry], seconds: float, share: float, setup: Setup) -> None:
     """Logs time and bytes of `share` times as many records as these entries, which took seconds."""
     known = [len(each.targets.label_logprobs) for each in entries if each.targets] or [0]
-    size = sum(map(setup.settings.format.bytes_of, known))
-    _log(round(len(entries) * share), sum(known) * share, size * share, seconds * share)
+    size = stored_size(sum(map(setup.settings.format.bytes_of, known)) / len(known))
+    records = round(len(entries) * share)
+    _log(records, sum(known) * share, size * records, seconds * share)
 
 
 def _log(records: int, tokens: float, size: float, seconds: float) -> None:

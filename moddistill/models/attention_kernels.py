@@ -117,13 +117,14 @@ def _by_blocks(query: Array, key: Array, value: Array, structure: Structure | No
 
     Scores [B, N, T, S] of a large teacher would be several times its activations. Only those of 512
     queries exist at a time, and the backward pass recomputes them. Without a cache, scores of keys
-    after a part of the queries are not computed: of 8 parts, 9/16 of all scores are.
+    after a part of the queries are not computed, of long rows about 0.4 of all scores.
     """
     if structure is None:
         return jax.nn.dot_product_attention(query, key, value)
     length, slots = query.shape[1], structure.slots(query.shape[1])
     has_cache = structure.offset.ndim > 0 or length != key.shape[1]
-    size = length if has_cache else _PART * math.ceil(length / _PARTS / _PART)
+    whole = _PART if length <= _PARTS * _BLOCK else _BLOCK
+    size = length if has_cache else whole * math.ceil(length / _PARTS / whole)
 
     def of_part(start: int) -> Array:
         end = min(start + size, length)

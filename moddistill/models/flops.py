@@ -69,6 +69,7 @@ def step_flops(
     trained: set[str],
     shared_tower: bool,
     image_logits: bool = False,
+    sides: int = 1,
 ) -> StepFlops:
     """FLOPs of one training step.
 
@@ -78,28 +79,28 @@ def step_flops(
       trained: paths of the parameters that train.
       shared_tower: whether the teacher reuses the features of the student's vision encoder.
       image_logits: whether a loss computes the head at image positions too.
+      sides: of a record, which share its images: two of a pair.
     """
     if image_logits:
         size = size._replace(supervised=size.supervised + size.images * student.vision.patches)
     teacher_flops = 0.0
     if teacher is not None:
-        teacher_flops = forward_flops(teacher, _as_read_by(teacher, student, size))
+        teacher_flops = forward_flops(teacher, _as_read_by(teacher, student, size, sides))
         teacher_flops -= size.images * vision_flops(teacher.vision) if shared_tower else 0.0
     return StepFlops(training_flops(student, size, trained), teacher_flops)
 
 
-def _as_read_by(teacher: ModelConfig, student: ModelConfig, size: StepSize) -> StepSize:
+def _as_read_by(teacher: ModelConfig, student: ModelConfig, size: StepSize, sides: int) -> StepSize:
     """The content with the teacher's patches of images, but the text of the student's template.
 
-    Scores of further patches with text do not count, a few in a thousand of all FLOPs, and neither
-    do the further patches of the second side of a pair.
+    Scores of further patches with text do not count, a few in a thousand of all FLOPs.
     """
     if student.vision is None:
         return size
     its, ours = teacher.vision.patches, student.vision.patches
     return size._replace(
-        tokens=size.tokens + size.images * (its - ours),
-        squared_lengths=size.squared_lengths + size.images * (its**2 - ours**2),
+        tokens=size.tokens + sides * size.images * (its - ours),
+        squared_lengths=size.squared_lengths + sides * size.images * (its**2 - ours**2),
     )
 
 

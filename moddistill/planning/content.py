@@ -13,8 +13,7 @@ from moddistill.data.tokenizer import Tokenizer, load_tokenizer
 from moddistill.models.flops import StepSize
 from moddistill.models.vlm import ModelConfig
 from moddistill.teachers.live import has_own_layout
-from moddistill.training.program import SUPERVISED_SHARE, full_step_size
-from moddistill.training.stages import stage_of
+from moddistill.training.program import SUPERVISED_SHARE, full_step_size, sides_of_stage
 from moddistill.training.streams import row_spec, teacher_spec, with_steps, without_limit
 
 _ROWS = 4096  # whose mean stands for that of all rows
@@ -67,7 +66,7 @@ def step_content(
     lengths = np.concatenate(lengths).astype(np.float64)
     images = sum(sources[sample.source].images(sample.record) for sample in samples)
     per_step = config.batch_size / len(rows)
-    sides = 2 if stage_of(config).records == "preference" else 1
+    sides = sides_of_stage(config)
     tokens = sides * per_step * lengths.sum()
     squares = sides * per_step * (lengths**2).sum()
     size = StepSize(tokens, squares, per_step * images, tokens * SUPERVISED_SHARE)

@@ -30,6 +30,8 @@ from moddistill.planning.hlo_collectives import collectives
 from moddistill.planning.memory import USABLE_MEMORY, compile_program, memory_per_chip
 from moddistill.planning.on_policy import answer_peak, answer_work, format_answers
 from moddistill.teachers.live import (
+    OwnLayout,
+    check_layout,
     check_teacher,
     has_own_layout,
     has_same_images,
@@ -37,7 +39,12 @@ from moddistill.teachers.live import (
     without_tower,
 )
 from moddistill.training.architectures import trained_architecture
-from moddistill.training.program import Program, make_program, with_shardings
+from moddistill.training.program import (
+    Program,
+    make_program,
+    sides_of_stage,
+    with_shardings,
+)
 from moddistill.training.stages import is_cached, stage_of
 from moddistill.training.validation import (
     check_batch_divides_mesh,
@@ -71,7 +78,10 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     mesh = sharding.make_mesh(config.mesh, devices)
     check_batch_divides_mesh(config, mesh)
     # Outside of the mesh context, in which even a constant would be put on devices that do not run.
-    program = make_program(config, student, cached or teacher, mesh)
+    layout = None
+    if teacher is not None and has_own_layout(teacher, student):
+        layout = OwnLayout(teacher.decoder.real_ids, None)
+    program = make_program(config, student, cached or teacher, mesh, layout)
     state = with_shardings(program.abstract_state, program.state_shardings)
     if shared := shares_tower(student, teacher, program.abstract_state.params):
         program = program._replace(teacher=without_tower(program.teacher))
@@ -93,7 +103,15 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
         "collectives": _collectives(compiled, len(devices)) if compiled else None,
     }
     trained, at_images = set(state.params), config.distillation.image_kd_weight > 0
-    flops = step_flops(student, teacher, content.size, trained, shared, image_logits=at_images)
+    flops = step_flops(
+        student,
+        teacher,
+        content.size,
+        trained,
+        shared,
+        image_logits=at_images,
+        sides=sides_of_stage(config),
+    )
     report |= {"model_flops_per_step": flops.student, "teacher_flops_per_step": flops.teacher}
     report |= {name: getattr(content, name) for name in ("samples", "padding", "steps")}
     if config.on_policy.share:
@@ -145,6 +163,7 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
     if not Path(config.teacher).exists():  # a preset, or a model that a stage will make
         teacher = dataclasses.replace(teacher, template=config.data.template)
     check_teacher(teacher, student, config.teacher)
+    check_layout(config, teacher, student, config.teacher)
     return student, teacher
 
 

@@ -19,7 +19,7 @@ class IdMap(NamedTuple):
     Attributes:
       to_student: int32 of each id of the teacher; `NO_ID` for tokens that the student lacks.
       is_shared: whether the teacher has all texts of the student, with the same ids. Others, which
-        only the teacher has, are control tokens or additions then, which no answer has.
+        only the teacher has, are control tokens or additions then.
     """
 
     to_student: np.ndarray
@@ -58,22 +58,28 @@ def _size(texts: TokenTexts) -> int:
     return max(len(texts.texts) - 1, *texts.controls.values()) + 1
 
 
-def shared_ids(teacher: Tokenizer, student: Tokenizer, origin: str) -> IdRanges:
+def shared_ids(
+    teacher: Tokenizer, student: Tokenizer, origin: str, own_tokens: bool = False
+) -> IdRanges:
     """Returns the ids of tokens in both vocabularies; losses compare the two models on these.
 
-    A control token that no template uses may be missing on one side, and an added token of the
-    teacher in the student: no sample contains it. `<image>` may have two ids.
+    A control token that no template uses may be missing on one side: no sample contains it.
 
     Args:
       origin: name of the teacher, for messages.
+      own_tokens: whether the teacher reads records in its own tokens. Then it may have added ones
+        that the student lacks, and another id of `<image>`.
 
     Raises:
       UserError: another token is missing on one side, or a token has two ids.
     """
     teacher_ids, student_ids = teacher.backend.get_vocab(), student.backend.get_vocab()
-    added = {each.content for each in teacher.backend.get_added_tokens_decoder().values()}
-    optional = (added | student.special_tokens) - set(CONTROLS)
-    one_sided = (optional - (teacher_ids.keys() & student_ids.keys())) | {IMAGE}
+    optional = teacher.special_tokens | student.special_tokens
+    if own_tokens:
+        optional |= {each.content for each in teacher.backend.get_added_tokens_decoder().values()}
+    one_sided = optional - set(CONTROLS) - (teacher_ids.keys() & student_ids.keys())
+    if own_tokens:
+        one_sided |= {IMAGE}
     different = [
         token
         for token in (teacher_ids.keys() | student_ids.keys()) - one_sided

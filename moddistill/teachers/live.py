@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,18 @@ from moddistill.teachers.alignment import check_answer_positions, shared_ids
 from moddistill.teachers.targets import FullLogits, LabelLogprobs, Targets
 
 
+class OwnLayout(NamedTuple):
+    """How a teacher reads rows, if not in the tokens of the student.
+
+    Attributes:
+      real_ids: ids of all of its tokens, of which the student may lack some.
+      ends: the tokens that end an answer of the teacher and of the student, if they are different.
+    """
+
+    real_ids: IdRanges
+    ends: tuple[int, int] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class LiveTeacher:
     """A `Teacher` that computes its targets: final hidden states, and its head as what is shared.
@@ -35,12 +47,12 @@ class LiveTeacher:
 
     Attributes:
       chunk_size: positions whose logits are in memory at one time.
-      ends: the tokens that end an answer of the teacher and of the student, if they are different.
+      layout: in which it reads the rows, if that is not the student's.
     """
 
     model: Vlm
     chunk_size: int = 256
-    ends: tuple[int, int] | None = None
+    layout: OwnLayout | None = None
 
     @property
     def real_ids(self) -> IdRanges:
@@ -52,7 +64,7 @@ class LiveTeacher:
         output = jax.lax.stop_gradient(self.model.apply({"params": params}, inputs))
         if rows is None:
             return Targets(output.hidden.reshape(-1, output.hidden.shape[-1]), output.head)
-        logprobs = chunk_logprobs(rows, output, self.real_ids, self.chunk_size)
+        logprobs = chunk_logprobs(rows, output, self.layout.real_ids, self.chunk_size)
         if rows.known is None:
             return Targets(LabelLogprobs(logprobs.reshape(-1)))
         # Positions without a token of the teacher have a shift of 0, and no loss.
@@ -64,8 +76,9 @@ class LiveTeacher:
         if isinstance(targets.per_position, LabelLogprobs):
             return targets.per_position
         logits = masked_logits(targets.per_position, targets.shared, real_ids)
-        if self.ends is not None:
-            logits = logits.at[:, self.ends].set(logits[:, self.ends[::-1]])
+        if self.layout is not None and self.layout.ends is not None:
+            ends = jnp.array(self.layout.ends)
+            logits = logits.at[:, ends].set(logits[:, ends[::-1]])
         return FullLogits(logits)
 
     def logit_inputs(self, targets: Targets) -> LogitInputs:
@@ -128,11 +141,11 @@ def teacher_architecture(
     architecture = teacher.config
     if teacher.folder is None:  # new weights have no template of their own
         architecture = dataclasses.replace(architecture, template=config.data.template)
-    if has_own_layout(architecture, student):
-        _check_own_layout(config, teacher.spec)
+    check_layout(config, architecture, student, teacher.spec)
     if teacher.folder is None:
         return architecture
-    shared = shared_ids(tokenizer, student_tokenizer, teacher.spec)
+    own_tokens = has_own_layout(architecture, student)
+    shared = shared_ids(tokenizer, student_tokenizer, teacher.spec, own_tokens)
     decoder = dataclasses.replace(architecture.decoder, real_ids=shared)
     return dataclasses.replace(architecture, decoder=decoder)
 
@@ -169,8 +182,16 @@ def has_same_images(teacher: ModelConfig, student: ModelConfig) -> bool:
     return found[0] == found[1]
 
 
-def _check_own_layout(config: TrainConfig, origin: str) -> None:
-    """Raises UserError for losses that compare both models at all positions."""
+def check_layout(
+    config: TrainConfig, teacher: ModelConfig, student: ModelConfig, origin: str
+) -> None:
+    """Raises UserError for losses at all positions, if the layouts of the models differ.
+
+    Args:
+      origin: name of the teacher, for the message.
+    """
+    if not has_own_layout(teacher, student):
+        return
     reason = (
         f"since the teacher {origin!r} has another template, image token or image size than the "
         "student"

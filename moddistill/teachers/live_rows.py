@@ -6,6 +6,7 @@ answers are aligned by their texts, record by record, so that nothing is ever sh
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,19 @@ from moddistill.data.token_texts import TokenTexts
 from moddistill.data.tokenizer import Tokenizer
 from moddistill.errors import UserError
 from moddistill.models.batch import LAST, WITHIN, TeacherRows, make_teacher_rows
-from moddistill.teachers.text_chunks import Chunk, align
+from moddistill.teachers.text_chunks import align
+
+
+class _Places(NamedTuple):
+    """Positions of student and teacher that predict the tokens of a chunk.
+
+    Attributes:
+      is_token: whether the distributions at the first ones are compared, not the likelihoods.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray
+    is_token: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,38 +63,41 @@ class LiveRows:
 
     def read(self, sample: Encoded) -> list[TeacherRows]:
         spec = self.spec
+        sides = encode_sides(sample.record, spec.template, self.tokenizer, spec.image_tokens)
+        found = [self._truncated(side, sample) for side in sides]
+        rows = [_rows(side.tokens, sample.segment) for side in found]
         try:
-            sides = encode_sides(sample.record, spec.template, self.tokenizer, spec.image_tokens)
-            pairs = zip(sample.sides, sides, strict=True)
-            return [self._read(mine, its, sample) for mine, its in pairs]
+            chunks = list(map(self._chunks, sample.sides, found))
         except UserError as error:
             if self._is_pair:  # has no loss without its reference
                 raise
-            raise WithoutTargets(f"teacher: {error}") from None
+            length = len(sample.sides[0].tokens)
+            raise WithoutTargets(str(error), [_with_tokens(rows[0], [], length)]) from None
+        if self._is_pair:
+            return list(map(_with_answer, rows, chunks))
+        return [_with_tokens(rows[0], chunks[0], len(sample.sides[0].tokens))]
 
     @property
     def _is_pair(self) -> bool:
         return self.spec.kind == "preference"
 
-    def _read(self, student: Side, teacher: Side, sample: Encoded) -> TeacherRows:
-        """Returns the row of one side; its arrays are as long as the side of which they tell."""
-        tokens, loss_mask = self._truncated(teacher, sample)
-        # A position predicts the token after it.
-        mine, its = (np.flatnonzero(mask[1:]) for mask in (student.loss_mask, loss_mask))
-        chunks = align(
-            self.student.spell(student.tokens[1:][mine]), self.texts.spell(tokens[1:][its])
+    def _chunks(self, student: Side, teacher: Side) -> list[_Places]:
+        """Returns the chunks of the answers of one side, as positions that predict their tokens."""
+        mine, its = (np.flatnonzero(side.loss_mask[1:]) for side in (student, teacher))
+        found = align(
+            self.student.spell(student.tokens[1:][mine]),
+            self.texts.spell(teacher.tokens[1:][its]),
         )
-        positions = np.arange(len(tokens), dtype=np.int32)
-        in_chunk, shift = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.int32)
-        rows = TeacherRows(
-            tokens, positions, np.full_like(positions, sample.segment), in_chunk, shift
-        )
-        if self._is_pair:
-            in_chunk[its], shift[its] = True, mine[0] - its
-            return rows
-        if self.by_rank:
-            chunks = [each._replace(is_token=True) for each in chunks]
-        return _with_tokens(rows, chunks, mine, its, len(student.tokens))
+        if not found:
+            raise UserError("teacher: expected a token of an answer in its row, got none")
+        return [
+            _Places(
+                mine[each.student.start : each.student.stop],
+                its[each.teacher.start : each.teacher.stop],
+                each.is_token or self.by_rank,
+            )
+            for each in found
+        ]
 
     def _truncated(self, side: Side, sample: Encoded) -> Side:
         length, count = self.spec.max_length, len(side.tokens)
@@ -90,22 +106,32 @@ class LiveRows:
         if found < needed or (self._is_pair and count > length):
             expected = "both answers" if self._is_pair else "all images"
             raise UserError(
-                f"tokens: expected {expected} within data.max_length {length}, got {count} tokens "
-                "as the teacher reads the record"
+                f"teacher: expected {expected} within data.max_length {length}, got {count} tokens "
+                "as it reads the record"
             )
         return Side(*(x[:length] for x in side))
 
 
-def _with_tokens(
-    rows: TeacherRows, chunks: Sequence[Chunk], mine: np.ndarray, its: np.ndarray, length: int
-) -> TeacherRows:
-    """Returns rows with the student's positions whose tokens the teacher predicts, of a length."""
+def _rows(tokens: np.ndarray, segment: int) -> TeacherRows:
+    """Returns the row of one side without any targets."""
+    positions = np.arange(len(tokens), dtype=np.int32)
+    in_chunk, shift = np.zeros(len(tokens), bool), np.zeros_like(positions)
+    return TeacherRows(tokens, positions, np.full_like(positions, segment), in_chunk, shift)
+
+
+def _with_answer(rows: TeacherRows, places: Sequence[_Places]) -> TeacherRows:
+    """Returns the row of a side of a pair: its answer counts at the student's first position."""
+    for each in places:
+        rows.in_chunk[each.teacher] = True
+        rows.chunk_shift[each.teacher] = places[0].student[0] - each.teacher
+    return rows
+
+
+def _with_tokens(rows: TeacherRows, places: Sequence[_Places], length: int) -> TeacherRows:
+    """Returns the row with the student's `length` positions, whose tokens the teacher predicts."""
     known, shift, chunk = (np.zeros(length, x) for x in (bool, np.int32, np.int8))
-    for each in chunks:
-        ours, theirs = (
-            at[span.start : span.stop] for at, span in ((mine, each.student), (its, each.teacher))
-        )
-        if each.is_token:
+    for ours, theirs, is_token in places:
+        if is_token:
             known[ours[0]], shift[ours[0]] = True, theirs[0] - ours[0]
         else:
             chunk[ours], chunk[ours[-1]] = WITHIN, LAST

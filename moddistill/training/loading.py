@@ -30,6 +30,7 @@ from moddistill.params import count
 from moddistill.storage.model_folder import load_params
 from moddistill.teachers.cached import CachedTeacher
 from moddistill.teachers.live import (
+    OwnLayout,
     load_teacher,
     same_tower,
     shares_tower,
@@ -37,7 +38,7 @@ from moddistill.teachers.live import (
 )
 from moddistill.training.architectures import Models
 from moddistill.training.on_policy import make_answer, with_answers_of_the_student
-from moddistill.training.program import Program, make_program
+from moddistill.training.program import Program, make_program, sides_of_stage
 from moddistill.training.state import State
 
 LOG = logging.getLogger("moddistill")
@@ -73,7 +74,7 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         cached = CachedTeacher(
             models.cache.shape.kind, ids.ids_of_student() if ids.is_shared else all_ids
         )
-    program = make_program(config, target, cached or teacher, mesh, _ends(models))
+    program = make_program(config, target, cached or teacher, mesh, _own_layout(models))
     teacher_params = None
     if teacher is not None:
         teacher_params = load_teacher(config, models.teacher.folder, teacher, program.teacher, mesh)
@@ -112,17 +113,19 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         trained=trained,
         shared_tower=shared,
         image_logits=config.distillation.image_kd_weight > 0,
+        sides=sides_of_stage(config),
     )
     return Run(program.model, program.loss, step, state, teacher_params, flops)
 
 
-def _ends(models: Models) -> tuple[int, int] | None:
-    """Returns the tokens that end an answer of teacher and student, if they are different."""
+def _own_layout(models: Models) -> OwnLayout | None:
+    """Returns how a live teacher reads the rows, if not in the tokens of the student."""
     if not models.has_own_layout:
         return None
-    teacher = texts_in_template(models.teacher_tokenizer, models.teacher_config.template)
-    ends = teacher.end, models.texts.end
-    return None if None in ends or ends[0] == ends[1] else ends
+    tokenizer = models.teacher_tokenizer
+    ends = texts_in_template(tokenizer, models.teacher_config.template).end, models.texts.end
+    differ = None not in ends and ends[0] != ends[1]
+    return OwnLayout(tokenizer.real_ids, ends if differ else None)
 
 
 def _first_state(program: Program, params: dict[str, Any]) -> State:

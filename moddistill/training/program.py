@@ -22,7 +22,7 @@ from moddistill.models.quantization import stored_shapes
 from moddistill.models.vlm import ModelConfig, Vlm, abstract_params
 from moddistill.params import cast_frozen, flatten
 from moddistill.teachers.cached import CachedTeacher
-from moddistill.teachers.live import LiveTeacher
+from moddistill.teachers.live import LiveTeacher, OwnLayout
 from moddistill.training.optim import make_optimizer
 from moddistill.training.stages import stage_of, trainable_paths
 from moddistill.training.state import State, make_state, make_state_shardings
@@ -41,8 +41,7 @@ def full_step_size(
     Args:
       teacher: a live one. If it reads images as more tokens, its rows are full.
     """
-    # Both sides of a preference row share their images.
-    sides = 2 if stage_of(config).records == "preference" else 1
+    sides = sides_of_stage(config)  # which share their images
     rows = config.batch_size * sides
     tokens = rows * config.data.max_length
     images = 0
@@ -53,6 +52,11 @@ def full_step_size(
         tokens -= images * sides * (most - patches)
     supervised = round(tokens * SUPERVISED_SHARE)
     return StepSize(tokens, tokens**2 / rows, images, supervised)
+
+
+def sides_of_stage(config: TrainConfig) -> int:
+    """Returns the number of answers of a record that are read: both of a pair."""
+    return 2 if stage_of(config).records == "preference" else 1
 
 
 class Program(NamedTuple):
@@ -82,14 +86,14 @@ def make_program(
     student: ModelConfig,
     teacher: ModelConfig | CachedTeacher | None,
     mesh: Mesh,
-    ends: tuple[int, int] | None = None,
+    layout: OwnLayout | None = None,
 ) -> Program:
     """Builds model, loss, step and shardings of a stage.
 
     Args:
       student: the architecture that the stage trains.
       teacher: of a live teacher its architecture; None for a stage without one.
-      ends: of a live teacher, see `LiveTeacher`.
+      layout: of a live teacher, if it is not that of the student.
 
     Raises:
       UserError: for a mesh that does not divide the parameters, or lacks `expert_transport`.
@@ -115,7 +119,7 @@ def make_program(
     compute = dataclasses.replace(compute, quantized_layers=by_layer)
     is_live = isinstance(teacher, ModelConfig)
     if is_live:
-        live = LiveTeacher(Vlm(teacher, compute), config.logits_chunk_size, ends)
+        live = LiveTeacher(Vlm(teacher, compute), config.logits_chunk_size, layout)
     loss = stage_of(config).loss(config, model, live if is_live else teacher)
     divergence = Divergence(config.divergence_factor, config.on_divergence == "skip")
     # Donation: state and new state have equal shardings, so XLA reuses each buffer in place and

@@ -6,9 +6,10 @@ import os
 
 import chex
 import pytest
+import tokenizers
 
-from moddistill.config import CacheConfig
-from moddistill.data.tokenizer import train_bpe
+from moddistill.config import CacheConfig, MeshConfig
+from moddistill.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from moddistill.errors import UserError
 from moddistill.extraction.run import extract
 from moddistill.models.presets import preset, with_vocabulary
@@ -27,7 +28,11 @@ def train_from(folder, config, tmp_path):
 def teacher_of(init, tokenizer, tmp_path):
     """`teacher_of(**changes)`: the folder of a teacher whose architecture differs from `tiny`."""
 
-    def make(template="vicuna", tokenizer=tokenizer, **changes):
+    def make(template="vicuna", tokenizer=tokenizer, added="", **changes):
+        if added:
+            backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+            backend.add_tokens([added])
+            tokenizer = Tokenizer(backend)
         config = with_vocabulary(preset("tiny-teacher"), tokenizer.real_ids, tokenizer.image_id)
         vision = dataclasses.replace(config.vision, **changes)
         config = dataclasses.replace(config, vision=vision, template=template)
@@ -42,25 +47,40 @@ LAYOUTS = {
     "image size": {"image_size": 42},
     "template": {"template": "chatml"},  # another end of an answer, and no space before it
     "both": {"patch_size": 7, "template": "chatml"},
+    "added token": {"template": "chatml", "added": "yes"},  # which answers have
 }
 
 
 @pytest.mark.parametrize("stage", ["d2s", "preference"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_teacher_of_another_layout_teaches_alike_live_and_from_a_cache(
-    layout, stage, tiny_config, tokenizer, teacher_of, tmp_path
+    layout, stage, tiny_config, teacher_of, tmp_path
 ):
     """A cache of all ids has all that a live teacher knows of answers."""
     # Of packed rows, those of a live teacher have fewer samples.
     data = {"max_length": 240, "packing": False}
     live = tiny_config(stage, teacher=teacher_of(**LAYOUTS[layout]), data=data)
-    extract(live, CacheConfig("top_k", num_ids(tokenizer.real_ids)), tmp_path / "cache")
+    ids = num_ids(load_tokenizer(live.teacher).real_ids)
+    extract(live, CacheConfig("top_k", ids), tmp_path / "cache")
     cached = dataclasses.replace(live, teacher=f"cache:{tmp_path / 'cache'}")
     found = losses_and_params(live, tmp_path / "live")
     expected = losses_and_params(cached, tmp_path / "cached")
     assert len(found[0]) == live.steps and found[0][0]["loss"] > 0
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
     assert not {"quarantine.jsonl", "without_targets.jsonl"} & set(os.listdir(tmp_path / "live"))
+
+
+@pytest.mark.parametrize("stage", ["d2s", "preference"])
+def test_a_teacher_of_another_layout_teaches_alike_on_any_mesh(
+    stage, tiny_config, teacher_of, tmp_path
+):
+    """With packed rows."""
+    teacher = teacher_of(patch_size=7, template="chatml")
+    by_rows = tiny_config(stage, teacher=teacher, data={"max_length": 480})
+    mesh = MeshConfig(data=2, expert=2, tensor=2)
+    found = losses_and_params(dataclasses.replace(by_rows, mesh=mesh), tmp_path / "mesh")
+    expected = losses_and_params(by_rows, tmp_path / "rows")
+    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):

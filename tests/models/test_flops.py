@@ -9,6 +9,7 @@ import pytest
 
 from moddistill.config import ExpertConfig
 from moddistill.distributed.sharding import unbox
+from moddistill.models import attention_kernels
 from moddistill.models.batch import Batch, PreferenceBatch, make_batch
 from moddistill.models.flops import (
     StepSize,
@@ -65,8 +66,13 @@ def test_forward_is_what_the_compiler_counts():
 
 @pytest.mark.parametrize("trained", [".*", "decoder/.*/mlp/.*"])
 @pytest.mark.parametrize("length", [64, 512])
-def test_backward_is_what_the_compiler_counts(length, trained):
-    """Of all weights, and of a part above which attention is frozen (and the embedding is not)."""
+def test_backward_is_what_the_compiler_counts(monkeypatch, length, trained):
+    """Of all weights, and of a part above which attention is frozen (and the embedding is not).
+
+    With all scores, as they are counted: of keys after a query, too.
+    """
+    monkeypatch.setattr(attention_kernels, "_PARTS", 1)
+    monkeypatch.setattr(attention_kernels, "_PART", length)
     config = one_layer()
     paths = set(flatten(unbox(abstract_params(config))))
     trained = {path for path in paths if re.fullmatch(trained, path)} | {"decoder/embedding"}
@@ -144,6 +150,11 @@ def test_a_teacher_reads_images_as_its_own_patches(tiny_architecture):
     found = step_flops(student, teacher, size, set(), shared_tower=False).teacher
     between = 2 * 6 * 12  # scores of text and further patches, which do not count
     its = StepSize(tokens=22.0, squared_lengths=22.0**2 - between, images=1.0, supervised=5.0)
+    assert found == forward_flops(teacher, its)
+    # Both answers of a pair have the image, which is encoded once.
+    pair = StepSize(tokens=20.0, squared_lengths=200.0, images=1.0, supervised=10.0)
+    found = step_flops(student, teacher, pair, set(), shared_tower=False, sides=2).teacher
+    its = StepSize(44.0, 2 * (22.0**2 - between), images=1.0, supervised=10.0)
     assert found == forward_flops(teacher, its)
 
 

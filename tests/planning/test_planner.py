@@ -148,6 +148,16 @@ def test_a_teacher_of_another_layout_is_planned(
     )
     assert own["model_flops_per_step"] == same["model_flops_per_step"]
     assert own["teacher_flops_per_step"] > 1.03 * same["teacher_flops_per_step"]
+    with pytest.raises(ValueError, match=r"relation_weight: expected 0.0, since the teacher "):
+        planner.plan(
+            tiny_config(
+                "d2s",
+                teacher=str(tmp_path / "other"),
+                distillation={"relation_weight": 1.0},
+                **student,
+            ),
+            "cpu:8",
+        )
     # Of each of the 200 positions of a chip, 5 numbers of 4 bytes and 3 of one byte.
     assert own["arguments"]["batch"] - same["arguments"]["batch"] == 200 * (5 * 4 + 3)
 

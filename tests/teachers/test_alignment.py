@@ -10,7 +10,7 @@ from moddistill.data.token_texts import TokenTexts
 from moddistill.data.tokenizer import Tokenizer, train_bpe
 from moddistill.storage.model_folder import save_model
 from moddistill.teachers import live
-from moddistill.teachers.alignment import id_map
+from moddistill.teachers.alignment import id_map, shared_ids
 from moddistill.teachers.targets import NO_ID
 
 
@@ -155,6 +155,8 @@ def test_teacher_may_have_more_added_tokens_and_another_image_token(
         config, resolve(config.teacher), tiny_architecture(), other, tokenizer
     )
     assert found.decoder.real_ids == tokenizer.real_ids
+    with pytest.raises(ValueError, match="expected the student's id "):
+        shared_ids(other, tokenizer, "runs/t")  # of a teacher that reads the student's tokens
 
 
 def test_a_vocabulary_has_its_own_ids():

@@ -15,7 +15,9 @@ from moddistill.data.images import PAD_COLOR, preprocess, read_image
 from moddistill.data.pipeline import open_sources, plan_rows
 from moddistill.data.rows import RowMaker, RowSpec, needed_image_slots
 from moddistill.data.token_texts import texts_in_template
+from moddistill.errors import UserError
 from moddistill.models.batch import LAST, WITHIN, make_batch, sides_of
+from moddistill.teachers import live_rows
 from moddistill.teachers.live_rows import LiveRows
 
 LENGTH = 1000
@@ -175,18 +177,47 @@ def test_answers_of_pairs_count_at_their_first_position(rows_of):
             assert b"".join(mine) == b" " + b"".join(texts)
 
 
-def test_a_record_that_the_teacher_has_no_place_for_is_trained_without_it(rows_of):
-    """Its 999 patches leave no place for the question; one row is nearly all image."""
-    made = rows_of(image_tokens=999)
-    found = made(0)
-    [reason] = {each.reason.split(", got ")[0] for each in found.without_targets}
-    assert reason == "teacher: tokens: expected all images within data.max_length 1000"
+def test_a_record_whose_images_the_teacher_has_no_place_for_is_left_out(rows_of):
+    found = rows_of(image_tokens=1001)(0)
+    [reason] = {each.reason.split(", got ")[0] for each in found.rejected}
+    assert reason == "teacher: expected all images within data.max_length 1000"
+    assert not found.batch.loss_mask.any() and not found.batch.teacher.segments.any()
+    for changes in ({"image_tokens": 1001}, {"max_length": 60}):
+        pairs = rows_of("preference", **changes)(0)
+        assert "expected both answers within data.max_length" in pairs.rejected[0].reason
+        assert not pairs.batch.chosen.loss_mask.any()
+
+
+def test_a_record_without_a_token_of_its_answer_in_the_teachers_row_has_no_targets(rows_of):
+    """Its 950 patches are there, and a part of the question."""
+    found = rows_of(image_tokens=950)(0)
+    [reason] = {each.reason for each in found.without_targets}
+    assert reason == "teacher: expected a token of an answer in its row, got none"
     assert found.batch.loss_mask.any() and not found.batch.teacher.known.any()
-    pairs = rows_of("preference", image_tokens=999)(0)
-    assert "expected both answers within data.max_length 1000" in pairs.rejected[0].reason
-    longer = rows_of("preference", max_length=60)(0)
-    assert "expected both answers within data.max_length 60" in longer.rejected[0].reason
-    assert not pairs.batch.chosen.loss_mask.any()
+
+
+def test_a_record_that_does_not_align_keeps_its_image_in_the_teachers_row(rows_of, monkeypatch):
+    """Later samples of the row have the images after it."""
+    made = rows_of()
+    plain = made(0).batch
+    calls = []
+
+    def other_answer(student, teacher, align=live_rows.align):
+        calls.append(teacher)
+        if len(calls) == 1:
+            raise UserError("answer: expected another")
+        return align(student, teacher)
+
+    monkeypatch.setattr(live_rows, "align", other_answer)
+    found = made(0)
+    assert [each.reason for each in found.without_targets] == ["answer: expected another"]
+    rows, others = found.batch.teacher, plain.teacher
+    for name in ("tokens", "positions", "segments"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(others, name))
+    np.testing.assert_array_equal(found.batch.teacher_images, plain.teacher_images)
+    first = plain.segments == 1
+    assert not rows.known[first].any() and not rows.chunk[first].any()
+    np.testing.assert_array_equal(rows.known[~first], others.known[~first])
 
 
 def test_both_layouts_fit_their_rows(rows_of):
