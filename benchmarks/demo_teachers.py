@@ -143,7 +143,10 @@ def other_vocabulary(runs: Runs, seeds: Sequence[int]) -> None:
 
 
 def other_teacher(runs: Runs) -> Path:
-    """Returns a teacher that is trained like the demo's, with a tokenizer of other merges."""
+    """Returns a teacher that is trained like the demo's, with a tokenizer of other merges.
+
+    Its words are several tokens, which takes more steps to learn.
+    """
     tokenizer = runs.out / "other/tokenizer"
     if not tokenizer.exists():
         train_bpe(docstring_words(), OTHER_TOKENS).save(str(tokenizer))
@@ -151,7 +154,7 @@ def other_teacher(runs: Runs) -> Path:
         "other/language", runs.stage("teacher_language", tokenizer=str(tokenizer))
     )
     captions = runs.train("other/captions", runs.stage("captions", student=str(language)))
-    return runs.train("other/teacher", runs.stage("teacher", student=str(captions)))
+    return runs.train("other/teacher", runs.stage("teacher", student=str(captions), steps=1200))
 
 
 def print_accuracy(

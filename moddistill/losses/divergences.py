@@ -60,7 +60,8 @@ def divergence(
     """Returns the divergence of the config, by default the forward KL, in nats.
 
     With temperature t, it is that of logits / t, times t^2: the gradient of a divergence that is
-    quadratic near its minimum falls with 1 / t^2.
+    quadratic near its minimum falls with 1 / t^2. Those of `total_variation` and `uld` are not;
+    their gradients fall with 1 / t and grow with t here.
     """
     scale = config.temperature
     student, teacher = (jax.nn.log_softmax(x / scale) for x in (logits, teacher_logits))

@@ -72,7 +72,8 @@ class Batch(NamedTuple):
     """Rows of one or several samples; one row has the same fields without axis B.
 
     Samples of a row follow each other in the order of their segments. Padding is at the end of a
-    row, and between samples in place of one that could not be read.
+    row, and between samples: in place of one that could not be read, and where a teacher of another
+    layout needs more tokens.
 
     Attributes:
       tokens: ids; the image placeholder is repeated once per patch.

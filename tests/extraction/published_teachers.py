@@ -2,9 +2,10 @@
 
     python -m tests.extraction.published_teachers FAMILY FOLDER RECORDS IMAGES
 
-writes FOLDER/model, and FOLDER/expected.json: of each answer of each record the log-probabilities
-of its tokens, from all logits of the tokens that the processor makes of messages by itself. Then it
-extracts from the model into FOLDER/cache.
+writes FOLDER/model, and FOLDER/expected.json: of each token of each record's answers its
+log-probability, the 4 most probable ids with theirs, and that of all others together, from all
+logits of the tokens that the processor makes of messages by itself. Then it extracts from the model
+into FOLDER/cache.
 
 It is a process of its own, since processors of videos need torchvision. Its published builds are
 for CUDA; next to a torch for CPUs its operators do not load, and a processor needs none of them.
@@ -214,8 +215,8 @@ FAMILIES = {
 }
 
 
-def expected(model, processor, record: dict, images: Path) -> list[list[float]]:
-    """The log-probabilities of the tokens of each answer, and of its end."""
+def expected(model, processor, record: dict, images: Path) -> list[tuple]:
+    """What is known of each token of the answers, with their ends."""
     turns = record["conversations"]
     read = [Image.open(images / name) for name in record.get("image", ())]
     messages = []
@@ -238,8 +239,16 @@ def expected(model, processor, record: dict, images: Path) -> list[list[float]]:
         start -= len(answer)
         while ids[start : start + len(answer)] != answer:
             start -= 1
-        found.append([log_p[start + i - 1, id].item() for i, id in enumerate(answer)])
-    return found[::-1]
+        found.append([known(log_p[start + i - 1], id) for i, id in enumerate(answer)])
+    return [token for answer in found[::-1] for token in answer]
+
+
+def known(log_p: torch.Tensor, label: int) -> tuple[float, list[int], list[float], float]:
+    """The log-probability of a label, the 4 most probable ids with theirs, and that of others."""
+    logprobs, ids = log_p.topk(4)
+    others = log_p.clone()
+    others[ids] = -torch.inf
+    return log_p[label].item(), ids.tolist(), logprobs.tolist(), others.logsumexp(0).item()
 
 
 def main(family: str, folder: str, records: str, images: str) -> None:
