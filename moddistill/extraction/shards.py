@@ -32,11 +32,11 @@ def write_shard(
     partial.rename(folder / shard.name)
 
 
-def entries_together(size: float) -> int:
+def entries_together(size: int | float) -> int:
     """Returns how many entries of a mean size in bytes are read at one time."""
     return max(1, min(_MOST_TOGETHER, int(_READ / size)))
 
 
-def stored_size(size: float) -> float:
+def stored_size(size: int | float) -> float:
     """Returns the bytes in a file of an entry that has `size` bytes."""
     return size + _OF_GROUP / entries_together(size) + _OF_FILE / SHARD_RECORDS
