@@ -11,7 +11,7 @@ from moddistill.teachers.entries import Entry, EntryFormat
 _READ = 2**14  # bytes that are read for one entry at most, of small entries
 _MOST_TOGETHER = 64
 # Bytes of a group of entries in a file, and of a file, beyond those of the entries themselves.
-_OF_GROUP, _OF_FILE = 160, 2**17
+_OF_GROUP, _OF_FILE = 160, 2**16
 WORK = ".work"  # folder of the lock and of the shard that is being written
 
 
