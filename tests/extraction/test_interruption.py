@@ -57,9 +57,9 @@ from moddistill.teachers import cache
 plan.SHARD_RECORDS = cache.SHARD_RECORDS = 3
 opened = []
 
-def writing(path, begin=shards.writing_records):
+def writing(path, together, begin=shards.writing_records):
     opened.append(path)
-    files = begin(path)
+    files = begin(path, together)
     write = files.__enter__()
     def append(data):
         write(data)
