@@ -21,7 +21,7 @@ class StepFlops(NamedTuple):
     """FLOPs of one step.
 
     Attributes:
-      student: forward and backward.
+      student: forward and backward, and its own answers.
       teacher: forward; 0 without one.
     """
 
@@ -70,6 +70,7 @@ def step_flops(
     shared_tower: bool,
     image_logits: bool = False,
     sides: int = 1,
+    answered: float = 0.0,
 ) -> StepFlops:
     """FLOPs of one training step.
 
@@ -80,6 +81,7 @@ def step_flops(
       shared_tower: whether the teacher reuses the features of the student's vision encoder.
       image_logits: whether a loss computes the head at image positions too.
       sides: of a record, which share its images: two of a pair.
+      answered: share of the rows that the student answers itself before the step.
     """
     if image_logits:
         size = size._replace(supervised=size.supervised + size.images * student.vision.patches)
@@ -87,7 +89,9 @@ def step_flops(
     if teacher is not None:
         teacher_flops = forward_flops(teacher, _as_read_by(teacher, student, size, sides))
         teacher_flops -= size.images * vision_flops(teacher.vision) if shared_tower else 0.0
-    return StepFlops(training_flops(student, size, trained), teacher_flops)
+    # Prompts are read, and tokens of answers made, one after the other: each position once more.
+    answers = answered * forward_flops(student, size)
+    return StepFlops(training_flops(student, size, trained) + answers, teacher_flops)
 
 
 def _as_read_by(teacher: ModelConfig, student: ModelConfig, size: StepSize, sides: int) -> StepSize:

@@ -114,6 +114,7 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
         shared_tower=shared,
         image_logits=config.distillation.image_kd_weight > 0,
         sides=sides_of_stage(config),
+        answered=config.on_policy.share,
     )
     return Run(program.model, program.loss, step, state, teacher_params, flops)
 

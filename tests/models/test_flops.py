@@ -158,6 +158,14 @@ def test_a_teacher_reads_images_as_its_own_patches(tiny_architecture):
     assert found == forward_flops(teacher, its)
 
 
+def test_answers_of_the_student_are_a_forward_pass_of_their_rows(tiny_architecture):
+    student = tiny_architecture()
+    size = StepSize(tokens=40.0, squared_lengths=400.0, images=3.0, supervised=5.0)
+    count = functools.partial(step_flops, student, None, size, set(), shared_tower=False)
+    more = count(answered=0.25).student - count().student
+    assert more == pytest.approx(forward_flops(student, size) / 4)
+
+
 def test_logits_at_image_positions_count_like_those_at_supervised_ones(tiny_architecture):
     student, teacher = tiny_architecture(), tiny_architecture("tiny-teacher")
     trained = set(flatten(abstract_params(student)))
