@@ -26,7 +26,7 @@ from moddistill.errors import UserError, one_line
 
 _MAGIC = b"MDR1"
 _START = struct.Struct("<4sI")
-# Random access needs groups of one record. Encoded images hardly get smaller by compression.
+# A read decodes a whole group, by default one record. Images hardly get smaller by compression.
 _OPTIONS = "group_size:1,zstd:1,max_parallelism:1"
 _OPEN_READERS = 64  # of all files; each has a file descriptor
 

@@ -27,12 +27,18 @@ def log_forecast(setup: JaxSetup, plan: ShardPlan, seconds: float) -> None:
     _log(records, records * tokens, records * stored_size(size), seconds)
 
 
-def log_forecast_of(entries: Sequence[Entry], seconds: float, share: float, setup: Setup) -> None:
-    """Logs time and bytes of `share` times as many records as these entries, which took seconds."""
+def log_forecast_of(
+    entries: Sequence[Entry], seconds: float, share: float, records: int, setup: Setup
+) -> None:
+    """Logs time and bytes of records, from some entries which took seconds.
+
+    Args:
+      share: how many times as many tokens all records have.
+    """
     known = [len(each.targets.label_logprobs) for each in entries if each.targets] or [0]
-    size = stored_size(sum(map(setup.settings.format.bytes_of, known)) / len(known))
-    records = round(len(entries) * share)
-    _log(records, sum(known) * share, size * records, seconds * share)
+    tokens = sum(known) * share / max(records, 1)
+    size = stored_size(setup.settings.format.bytes_of(round(tokens)))
+    _log(records, records * tokens, records * size, seconds * share)
 
 
 def _log(records: int, tokens: float, size: float, seconds: float) -> None:

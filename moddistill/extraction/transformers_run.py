@@ -112,7 +112,8 @@ def run(
                     # Of these records and time, all have as many as of tokens.
                     share = sum(_work(setup, each) for each in shards) / work
                     seconds = (time.monotonic() - begun) / jax.process_count()
-                    log_forecast_of([*entries.values()], seconds, share, setup)
+                    records = sum(each.end - each.first for each in shards)
+                    log_forecast_of([*entries.values()], seconds, share, records, setup)
                 bar.update(work)
             _list_left_out(config, setup, shard, entries, left_out)
             write_shard(folder, shard, entries, setup.settings.format)

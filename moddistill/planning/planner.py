@@ -161,7 +161,8 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
         return student, None
     teacher = architecture(config.teacher)
     if not Path(config.teacher).exists():  # a preset, or a model that a stage will make
-        teacher = dataclasses.replace(teacher, template=config.data.template)
+        same = {"template": config.data.template, "image_token_id": student.image_token_id}
+        teacher = dataclasses.replace(teacher, **same)
     check_teacher(teacher, student, config.teacher)
     check_layout(config, teacher, student, config.teacher)
     return student, teacher

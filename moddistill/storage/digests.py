@@ -102,7 +102,7 @@ def _parse(content: bytes) -> Digests | None:
 def content_digest(folder: Path) -> str:
     """Returns a digest of the names and contents of a folder's files, hidden ones left out."""
     hidden = re.compile(r"(^|/)\.")
-    names = [name for name in _list_files(folder) if not hidden.search(name)]
+    names = [x for x in _list_files(folder) if not hidden.search(x) and (folder / x).is_file()]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _sha256(folder / name), names)
         lines = [f"{name} {digest}\n" for name, digest in zip(names, found, strict=True)]

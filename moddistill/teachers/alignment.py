@@ -55,7 +55,7 @@ def id_map(teacher: TokenTexts, student: TokenTexts) -> IdMap:
 
 
 def _size(texts: TokenTexts) -> int:
-    return max(len(texts.texts) - 1, *texts.controls.values()) + 1
+    return max([len(texts.texts) - 1, *texts.controls.values()]) + 1
 
 
 def shared_ids(

@@ -29,7 +29,7 @@ from moddistill.teachers.entries import Entry, EntryFormat
 
 CACHED = "cache:"  # before the folder in `config.teacher`
 SETTINGS, VOCABULARY = "cache.json", "vocabulary.json"
-SHARD_RECORDS = 4096  # an interrupted extraction repeats fewer than these
+SHARD_RECORDS = 4096  # which an interrupted extraction repeats at most, of each process
 _MOST_SHOWN = 5
 
 

@@ -161,7 +161,7 @@ def row_spec(config: TrainConfig, data: DataConfig, tower: VisionConfig | None) 
     """Returns format and shapes of the rows of a run.
 
     Args:
-      tower: vision encoder of the student.
+      tower: vision encoder of the model that reads the rows.
     """
     return RowSpec(
         kind=stage_of(config).records,

@@ -218,6 +218,8 @@ def test_a_digest_of_content_depends_on_every_byte_and_name(folder):
     found = [content_digest(folder)]
     (folder / ".git").mkdir()
     (folder / ".git" / "index").write_text("of another tool")
+    (folder / "link").symlink_to(folder / "below")
+    (folder / "nothing").symlink_to(folder / "nowhere")
     assert content_digest(folder) == found[0]
     with (folder / "c").open("r+b") as file:
         file.seek(2**20 + 12345)

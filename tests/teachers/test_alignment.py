@@ -164,6 +164,8 @@ def test_a_vocabulary_has_its_own_ids():
     texts = TokenTexts([b",", b"a", b",", b"b"], {"</s>": 4}, 4)
     found = id_map(texts, texts)
     assert found.to_student.tolist() == [NO_ID, 1, 2, 3, 4] and found.is_shared
+    plain = TokenTexts([b"a"], {}, None)
+    assert id_map(plain, plain).to_student.tolist() == [0]
 
 
 def test_texts_that_only_the_student_has_are_possible_labels():

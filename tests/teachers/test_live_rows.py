@@ -222,6 +222,8 @@ def test_a_record_that_does_not_align_keeps_its_image_in_the_teachers_row(rows_o
 
 def test_both_layouts_fit_their_rows(rows_of):
     """Of 300 patches, two samples of the teacher fit a row, and more of the student would."""
+    long = rows_of(image_tokens=950).plan.row(0)
+    assert [sample.length for sample in long] == [LENGTH]  # of about 1,100
     made = rows_of(image_tokens=300)
     for number in range(2):
         found = made(number)
