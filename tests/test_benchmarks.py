@@ -144,7 +144,7 @@ def test_shape_of_qwen_vl_chat_has_the_published_numbers_of_parameters():
 
 
 def test_teacher_cache_benchmark_reads_what_it_writes(tmp_path):
-    teacher_cache.write(tmp_path, records=1030, tokens=2, ids=3)
+    teacher_cache.write(tmp_path, records=4100, tokens=2, ids=3)
     assert len(list(tmp_path.glob("*.array_record"))) == 2
     found = teacher_cache.read(tmp_path)
     assert 0 < found["median_read_seconds"] <= found["opening_seconds"]

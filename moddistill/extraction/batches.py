@@ -92,6 +92,8 @@ def _extracted(
         found = _Batch(first, run(*arguments))
         if first == 0:
             jax.block_until_ready(found.extracted)
+            if plan.starts[-1] <= setup.rows:  # there is no other batch
+                log_forecast(setup, plan, time.monotonic() - begun)
         if before is not None:
             yield before
         before = found

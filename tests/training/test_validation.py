@@ -182,11 +182,6 @@ def test_settings_out_of_range_or_never_read_are_refused(tiny_config, stage, fie
             {"teacher": "runs/none/model"},
             r"^config\.teacher: expected a model folder, .* got 'runs/none/model'",
         ),
-        (
-            "d2d",
-            {"teacher": "random:demo-teacher"},
-            r"positions per image of .*: expected 4 .*, got 36$",
-        ),
         ("sft", {"seed": -1}, r"config\.seed: expected >= 0 and <= 4294967295, got -1"),
         ("sft", {"optim": {"lr": math.nan}}, r"config\.optim\.lr: expected .* >= 0, got nan"),
         (
