@@ -72,9 +72,7 @@ class DataConfig:
         Literal["apply", "ignore"], "orientation that an image file notes; ignore: the reference"
     ] = "apply"
     max_rejected: Annotated[
-        float,
-        Range(ge=0, le=1),
-        "share of a source's records that may be rejected, or without targets",
+        float, Range(ge=0, le=1), "share of a source's records that may be bad, or without targets"
     ] = 0.1
     index: Annotated[str, "folder for the indices of sources; empty: next to their files"] = ""
     workers: Annotated[int, Range(ge=0, le=1000), "worker processes; 0 reads in threads"] = 0

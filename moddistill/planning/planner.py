@@ -29,22 +29,9 @@ from moddistill.planning.content import step_content
 from moddistill.planning.hlo_collectives import collectives
 from moddistill.planning.memory import USABLE_MEMORY, compile_program, memory_per_chip
 from moddistill.planning.on_policy import answer_peak, answer_work, format_answers
-from moddistill.teachers.live import (
-    OwnLayout,
-    check_layout,
-    check_teacher,
-    has_own_layout,
-    has_same_images,
-    shares_tower,
-    without_tower,
-)
+from moddistill.teachers import live
 from moddistill.training.architectures import trained_architecture
-from moddistill.training.program import (
-    Program,
-    make_program,
-    sides_of_stage,
-    with_shardings,
-)
+from moddistill.training.program import Program, make_program, sides_of_stage, with_shardings
 from moddistill.training.stages import is_cached, stage_of
 from moddistill.training.validation import (
     check_batch_divides_mesh,
@@ -79,12 +66,12 @@ def plan(config: TrainConfig, topology: str, utilisation: float = 0.4) -> dict[s
     check_batch_divides_mesh(config, mesh)
     # Outside of the mesh context, in which even a constant would be put on devices that do not run.
     layout = None
-    if teacher is not None and has_own_layout(teacher, student):
-        layout = OwnLayout(teacher.decoder.real_ids, None)
+    if teacher is not None and live.has_own_layout(teacher, student):
+        layout = live.OwnLayout(teacher.decoder.real_ids, None)
     program = make_program(config, student, cached or teacher, mesh, layout)
     state = with_shardings(program.abstract_state, program.state_shardings)
-    if shared := shares_tower(student, teacher, program.abstract_state.params):
-        program = program._replace(teacher=without_tower(program.teacher))
+    if shared := live.shares_tower(student, teacher, program.abstract_state.params):
+        program = program._replace(teacher=live.without_tower(program.teacher))
     batch = abstract_batch(config, student, mesh, teacher)
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(sharding.RULES.items())):
         compiled = compile_program(program.step.lower(state, program.teacher, batch), topology)
@@ -163,8 +150,8 @@ def architectures(config: TrainConfig) -> tuple[ModelConfig, ModelConfig | None]
     if not Path(config.teacher).exists():  # a preset, or a model that a stage will make
         same = {"template": config.data.template, "image_token_id": student.image_token_id}
         teacher = dataclasses.replace(teacher, **same)
-    check_teacher(teacher, student, config.teacher)
-    check_layout(config, teacher, student, config.teacher)
+    live.check_teacher(teacher, student, config.teacher)
+    live.check_layout(config, teacher, student, config.teacher)
     return student, teacher
 
 
@@ -190,8 +177,8 @@ def abstract_batch(
       teacher: a live one, which may read the rows in a layout of its own.
     """
     vision, teacher_images = student.vision, None
-    own_rows = teacher is not None and has_own_layout(teacher, student)
-    if own_rows and vision and not has_same_images(teacher, student):
+    own_rows = teacher is not None and live.has_own_layout(teacher, student)
+    if own_rows and vision and not live.has_same_images(teacher, student):
         teacher_images = image_slots(config.data, vision.patches), teacher.vision.image_size
     return make_batch(
         functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)),

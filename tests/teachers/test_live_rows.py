@@ -139,15 +139,15 @@ def test_samples_of_packed_rows_are_those_of_rows_by_themselves(rows_of):
     for segment in range(1, packed.segments.max() + 1):
         tokens = packed.tokens[packed.segments == segment]
         start = np.flatnonzero(packed.segments == segment)[0]
-        alone = lone[tokens.tobytes()].teacher
-        length = (alone.segments > 0).sum()
+        own = lone[tokens.tobytes()].teacher
+        length = (own.segments > 0).sum()
         assert np.flatnonzero(packed.teacher.segments == segment).tolist() == list(
             range(start, start + length)
         )
-        for name in alone._fields:
+        for name in own._fields:
             if name != "segments":
                 found = getattr(packed.teacher, name)[start : start + length]
-                np.testing.assert_array_equal(found, getattr(alone, name)[:length])
+                np.testing.assert_array_equal(found, getattr(own, name)[:length])
 
 
 def test_a_teacher_reads_images_at_its_own_size_and_with_its_own_padding(rows_of):
