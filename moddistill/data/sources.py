@@ -256,7 +256,6 @@ class WindowLengths:
             lengths[at] = source.lengths(records)
             if self.others:
                 of_other = self.others[number].lengths_at(source.positions(records))
-                of_other = np.minimum(of_other, source.limits.max_length)
                 lengths[at] = np.maximum(lengths[at], of_other)
         return lengths
 

@@ -14,7 +14,7 @@ from moddistill.models.flops import StepSize
 from moddistill.models.vlm import ModelConfig
 from moddistill.teachers.live import has_own_layout
 from moddistill.training.program import SUPERVISED_SHARE, full_step_size, sides_of_stage
-from moddistill.training.streams import row_spec, teacher_spec, with_steps, without_limit
+from moddistill.training.streams import row_spec, teacher_spec, with_steps
 
 _ROWS = 4096  # whose mean stands for that of all rows
 
@@ -56,7 +56,7 @@ def step_content(
     sources, others = open_sources(data, row_spec(config, data, student.vision), tokenizer), ()
     if teacher is not None and has_own_layout(teacher, student):
         spec = teacher_spec(config, data, student, teacher)
-        others = open_sources(without_limit(data), spec, tokenizer)
+        others = open_sources(data, spec, tokenizer)
     plan = plan_rows(data, sources, config.seed, others)
     steps = with_steps(config, plan).steps
     rows = [plan.row(number) for number in range(min(_ROWS, steps * config.batch_size))]

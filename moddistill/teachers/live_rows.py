@@ -88,8 +88,8 @@ class LiveRows:
             self.student.spell(student.tokens[1:][mine]),
             self.texts.spell(teacher.tokens[1:][its]),
         )
-        if not found:
-            raise UserError("teacher: expected a token of an answer in its row, got none")
+        if not found:  # as of one truncated in the first of its tokens on either side
+            raise UserError("teacher: expected a token of an answer in both rows, got none")
         return [
             _Places(
                 mine[each.student.start : each.student.stop],
@@ -102,14 +102,16 @@ class LiveRows:
     def _truncated(self, side: Side, sample: Encoded) -> Side:
         length, count = self.spec.max_length, len(side.tokens)
         needed = len(sample.record.images) * self.spec.image_tokens
-        found = int((side.tokens[:length] == self.tokenizer.image_id).sum())
-        if found < needed or (self._is_pair and count > length):
-            expected = "both answers" if self._is_pair else "all images"
+        found = Side(*(x[:length] for x in side))
+        images = int((found.tokens == self.tokenizer.image_id).sum())
+        fits = images == needed and found.loss_mask.any()
+        if not fits or (self._is_pair and count > length):
+            expected = "both answers" if self._is_pair else "all images and an answer token"
             raise UserError(
                 f"teacher: expected {expected} within data.max_length {length}, got {count} tokens "
                 "as it reads the record"
             )
-        return Side(*(x[:length] for x in side))
+        return found
 
 
 def _rows(tokens: np.ndarray, segment: int) -> TeacherRows:

@@ -36,7 +36,6 @@ class Models(NamedTuple):
       student_config: the architecture that the stage trains.
       teacher_config: the teacher's, with the token ids that it shares with the student.
       teacher_tokenizer: of a live teacher.
-      has_own_layout: whether a live teacher reads other tokens or images than the student.
       cache: the cache that `config.teacher` names, if any.
       ids: from its teacher's ids to those of the student.
       texts: of the student's tokens, if the teacher's may be others.
@@ -49,10 +48,15 @@ class Models(NamedTuple):
     student_config: ModelConfig
     teacher_config: ModelConfig | None
     teacher_tokenizer: Tokenizer | None
-    has_own_layout: bool
     cache: TeacherCache | None
     ids: IdMap | None
     texts: TokenTexts | None
+
+    @property
+    def has_own_layout(self) -> bool:
+        """Whether a live teacher reads other tokens or images than the student."""
+        teacher = self.teacher_config
+        return teacher is not None and has_own_layout(teacher, self.student_config)
 
 
 def resolve_models(config: TrainConfig) -> Models:
@@ -93,7 +97,6 @@ def resolve_models(config: TrainConfig) -> Models:
         target,
         teacher_config,
         its_tokenizer,
-        teacher_config is not None and has_own_layout(teacher_config, target),
         cache,
         ids,
         texts,

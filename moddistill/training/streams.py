@@ -39,7 +39,6 @@ from moddistill.training.stages import stage_of
 
 LOG = logging.getLogger("moddistill")
 
-_NO_LIMIT = 2**30  # tokens
 HELDOUT = "heldout"  # the name of the source of held-out records
 # Files in which the pipeline lists records, and what happened to these.
 LISTS = {
@@ -103,7 +102,8 @@ def _open_stream(
         teacher = _cached_rows(config, models, sorted(data.sources), sources)
     elif models.has_own_layout:
         teacher = live_rows(config, models, data)
-        others = _open(without_limit(data), teacher.spec, teacher.tokenizer, origin)
+        of_teacher = f"config.teacher: {origin}"
+        others = open_and_list(data, teacher.spec, teacher.tokenizer, workdir, of_teacher)
     plan = plan_rows(data, sources, config.seed, others)
     batches = Batches(
         RowMaker(
@@ -140,11 +140,6 @@ def teacher_spec(
     """Returns format and shapes of the rows as a live teacher of another layout reads them."""
     data = dataclasses.replace(data, template=teacher.template)
     return row_spec(config, data, teacher.vision if student.vision else None)
-
-
-def without_limit(data: DataConfig) -> DataConfig:
-    """Returns the data without a limit of length: of what is too long, the teacher reads a part."""
-    return dataclasses.replace(data, max_length=_NO_LIMIT)
 
 
 def with_steps(config: TrainConfig, plan: RowPlan) -> TrainConfig:

@@ -128,3 +128,13 @@ def taught(workdir):
     assert not lists & {path.name for path in workdir.iterdir()}
     rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     return sum(row["kd"] > 0 for row in rows)
+
+
+def test_records_that_do_not_fit_the_teacher_are_found_before_the_first_step(
+    tiny_config, teacher_of, tmp_path
+):
+    teacher = teacher_of(patch_size=2)  # 196 image tokens where the student has 4
+    config = tiny_config("d2s", teacher=teacher, data={"max_length": 200, "packing": False})
+    expected = "config.teacher: config.data.sources.conversations: .* within data.max_length 200"
+    with pytest.raises(UserError, match=expected):
+        train(config, tmp_path / "run")

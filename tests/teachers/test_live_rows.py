@@ -30,7 +30,8 @@ ANSWERS = [["a red bus", "three"], ["猫"], ["no"], ["yes", "and\nno", "猫 and 
 
 @pytest.fixture
 def records(tmp_path):
-    """Conversations with one image each, and pairs of answers to the same questions."""
+    """Conversations with one image each, and pairs of answers to the same questions; in other
+    files with a last one of text only."""
     Image.new("RGB", (9, 5), (200, 30, 30)).save(tmp_path / "a.png")
     found = []
     for answers in ANSWERS:
@@ -39,12 +40,16 @@ def records(tmp_path):
             question = "<image>\nwhat?" if number == 0 else "and this?"
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         found.append({"image": "a.png", "conversations": turns})
-    (tmp_path / "conversation.json").write_text(json.dumps(found))
     pairs = [
         {"image": "a.png", "conversations": x["conversations"][:1], "chosen": "yes", "rejected": no}
         for x, no in zip(found, ["no", "no bus", "猫", "a red bus"], strict=True)
     ]
-    (tmp_path / "preference.json").write_text(json.dumps(pairs))
+    hello = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]
+    text = {"conversations": hello}
+    text_pair = {"conversations": hello[:1], "chosen": "yes", "rejected": "no"}
+    for kind, all_images, last in (("conversation", found, text), ("preference", pairs, text_pair)):
+        (tmp_path / f"{kind}.json").write_text(json.dumps(all_images))
+        (tmp_path / f"{kind}_and_text.json").write_text(json.dumps([*all_images, last]))
     return tmp_path
 
 
@@ -52,10 +57,12 @@ def records(tmp_path):
 def rows_of(records, tokenizer):
     """`rows_of(kind, **changes)`: a function that makes rows, of a teacher with other settings."""
 
-    def make(kind="conversation", packing=True, by_rank=False, student="vicuna", **changes):
+    def make(
+        kind="conversation", packing=True, by_rank=False, student="vicuna", file=None, **changes
+    ):
         student = dataclasses.replace(STUDENT, kind=kind, template=student)
         teacher = dataclasses.replace(TEACHER, kind=kind, **changes)
-        source = SourceConfig(str(records / f"{kind}.json"), str(records))
+        source = SourceConfig(str(records / f"{file or kind}.json"), str(records))
         data = DataConfig(sources={"a": source}, max_length=LENGTH, packing=packing)
         reader = LiveRows(
             teacher,
@@ -66,7 +73,7 @@ def rows_of(records, tokenizer):
             by_rank,
         )
         sources = open_sources(data, student, tokenizer)
-        others = open_sources(dataclasses.replace(data, max_length=2**30), teacher, tokenizer)
+        others = open_sources(data, teacher, tokenizer)
         plan = plan_rows(data, sources, 0, others)
         slots = needed_image_slots(sources, packing)
         return RowMaker(plan, sources, tokenizer, student, slots, reader)
@@ -177,26 +184,40 @@ def test_answers_of_pairs_count_at_their_first_position(rows_of):
             assert b"".join(mine) == b" " + b"".join(texts)
 
 
-def test_a_record_whose_images_the_teacher_has_no_place_for_is_left_out(rows_of):
-    found = rows_of(image_tokens=1001)(0)
-    [reason] = {each.reason.split(", got ")[0] for each in found.rejected}
-    assert reason == "teacher: expected all images within data.max_length 1000"
-    assert not found.batch.loss_mask.any() and not found.batch.teacher.segments.any()
-    for changes in ({"image_tokens": 1001}, {"max_length": 60}):
-        pairs = rows_of("preference", **changes)(0)
-        assert "expected both answers within data.max_length" in pairs.rejected[0].reason
-        assert not pairs.batch.chosen.loss_mask.any()
+@pytest.mark.parametrize("image_tokens", [1001, 950], ids=["no images", "no answer"])
+def test_a_record_that_the_teachers_row_has_no_place_for_is_left_out(rows_of, image_tokens):
+    made = rows_of(file="conversation_and_text", packing=False, image_tokens=image_tokens)
+    rows = [made(number) for number in range(5)]
+    found = [each for row in rows for each in row.rejected]
+    assert sorted(each.line for each in found) == [1, 2, 3, 4]
+    [reason] = {each.reason.split(", got ")[0] for each in found}
+    expected = "all images and an answer token within data.max_length 1000"
+    assert reason == f"teacher: expected {expected}"
+    for row in rows:
+        assert row.batch.loss_mask.any() != bool(row.rejected)
+        assert row.batch.teacher.segments.any() != bool(row.rejected)
 
 
-def test_a_record_without_a_token_of_its_answer_in_the_teachers_row_has_no_targets(rows_of):
-    """Its 950 patches are there, and a part of the question."""
-    found = rows_of(image_tokens=950)(0)
-    [reason] = {each.reason for each in found.without_targets}
-    assert reason == "teacher: expected a token of an answer in its row, got none"
-    assert found.batch.loss_mask.any() and not found.batch.teacher.known.any()
+def test_a_pair_that_the_teachers_row_has_no_place_for_is_left_out(rows_of):
+    made = rows_of("preference", packing=False, file="preference_and_text", image_tokens=950)
+    rows = [made(number) for number in range(5)]
+    assert sum(len(row.rejected) for row in rows) == 4
+    for row in rows:
+        for each in row.rejected:
+            assert "expected both answers within data.max_length 1000" in each.reason
+        assert row.batch.chosen.loss_mask.any() != bool(row.rejected)
 
 
-def test_a_record_that_does_not_align_keeps_its_image_in_the_teachers_row(rows_of, monkeypatch):
+@pytest.mark.parametrize(
+    "is_cut, expected",
+    [
+        (False, "answer: expected another"),
+        (True, "teacher: expected a token of an answer in both rows, got none"),
+    ],
+)
+def test_a_record_that_does_not_align_keeps_its_image_in_the_teachers_row(
+    rows_of, monkeypatch, is_cut, expected
+):
     """Later samples of the row have the images after it."""
     made = rows_of()
     plain = made(0).batch
@@ -204,13 +225,15 @@ def test_a_record_that_does_not_align_keeps_its_image_in_the_teachers_row(rows_o
 
     def other_answer(student, teacher, align=live_rows.align):
         calls.append(teacher)
+        if len(calls) == 1 and is_cut:
+            return []
         if len(calls) == 1:
             raise UserError("answer: expected another")
         return align(student, teacher)
 
     monkeypatch.setattr(live_rows, "align", other_answer)
     found = made(0)
-    assert [each.reason for each in found.without_targets] == ["answer: expected another"]
+    assert [each.reason for each in found.without_targets] == [expected]
     rows, others = found.batch.teacher, plain.teacher
     for name in ("tokens", "positions", "segments"):
         np.testing.assert_array_equal(getattr(rows, name), getattr(others, name))
@@ -222,8 +245,6 @@ def test_a_record_that_does_not_align_keeps_its_image_in_the_teachers_row(rows_o
 
 def test_both_layouts_fit_their_rows(rows_of):
     """Of 300 patches, two samples of the teacher fit a row, and more of the student would."""
-    long = rows_of(image_tokens=950).plan.row(0)
-    assert [sample.length for sample in long] == [LENGTH]  # of about 1,100
     made = rows_of(image_tokens=300)
     for number in range(2):
         found = made(number)
