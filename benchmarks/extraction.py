@@ -30,18 +30,9 @@ VOCABULARY, IMAGE = 151_936, 151_646
 
 def architecture(real_ids: Any) -> Any:
     from moddistill.models.decoder import DecoderConfig
-    from moddistill.models.vision import VisionConfig
     from moddistill.models.vlm import ModelConfig
 
-    tower = VisionConfig(
-        image_size=336,
-        patch_size=14,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_layers=6,
-        num_heads=4,
-        select_layer=-2,
-    )
+    tower = models.small_tower(336)
     decoder = DecoderConfig(VOCABULARY, real_ids, 1024, 2816, 8, 16, 4, 64)
     return ModelConfig(decoder, tower, "mlp2x_gelu", "chatml", IMAGE)
 

@@ -32,7 +32,6 @@ def architectures():
     from moddistill.config import ExpertConfig
     from moddistill.models.decoder import DecoderConfig
     from moddistill.models.upcycle import upcycle_config
-    from moddistill.models.vision import VisionConfig
     from moddistill.models.vlm import ModelConfig
 
     def decoder(width: int, mlp: int, tied: bool) -> DecoderConfig:
@@ -41,15 +40,7 @@ def architectures():
             VOCABULARY, REAL_IDS, width, mlp, 8, heads, heads // 4, 64, tie_word_embeddings=tied
         )
 
-    tower = VisionConfig(
-        image_size=112,
-        patch_size=14,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_layers=6,
-        num_heads=4,
-        select_layer=-2,
-    )
+    tower = models.small_tower(112)
     teacher = ModelConfig(decoder(1024, 2816, False), tower, "mlp2x_gelu", "chatml", IMAGE)
     dense = dataclasses.replace(teacher, decoder=decoder(512, 1408, True))
     return upcycle_config(dense, ExpertConfig()), teacher

@@ -18,6 +18,21 @@ def random_params(config: Any, seed: int) -> dict[str, Any]:
     return init(config, make_mesh(MeshConfig()), jax.random.key(seed))
 
 
+def small_tower(image_size: int) -> Any:
+    """Returns a vision encoder of 6 layers with patches of 14 pixels."""
+    from moddistill.models.vision import VisionConfig
+
+    return VisionConfig(
+        image_size=image_size,
+        patch_size=14,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_layers=6,
+        num_heads=4,
+        select_layer=-2,
+    )
+
+
 def save_both(
     folder: Path, name: str, config: Any, params: dict[str, Any], tokenizer: Any = None
 ) -> None:
