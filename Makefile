@@ -1,5 +1,6 @@
 # make demo   the whole recipe on real images, about nine minutes on two CPU cores
 # make test   all tests
+# make quick  tests that take no more than a few seconds each
 # make lint   style, format and the order of imports
 # make soak   runs that are killed, filled disks and long runs, about an hour
 # make judge  lmms-eval with this library against its own llava_hf; MODEL=DIR, in .venv-judge
@@ -18,7 +19,7 @@ VENV ?= .venv-$(VERSION)
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint judge engines tpu clean
+.PHONY: demo test quick soak lint judge engines tpu clean
 
 # Huge pages spare a quarter of the time on Linux, where each step allocates its buffers again.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -28,6 +29,9 @@ demo: $(VENV)/demo.installed
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -n 2
+
+quick: $(VENV)/test.installed
+	$(BIN)/python -m pytest -n 2 -m "not slow and not soak"
 
 soak: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m soak -s

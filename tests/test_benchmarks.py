@@ -66,6 +66,7 @@ def test_models_of_benchmarks_can_be_saved_and_loaded():
         check_architecture(config, "benchmark")
 
 
+@pytest.mark.slow
 def test_checkpoint_of_convert_benchmark_is_readable(tmp_path):
     """One layer, since a checkpoint is never smaller than its embedding."""
     largest = convert.make_checkpoint(tmp_path / "hf", gigabytes=0.1, shards=2)
@@ -82,6 +83,7 @@ def test_digests_benchmark_measures_every_access():
     assert all(seconds > 0 for seconds in result.values())
 
 
+@pytest.mark.slow
 def test_index_benchmark_measures_every_part():
     result = data_index.measure(records=3000, distinct_records=600, rounds=1)
     assert result["make"]["json"]["records_per_second"] > 0
@@ -89,6 +91,7 @@ def test_index_benchmark_measures_every_part():
     assert 0 < result["use"]["read_median_ms"] <= result["use"]["read_99_percent_ms"]
 
 
+@pytest.mark.slow
 def test_loading_benchmark_measures_every_side():
     torch_or_skip.load_module()
     sides = {
@@ -102,6 +105,7 @@ def test_loading_benchmark_measures_every_side():
     assert result["ratio_packed"] == best["packed"] / best["torch"] > 0
 
 
+@pytest.mark.slow
 def test_parquet_benchmark_reads_batches(monkeypatch):
     monkeypatch.setattr(data_parquet, "CASES", [(30, 2)])
     [(case, figures)] = data_parquet.measure(rows=60, kib=10).items()

@@ -9,6 +9,7 @@ from moddistill import extract, plan
 from moddistill.training.loop import train
 
 
+@pytest.mark.slow
 def test_a_stage_trains_and_is_planned_from_the_cache_that_the_command_makes(
     tiny_config, tmp_path, capsys
 ):

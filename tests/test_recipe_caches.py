@@ -10,6 +10,7 @@ from moddistill.errors import UserError
 from moddistill.training import loop
 
 
+@pytest.mark.slow
 def test_stages_with_a_cache_train_without_their_teacher(tiny_config, tmp_path, monkeypatch):
     stages = {"d2s": tiny_config("d2s"), "preference": tiny_config("preference")}
     caches = {name: CacheConfig(ids=4) for name in stages}

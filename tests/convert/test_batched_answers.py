@@ -84,6 +84,7 @@ def multimodal(tmp_path_factory, small_tokenizer, sparse):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["CLIP and Qwen2", "SigLIP and Qwen3", "sparse CLIP and Qwen2", "sparse SigLIP and Qwen2"],
@@ -114,6 +115,7 @@ def test_batched_answers_about_images_equal_single_ones(
     assert answers == [found.token_ids for found in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", [None, ExpertConfig()], ids=["dense", "sparse"])
 def test_batched_answers_of_a_language_model_equal_single_ones(
     moe, tmp_path, tiny_architecture, init, small_tokenizer

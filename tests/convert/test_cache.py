@@ -43,6 +43,7 @@ def test_folder_is_imported_once_until_it_changes(llava, cache):
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_generate_accepts_a_hugging_face_folder(llava, capsys, tmp_path, tiny_config):
     [source] = tiny_config("sft").data.sources.values()
     image = f"{source.images}/0.png"
@@ -56,6 +57,7 @@ def test_generate_accepts_a_hugging_face_folder(llava, capsys, tmp_path, tiny_co
     assert len(answer["token_ids"]) <= 2
 
 
+@pytest.mark.slow
 def test_student_and_teacher_of_a_stage_may_be_hugging_face_folders(
     llava, tiny_config, tmp_path, tokenizer
 ):

@@ -106,6 +106,7 @@ def test_export_of_an_untrained_import_has_published_names(name, release, source
         assert exported[key].tobytes() == expected.tobytes(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["transformers 4", "transformers 5"])
 @pytest.mark.parametrize("moe", [None, ExpertConfig()], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", MODELS)

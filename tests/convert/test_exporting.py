@@ -36,6 +36,7 @@ GB = 10**9
 STUDENTS = ("CLIP and Qwen2", "SigLIP and Qwen2", "CLIP and Qwen3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDENTS)
 def test_sparse_student_loads_in_transformers(
     name, sparse, model_logits, torch_logits, random_inputs
@@ -86,6 +87,7 @@ def test_language_model_loads_in_transformers(
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sparse_export_imports_as_the_same_model(sparse, tmp_path, model_logits, random_inputs):
     """The import of an export has the same logits, bit for bit."""
     student, _, config = sparse("CLIP and Qwen2")
@@ -98,6 +100,7 @@ def test_sparse_export_imports_as_the_same_model(sparse, tmp_path, model_logits,
     np.testing.assert_array_equal(logits, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDENTS)
 def test_export_of_an_imported_sparse_export_has_equal_tensors(name, sparse, tmp_path):
     _, out, _ = sparse(name)

@@ -136,6 +136,7 @@ def test_there_are_more_than_500_cases_and_few_are_harmless():
     assert len(HARMLESS) < 25
 
 
+@pytest.mark.slow
 def test_files_that_would_exhaust_memory_are_refused(tmp_path):
     """Measured in a separate process, relative to its peak memory with intact folders."""
     done = subprocess.run(

@@ -121,6 +121,7 @@ QWEN2_TEMPLATE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
 def test_context_is_exported_and_the_chat_template_until_a_stage_trains(
     place, tmp_path, small_tokenizer
@@ -232,6 +233,7 @@ def test_import_from_parts_equals_import_of_the_model(
     )
 
 
+@pytest.mark.slow
 def test_missing_projector_is_initialized_from_the_seed(tmp_path, small_tokenizer):
     source = hf.save(hf.Text().model(), tmp_path / "language", small_tokenizer)
     vision = hf.save(hf.clip_tower(), tmp_path / "vision")
@@ -274,6 +276,7 @@ def test_pickled_shards_are_imported_by_their_index(tmp_path, small_tokenizer):
         np.testing.assert_array_equal(imported["shards"][path], x, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["vicuna", "chatml", "plain"])
 def test_export_imports_with_its_template(template, tmp_path, small_tokenizer):
     model = hf.multimodal("CLIP and Qwen2", small_tokenizer.image_id)

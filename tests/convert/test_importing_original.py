@@ -37,6 +37,7 @@ def original_config(text):
     return {key: fields[key] for key in keep} | {"rope_theta": 1e6} | ORIGINAL_CONFIG
 
 
+@pytest.mark.slow
 def test_dense_checkpoint_of_llavas_code_is_imported(
     tmp_path, small_tokenizer, model_logits, torch_logits, random_inputs
 ):
@@ -88,6 +89,7 @@ def test_original_checkpoint_that_does_not_pad_its_images_is_reported(
     assert ("image_aspect_ratio 'square' -> 'pad'" in caplog.text) == (aspect == "square")
 
 
+@pytest.mark.slow
 def test_layer_selected_by_the_config_of_llavas_code_is_used(original, tmp_path):
     source, tower = original(mm_vision_select_layer=-1)
     vision = str(hf.save(tower, tmp_path / "vision"))
@@ -131,6 +133,7 @@ def test_original_checkpoint_with_a_bfloat16_copy_of_its_tower_is_imported(origi
     np.testing.assert_array_equal(positions, table.detach().numpy())
 
 
+@pytest.mark.slow
 def test_sparse_checkpoint_of_llava_mods_code_is_imported(
     tmp_path, small_tokenizer, model_logits, torch_logits, random_inputs
 ):

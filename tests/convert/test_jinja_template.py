@@ -155,6 +155,7 @@ ATTACK = (
 )
 
 
+@pytest.mark.slow
 def test_code_in_the_template_of_a_tokenizer_folder_is_never_run(qwen, tmp_path):
     """Templates are compared and copied as text; only `transformers` renders, in its sandbox."""
     attack = ATTACK.replace("MARK", str(tmp_path / "ran"))

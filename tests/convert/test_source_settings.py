@@ -72,6 +72,7 @@ def warnings_of(caplog):
     return found
 
 
+@pytest.mark.slow
 def test_sampling_settings_are_exported_until_a_stage_trains(
     llava, tmp_path, small_tokenizer, caplog
 ):

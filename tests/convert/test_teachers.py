@@ -17,6 +17,7 @@ from tests.convert import published
 PUBLISHED_PREFIXES = list(published.CONFIGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
 def test_published_config_equals_the_preset_and_all_tensors_have_rules(
     name, qwen_tokenizer, tmp_path
@@ -35,6 +36,7 @@ def test_published_config_equals_the_preset_and_all_tensors_have_rules(
     assert sum(facts["dtypes"].values()) == facts["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED_PREFIXES)
 def test_logits_of_the_import_equal_transformers(
     name, qwen_tokenizer, tmp_path, torch_logits, model_logits, random_inputs

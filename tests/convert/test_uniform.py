@@ -36,6 +36,7 @@ def language(tmp_path_factory, tiny_architecture, random_params, small_tokenizer
     return make
 
 
+@pytest.mark.slow
 def test_uniform_export_of_a_student_has_the_same_logits(
     sparse, tmp_path, torch_logits, random_inputs
 ):

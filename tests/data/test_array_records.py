@@ -68,6 +68,7 @@ def expected(number):
     return fields | {"images": [{"path": f"{number}.png", "bytes": image(number).data}]}
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(FIELDS, st.lists(st.tuples(st.text(), st.binary())))
 def test_what_is_unpacked_is_what_was_packed(fields, images):

@@ -43,6 +43,7 @@ def read_all(file):
     return records
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.lists(JSON, max_size=5), st.sampled_from([None, 0, 3, "\t\r\n"]), st.booleans())
 def test_elements_of_a_list_are_those_of_a_json_parser(write, records, indent, ascii_only):
@@ -50,6 +51,7 @@ def test_elements_of_a_list_are_those_of_a_json_parser(write, records, indent, a
     assert read_all(write(text)) == list(enumerate(records, 1))
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.lists(JSON, max_size=5), st.booleans())
 def test_lines_are_those_of_a_json_parser(write, records, ascii_only):
@@ -57,6 +59,7 @@ def test_lines_are_those_of_a_json_parser(write, records, ascii_only):
     assert read_all(write("".join(lines), ".jsonl")) == list(enumerate(records, 1))
 
 
+@pytest.mark.slow
 @settings(BOUNDED, max_examples=300)
 @given(
     st.lists(JSON, max_size=3).map(lambda records: json.dumps(records, ensure_ascii=False)),

@@ -88,6 +88,7 @@ def test_a_row_that_is_not_utf8_is_rejected_by_itself(write_parquet):
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("size_of_groups")
 def test_a_damaged_page_is_rejected_or_is_what_was_written(write_parquet):
     texts = [f"text {n}" for n in range(20)]

@@ -64,6 +64,7 @@ def test_weights_without_a_record_in_an_epoch_are_refused(stream, data_config, n
         stream(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_is_the_same_for_any_number_of_processes_and_workers(

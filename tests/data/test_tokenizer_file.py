@@ -43,6 +43,7 @@ def test_equivalent_forms_of_the_qwen_format_are_read(changes, small, tmp_path):
     assert loaded.decode(loaded.encode(TEXT)) == small.decode(small.encode(TEXT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AutoTokenizer, Qwen2Tokenizer])
 def test_files_that_transformers_saves_are_read(kind, qwen, tmp_path):
     qwen.save(str(tmp_path / "saved"))

@@ -224,6 +224,7 @@ def assert_close(got, expected):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_steps_are_invariant_to_the_mesh(steps, one_device, stage, mesh):
@@ -234,6 +235,7 @@ def test_steps_are_invariant_to_the_mesh(steps, one_device, stage, mesh):
         assert experts == "expert"
 
 
+@pytest.mark.slow
 def test_mesh_invariance_with_accumulation_int8_teacher_and_all_to_all(steps):
     more = {"grad_accum_steps": 2, "teacher_quantization": "int8"}
     got, _ = steps("d2s", make_mesh(MESHES["1x2x2x2"]), expert_transport="all_to_all", **more)

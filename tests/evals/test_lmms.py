@@ -87,6 +87,7 @@ def expected(tiny_models, docs, form, decoding):
     return answer(*loaded, prompts, decoding)
 
 
+@pytest.mark.slow
 def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
     settings = {"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1}
     found = model.generate_until(requests(docs, form, settings))
@@ -102,6 +103,7 @@ def test_answers_are_ours_in_both_forms(model, form, tiny_models, docs):
         assert model.expert_load() == []  # of the next answers, of which there are none
 
 
+@pytest.mark.slow
 def test_equal_images_are_read_once(model, form, docs, monkeypatch):
     """Documents have copies of an image, as those of lmms-eval do."""
     read = count_calls(monkeypatch, generation, "load_images")
@@ -114,6 +116,7 @@ def test_equal_images_are_read_once(model, form, docs, monkeypatch):
     assert len(read) == 2
 
 
+@pytest.mark.slow
 def test_settings_of_requests_are_followed(model, form, tiny_models, docs):
     """Each group of equal settings by itself; a stop text as in `until`."""
     hot = {"max_new_tokens": 6, "temperature": 1.5, "top_p": 0.9, "do_sample": True}
@@ -173,6 +176,7 @@ def test_an_image_that_cannot_be_decoded_is_said_after_the_others(
         model.generate_until(requests(docs, form, {"max_new_tokens": 5}))
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_taken_from_the_file_that_they_were_added_to(
     model, form, docs, tiny_models, tmp_path
 ):

@@ -64,6 +64,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_predictions_are_the_greedy_answers(results, data, tiny_models, tokenizer):
     model = load(tiny_models["sparse"])
     rows = rows_of(results[1] / "easy_vqa")
@@ -76,6 +77,7 @@ def test_predictions_are_the_greedy_answers(results, data, tiny_models, tokenize
         assert row == fields | marked
 
 
+@pytest.mark.slow
 def test_questions_have_any_number_of_images_and_the_tasks_own_answer_length(
     results, data, tiny_models, tokenizer
 ):
@@ -107,6 +109,7 @@ def test_shares_of_the_experts_sum_to_one(results):
                 np.testing.assert_allclose(sum(row[modality]), 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_once_for_all_tasks(data, tiny_models, tmp_path, monkeypatch):
     calls = []
 

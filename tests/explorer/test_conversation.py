@@ -41,6 +41,7 @@ def expected(model, *prompt):
     return found
 
 
+@pytest.mark.slow
 def test_programs_of_a_short_question_are_compiled_before_it(models, image):
     compile_ahead(models, DECODING)
     sizes = [program._cache_size() for program in PROGRAMS]

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from moddistill.config import ExpertConfig, MeshConfig
 from moddistill.convert.resolve import load
@@ -26,6 +27,7 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_the_router_worked_by_hand(tiny_architecture, init, tokenizer):
     """Without attention, a token's router in the first layer sees its embedding only."""
     config = tiny_architecture("tiny", ExpertConfig(num_experts=5, top_k=2))

@@ -23,6 +23,7 @@ def assert_equal(folder, other):
         chex.assert_trees_all_close(first.targets, second.targets, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_extraction_makes_the_missing_shards(
     tiny_config, cached, tmp_path, monkeypatch
 ):
@@ -76,6 +77,7 @@ extract.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_continues_with_the_shard_that_was_half_written(
     tiny_config, cached, tmp_path
 ):

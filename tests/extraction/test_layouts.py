@@ -51,6 +51,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["d2s", "preference"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_teacher_of_another_layout_teaches_alike_live_and_from_a_cache(
@@ -70,6 +71,7 @@ def test_a_teacher_of_another_layout_teaches_alike_live_and_from_a_cache(
     assert not {"quarantine.jsonl", "without_targets.jsonl"} & set(os.listdir(tmp_path / "live"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["d2s", "preference"])
 def test_a_teacher_of_another_layout_teaches_alike_on_any_mesh(
     stage, tiny_config, teacher_of, tmp_path
@@ -83,6 +85,7 @@ def test_a_teacher_of_another_layout_teaches_alike_on_any_mesh(
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teacher_of, tmp_path):
     other = train_bpe(["which shape is this? is it a blue star or a green circle? " * 3], 290)
     config = tiny_config("d2s", teacher=teacher_of(tokenizer=other))
@@ -99,6 +102,7 @@ def test_a_teacher_of_another_vocabulary_teaches_from_a_cache(tiny_config, teach
         train_from(tmp_path / "drawn", config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_records_of_other_answers_are_trained_without_targets(
     tiny_config, cached, tmp_path, monkeypatch
 ):

@@ -18,6 +18,7 @@ from moddistill.training.loop import train
 from tests.extraction.runs import losses_and_params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["d2d", "d2s", "preference"])
 def test_a_cache_of_all_ids_trains_like_the_live_teacher(tiny_config, cached, tmp_path, stage):
     live = tiny_config(stage, log_every=1)
@@ -112,6 +113,7 @@ def test_an_attempt_that_failed_can_be_repeated(tiny_config, tmp_path):
     assert TeacherCache(tmp_path) and not (tmp_path / "quarantine.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_held_out_records_have_targets_too(tiny_config, tmp_path):
     config = tiny_config("d2s")
     [source] = config.data.sources.values()

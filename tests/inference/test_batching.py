@@ -53,6 +53,7 @@ def expected(tiny_models, prompts, tokenizer):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_answers_are_the_same_on_every_mesh(tiny_models, prompts, tokenizer, expected, name, mesh):
@@ -65,6 +66,7 @@ def test_answers_are_the_same_on_every_mesh(tiny_models, prompts, tokenizer, exp
     assert ids(model, params, tokenizer, prompts) == expected(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
 def test_answers_do_not_depend_on_the_number_of_rows(
     tiny_models, prompts, tokenizer, expected, monkeypatch, rows
@@ -144,6 +146,7 @@ def test_rows_follow_length_dtype_and_tensor_parallelism(tiny_models, monkeypatc
     assert rows(mesh=MeshConfig(data=8)) == 8 * 10
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_routers_and_norms_in_float32(tiny_models, prompts, tokenizer):
     model, params = load(tiny_models["sparse"], dtype=jnp.bfloat16)
     assert params_mesh(params) is None

@@ -92,6 +92,7 @@ def test_each_question_follows_its_own_image_of_several_that_are_read_together(
     assert_same_answers(together[::8], one_by_one(dense, prompts[::8]))
 
 
+@pytest.mark.slow
 def test_a_row_whose_answer_ends_gets_the_next_question_of_an_image(dense, image, monkeypatch):
     """Questions about one image wait for no more rows than others do."""
     monkeypatch.setattr(batching, "MAX_ROWS", 4)
@@ -108,6 +109,7 @@ def test_a_row_whose_answer_ends_gets_the_next_question_of_an_image(dense, image
     assert count <= len(steps) - count + 1
 
 
+@pytest.mark.slow
 def test_tokens_that_are_read_together_are_bounded(dense, image, monkeypatch):
     """Each rest has a copy of its beginning."""
     monkeypatch.setattr(table, "MOST_TOKENS", 800)
@@ -123,6 +125,7 @@ def test_tokens_that_are_read_together_are_bounded(dense, image, monkeypatch):
         assert len(batch.tokens) == 1 or len(batch.tokens) * longest <= 800
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spare", "together"), [(0, 4), (-1, 1)])
 def test_a_program_reads_a_power_of_four_prompts_up_to_the_bound(
     dense, monkeypatch, spare, together
@@ -165,6 +168,7 @@ def test_an_image_that_cannot_be_read_fails_all_its_questions_and_no_others(dens
     assert all(isinstance(error, UserError) for error in failed.values())
 
 
+@pytest.mark.slow
 def test_a_longer_beginning_than_the_rests_leave_slots_for(dense, image):
     """Beginning and rest are padded each: together they may be longer than a row."""
     prompts = [Prompt(f"{'so ' * n}<image>\n?", (image(0),)) for n in (1, 1, 9, 9, 17, 17)]

@@ -51,6 +51,7 @@ def reread(folder, prompt, tokenizer):
     return ids[-NEW:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_tokens_are_those_without_a_cache(name, tiny_models, prompts, tokenizer, monkeypatch):
     monkeypatch.setattr(generation, "end_id", lambda *_: -1)
@@ -59,6 +60,7 @@ def test_tokens_are_those_without_a_cache(name, tiny_models, prompts, tokenizer,
         assert found.token_ids == reread(tiny_models[name], prompt, tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [GREEDY, HOT], ids=["greedy", "sampled"])
 def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, decoding):
     """Rows are refilled as answers finish; prompts with the same images begin with them once.
@@ -79,6 +81,7 @@ def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, de
         assert_same_answers(answers(rows), one_by_one)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_shared_beginning_are_penalised(dense, prompts, monkeypatch):
     together = answer(*dense, prompts, PENALISED)
     monkeypatch.setattr(batching, "MAX_ROWS", 1)
@@ -123,6 +126,7 @@ def test_all_free_rows_are_filled_before_a_step(dense, monkeypatch):
     assert count == NEW - 1  # the first tokens come from the prompts
 
 
+@pytest.mark.slow
 def test_layers_that_are_stacked_give_the_same_answers(model, prompts, tiny_models):
     name = "sparse" if model[0].config.decoder.moe else "dense"
     stacked = answer(*load(tiny_models[name]), model[2], prompts, GREEDY)
@@ -264,6 +268,7 @@ def test_an_answer_ends_with_the_context_of_the_model(dense, prompts, monkeypatc
     assert (found.token_ids, found.ended) == (whole.token_ids[:2], "length")
 
 
+@pytest.mark.slow
 def test_a_prompt_that_fills_the_context_is_an_error_and_the_others_are_answered(dense, prompts):
     found = answer(*dense, prompts, GREEDY)
     longest = max(range(len(prompts)), key=lambda number: len(found[number].prompt_ids))
@@ -276,6 +281,7 @@ def test_a_prompt_that_fills_the_context_is_an_error_and_the_others_are_answered
         raise errors[longest]
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_list_is_sampled_as_in_the_whole_of_it(dense, prompts):
     whole = answer(*dense, prompts, HOT)
     rest = dict(generate(*dense, prompts[2:], HOT, draws=range(2, len(prompts))))

@@ -99,6 +99,7 @@ def direct(student, teacher, params, teacher_params, batch, config, router, term
     return total, means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "terms", "options"),
     [

@@ -83,6 +83,7 @@ def direct(models, params, batch, config):
     return sum(getattr(config, f"{name}_weight") * x for name, x in means.items()), means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -112,6 +113,7 @@ def test_loss_is_that_of_full_logits(models, batch, fields):
 BOTH = DistillationConfig(image_kd_weight=0.7, relation_weight=2.0)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(models, batch):
     """One has five images and the other one; the means are over all six."""
     loss = loss_of(models, BOTH)
@@ -143,6 +145,7 @@ def test_unused_image_slots_do_not_count(models, batch):
         chex.assert_trees_all_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batch_without_images(models):
     """Its loss is that without the terms of images, whose metrics count nothing."""
     none = random_samples(models[0].config, 1)[0]

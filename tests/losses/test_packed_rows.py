@@ -68,6 +68,7 @@ def run(models):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_packed_samples_have_the_loss_of_samples_in_rows_of_their_own(models, run, name):
     """Five samples in two rows, with padding between them, and two more rows of padding only."""

@@ -147,6 +147,7 @@ def value_and_gradient(models, config, chunk_size):
     return loss_fn(flatten(params), {}, teacher_params, batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PREFERENCE_KINDS)
 def test_loss_and_gradients_are_those_of_full_logits(models, ratios, kind):
     """With a beta for which the gradients of all kinds are of order one, as the bounds assume."""

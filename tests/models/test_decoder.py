@@ -74,6 +74,7 @@ def test_the_scanned_stack_equals_a_loop_over_its_layers(placement, layers):
         chex.assert_trees_all_close(router, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", [None, "sparse"])
 @pytest.mark.parametrize("remat", ["matmuls", "full"])
 def test_rematerialised_layers_give_the_same_outputs_and_gradients(placement, remat):

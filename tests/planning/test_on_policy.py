@@ -41,6 +41,7 @@ def test_work_of_answers(config):
     }
 
 
+@pytest.mark.slow
 def test_answers_are_part_of_the_plan(config):
     report = planner.plan(config, "cpu:8")
     held = report["arguments"]["moments"] + report["arguments"]["teacher"]

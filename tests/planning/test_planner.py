@@ -35,6 +35,7 @@ def test_plan_reports_memory_flops_and_collectives(report):
     assert report["fits"] is None  # other programs use memory of this machine
 
 
+@pytest.mark.slow
 def test_logits_at_image_positions_are_planned(tiny_config, report):
     config = tiny_config(
         "d2s",
@@ -46,6 +47,7 @@ def test_logits_at_image_positions_are_planned(tiny_config, report):
         assert found[name] > report[name]
 
 
+@pytest.mark.slow
 def test_parameters_and_moments_are_sharded(tiny_config, report):
     """Moments have twice the bytes of the trained parameters."""
     data_parallel = planner.plan(tiny_config("d2s", mesh={"data": 8}), "cpu:8")
@@ -131,6 +133,7 @@ def test_teacher_in_host_memory_of_a_planned_gpu_is_an_error(tiny_config, monkey
         planner.plan(tiny_config("d2s", teacher_offload=True), "h100:8")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_layout_is_planned(
     tiny_config, init, tiny_architecture, tokenizer, tmp_path
 ):

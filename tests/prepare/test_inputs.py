@@ -37,6 +37,7 @@ def test_a_file_of_another_form_is_refused(tmp_path):
         files(tmp_path / "*")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["{0..999999999999}", "{0..99999}{0..99999}"])
 def test_a_range_of_too_many_names_is_refused(tmp_path, pattern):
     with pytest.raises(UserError, match=r"--from: expected ranges of at most 1,000,000 names, got"):

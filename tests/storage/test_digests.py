@@ -81,6 +81,7 @@ def check_each_flip_is_named(folder, load, trials):
     load()
 
 
+@pytest.mark.slow
 def test_flipped_bit_in_a_model_folder_is_found(model):
     check_each_flip_is_named(model, lambda: moddistill.load(model), trials=300)
 

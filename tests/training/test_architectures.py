@@ -15,6 +15,7 @@ from moddistill.training import loop
 from moddistill.training.architectures import resolve_models
 
 
+@pytest.mark.slow
 def test_run_imports_and_reads_each_model_once(
     tiny_config, tiny_architecture, tiny_models, init, tokenizer, tmp_path, monkeypatch
 ):

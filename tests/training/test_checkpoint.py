@@ -129,6 +129,7 @@ def damages(checkpoint):
     return found
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(folder, caplog):
     """Each of its files and folders in turn."""
     whole = shutil.copytree(folder, folder.with_name("whole"))

@@ -18,6 +18,7 @@ from moddistill.training.metrics import read_metrics
 from moddistill.training.state import State
 
 
+@pytest.mark.slow
 def test_heldout_records_are_evaluated_after_the_last_step(tiny_config, tmp_path):
     config = tiny_config("preference")
     [source] = config.data.sources.values()
@@ -40,6 +41,7 @@ def kept_by(tiny_config, workdir, name):
     return scores, sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_kept(tiny_config, tmp_path):
     scores, kept = kept_by(tiny_config, tmp_path, "loss")
     assert list(scores) == [1, 2, 3, 4]
@@ -92,6 +94,7 @@ def test_heldout_batches_are_evaluated_in_micro_batches(tiny_config):
     assert sizes == [(8,)]  # compiled once
 
 
+@pytest.mark.slow
 def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
     tiny_config, tmp_path, monkeypatch
 ):

@@ -1,11 +1,14 @@
 """A run with losses at image positions."""
 
+import pytest
+
 from moddistill.models.flops import StepSize, step_flops
 from moddistill.training import loop
 from moddistill.training.architectures import resolve_models
 from moddistill.training.metrics import read_metrics
 
 
+@pytest.mark.slow
 def test_run_reports_the_terms_and_their_flops(tiny_config, tmp_path, monkeypatch):
     [source] = tiny_config("d2s").data.sources.values()
     config = tiny_config(

@@ -54,6 +54,7 @@ def alive(pids):
     return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_the_step_and_exits(workers, start, tmp_path):
     run = start(f"--config.data.workers={workers}")
@@ -72,6 +73,7 @@ def test_sigterm_saves_the_step_and_exits(workers, start, tmp_path):
     again.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_step_and_exits(start, tmp_path):
     run = start()
     run.send_signal(signal.SIGINT)
@@ -82,6 +84,7 @@ def test_ctrl_c_saves_the_step_and_exits(start, tmp_path):
     assert rows(tmp_path)[-1]["step"] == saved
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_wait_for_a_worker_that_is_stopped(start, tmp_path):
     run = start("--config.data.workers=1")
     [worker] = [pid for pid in children(run.pid) if b"spawn_main" in command_line(pid)]
@@ -95,6 +98,7 @@ def test_sigterm_ends_the_wait_for_a_worker_that_is_stopped(start, tmp_path):
     wait_for(lambda: not alive([worker]), seconds=5)
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path):
     command = [*RUN, "--workdir", str(tmp_path / "run"), "--config.steps=2"]
     with open("/dev/full", "w") as full:
@@ -103,6 +107,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path):
     assert [row["step"] for row in rows(tmp_path)][-1] == 2
 
 
+@pytest.mark.slow
 def test_second_sigterm_ends_the_run_at_once(start, tmp_path):
     run = start("--config.data.workers=1")
     workers = children(run.pid)
@@ -132,6 +137,7 @@ def test_second_sigterm_ends_a_process_that_is_in_a_call_of_c():
     run.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [False, True])
 def test_no_worker_outlives_a_killed_run(start, stops):
     """Nor one that is stopped, whose own threads do not run."""
@@ -145,6 +151,7 @@ def test_no_worker_outlives_a_killed_run(start, stops):
     wait_for(lambda: not alive(workers), seconds=5)
 
 
+@pytest.mark.slow
 def test_second_run_in_a_workdir_is_refused(start, tmp_path):
     run = start()
     command = [*RUN, "--workdir", str(tmp_path / "run"), *FLAGS]
@@ -156,6 +163,7 @@ def test_second_run_in_a_workdir_is_refused(start, tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
 def test_worker_that_stops_or_ends_is_named(sent, start):
     run = start("--config.data.workers=2", "--config.data.worker_timeout=5")

@@ -21,6 +21,7 @@ def quadratic_shapes(text):
     return [x for x in shapes if sum(n >= LENGTH for n in x) > 1 or max(x) >= LENGTH**2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [512, LENGTH])
 def test_no_array_of_a_step_has_all_queries_and_all_keys(tiny_config, monkeypatch, block):
     """Unless all queries are one block, which shows that the search finds such arrays."""

@@ -82,6 +82,7 @@ def training_rows(model, prompts, tokenizer):
     return batch._replace(**cut, loss_mask=mask), ids
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_decoder(sparse, program, tokenizer, image, monkeypatch):
     """Nearly greedy; some end early, and one has room for three tokens only."""
     model, params = sparse
@@ -116,6 +117,7 @@ def test_answers_are_those_of_the_decoder(sparse, program, tokenizer, image, mon
     np.testing.assert_array_equal(found.images, batch.images)
 
 
+@pytest.mark.slow
 def test_the_student_answers_the_same_rows_alike_on_every_mesh(program, sparse, random_batch):
     """Every second row, of which the fifth has no answer; whatever the number of micro-batches."""
     batch = random_batch(sparse[0].config, rows=32, length=24)
@@ -202,6 +204,7 @@ def test_answers_take_the_place_of_the_last_ones_and_only_they_are_supervised():
     assert found.on_policy.tolist() == [True, True, True, False, False, True]
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch):
     """Stopped in its third step, after a checkpoint of the second."""
     config = tiny_config(

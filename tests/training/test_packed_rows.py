@@ -158,6 +158,7 @@ def check(first_step, apart, case, mesh):
     assert_close(metrics, expected_metrics | {"padding": metrics["padding"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_step_on_packed_rows_is_that_of_samples_in_rows_of_their_own(first_step, apart, case):
     check(first_step, apart, case, ONE_DEVICE)

@@ -89,6 +89,7 @@ def heldout(tiny_config, tmp_path):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=own)), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["records", "images"])
 def test_run_does_not_resume_with_other_heldout_records_or_images(heldout, tmp_path, changed):
     config, folder = heldout
@@ -147,6 +148,7 @@ def test_resuming_needs_the_record_of_sources(begun):
         check_sources({"a.json": "1" * 64}, begun)
 
 
+@pytest.mark.slow
 def test_a_refused_start_changes_nothing(tiny_config, tmp_path):
     """All checkpoints are damaged; mended, the run goes on."""
     config = tiny_config("sft")

@@ -68,6 +68,7 @@ def steps(workdir):
     return [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
@@ -149,6 +150,7 @@ def test_any_setting_may_change_before_the_first_checkpoint(tiny_config, tmp_pat
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_finished_run_continues_with_more_steps(finished, tmp_path, monkeypatch):
     config, whole = finished("d2d")
     workdir = tmp_path / "run"
@@ -277,6 +279,7 @@ def test_run_does_not_resume_from_a_checkpoint_of_another_architecture(finished,
     assert "experts_up has shape (2, 4, 16, 32), expected (2, 2, 16, 32)" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("profiled", "traced"), [((1, 3), True), ((1, 2), False)])
 def test_profiled_steps_before_the_resumed_step_are_skipped(profiled, traced, halfway):
     config, workdir = halfway("d2d")

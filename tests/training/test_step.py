@@ -154,6 +154,7 @@ def language_model(tiny_architecture, init, random_batch):
     return Vlm(config), init(config), batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", [("ce",), ("kd", "ce")])
 def test_accumulation_gives_the_same_step(language_model, init, terms):
     """Token means are those of the whole batch, whatever the number of micro-batches.

@@ -42,6 +42,7 @@ def test_sigterm_stops_a_run_that_has_all_its_steps(trained, tmp_path, monkeypat
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_while_records_are_made_loses_none(trained, tmp_path, monkeypatch):
     """Whether they were made before it was noticed or not."""
     config, whole = trained

@@ -64,6 +64,7 @@ def test_tasks_run_every_second_step_and_after_the_last(trained):
     assert all((x["eval_all_images"], x["eval_two_images"]) == (3, 1) for x in found.values())
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_model_that_the_stage_writes(trained, questions, tmp_path):
     folder, workdir = trained
     config = json.loads((workdir / "config.json").read_text())
@@ -73,6 +74,7 @@ def test_answers_are_those_of_the_model_that_the_stage_writes(trained, questions
     assert during.read_text() == (tmp_path / "predictions.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_answers_which_the_resumed_run_makes_up_for(
     tiny_config, questions, tmp_path, monkeypatch
 ):
