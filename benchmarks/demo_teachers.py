@@ -7,7 +7,7 @@
   most probable ids, once from caches with 16 drawn ids: accuracy after `d2s`, and the seconds of
   both stages and of the extractions.
 - `d2d` of the demo from a cache of its teacher, from a cache of a teacher whose byte-level BPE has
-  other merges, and `sft` on the same records for as many steps.
+  other merges, and `sft` on the same records for as many steps: on all records, and on 300 of them.
 
 Each seed shuffles the records in another way, and draws other routers and answers. Differences of
 accuracies are of all test questions of all seeds, with bootstrap intervals in which the seeds are
@@ -16,6 +16,8 @@ drawn too. Stages and evaluations that are finished are not run again.
 
 import argparse
 import dataclasses
+import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ import numpy as np
 
 from benchmarks.data_texts import docstring_words
 from experiments import llava_mod
-from moddistill.config import CacheConfig, TrainConfig
+from moddistill.config import CacheConfig, DataConfig, SourceConfig, TrainConfig
 from moddistill.data.tokenizer import train_bpe
 from moddistill.evals.bootstrap import RESAMPLES, interval
 from moddistill.evals.easy_vqa import TASK
@@ -39,6 +41,8 @@ from moddistill.training.loop import train
 IDS = 16
 CACHES = {"top_k": CacheConfig("top_k", IDS), "samples": CacheConfig("samples", IDS)}
 OTHER_TOKENS = 500  # of the other teacher, whose merges are those of English documentation
+TEACHER_STEPS = 2400  # of the other teacher; words are several tokens, which takes more of them
+FEW, FEW_STEPS = 300, 300  # records, and the steps that they are trained for
 DATA = Path("data/easy_vqa")
 
 
@@ -121,32 +125,47 @@ def taught(runs: Runs, kind: str, stage: str, **changes: Any) -> TrainConfig:
     return runs.stage(stage, **changes)
 
 
-def other_vocabulary(runs: Runs, seeds: Sequence[int]) -> None:
-    """Runs `d2d` from caches of both teachers and `sft`, and prints their figures."""
-    teacher = other_teacher(runs)
-    print_accuracy("teacher with other merges", [runs.correct("other/teacher")])
-    same, other = runs.stage("d2d"), runs.stage("d2d", teacher=str(teacher))
+def other_vocabulary(runs: Runs, seeds: Sequence[int], records: str, **changes: Any) -> None:
+    """Runs `d2d` from caches of both teachers and `sft`, and prints their figures.
+
+    Args:
+      records: their name, for folders.
+      changes: settings of all three.
+    """
+    other = str(other_teacher(runs))
+    same = runs.stage("d2d", **changes)
+    caches = {"same": same, "other": dataclasses.replace(same, teacher=other)}
     kinds = {
-        "same": {"teacher": runs.extract("caches/same", same, CACHES["top_k"])},
-        "other": {"teacher": runs.extract("caches/other", other, CACHES["top_k"])},
-        "sft": {"teacher": "", "stage": "sft"},
+        name: {"teacher": runs.extract(f"caches/{name}-{records}", config, CACHES["top_k"])}
+        for name, config in caches.items()
     }
+    kinds["sft"] = {"teacher": "", "stage": "sft"}
     found = {}
-    for name, changes in kinds.items():
-        for seed in seeds:
-            runs.train(f"{name}/d2d-{seed}", runs.stage("d2d", seed=seed, **changes))
-        found[name] = [runs.correct(f"{name}/d2d-{seed}") for seed in seeds]
-        print_accuracy(f"d2d, {name}", found[name], () if name == "same" else found["same"])
+    for kind, teacher in kinds.items():
+        names = [f"{kind}/{records}-{seed}" for seed in seeds]
+        for name, seed in zip(names, seeds, strict=True):
+            runs.train(name, runs.stage("d2d", seed=seed, **teacher, **changes))
+        found[kind] = [runs.correct(name) for name in names]
+        reference = () if kind == "same" else found["same"]
+        print_accuracy(f"{records} records, {kind}", found[kind], reference)
     share = np.mean(found["other"]) / np.mean(found["same"])
-    print(f"accuracy of other merges / of the same: {share:.3f}")
-    print_accuracy("other merges against sft", found["other"], found["sft"])
+    print(f"{records} records, accuracy of other merges / of the same: {share:.3f}")
+    print_accuracy(f"{records} records, other merges against sft", found["other"], found["sft"])
+
+
+def few_records(runs: Runs) -> DataConfig:
+    """Returns the data of the demo with a few of the records, drawn once."""
+    path = runs.out / "few.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = json.loads((DATA / "train.json").read_text())
+        write_json(path, random.Random(0).sample(records, FEW))
+    source = SourceConfig(path=str(path), images=str(DATA / "images"))
+    return dataclasses.replace(runs.stage("d2d").data, sources={"train": source})
 
 
 def other_teacher(runs: Runs) -> Path:
-    """Returns a teacher that is trained like the demo's, with a tokenizer of other merges.
-
-    Its words are several tokens, which takes more steps to learn.
-    """
+    """Returns a teacher that is trained like the demo's, with a tokenizer of other merges."""
     tokenizer = runs.out / "other/tokenizer"
     if not tokenizer.exists():
         train_bpe(docstring_words(), OTHER_TOKENS).save(str(tokenizer))
@@ -154,7 +173,8 @@ def other_teacher(runs: Runs) -> Path:
         "other/language", runs.stage("teacher_language", tokenizer=str(tokenizer))
     )
     captions = runs.train("other/captions", runs.stage("captions", student=str(language)))
-    return runs.train("other/teacher", runs.stage("teacher", student=str(captions), steps=1200))
+    teacher = runs.stage("teacher", student=str(captions), steps=TEACHER_STEPS)
+    return runs.train("other/teacher", teacher)
 
 
 def print_accuracy(
@@ -196,8 +216,12 @@ def main() -> None:
     args = parser.parse_args()
     start_logging()
     runs = Runs(args.recipe, args.out)
-    cached_stages(runs, range(args.seeds))
-    other_vocabulary(runs, range(args.seeds))
+    seeds = range(args.seeds)
+    cached_stages(runs, seeds)
+    other_teacher(runs)
+    print_accuracy("teacher with other merges", [runs.correct("other/teacher")])
+    other_vocabulary(runs, seeds, "few", data=few_records(runs), steps=FEW_STEPS)
+    other_vocabulary(runs, seeds, "all")
 
 
 if __name__ == "__main__":
