@@ -1,6 +1,6 @@
 # make demo   the whole recipe on real images, about nine minutes on two CPU cores
 # make test   all tests
-# make quick  tests that take no more than a few seconds each
+# make quick  tests that are not marked slow
 # make lint   style, format and the order of imports
 # make soak   runs that are killed, filled disks and long runs, about an hour
 # make judge  lmms-eval with this library against its own llava_hf; MODEL=DIR, in .venv-judge

@@ -56,7 +56,7 @@ def step_content(
     sources, others = open_sources(data, row_spec(config, data, student.vision), tokenizer), ()
     if teacher is not None and has_own_layout(teacher, student):
         spec = teacher_spec(config, data, student, teacher)
-        others = open_sources(data, spec, tokenizer)
+        others = open_sources(data, spec, tokenizer, "config.teacher: config.data.sources")
     plan = plan_rows(data, sources, config.seed, others)
     steps = with_steps(config, plan).steps
     rows = [plan.row(number) for number in range(min(_ROWS, steps * config.batch_size))]
