@@ -1,11 +1,12 @@
 # make demo   the whole recipe on real images, about nine minutes on two CPU cores
 # make test   all tests
-# make quick  tests that are not marked slow
+# make quick  tests that are not marked slow; of some files only with TESTS="FILE FOLDER ..."
 # make lint   style, format and the order of imports
 # make soak   runs that are killed, filled disks and long runs, about an hour
 # make judge  lmms-eval with this library against its own llava_hf; MODEL=DIR, in .venv-judge
 # make engines  vLLM for CPUs on exports against this library's answers, in .venv-engines
-# make tpu    tests with the compiler for TPUs, which needs none; Linux on x86
+# make tpu    tests with the compiler for TPUs, which needs none; Linux on x86; FAST=1 leaves out
+#             those marked slow
 # Each makes the virtual environment .venv and installs what it needs, once.
 # `PYTHON=python3.13 make test` does so with another interpreter, in .venv-3.13.
 
@@ -18,6 +19,8 @@ $(if $(VERSION),,$(error PYTHON is $(PYTHON), which does not run; accepted: a Py
 VENV ?= .venv-$(VERSION)
 endif
 BIN := $(VENV)/bin
+# Tests of a file share models and compiled programs: one worker runs them all.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick soak lint judge engines tpu clean
 
@@ -28,10 +31,10 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m moddistill.recipe --config experiments/llava_mod.py:demo --workdir runs/demo
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 quick: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow and not soak"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not soak" $(TESTS)
 
 soak: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m soak -s
@@ -49,7 +52,7 @@ engines: .venv-engines/installed
 
 # Runs last: with libtpu installed, JAX probes for TPUs at start-up and warns.
 tpu: $(VENV)/tpu.installed
-	$(BIN)/python -m pytest tests/test_tpu.py
+	$(BIN)/python -m pytest tests/test_tpu.py $(if $(FAST),-m "not slow")
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .ruff_cache

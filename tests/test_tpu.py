@@ -112,6 +112,7 @@ def test_answers_of_a_sparse_model_are_planned_for_a_chip():
 SMALL = "student=qwen2-0.5b,teacher=qwen2-7b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "models", "trainable", "topology", "most"),
     [
