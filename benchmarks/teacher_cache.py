@@ -65,7 +65,7 @@ def write(folder: Path, records: int, tokens: int, ids: int) -> None:
         with writing_records(folder / name, entries_together(size)) as append:
             for entry in entries[: records - number * SHARD_RECORDS]:
                 append(entry)
-    source = SourceIdentity(records, "", {})
+    source = SourceIdentity(records, "", "", {})
     fingerprint = Fingerprint("conversation", {}, 1.0, {"records": source})
     teacher = TeacherIdentity("random", "", "", "chatml", {}, "")
     settings = CacheSettings(format, 0, teacher, fingerprint)

@@ -1,13 +1,17 @@
 """Recipes whose stages train from caches of their teachers."""
 
+import dataclasses
 import shutil
 
 import pytest
 
+from experiments import llava_mod
 from moddistill import recipe
 from moddistill.config import CacheConfig, RecipeConfig
+from moddistill.configdict import from_config_dict
 from moddistill.errors import UserError
 from moddistill.training import loop
+from moddistill.training.stages import stage_of
 
 
 @pytest.mark.slow
@@ -30,6 +34,16 @@ def test_stages_with_a_cache_train_without_their_teacher(tiny_config, tmp_path, 
     shutil.rmtree(tmp_path / "caches")  # a finished recipe needs them no more
     recipe.run(config, tmp_path)
     assert not (tmp_path / "caches").exists()
+
+
+def test_the_demo_from_caches_is_the_demo_with_caches_of_two_stages():
+    demo, cached = (
+        from_config_dict(RecipeConfig, llava_mod.get_config(name).to_dict())
+        for name in ("demo", "demo,cached")
+    )
+    assert cached == dataclasses.replace(demo, caches=cached.caches)
+    assert cached.caches == {name: CacheConfig("top_k", 16) for name in ("d2s", "preference")}
+    assert all(stage_of(cached.stages[name]).teacher for name in cached.caches)
 
 
 @pytest.mark.parametrize(

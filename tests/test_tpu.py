@@ -16,11 +16,13 @@ from moddistill.configdict import from_config_dict
 from moddistill.distributed import accelerators
 from moddistill.distributed.sharding import BATCH_AXES, RULES, make_mesh
 from moddistill.models.attention_kernels import attend, causal
+from moddistill.models.flops import step_flops
 from moddistill.models.moe.expert_parallel import mix_experts
 from moddistill.models.presets import preset
 from moddistill.models.upcycle import upcycle_config
 from moddistill.planning.answers import plan_answer
-from moddistill.planning.planner import abstract_batch
+from moddistill.planning.content import step_content
+from moddistill.planning.planner import abstract_batch, architectures
 from moddistill.planning.roofline import answer_size
 from moddistill.training.program import make_program, with_shardings
 
@@ -133,10 +135,16 @@ def test_distillation_of_the_papers_size_fits_one_chip(
 
 
 def test_distillation_from_a_cached_teacher_fits_a_small_chip(tmp_path):
-    """64 ids of the 7B teacher; 8 samples of 2,048 positions."""
+    """64 ids of the 7B teacher; 8 samples of 2,048 positions. Most FLOPs are the live teacher's."""
     write(tmp_path, records=8, tokens=4, ids=64)
-    config = from_config_dict(TrainConfig, d2s.get_config(SMALL).to_dict())
-    config = dataclasses.replace(config, batch_size=8, teacher=f"cache:{tmp_path}")
+    live = from_config_dict(TrainConfig, d2s.get_config(SMALL).to_dict())
+    live = dataclasses.replace(live, batch_size=8)
+    config = dataclasses.replace(live, teacher=f"cache:{tmp_path}")
     report = plan.plan(config, "v5e:1x1")
     assert report["fits"] and report["teacher_flops_per_step"] == 0
     assert report["peak_bytes_per_chip"] <= 15 * 2**30
+    models = architectures(live)
+    size = step_content(live, *models).size
+    teacher = step_flops(*models, size, trained=set(), shared_tower=True).teacher
+    student = report["model_flops_per_step"]
+    assert student <= 0.22 * (student + teacher)

@@ -8,12 +8,14 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from flax import linen as nn
 
 from moddistill.config import CacheConfig, TrainConfig
+from moddistill.data.array_records import ArrayRecordFile
 from moddistill.distributed import sharding
 from moddistill.distributed.processes import barrier, check_equal_on_all_processes, is_main_process
 from moddistill.errors import UserError, at_field
@@ -56,8 +58,12 @@ def extract(config: TrainConfig, cache: CacheConfig, folder: Path, backend: str 
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(tuple(sharding.RULES.items())))
         _write_settings(setup, folder)
-        missing = _missing(setup, folder)
+        shards = _shards(setup)
+        missing = [shard for shard in shards if not (folder / shard.name).exists()]
         barrier("listing the shards")  # before any is written, so that all processes see the same
+        if is_main_process() and not (folder / NAME).is_file():
+            _check_entries(setup, [shard for shard in shards if shard not in missing], folder)
+        barrier("checking the shards")
         if missing:
             run(config, setup, missing, mesh, folder)
         barrier("making the shards")  # of which each process may have written some
@@ -96,14 +102,26 @@ def _write_settings(setup: Setup, folder: Path) -> None:
     barrier("writing the settings of the cache")
 
 
-def _missing(setup: Setup, folder: Path) -> list[Shard]:
-    """Returns the shards that are not there yet."""
+def _shards(setup: Setup) -> list[Shard]:
     return [
         shard
         for number, (name, source) in enumerate(zip(setup.names, setup.sources, strict=True))
         for shard in shards_of(source, number, name)
-        if not (folder / shard.name).exists()
     ]
+
+
+def _check_entries(setup: Setup, shards: Sequence[Shard], folder: Path) -> None:
+    """Raises UserError for a shard of an interrupted extraction that was damaged since."""
+    for shard in shards:
+        file = ArrayRecordFile(str(folder / shard.name))
+        try:
+            for at in range(shard.size):
+                setup.settings.format.unpack(file.read_bytes(at))
+        except UserError as error:
+            raise UserError(
+                f"{file.path}: expected {shard.size} undamaged entries, got {error}; without this "
+                "file, the same command makes it again"
+            ) from None
 
 
 def _finish(folder: Path) -> None:

@@ -142,7 +142,7 @@ def _list_left_out(
     ]
     if found:
         left_out.add(found)
-        count = sum(left_out.counts[path] for path in source.digests)
+        count = sum(left_out.counts[path] for path in source.file_digests)
         check_share(source, count, config.data.max_rejected, left_out.path, found)
 
 

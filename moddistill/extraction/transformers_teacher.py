@@ -35,6 +35,10 @@ class ReadRecord(NamedTuple):
     images: Sequence[Image.Image]
 
 
+class _UnreadableError(Exception):
+    """The processor or the model refuses some rows, because of at least one of them."""
+
+
 class _Row(NamedTuple):
     """A conversation of a record, or one side of a pair."""
 
@@ -121,16 +125,29 @@ class TransformersTeacher:
     def _read(self, rows: Sequence[_Row], format: EntryFormat) -> list[TokenTargets | UserError]:
         """Returns the targets of each row, or the reason why it has none."""
         try:
-            inputs = self._inputs(rows)
-        except Exception as error:  # of any processor, for one of the rows
+            return self._read_together(rows, format)
+        except _UnreadableError as error:
             if len(rows) > 1:
                 return [self._read([row], format)[0] for row in rows]
-            return [UserError(f"processor: {one_line(str(error) or repr(error))}")]
+            return [UserError(str(error))]
+
+    def _read_together(
+        self, rows: Sequence[_Row], format: EntryFormat
+    ) -> list[TokenTargets | UserError]:
+        try:
+            inputs = self._inputs(rows)
+        except Exception as error:  # of any processor
+            raise _UnreadableError(f"processor: {one_line(str(error) or repr(error))}") from error
         places = [self._places(row, inputs, number) for number, row in enumerate(rows)]
         good = [(n, each) for n, each in enumerate(places) if isinstance(each, Places)]
         if not good:
             return places
-        hidden = self._hidden(inputs)
+        try:
+            hidden = self._hidden(inputs)
+        except UserError:  # of its head
+            raise
+        except ValueError as error:  # of a model whose image tokens are not as many as its pixels'
+            raise _UnreadableError(f"model: {one_line(str(error))}") from error
         # Some processors pad on the left, whatever they are asked for.
         mask = inputs["attention_mask"].bool()
         chosen = torch.cat([hidden[n, mask[n]][each.positions - 1] for n, each in good])
@@ -148,7 +165,7 @@ class TransformersTeacher:
 
     def _inputs(self, rows: Sequence[_Row]) -> Any:
         images = [image for row in rows for image in row.images]
-        return self._processor(
+        found = self._processor(
             text=[row.chat.text for row in rows],
             images=images or None,
             padding=True,
@@ -156,6 +173,11 @@ class TransformersTeacher:
             add_special_tokens=self.tokens.adds_special_tokens(rows[0].chat.text),
             return_tensors="pt",
         )
+        # Without them, a model would read placeholders as tokens of text.
+        pixels = self._processor.image_processor.model_input_names[0]
+        if images and pixels not in found:
+            raise UserError(f"expected {pixels} of images, got {sorted(found)}")
+        return found
 
     def _places(self, row: _Row, inputs: Any, number: int) -> Places | UserError:
         ids = inputs["input_ids"][number][inputs["attention_mask"][number].bool()].numpy()

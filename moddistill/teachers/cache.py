@@ -30,6 +30,7 @@ from moddistill.teachers.entries import Entry, EntryFormat
 CACHED = "cache:"  # before the folder in `config.teacher`
 SETTINGS, VOCABULARY = "cache.json", "vocabulary.json"
 SHARD_RECORDS = 4096  # which an interrupted extraction repeats at most, of each process
+_DATA = ("max_length", "max_images", "max_pixels", "exif")  # of a fingerprint
 _MOST_SHOWN = 5
 
 
@@ -39,12 +40,14 @@ class SourceIdentity:
 
     Attributes:
       records: their number, those that are left out included.
-      content: digest of all its files, in their order, and of some images.
+      content: digest of all its files, in their order.
+      images: digest of some of its image files; empty without any.
       columns: fields of a table.
     """
 
     records: int
     content: str
+    images: str
     columns: Mapping[str, str]
 
 
@@ -54,12 +57,12 @@ class Fingerprint:
 
     Attributes:
       kind: of the records.
-      limits: tokens and images of a sample, beyond which records are left out or truncated.
+      data: settings of `data` by which records and images are read, or left out.
       temperature: that divided the teacher's logits.
     """
 
     kind: str
-    limits: Mapping[str, int]
+    data: Mapping[str, Any]
     temperature: float
     sources: Mapping[str, SourceIdentity]
 
@@ -214,15 +217,16 @@ def fingerprint_of(config: TrainConfig, kind: str, sources: Mapping[str, Source]
     """
     return Fingerprint(
         kind,
-        {"max_length": config.data.max_length, "max_images": config.data.max_images},
+        {name: getattr(config.data, name) for name in _DATA},
         config.distillation.temperature,
         {name: _identity(source) for name, source in sources.items()},
     )
 
 
 def _identity(source: Source) -> SourceIdentity:
-    content = hashlib.sha256("\n".join(source.digests.values()).encode()).hexdigest()
-    return SourceIdentity(source.total, content, dataclasses.asdict(source.config.columns))
+    content = hashlib.sha256("\n".join(source.file_digests.values()).encode()).hexdigest()
+    columns = dataclasses.asdict(source.config.columns)
+    return SourceIdentity(source.total, content, source.images_digest, columns)
 
 
 def check_fingerprint(cache: TeacherCache, run: Fingerprint, origin: str) -> None:

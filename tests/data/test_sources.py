@@ -78,6 +78,19 @@ def test_source_of_several_files_has_their_records_in_order(open_source, data_fi
     np.testing.assert_array_equal(source.lengths(np.array([8, 0, 4])), every[[8, 0, 4]])
 
 
+def test_digest_of_images_is_that_of_all_records_usable_or_not(open_source, data_file, tmp_path):
+    """A teacher and a student have place for different records."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    path = data_file([*MIXED, talk("<image> <image>", "six", image=["a.png", "b.png"])])
+    one, two = (open_source(path, Limits(60, images)) for images in (1, 2))
+    digest = one.images_digest
+    assert len(one) != len(two) and digest == two.images_digest
+    (tmp_path / "b.png").write_bytes(b"another")  # of a record that only one of them can use
+    assert open_source(path).images_digest != digest
+    assert open_source(data_file(MIXED[:2], "text.json")).images_digest == ""
+
+
 def test_positions_count_all_records_of_all_files(open_source, data_file, tmp_path):
     data_file(MIXED, "a.jsonl")
     data_file(MIXED[:2] * 2, "b.jsonl")

@@ -146,7 +146,8 @@ def train_from(folder, config, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data": {"max_length": 192}}, r"limits.max_length 192 instead of 200"),
+        ({"data": {"max_length": 192}}, r"data.max_length 192 instead of 200"),
+        ({"data": {"exif": "ignore"}}, r"data.exif 'ignore' instead of 'apply'"),
         ({"distillation": {"temperature": 2.0}}, r"temperature 2.0 instead of 1.0"),
         ({"teacher_quantization": "int8"}, r"config.teacher_quantization: expected 'none'"),
         (

@@ -25,7 +25,7 @@ from moddistill.training.loop import train
 from tests import torch_or_skip
 
 torch_or_skip.skip_module()
-from moddistill.extraction import transformers_run  # noqa: E402  imports torch
+from moddistill.extraction import transformers_run, transformers_teacher  # noqa: E402  imports torch
 from moddistill.extraction.transformers_teacher import TransformersTeacher  # noqa: E402
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
@@ -184,6 +184,50 @@ def test_a_processor_that_drops_images_leaves_out_their_records(
     found = reasons(TeacherCache(tmp_path / "cache"))
     assert found[1] == ""
     assert all(each.startswith("processor: expected ") for each in (*found[:1], *found[2:]))
+
+
+def test_a_processor_without_pixels_leaves_out_records_with_images(
+    folder, run_of, tmp_path, monkeypatch
+):
+    """Their placeholders are among the tokens, and a model would take them for text."""
+
+    def load(auto, folder, make=transformers_teacher._loaded, **settings):
+        found = make(auto, folder, **settings)
+        if auto is AutoProcessor:
+            drop_pixels(found)
+        return found
+
+    def drop_pixels(processor):
+        whole = type(processor).__call__
+
+        def call(self, *args, **kwargs):
+            found = whole(self, *args, **kwargs)
+            found.pop("pixel_values", None)
+            return found
+
+        monkeypatch.setattr(type(processor), "__call__", call)
+
+    monkeypatch.setattr(transformers_teacher, "_loaded", load)
+    extract(run_of(folder, rejected=1.0), CacheConfig(ids=4), tmp_path / "cache", "transformers")
+    found = reasons(TeacherCache(tmp_path / "cache"))
+    assert found[1] == ""
+    expected = "processor: expected pixel_values of images, got "
+    assert all(each.startswith(expected) for each in (*found[:1], *found[2:]))
+
+
+def test_a_record_that_the_model_refuses_is_the_only_one_left_out(
+    folder, run_of, tmp_path, monkeypatch
+):
+    def refuse(self, inputs, run=TransformersTeacher._hidden):
+        if len(inputs.get("pixel_values", ())) in (2, 4):  # all records together, or the third
+            raise ValueError("features and tokens\ndo not match")
+        return run(self, inputs)
+
+    monkeypatch.setattr(TransformersTeacher, "_hidden", refuse)
+    run = run_of(folder, rejected=0.25)
+    extract(run, CacheConfig(ids=4), tmp_path / "cache", "transformers")
+    found = reasons(TeacherCache(tmp_path / "cache"))
+    assert found == ["", "", r"model: features and tokens\ndo not match", ""]
 
 
 def test_a_record_that_the_processor_refuses_is_the_only_one_left_out(
