@@ -182,7 +182,7 @@ class Batches:
             return
         lists.add(found)
         for source in self._maker.sources:
-            count = sum(lists.counts[path] for path in source.digests)
+            count = sum(lists.counts[path] for path in source.file_digests)
             check_share(source, count, self._max_rejected, lists.path, found, what)
 
 

@@ -119,7 +119,10 @@ class TransformersTeacher:
         if format.kind != "answers":
             return Entry(sides[0])
         sums = [side.label_logprobs.sum(dtype=np.float64) for side in sides]
-        digest = text_digest(*(self.tokens.texts.spell(side.labels) for side in sides))
+        try:
+            digest = text_digest(*(self.tokens.texts.spell(side.labels) for side in sides))
+        except UserError as error:  # a control token in the text of an answer
+            return Entry(None, str(error))
         return Entry(TokenTargets(np.array(sums, np.float32)), digest=digest)
 
     def _read(self, rows: Sequence[_Row], format: EntryFormat) -> list[TokenTargets | UserError]:
@@ -144,10 +147,10 @@ class TransformersTeacher:
             return places
         try:
             hidden = self._hidden(inputs)
-        except UserError:  # of its head
+        except (UserError, torch.OutOfMemoryError):  # not because of one of the rows
             raise
-        except ValueError as error:  # of a model whose image tokens are not as many as its pixels'
-            raise _UnreadableError(f"model: {one_line(str(error))}") from error
+        except Exception as error:  # of any model, such as for tokens of images without pixels
+            raise _UnreadableError(f"model: {one_line(str(error) or repr(error))}") from error
         # Some processors pad on the left, whatever they are asked for.
         mask = inputs["attention_mask"].bool()
         chosen = torch.cat([hidden[n, mask[n]][each.positions - 1] for n, each in good])
@@ -173,10 +176,11 @@ class TransformersTeacher:
             add_special_tokens=self.tokens.adds_special_tokens(rows[0].chat.text),
             return_tensors="pt",
         )
-        # Without them, a model would read placeholders as tokens of text.
-        pixels = self._processor.image_processor.model_input_names[0]
-        if images and pixels not in found:
-            raise UserError(f"expected {pixels} of images, got {sorted(found)}")
+        if images:
+            # Without them, a model would read placeholders as tokens of text.
+            pixels = self._processor.image_processor.model_input_names[0]
+            if pixels not in found:
+                raise UserError(f"expected {pixels} of images, got {sorted(found)}")
         return found
 
     def _places(self, row: _Row, inputs: Any, number: int) -> Places | UserError:

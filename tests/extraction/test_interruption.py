@@ -44,7 +44,7 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
         TeacherCache(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
     assert len(before) == len(written) == 2
-    assert_refused_if_cut(tiny_config("d2s"), folder, folder / written[0])
+    assert_refused_if_damaged(tiny_config("d2s"), folder, folder / written[0])
     extract(tiny_config("d2s"), CacheConfig("top_k", 8), folder)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     ours = {path.name for path in folder.rglob("*") if path.is_file()}
@@ -52,12 +52,15 @@ def test_an_interrupted_extraction_makes_the_missing_shards(
     assert_equal(folder, whole)
 
 
-def assert_refused_if_cut(config, folder, shard):
+def assert_refused_if_damaged(config, folder, shard):
     """A finished cache would have digests of the damaged file."""
     whole, state = shard.read_bytes(), shard.stat()
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"{shard.name}: expected \d+ undamaged entries, got "):
-        extract(config, CacheConfig("top_k", 8), folder)
+    flipped = bytearray(whole)
+    flipped[200] ^= 4  # which opening does not notice
+    for damaged in (whole[: len(whole) // 2], bytes(flipped)):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{shard.name}: expected \d+ undamaged entries, got"):
+            extract(config, CacheConfig("top_k", 8), folder)
     shard.write_bytes(whole)
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import chex
 import pytest
@@ -142,3 +143,26 @@ def test_records_that_do_not_fit_the_teacher_are_found_before_the_first_step(
     expected = "config.teacher: config.data.sources.conversations: .* within data.max_length 200"
     with pytest.raises(UserError, match=expected):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_record_that_only_the_student_has_place_for_is_trained_without_targets(
+    tiny_config, teacher_of, tmp_path
+):
+    """The cache is of the same records and images, though the teacher leaves one of them out."""
+    data = {"max_length": 400, "max_images": 2, "packing": False, "max_rejected": 0.5}
+    config = tiny_config("d2s", teacher=teacher_of(patch_size=2), data=data)
+    [(name, source)] = config.data.sources.items()
+    records = json.loads(Path(source.path).read_text())
+    [first, *_] = [record for record in records if "image" in record]
+    image, question = first["image"], first["conversations"][0]
+    first["image"], question["value"] = [image, image], "<image>" + question["value"]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    source = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    data = dataclasses.replace(config.data, sources={name: source})
+    config = dataclasses.replace(config, data=data)
+    extract(config, CacheConfig("top_k", 8), tmp_path / "cache")
+    train_from(tmp_path / "cache", config, tmp_path)
+    listed = (tmp_path / "run" / "without_targets.jsonl").read_text()
+    assert "left out of the teacher's records" in listed
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()

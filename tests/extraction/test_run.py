@@ -147,6 +147,7 @@ def train_from(folder, config, tmp_path):
     "changes, message",
     [
         ({"data": {"max_length": 192}}, r"data.max_length 192 instead of 200"),
+        ({"data": {"max_pixels": 10**6}}, r"data.max_pixels 1000000 instead of 67108864"),
         ({"data": {"exif": "ignore"}}, r"data.exif 'ignore' instead of 'apply'"),
         ({"distillation": {"temperature": 2.0}}, r"temperature 2.0 instead of 1.0"),
         ({"teacher_quantization": "int8"}, r"config.teacher_quantization: expected 'none'"),

@@ -220,7 +220,7 @@ def test_a_record_that_the_model_refuses_is_the_only_one_left_out(
 ):
     def refuse(self, inputs, run=TransformersTeacher._hidden):
         if len(inputs.get("pixel_values", ())) in (2, 4):  # all records together, or the third
-            raise ValueError("features and tokens\ndo not match")
+            raise IndexError("features and tokens\ndo not match")
         return run(self, inputs)
 
     monkeypatch.setattr(TransformersTeacher, "_hidden", refuse)
@@ -228,6 +228,22 @@ def test_a_record_that_the_model_refuses_is_the_only_one_left_out(
     extract(run, CacheConfig(ids=4), tmp_path / "cache", "transformers")
     found = reasons(TeacherCache(tmp_path / "cache"))
     assert found == ["", "", r"model: features and tokens\ndo not match", ""]
+
+
+def test_a_pair_with_a_control_token_in_an_answer_is_the_only_one_left_out(
+    folder, run_of, data, tmp_path
+):
+    pairs = json.loads((data / "pairs.json").read_text())
+    pairs[0]["rejected"] = "a <|im_start|> b"
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    run = run_of(folder, "preference", rejected=0.5)
+    [source] = run.data.sources.values()
+    sources = {"talks": dataclasses.replace(source, path=str(tmp_path / "pairs.json"))}
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources))
+    extract(run, CacheConfig(), tmp_path / "cache", "transformers")
+    first, second = (TeacherCache(tmp_path / "cache").entry("talks", n).reason for n in range(2))
+    assert first.startswith("supervised tokens: expected text and ends of answers, got id ")
+    assert second == ""
 
 
 def test_a_record_that_the_processor_refuses_is_the_only_one_left_out(
