@@ -168,7 +168,7 @@ def other_teacher(runs: Runs) -> Path:
     """Returns a teacher that is trained like the demo's, with a tokenizer of other merges."""
     tokenizer = runs.out / "other/tokenizer"
     if not tokenizer.exists():
-        train_bpe(docstring_words(), OTHER_TOKENS).save(str(tokenizer))
+        train_bpe([" ".join(docstring_words())], OTHER_TOKENS).save(str(tokenizer))
     language = runs.train(
         "other/language", runs.stage("teacher_language", tokenizer=str(tokenizer))
     )

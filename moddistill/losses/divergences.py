@@ -90,6 +90,8 @@ def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array
     student = jax.nn.log_softmax(logits / config.temperature)
     if config.divergence == "uld":
         return config.temperature**2 * _uld_to_top_k(teacher, student)
+    if teacher.classes is not None:
+        student = _of_classes(student, teacher.classes)
     chosen = _logprobs_of(teacher.ids, student)
     # Over the other ids only: 1 - sum_k q_k has no correct digit where the sum is nearly 1.
     others = jnp.put_along_axis(student, teacher.ids, MASKED, axis=-1, inplace=False)
@@ -99,6 +101,15 @@ def _to_top_k(teacher: TopK, logits: Array, config: DistillationConfig) -> Array
     return config.temperature**2 * _divergence(
         jnp.concatenate([chosen, rest], axis=-1), jax.nn.log_softmax(known), config
     )
+
+
+def _of_classes(log_q: Float[Array, "C V"], classes: Int[Array, "N"]) -> Float[Array, "C V"]:
+    """Log-probabilities of classes at the ids that stand for them; masked at all other ids."""
+    size = log_q.shape[1]
+    classes = jnp.concatenate([classes[:size], jnp.arange(len(classes), size)])
+    sums = jnp.zeros_like(log_q).at[:, classes].add(jnp.exp(log_q))
+    # Two steps, since the gradient of log at 0 is no number, even where another value is chosen.
+    return jnp.where(sums > 0, jnp.log(jnp.where(sums > 0, sums, 1.0)), MASKED)
 
 
 def _uld_to_top_k(teacher: TopK, log_q: Logits) -> Array:

@@ -11,19 +11,23 @@ from moddistill.data.tokenizer import CONTROLS, Tokenizer
 from moddistill.errors import UserError, invalid
 from moddistill.models.vocabulary import IdRanges, id_ranges
 from moddistill.teachers.targets import NO_ID
+from moddistill.teachers.token_classes import token_classes
 
 
 class IdMap(NamedTuple):
     """Ids of a teacher's tokens in the student's vocabulary.
 
     Attributes:
-      to_student: int32 of each id of the teacher; `NO_ID` for tokens that the student lacks.
+      to_student: int32 of each id of the teacher; `NO_ID` for tokens that the student lacks. With
+        another vocabulary, one id of the student stands for the class of a token.
       is_shared: whether the teacher has all texts of the student, with the same ids. Others, which
         only the teacher has, are control tokens or additions then.
+      classes: int32 of each id of the student, the one that stands for its class; None if shared.
     """
 
     to_student: np.ndarray
     is_shared: bool
+    classes: np.ndarray | None = None
 
     def ids_of_student(self) -> IdRanges:
         """Returns the ids of the student that the teacher has too."""
@@ -33,8 +37,8 @@ class IdMap(NamedTuple):
 def id_map(teacher: TokenTexts, student: TokenTexts) -> IdMap:
     """Returns the ids of tokens of equal text, of equal control tokens, and of ends of answers.
 
-    No two of the teacher's ids have one of the student's. Where ends of answers are different
-    tokens, their ids are exchanged.
+    Where ends of answers are different tokens, their ids are exchanged. Of another vocabulary, the
+    classes of `token_classes` take the place of ids with text.
     """
     # Of several ids with one text the last counts: in SentencePiece, bytes come before characters.
     of_text = {text: id for id, text in enumerate(student.texts) if text is not None}
@@ -51,7 +55,13 @@ def id_map(teacher: TokenTexts, student: TokenTexts) -> IdMap:
     if None not in (teacher.end, student.end):
         to_student[to_student == student.end] = to_student[teacher.end]
         to_student[teacher.end] = student.end
-    return IdMap(to_student, is_shared)
+    if is_shared:
+        return IdMap(to_student, is_shared)
+    of_teacher, of_student = token_classes(teacher.texts, student.texts)
+    for id, name in of_teacher.items():
+        to_student[id] = name
+    others = np.arange(len(of_student), _size(student), dtype=np.int32)
+    return IdMap(to_student, is_shared, np.concatenate([of_student, others]))
 
 
 def _size(texts: TokenTexts) -> int:

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from moddistill.config import CachedKind
 from moddistill.models.batch import Batch
@@ -25,10 +27,13 @@ class CachedTeacher:
     Attributes:
       kind: what its cache has of each supervised token.
       real_ids: the student's ids of tokens that the teacher might predict.
+      classes: of each id of the student, the id that stands for it in the cache's targets; None if
+        each stands for itself.
     """
 
     kind: CachedKind
     real_ids: IdRanges
+    classes: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     def targets(self, params: Any, batch: Batch, student: Output) -> Targets:
         del params, student
@@ -42,7 +47,8 @@ class CachedTeacher:
             return LabelLogprobs(found.label_logprobs)
         if self.kind == "samples":
             return Samples(found.ids, found.logprobs)
-        return TopK(found.ids, found.logprobs, found.log_rest)
+        classes = None if self.classes is None else jnp.asarray(self.classes)
+        return TopK(found.ids, found.logprobs, found.log_rest, classes)
 
     def logit_inputs(self, targets: Targets) -> None:
         del targets

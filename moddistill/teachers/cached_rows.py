@@ -15,7 +15,7 @@ from moddistill.teachers.alignment import IdMap
 from moddistill.teachers.cache import TeacherCache
 from moddistill.teachers.entries import TokenTargets, text_digest
 from moddistill.teachers.targets import NO_ID
-from moddistill.teachers.text_chunks import align
+from moddistill.teachers.text_chunks import Chunk, align
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +74,12 @@ class CachedRows:
         row = self.empty(len(side.tokens))
         predicted = np.flatnonzero(side.loss_mask[1:])
         labels = side.tokens[1:][predicted]
-        if np.array_equal(self.ids.to_student[targets.labels], labels):
+        if self.ids.is_shared and np.array_equal(self.ids.to_student[targets.labels], labels):
             self._write(row, predicted, targets)
             return row
         texts = self.cache.texts.spell(targets.labels)
         chunks = align(self.student.spell(labels), texts)
-        tokens = [chunk for chunk in chunks if chunk.is_token or self.by_rank]
+        tokens = [chunk for chunk in chunks if self._is_compared(chunk, labels, targets.labels)]
         at = predicted[[chunk.student.start for chunk in tokens]]
         self._write(row, at, _select(targets, [chunk.teacher.start for chunk in tokens]))
         for chunk in chunks:
@@ -91,15 +91,26 @@ class CachedRows:
                 row.chunk_logprobs[at[-1]] = of_chunk.sum()
         return row
 
+    def _is_compared(self, chunk: Chunk, labels: np.ndarray, teacher: np.ndarray) -> bool:
+        """Returns whether the distributions at the first tokens of a chunk are compared."""
+        if self.by_rank:
+            return True
+        if self.ids.classes is None:
+            return chunk.is_token
+        mine, other = labels[chunk.student.start], teacher[chunk.teacher.start]
+        return chunk.begins_alike and bool(self.ids.classes[mine] == self.ids.to_student[other])
+
     def _write(self, row: CachedTargets, at: np.ndarray, targets: TokenTargets) -> None:
         row.known[at] = True
         if self.by_rank:
             row.logprobs[at], row.log_rest[at] = targets.logprobs, targets.log_rest
             return
-        ids = self.ids.to_student[targets.ids]
+        ids, logprobs = self.ids.to_student[targets.ids], targets.logprobs
         is_absent = ids == NO_ID
+        if self.ids.classes is not None:
+            ids, logprobs = _of_classes(ids, logprobs)
         row.ids[at] = ids
-        row.logprobs[at] = np.where(is_absent, MASKED, targets.logprobs)
+        row.logprobs[at] = np.where(ids == NO_ID, MASKED, logprobs)
         if row.log_rest is None:
             return
         row.log_rest[at] = targets.log_rest
@@ -108,6 +119,14 @@ class CachedRows:
             absent = np.where(is_absent, targets.logprobs, MASKED)
             others = np.logaddexp.reduce(absent, axis=1)
             row.log_rest[at] = np.logaddexp(targets.log_rest, others)
+
+
+def _of_classes(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each class once, at its first id [N, K], with the probability of all of its ids."""
+    same = ids[:, :, None] == ids[:, None, :]
+    sums = np.logaddexp.reduce(np.where(same, logprobs[:, None, :], MASKED), axis=2)
+    is_first = np.argmax(same, axis=2) == np.arange(ids.shape[1])
+    return np.where(is_first, ids, NO_ID), sums.astype(np.float32)
 
 
 def _select(targets: TokenTargets, at: Sequence[int]) -> TokenTargets:

@@ -44,12 +44,14 @@ class FullLogits(NamedTuple):
 class TopK(NamedTuple):
     """Log-probabilities of some ids, and of all others together: one bucket.
 
-    The log-probability of `NO_ID` is masked.
+    The log-probability of `NO_ID` is masked. With `classes`, an id stands for all those of the
+    student that have it there.
     """
 
     ids: Int[Array, "C K"]
     logprobs: Float[Array, "C K"]
     log_rest: Float[Array, "C"]
+    classes: Int[Array, "N"] | None = None
 
 
 class Samples(NamedTuple):

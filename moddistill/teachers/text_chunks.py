@@ -4,13 +4,15 @@
     teacher   "4" "2" " cats" END
 
 Chunks are the smallest groups of tokens that end at the same byte in both. Chunks of one token of
-equal text have the same distribution to predict (=); of all others only the likelihood can be
-compared (~). Templates differ in whether an answer begins with a space, which does not count.
+equal text have the same distribution to predict (=); of all others the likelihood can be compared
+(~), and the distribution over classes of tokens that begin with one another (`token_classes`).
+Templates differ in whether an answer begins with a space, which does not count.
 
 References:
   ALM: https://arxiv.org/abs/2503.20083.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,11 +29,14 @@ class Chunk(NamedTuple):
 
     Attributes:
       is_token: whether it is one token of equal text on both sides.
+      begins_alike: whether both have read the same text before it, so that the distributions of
+        what comes next are comparable.
     """
 
     student: range
     teacher: range
     is_token: bool
+    begins_alike: bool
 
 
 def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Chunk]:
@@ -48,7 +53,9 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Chunk]:
         ours, theirs = student[mine.start : mine.stop], teacher[other.start : other.stop]
         for a, b in _align_answer(ours, theirs):
             is_token = len(a) == len(b) == 1 and ours[a.start] == theirs[b.start]
-            chunks.append(Chunk(_moved(a, mine.start), _moved(b, other.start), is_token))
+            texts = (b"".join(side[x.start : x.stop]) for side, x in ((ours, a), (theirs, b)))
+            alike = operator.eq(*texts)  # but for a space that is skipped
+            chunks.append(Chunk(_moved(a, mine.start), _moved(b, other.start), is_token, alike))
     return chunks
 
 

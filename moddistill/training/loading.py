@@ -72,7 +72,9 @@ def prepare(config: TrainConfig, models: Models, mesh: Mesh) -> Run:
     if models.cache is not None:
         ids, all_ids = models.ids, models.tokenizer.real_ids
         cached = CachedTeacher(
-            models.cache.shape.kind, ids.ids_of_student() if ids.is_shared else all_ids
+            models.cache.shape.kind,
+            ids.ids_of_student() if ids.is_shared else all_ids,
+            ids.classes,
         )
     program = make_program(config, target, cached or teacher, mesh, _own_layout(models))
     teacher_params = None

@@ -177,6 +177,24 @@ def test_a_rest_below_the_precision_of_one_is_not_lost():
     assert np.all(np.isfinite(gradient)) and gradient[0, 1] < -0.05
 
 
+def test_classes_of_ids_by_hand():
+    """Ids 0 and 1 are one class; of another, whose ids are 2 and 3, no probability is known."""
+    student = jnp.log(jnp.asarray([[0.1, 0.2, 0.3, 0.0, 0.4]])).clip(min=-1e9)
+    known = TopK(
+        jnp.asarray([[0, 4]]),
+        jnp.log(jnp.asarray([[0.5, 0.4]])),
+        jnp.log(jnp.asarray([0.1])),
+        jnp.asarray([0, 0, 2, 2]),
+    )
+    value, gradient = value_and_gradient(
+        lambda x: divergence_to(known, x, DistillationConfig()), student
+    )
+    expected = 0.5 * math.log(0.5 / 0.3) + 0.1 * math.log(0.1 / 0.3)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # d KL / d logit = q - p of its class, shared in the class by q.
+    np.testing.assert_allclose(gradient[0], [-0.2 / 3, -0.4 / 3, 0.2, 0, 0], atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_kl"])
 def test_the_mean_over_drawn_ids_has_no_bias(kind):
     """Values and gradients of 2,000 draws of an extraction, within 3 standard errors."""

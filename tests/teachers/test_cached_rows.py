@@ -19,7 +19,7 @@ from moddistill.teachers.cache import TeacherCache
 from moddistill.teachers.cached import CachedTeacher
 from moddistill.teachers.cached_rows import CachedRows
 from moddistill.teachers.entries import Entry, TokenTargets, text_digest
-from moddistill.teachers.targets import Targets
+from moddistill.teachers.targets import NO_ID, Targets
 
 # Ids of the student: letters, two of them together, and control tokens; 9 ends an answer.
 STUDENT = TokenTexts([b"a", b"b", b"c", b" ", b"ab", b" a", b"bc", None], {"<s>": 8, "</s>": 9}, 9)
@@ -95,10 +95,10 @@ def test_a_space_before_the_answer_is_of_the_template():
 
 
 def test_chunks_of_another_vocabulary_end_at_the_same_bytes():
-    """`ab` `c` `a` of the student, `abc` and `a` of the teacher."""
+    """`ab` `c` `a` of the student, `abc` and `a` of the teacher; both begin with one class."""
     row, targets, at = read(OTHER, [2, 1, 7], [4, 2, 0, 9])
     np.testing.assert_array_equal(row.chunk[at], [WITHIN, LAST, 0, 0])
-    np.testing.assert_array_equal(row.known[at], [False, False, True, True])
+    np.testing.assert_array_equal(row.known[at], [True, False, True, True])
     np.testing.assert_array_equal(row.chunk_logprobs[at], [0, targets.label_logprobs[0], 0, 0])
 
 
@@ -107,6 +107,26 @@ def test_a_chunk_has_the_likelihood_of_all_its_tokens_of_the_teacher():
     row, targets, at = read(OTHER, [1, 0, 7], [4, 9])
     np.testing.assert_array_equal(row.chunk[at], [LAST, 0])
     assert row.chunk_logprobs[at[0]] == targets.label_logprobs[:2].sum()
+    assert row.known[at].all()
+
+
+def test_ids_of_one_class_have_their_probability_together():
+    """Of the teacher `a` and `abc`, of the student `a` and `ab`; `x` is in no class of it."""
+    row, targets, at = read(OTHER, [1, 0, 7], [0, 1, 9])
+    for number, position in enumerate(at):
+        p = dict(zip(targets.ids[number].tolist(), np.exp(targets.logprobs[number]), strict=True))
+        found = dict(zip(row.ids[position].tolist(), np.exp(row.logprobs[position]), strict=True))
+        together = p.get(1, 0) + p.get(2, 0)
+        assert found.get(0, 0) == pytest.approx(together) and found.get(NO_ID, 0) == 0
+        rest = np.exp(targets.log_rest[number]) + p.get(6, 0)
+        assert np.exp(row.log_rest[position]) == pytest.approx(rest)
+
+
+def test_a_chunk_after_a_space_that_one_side_skips_has_a_likelihood_only():
+    """` a` of the student, `a` of the teacher at the beginning of an answer."""
+    row, _, at = read(OTHER, [1, 0, 7], [5, 1, 9])
+    assert row.known[at].tolist() == [False, True, True]
+    assert row.chunk[at].tolist() == [LAST, 0, 0]
 
 
 def test_by_rank_each_chunk_has_the_probabilities_of_its_first_token():
@@ -120,9 +140,8 @@ def test_by_rank_each_chunk_has_the_probabilities_of_its_first_token():
 def test_texts_that_no_token_of_the_student_has_are_in_the_bucket():
     row, targets, at = read(OTHER, [1, 0, 7], [0, 1, 9])
     assert row.known[at].all()
-    absent = np.isin(targets.ids, [2, 6])
-    assert absent.any()
-    np.testing.assert_array_equal(row.logprobs[at] == MASKED, absent)
+    absent = targets.ids == 6
+    assert absent.any() and np.all(row.logprobs[at][absent] == MASKED)
     np.testing.assert_allclose(
         np.exp(row.logprobs[at]).sum(1) + np.exp(row.log_rest[at]), 1, rtol=1e-6
     )
