@@ -62,7 +62,8 @@ def extract(config: TrainConfig, cache: CacheConfig, folder: Path, backend: str 
         missing = [shard for shard in shards if not (folder / shard.name).exists()]
         barrier("listing the shards")  # before any is written, so that all processes see the same
         if is_main_process() and not (folder / NAME).is_file():
-            _check_entries(setup, [shard for shard in shards if shard not in missing], folder)
+            absent = {shard.name for shard in missing}
+            _check_entries(setup, [shard for shard in shards if shard.name not in absent], folder)
         barrier("checking the shards")
         if missing:
             run(config, setup, missing, mesh, folder)

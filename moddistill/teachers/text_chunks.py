@@ -12,7 +12,6 @@ References:
   ALM: https://arxiv.org/abs/2503.20083.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -53,8 +52,8 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Chunk]:
         ours, theirs = student[mine.start : mine.stop], teacher[other.start : other.stop]
         for a, b in _align_answer(ours, theirs):
             is_token = len(a) == len(b) == 1 and ours[a.start] == theirs[b.start]
-            texts = (b"".join(side[x.start : x.stop]) for side, x in ((ours, a), (theirs, b)))
-            alike = operator.eq(*texts)  # but for a space that is skipped
+            text, other_text = ours[a.start : a.stop], theirs[b.start : b.stop]
+            alike = b"".join(text) == b"".join(other_text)  # but for a space that is skipped
             chunks.append(Chunk(_moved(a, mine.start), _moved(b, other.start), is_token, alike))
     return chunks
 

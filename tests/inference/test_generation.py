@@ -77,7 +77,7 @@ def test_an_answer_does_not_depend_on_the_others(model, prompts, monkeypatch, de
     monkeypatch.setattr(generation, "end_id", lambda *_: first.token_ids[2])
     one_by_one = answers(1)
     assert len({len(each.token_ids) for each in one_by_one}) > 1
-    for rows in (2, 256):
+    for rows in (2, 4, 256):
         assert_same_answers(answers(rows), one_by_one)
 
 
