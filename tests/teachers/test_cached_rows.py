@@ -112,7 +112,7 @@ def test_a_chunk_has_the_likelihood_of_all_its_tokens_of_the_teacher():
 
 def test_ids_of_one_class_have_their_probability_together():
     """Of the teacher `a` and `abc`, of the student `a` and `ab`; `x` is in no class of it."""
-    row, targets, at = read(OTHER, [1, 0, 7], [0, 1, 9])
+    row, targets, at = read(OTHER, [1, 0, 7], [0, 1, 9], seed=9)  # has both of a class
     for number, position in enumerate(at):
         p = dict(zip(targets.ids[number].tolist(), np.exp(targets.logprobs[number]), strict=True))
         found = dict(zip(row.ids[position].tolist(), np.exp(row.logprobs[position]), strict=True))
@@ -138,13 +138,14 @@ def test_by_rank_each_chunk_has_the_probabilities_of_its_first_token():
 
 
 def test_texts_that_no_token_of_the_student_has_are_in_the_bucket():
-    row, targets, at = read(OTHER, [1, 0, 7], [0, 1, 9])
+    row, targets, at = read(OTHER, [1, 0, 7], [0, 1, 9], seed=9)  # has both of a class
     assert row.known[at].all()
     absent = targets.ids == 6
     assert absent.any()
     # `a` and `abc` of the teacher are one class, which the first of them has.
     of_class = np.isin(targets.ids, [1, 2])
     second = of_class & (np.cumsum(of_class, axis=1) == 2)
+    assert second.any()
     np.testing.assert_array_equal(row.logprobs[at] == MASKED, absent | second)
     np.testing.assert_allclose(
         np.exp(row.logprobs[at]).sum(1) + np.exp(row.log_rest[at]), 1, rtol=1e-6
